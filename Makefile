@@ -1,0 +1,62 @@
+# make test, make demo: each sets up .venv from nothing when it has to. Needs Python >= 3.10.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+PYTEST_FLAGS ?=
+
+# Tests that want real data find it through this variable and skip with a reason without it.
+ifndef ANCHORLINE_SHARED
+ifneq ($(wildcard $(CURDIR)/../shared/.),)
+export ANCHORLINE_SHARED := $(abspath $(CURDIR)/../shared)
+endif
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint format test test-all demo clean
+
+help:
+	@echo "make setup     install everything into $(VENV) (several GB: PyTorch with its CUDA libraries)"
+	@echo "make test      lint, types, import rules, tests"
+	@echo "make test-all  the same with the slow tests"
+	@echo "make lint      lint, types, import rules only"
+	@echo "make format    format the code and mend what ruff can mend"
+	@echo "make demo      train, export, verify and detect on generated scenes; results in demo/"
+	@echo "make clean     remove the demo, builds and caches; $(VENV) stays"
+	@echo "PYTHON=...     the Python to use for $(VENV), now $(PYTHON)"
+
+setup: $(STAMP)
+
+# The stamp is written last, so an interrupted setup is taken up again by the next make.
+$(STAMP): pyproject.toml constraints.txt anchorline/__init__.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "$(PYTHON) is missing or older than Python 3.10; name another one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@echo "Installing into $(VENV): a few minutes and several GB, once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --progress-bar off \
+	  -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy anchorline
+	$(BIN)/lint-imports --no-logo
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/pytest -q -m "not slow and not gpu" $(PYTEST_FLAGS)
+
+test-all: lint
+	$(BIN)/pytest -q $(PYTEST_FLAGS)
+
+demo: $(STAMP)
+	$(BIN)/anchorline demo --out demo
+
+clean:
+	rm -rf demo build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find anchorline tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,131 @@
+"""How the command speaks: results, progress, and errors as one line with an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+USER_ERROR = 2
+INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
+_OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT}
+
+# Which extra brings a package that some verb needs and the base does not.
+EXTRAS = {
+    "faster_coco_eval": "evaluate",
+    "matplotlib": "evaluate",
+    "onnx": "train",
+    "onnxruntime": "cpu",
+    "onnxscript": "train",
+    "safetensors": "train",
+    "torch": "train",
+    "torchvision": "train",
+}
+
+
+class Report(Protocol):
+    """Figures that can be shown and written."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+    def render(self) -> Table: ...
+
+
+def show_report(report: Report, json: Path | None) -> None:
+    """Show the figures on stdout and, if asked, write them to a file."""
+    from rich.console import Console
+
+    from anchorline.runtime.files import write_json
+
+    Console().print(report.render())
+    if json is not None:
+        write_json(json, report.to_json())
+
+
+def warn(lines: Iterable[str]) -> None:
+    """Print each line on stderr as a warning."""
+    for line in lines:
+        print(f"anchorline: warning: {line}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr, where that is a terminal; yields ``update(done, total)``."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def run(app: typer.Typer, arguments: Sequence[str] | None) -> int:
+    """Run ``app`` on ``arguments`` (None: ``sys.argv``) and return its exit code."""
+    try:
+        return _run(app, arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except typer.TyperException as error:
+        return _fail(f"{error.format_message()}{_usage_hint(error)}")
+    except BrokenPipeError:  # the reader of our output has gone, as in `anchorline ... | head`
+        _abandon_stdout()
+        return 1
+    except Exception as error:
+        line = _explain(error)
+        if line is None:
+            raise
+        return _fail(line)
+
+
+def _run(app: typer.Typer, arguments: Sequence[str] | None) -> int:
+    command = typer.main.get_command(app)
+    args = None if arguments is None else list(arguments)
+    code = command.main(args=args, prog_name="anchorline", standalone_mode=False)
+    if code == INTERRUPTED:  # typer's way to hand on a KeyboardInterrupt
+        raise KeyboardInterrupt
+    sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
+    return code if isinstance(code, int) else 0
+
+
+def _explain(error: Exception) -> str | None:
+    """What to tell the user about ``error``, or ``None`` where it is a bug."""
+    from anchorline.runtime.errors import AnchorlineError
+
+    if isinstance(error, AnchorlineError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package in EXTRAS:
+            extra = EXTRAS[package]
+            return f"{package} is not installed, and this needs it: pip install 'anchorline[{extra}]'"
+    if isinstance(error, OSError) and error.errno in _OUT_OF_SPACE:
+        _abandon_stdout()
+        return f"{error.filename or 'output'}: {error.strerror}; free some space and run the command again"
+    return None
+
+
+def _usage_hint(error: typer.TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    return f" (see {context.command_path} --help)" if context is not None else ""
+
+
+def _fail(message: str, code: int = USER_ERROR) -> int:
+    lines = (line.strip() for line in message.splitlines())
+    print("anchorline:", " ".join(line for line in lines if line), file=sys.stderr)
+    return code
+
+
+def _abandon_stdout() -> None:
+    """Point stdout at nothing, so that Python's own flush at exit does not fail a second time."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

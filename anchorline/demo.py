@@ -1,0 +1,175 @@
+"""The whole pipeline on generated scenes: train, export, verify, detect on a video, evaluate.
+
+Needs no data and no weights from elsewhere. The video shows scenes that the training has not seen,
+and its own ground truth measures the result.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.evaluation.dataset import Dataset
+from anchorline.evaluation.evaluate import EvaluationReport, report_detections
+from anchorline.evaluation.plots import contact_sheet, plot_loss_curve, plot_pr_curves
+from anchorline.evaluation.synthetic import synthetic_dataset
+from anchorline.evaluation.synthetic_video import synthetic_video_dataset, write_video
+from anchorline.export.exporting import ExportResult, export_onnx
+from anchorline.runtime.detecting import detect
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.detector import Detector
+from anchorline.runtime.files import write_json
+from anchorline.runtime.summary import DetectSummary
+from anchorline.runtime.video import VideoReader
+from anchorline.train.progress import training_progress
+from anchorline.train.settings import load_preset
+from anchorline.train.training import TrainResult, train
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TRAINING_SCENES = 800
+TRAINING_SEED = 1
+VIDEO_SEED = 2024
+VIDEO_FRAMES = 250
+SHEET_FRAMES = 12
+SHOWN_SCORE = 0.5
+"""What the annotated video shows; the evaluation uses every detection above the model's own threshold."""
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What the demo made: ``files`` and ``seconds`` by step, and what the steps reported."""
+
+    folder: Path
+    files: dict[str, Path]
+    seconds: dict[str, float]
+    export: ExportResult
+    detection: DetectSummary
+    accuracy: EvaluationReport
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for ``files.write_json``."""
+        return {
+            "files": {name: str(path) for name, path in self.files.items()},
+            "seconds": self.seconds,
+            "evaluation": self.accuracy.to_json(),
+            "detect": self.detection.to_json(),
+        }
+
+    def render(self) -> Table:
+        """One table: each step, what it gave, how long it took."""
+        from rich.table import Table
+
+        table = Table(title="Anchorline demo", caption=f"everything is in {self.folder}/")
+        for column in ("step", "result", "file"):
+            table.add_column(column)
+        table.add_column("seconds", justify="right")
+        for step, result in self._results().items():
+            path = self.files.get(step)
+            shown = "" if path is None else str(path.relative_to(self.folder))
+            table.add_row(step, result, shown, f"{self.seconds.get(step, 0.0):.0f}")
+        table.add_section()
+        table.add_row("all", "", "", f"{sum(self.seconds.values()):.0f}")
+        return table
+
+    def _results(self) -> dict[str, str]:
+        accuracy = self.accuracy
+        verified = self.export.comparison.describe() if self.export.comparison else "not verified"
+        return {
+            "train": f"{TRAINING_SCENES} generated scenes, {len(accuracy.per_class)} classes",
+            "export": f"one ONNX file; against PyTorch: {verified}",
+            "video": f"{VIDEO_FRAMES} frames of an unseen scene",
+            "detect": f"{self.detection.fps:.0f} frames/s from file to annotated mp4",
+            "evaluate": f"mAP50 {accuracy.map50:.3f}, VOC07 {accuracy.voc07:.3f}, COCO {accuracy.map:.3f}",
+            "pictures": "loss curve, precision-recall curves, contact sheet",
+        }
+
+
+def demo(out: Path, *, preset: str = "demo", overrides: Sequence[str] = ()) -> DemoReport:
+    """Run every stage into the folder ``out``; a few minutes on two cores."""
+    steps = _Steps()
+    with steps("train", out / "run" / "model.safetensors"):
+        trained = _train(out / "run", preset, overrides)
+    with steps("export", out / "model.onnx") as model:
+        exported = export_onnx(trained.checkpoint, model)
+    with steps("video", out / "scene.mp4") as video:
+        write_video(video, VIDEO_SEED, VIDEO_FRAMES)
+    lines = out / "detections.jsonl"
+    with steps("detect", out / "detected.mp4") as annotated, Detector(model) as detector:
+        found = detect(
+            [video], detector, save=annotated, jsonl=lines, progress=False, shown_score=SHOWN_SCORE
+        )
+    with steps("evaluate", out / "evaluation.json") as figures:
+        accuracy = evaluate_lines(lines, synthetic_video_dataset(VIDEO_SEED, VIDEO_FRAMES))
+        write_json(figures, accuracy.to_json())
+    with steps("pictures", out / "contact_sheet.png") as sheet:
+        plot_loss_curve(out / "run" / "metrics.csv", out / "loss_curve.png")
+        plot_pr_curves(accuracy, out / "pr_curves.png")
+        contact_sheet(_spread(annotated, SHEET_FRAMES), sheet)
+    report = DemoReport(out, steps.files, steps.seconds, exported, found, accuracy)
+    write_json(out / "demo.json", report.to_json())
+    return report
+
+
+def evaluate_lines(lines: Path, truth: Dataset) -> EvaluationReport:
+    """Evaluate the detections in a JSON lines file, one line for each image of ``truth`` in order."""
+    index = {name: label for label, name in enumerate(truth.names)}
+    found = []
+    for line in lines.read_text(encoding="utf-8").splitlines():
+        rows = json.loads(line)["detections"]
+        found.append(
+            Detections(
+                boxes=np.array([row["box"] for row in rows], np.float32).reshape(-1, 4),
+                scores=np.array([row["score"] for row in rows], np.float32),
+                labels=np.array([index[row["name"]] for row in rows], np.int64),
+                class_names=truth.names,
+            )
+        )
+    return report_detections(found, truth, provider="cpu")
+
+
+def _train(run: Path, preset: str, overrides: Sequence[str]) -> TrainResult:
+    settings = load_preset(preset, overrides)
+    with training_progress() as progress:
+        return train(
+            settings,
+            synthetic_dataset(
+                TRAINING_SCENES, TRAINING_SEED, spec=f"synthetic:{TRAINING_SCENES}@{TRAINING_SEED}"
+            ),
+            run,
+            source={"command": "anchorline demo", "preset": preset},
+            report=progress,
+        )
+
+
+@dataclass
+class _Steps:
+    """Announces and times steps, and notes the file that each makes."""
+
+    files: dict[str, Path] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str, path: Path) -> Iterator[Path]:
+        print(f"{name} -> {path}", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        yield path
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+        self.files[name] = path
+
+
+def _spread(video: Path, count: int) -> list[NDArray[np.uint8]]:
+    """``count`` frames of a video at even distances."""
+    wanted = set(np.linspace(0, VIDEO_FRAMES - 1, count).astype(int).tolist())
+    with VideoReader(video) as reader:
+        return [frame for index, _, frame in reader if index in wanted]

@@ -1,0 +1,58 @@
+"""Box geometry for labelled data and metrics: xyxy in pixels with continuous edges (width = x2 - x1)."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+REVERSED = "reversed"
+ZERO_AREA = "zero area"
+OUTSIDE = "outside the image"
+
+FARTHEST_PIXEL = 1e9
+"""Annotated coordinates beyond this are damage, not boxes."""
+
+
+def is_coordinate(value: object) -> bool:
+    """Whether a value read from a file is a number that can be a place in an image, in pixels."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FARTHEST_PIXEL
+
+
+def box_areas(boxes: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Areas [N] of boxes [N, 4] in square pixels."""
+    boxes = boxes.astype(np.float64)
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def iou_matrix(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Intersection over union [N, M] of boxes ``a`` [N, 4] and ``b`` [M, 4]; 0 where both areas are 0."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    top_left = np.maximum(a[:, None, :2], b[None, :, :2])
+    bottom_right = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    inter = np.clip(bottom_right - top_left, 0.0, None).prod(axis=2)
+    union = box_areas(a)[:, None] + box_areas(b)[None, :] - inter
+    return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
+
+
+def clip_labelled_boxes(
+    boxes: NDArray[np.float64], size: tuple[int, int], empty_side: float = 0.0
+) -> tuple[NDArray[np.float32], NDArray[np.bool_], Counter[str]]:
+    """Clip annotated boxes to the image and name the ones that cannot be used.
+
+    ``boxes`` [N, 4] are as annotated, ``size`` is the image's (height, width). ``empty_side`` is the
+    side of a box that covers nothing: 0 pixels with continuous edges, 1 where a format's inclusive
+    pixel indices were turned into edges. Returns the clipped boxes that are kept [K, 4], the mask
+    [N] of the kept ones, and how many were dropped for each reason.
+    """
+    height, width = size
+    sides = boxes[:, 2:] - boxes[:, :2]
+    clipped = np.clip(boxes, 0.0, [width, height, width, height])
+    backwards = (sides < empty_side).any(axis=1)
+    empty = ~backwards & (sides == empty_side).any(axis=1)
+    outside = ~backwards & ~empty & (clipped[:, 2:] <= clipped[:, :2]).any(axis=1)
+    kept = ~(backwards | empty | outside)
+    counts = {REVERSED: int(backwards.sum()), ZERO_AREA: int(empty.sum()), OUTSIDE: int(outside.sum())}
+    dropped: Counter[str] = Counter({reason: count for reason, count in counts.items() if count})
+    return clipped[kept].astype(np.float32), kept, dropped

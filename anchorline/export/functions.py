@@ -1,0 +1,93 @@
+"""What the custom ops mean in standard ONNX: the default function bodies, for onnxruntime.
+
+A runtime that knows an op runs its own kernel; any other inlines the function. The ops are
+described, in the same terms, in ``anchorline/train/ops.py``. Opset 18.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx.parser
+
+OPSET = 18
+DOMAIN = "anchorline"
+OP_VERSION = 1
+
+# Entries that do not count get the score -inf, which no threshold lets pass. IoU is inter / union in
+# float32, and of equal scores the first in order wins, in onnxruntime's NonMaxSuppression as here.
+_BATCHED_NMS = """
+<domain: "anchorline", opset_import: ["" : 18]>
+BatchedNMS <iou_threshold, score_threshold, plugin_namespace, plugin_version> (boxes, scores) => (kept)
+{
+    last = Constant <value_ints = [-1]> ()
+    one = Constant <value_ints = [1]> ()
+    x1, y1, x2, y2 = Split <axis = -1, num_outputs = 4> (boxes)
+    width_3d = Sub (x2, x1)
+    height_3d = Sub (y2, y1)
+    area_3d = Mul (width_3d, height_3d)
+    width = Squeeze (width_3d, last)
+    area = Squeeze (area_3d, last)
+    zero = Constant <value_float = 0.0> ()
+    infinity = Constant <value_float = inf> ()
+    has_width = Greater (width, zero)
+    has_area = Greater (area, zero)
+    is_finite = Less (area, infinity)
+    some = And (has_width, has_area)
+    counts = And (some, is_finite)
+    minus_infinity = Neg (infinity)
+    ranked = Where (counts, scores, minus_infinity)
+    ranked_3d = Unsqueeze (ranked, one)
+    shape = Shape (scores)
+    most = Shape <start = 1, end = 2> (scores)
+    iou_limit = Constant <value_float: float = @iou_threshold> ()
+    score_limit = Constant <value_float: float = @score_threshold> ()
+    selected = NonMaxSuppression (boxes, ranked_3d, most, iou_limit, score_limit)
+    group_and_box = Constant <value_ints = [0, 2]> ()
+    places = Gather <axis = 1> (selected, group_and_box)
+    survivors = GatherND (scores, places)
+    suppressed = Constant <value_float = -1.0> ()
+    empty = Expand (suppressed, shape)
+    kept = ScatterND (empty, places, survivors)
+}
+"""
+
+# Always pooled in float32: half-precision coordinates on a large map are a quarter of a cell off.
+_ROI_ALIGN = """
+<domain: "anchorline", opset_import: ["" : 18]>
+RoIAlign <output_size, sampling_ratio, plugin_namespace, plugin_version> (features, rois) => (pooled)
+{
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    axis = Constant <value_ints = [1]> ()
+    all = Constant <value_ints = [-1]> ()
+    box_shape = Constant <value_ints = [-1, 4]> ()
+    images_1d = Shape <start = 0, end = 1> (rois)
+    images = Squeeze (images_1d)
+    image_and_roi = Shape <start = 0, end = 2> (rois)
+    numbers = Range (zero, images, one)
+    column = Unsqueeze (numbers, axis)
+    of_roi = Expand (column, image_and_roi)
+    image_index = Reshape (of_roi, all)
+    flat_rois = Reshape (rois, box_shape)
+    features_f32 = Cast <to = 1> (features)
+    rois_f32 = Cast <to = 1> (flat_rois)
+    pooled_f32 = RoiAlign <
+        mode = "avg", coordinate_transformation_mode = "half_pixel", spatial_scale = 1.0,
+        output_height: int = @output_size, output_width: int = @output_size, sampling_ratio: int = @sampling_ratio
+    > (features_f32, rois_f32, image_index)
+    pooled = CastLike (pooled_f32, features)
+}
+"""
+
+
+def default_functions() -> list[onnx.FunctionProto]:
+    """The functions ``anchorline::BatchedNMS`` and ``anchorline::RoIAlign``."""
+    return [onnx.parser.parse_function(text) for text in (_BATCHED_NMS, _ROI_ALIGN)]
+
+
+def attach_functions(model: onnx.ModelProto) -> None:
+    """Add the bodies of the custom ops that ``model`` uses, and their domain, in place."""
+    used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
+    model.functions.extend(f for f in default_functions() if f.name in used)
+    if used and DOMAIN not in {opset.domain for opset in model.opset_import}:
+        model.opset_import.add(domain=DOMAIN, version=OP_VERSION)

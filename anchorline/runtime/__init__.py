@@ -1,0 +1,46 @@
+"""The torch-free runtime: from a frame to boxes with NumPy, OpenCV and one exported file.
+
+>>> detector = Detector("model.onnx")
+>>> detections = detector(frame)  # BGR uint8 [H, W, 3]
+"""
+
+from anchorline.runtime.contract import Contract
+from anchorline.runtime.detecting import detect
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.detector import Detector
+from anchorline.runtime.drawing import draw
+from anchorline.runtime.errors import (
+    AnchorlineError,
+    ArtefactError,
+    DataError,
+    FrameError,
+    OutputError,
+    ParityError,
+    SettingsError,
+    TrainingError,
+)
+from anchorline.runtime.images import find_images, read_image, write_image
+from anchorline.runtime.summary import DetectSummary
+from anchorline.runtime.video import VideoReader, VideoWriter
+
+__all__ = [
+    "AnchorlineError",
+    "ArtefactError",
+    "Contract",
+    "DataError",
+    "DetectSummary",
+    "Detections",
+    "Detector",
+    "FrameError",
+    "OutputError",
+    "ParityError",
+    "SettingsError",
+    "TrainingError",
+    "VideoReader",
+    "VideoWriter",
+    "detect",
+    "draw",
+    "find_images",
+    "read_image",
+    "write_image",
+]

@@ -1,0 +1,169 @@
+"""The contract: what a model promises, carried as JSON inside every artefact.
+
+It travels in the header of ``model.safetensors``, in ``metadata_props`` of ``model.onnx`` and in
+the manifest beside an engine, always under the key ``CONTRACT_KEY``. The runtime reads everything
+from it and guesses nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from anchorline.runtime.errors import ArtefactError
+
+CONTRACT_KEY = "anchorline.contract"
+CONTRACT_VERSION = 1
+
+TASKS = ("detections", "proposals")
+INPUT_DTYPES = ("uint8", "float32")
+CHANNEL_ORDERS = ("rgb", "bgr")
+
+
+@dataclass(frozen=True)
+class ResizeRule:
+    """How a frame is scaled before it is laid into the top left corner of the canvas.
+
+    The scale is the largest one for which the frame fits the canvas, its shorter side is at most
+    ``shorter_side`` and its longer side at most ``longer_side`` (both in pixels; ``None`` sets no
+    bound). The aspect ratio is kept.
+    """
+
+    shorter_side: int | None = None
+    longer_side: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("shorter_side", "longer_side"):
+            side = getattr(self, name)
+            if side is not None and (not isinstance(side, int) or side < 1):
+                raise ArtefactError(
+                    f"resize.{name} is {side!r}; expected null or a positive number of pixels"
+                )
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Where scores and overlaps are cut. ``score`` and the IoUs lie in [0, 1]."""
+
+    score: float = 0.05
+    nms_iou: float = 0.5
+    max_detections: int = 100
+    rpn_nms_iou: float = 0.7
+    max_proposals: int = 300
+
+    def __post_init__(self) -> None:
+        for name in ("score", "nms_iou", "rpn_nms_iou"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0.0 <= value <= 1.0:
+                raise ArtefactError(f"thresholds.{name} is {value!r}; expected a number from 0 to 1")
+        for name in ("max_detections", "max_proposals"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ArtefactError(f"thresholds.{name} is {value!r}; expected a whole number of at least 1")
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a model expects and delivers. Immutable; ``dataclasses.replace`` makes a changed copy.
+
+    ``names`` holds the class names; background never appears, and ``labels`` index ``names``.
+    ``canvas`` is (height, width) in pixels of the fixed-size network input. ``mean`` and ``std``
+    are in grey levels (0 to 255), in the order of ``channel_order``; they are applied inside the
+    graph, whose ``images`` input is always BGR. ``profile`` names the numeric preset (docs/design).
+    ``source`` says where the model came from: command, data, commit.
+    """
+
+    task: str
+    names: tuple[str, ...]
+    canvas: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    channel_order: str = "rgb"
+    input_dtype: str = "uint8"
+    resize: ResizeRule = field(default_factory=ResizeRule)
+    profile: str = "torchvision"
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    category_ids: tuple[int, ...] | None = None
+    inputs: tuple[str, ...] = ("images", "image_sizes")
+    outputs: tuple[str, ...] = ("boxes", "scores", "labels", "num_detections")
+    precision: str = "fp32"
+    max_batch: int | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
+    version: int = CONTRACT_VERSION
+
+    def __post_init__(self) -> None:
+        _expect_choice("task", self.task, TASKS)
+        _expect_choice("input_dtype", self.input_dtype, INPUT_DTYPES)
+        _expect_choice("channel_order", self.channel_order, CHANNEL_ORDERS)
+        named = isinstance(self.names, tuple) and all(isinstance(n, str) and n for n in self.names)
+        if not named or not self.names:
+            raise ArtefactError(
+                f"contract names are {self.names!r}; expected at least one non-empty class name"
+            )
+        if len(set(self.names)) != len(self.names):
+            raise ArtefactError(f"contract names are {self.names!r}; expected each class name once")
+        if len(self.canvas) != 2 or not all(isinstance(s, int) and s > 0 for s in self.canvas):
+            raise ArtefactError(f"contract canvas is {self.canvas!r}; expected (height, width) in pixels")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(_is_number(v) for v in values):
+                raise ArtefactError(f"contract {name} is {values!r}; expected three numbers in grey levels")
+        if min(self.std) <= 0:
+            raise ArtefactError(f"contract std is {self.std!r}; expected three numbers above 0")
+        if self.category_ids is not None and len(self.category_ids) != len(self.names):
+            raise ArtefactError(
+                f"contract has {len(self.category_ids)} category ids for {len(self.names)} names; expected one each"
+            )
+
+    def to_json(self) -> str:
+        """The contract as one JSON object with sorted keys; ``from_json`` reads it back."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "contract") -> Contract:
+        """Read a contract; ``where`` names the file in the message of the ``ArtefactError``."""
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise ArtefactError(
+                f"{where}: the contract is not JSON ({error}); export the model again"
+            ) from None
+        if not isinstance(raw, dict):
+            raise ArtefactError(f"{where}: the contract is a {type(raw).__name__}, expected a JSON object")
+        version = raw.get("version")
+        if not isinstance(version, int) or version < 1:
+            raise ArtefactError(
+                f"{where}: contract version is {version!r}, expected a whole number; export again"
+            )
+        if version > CONTRACT_VERSION:
+            raise ArtefactError(
+                f"{where}: contract version {version} is newer than {CONTRACT_VERSION}, the newest this "
+                "anchorline reads; upgrade anchorline"
+            )
+        try:
+            return cls._from_dict(raw)
+        except (TypeError, KeyError, ArtefactError) as error:
+            raise ArtefactError(f"{where}: damaged contract: {error}; export the model again") from None
+
+    @classmethod
+    def _from_dict(cls, raw: dict[str, Any]) -> Contract:
+        values = dict(raw)
+        values["resize"] = ResizeRule(**values.get("resize", {}))
+        values["thresholds"] = Thresholds(**values.get("thresholds", {}))
+        for name in ("names", "canvas", "mean", "std", "category_ids", "inputs", "outputs"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
+        return cls(**values)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _expect_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ArtefactError(f"contract {name} is {value!r}; expected one of {', '.join(choices)}")

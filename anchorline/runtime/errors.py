@@ -1,0 +1,39 @@
+"""The errors a user can cause. Each message is one line: the value, the expectation, the remedy.
+
+The command line prints the message and exits with code 2; scripts catch ``AnchorlineError``. Every
+class also derives from the built-in exception a caller would expect.
+"""
+
+from __future__ import annotations
+
+
+class AnchorlineError(Exception):
+    """Base of every error that a user can mend."""
+
+
+class SettingsError(AnchorlineError, ValueError):
+    """A setting, an option or an argument that cannot be used."""
+
+
+class ArtefactError(AnchorlineError, ValueError):
+    """A model file or contract that is missing, damaged, foreign or too new."""
+
+
+class DataError(AnchorlineError, ValueError):
+    """Images, annotations or videos that are missing or cannot be read."""
+
+
+class FrameError(AnchorlineError, ValueError):
+    """A frame handed to a detector that is not a BGR uint8 array of shape [H, W, 3]."""
+
+
+class OutputError(AnchorlineError, OSError):
+    """A result that could not be written: no space left, no permission, not a folder."""
+
+
+class TrainingError(AnchorlineError, RuntimeError):
+    """A training run that cannot go on, such as a loss that is not finite."""
+
+
+class ParityError(AnchorlineError, RuntimeError):
+    """Two forms of one model that should agree and do not."""

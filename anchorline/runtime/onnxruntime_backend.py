@@ -1,0 +1,146 @@
+"""Running an exported ONNX file with onnxruntime, the only module that imports it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.runtime.contract import CONTRACT_KEY, Contract
+from anchorline.runtime.errors import ArtefactError, SettingsError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider"}
+_FATAL_ONLY = 4  # onnxruntime's log severity: its errors come back as exceptions anyway
+_ONNX_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
+
+
+class OnnxRuntimeBackend:
+    """A network in an ONNX file that carries its contract. A context manager.
+
+    ``provider`` is one of ``PROVIDERS``; ``threads`` bounds the CPU threads, ``None`` leaves the
+    choice to onnxruntime. Raises ``ArtefactError`` for a file that is missing, damaged, no ONNX,
+    without contract or at odds with it.
+    """
+
+    def __init__(self, path: str | Path, provider: str = "cpu", threads: int | None = None) -> None:
+        if provider not in PROVIDERS:
+            raise SettingsError(
+                f"provider is {provider!r}; available for ONNX files here: {', '.join(PROVIDERS)}"
+            )
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise SettingsError(f"threads is {threads!r}; expected a whole number of at least 1, or None")
+        self.path = Path(path)
+        self.provider = provider
+        self._session: Any = _open_session(self.path, PROVIDERS[provider], threads)
+        self.contract = _read_contract(self.path, self._session)
+        _check_graph(self.path, self._session, self.contract)
+        self.precision = self.contract.precision
+        self.timings = {"upload": 0.0, "network": 0.0, "download": 0.0}
+
+    def infer(self, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+        """Run the network: ``images`` [B, H, W, 3] and ``image_sizes`` float32 [B, 2] by the
+        contract's input names, to the contract's outputs by name."""
+        if self._session is None:
+            raise SettingsError(f"{self.path}: the model is closed; open it again")
+        start = time.perf_counter()
+        try:
+            values = self._session.run(list(self.contract.outputs), dict(inputs))
+        except Exception as error:  # onnxruntime's exceptions have no common base of their own
+            raise ArtefactError(f"{self.path}: onnxruntime cannot run it ({_reason(error)})") from error
+        self.timings = {"upload": 0.0, "network": time.perf_counter() - start, "download": 0.0}
+        return dict(zip(self.contract.outputs, values, strict=True))
+
+    def close(self) -> None:
+        """Release the session. Safe to call twice."""
+        self._session = None
+
+    def __enter__(self) -> OnnxRuntimeBackend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _open_session(path: Path, provider: str, threads: int | None) -> Any:
+    _check_file(path)
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ArtefactError(
+            f"{path}: running ONNX files needs onnxruntime ({error}); pip install 'anchorline[cpu]'"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _FATAL_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:
+        reason = _reason(error)
+        if "Protobuf parsing failed" in reason or "No graph was found" in reason:
+            raise ArtefactError(
+                f"{path}: not an ONNX file, or one that was cut off; export or copy it again"
+            ) from error
+        raise ArtefactError(
+            f"{path}: onnxruntime {onnxruntime.__version__} cannot load it ({reason}); "
+            "upgrade onnxruntime or export the model again"
+        ) from error
+
+
+def _check_file(path: Path) -> None:
+    try:
+        if path.is_dir():
+            raise ArtefactError(f"{path}: is a folder, expected an ONNX file")
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise ArtefactError(f"{path}: the file is empty, expected an ONNX file; export it again")
+    except FileNotFoundError:
+        raise ArtefactError(f"{path}: no such file; give an ONNX file written by anchorline export") from None
+    except OSError as error:
+        raise ArtefactError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+
+
+def _read_contract(path: Path, session: Any) -> Contract:
+    text = session.get_modelmeta().custom_metadata_map.get(CONTRACT_KEY)
+    if text is None:
+        raise ArtefactError(
+            f"{path}: has no anchorline contract; export it with anchorline export (a file that was cut "
+            "off loses it as well)"
+        )
+    return Contract.from_json(text, where=str(path))
+
+
+def _check_graph(path: Path, session: Any, contract: Contract) -> None:
+    """The tensors that the contract names must be there, and ``images`` must be the canvas it states."""
+    inputs = {tensor.name: tensor for tensor in session.get_inputs()}
+    outputs = [tensor.name for tensor in session.get_outputs()]
+    for kind, have, want in (
+        ("inputs", list(inputs), contract.inputs),
+        ("outputs", outputs, contract.outputs),
+    ):
+        missing = set(want) - set(have)
+        if missing or (kind == "inputs" and len(have) != len(want)):
+            raise ArtefactError(
+                f"{path}: graph {kind} are {', '.join(have)}; its contract expects {', '.join(want)}; "
+                "export the model again"
+            )
+    images = inputs[contract.inputs[0]]
+    expected = [*contract.canvas, 3]
+    if images.type != _ONNX_TYPES[contract.input_dtype] or list(images.shape[1:]) != expected:
+        raise ArtefactError(
+            f"{path}: input {images.name} is {images.type} {images.shape}; its contract expects "
+            f"{contract.input_dtype} [B, {', '.join(map(str, expected))}]; export the model again"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """onnxruntime's message on one line, without its code prefix."""
+    message = " ".join(str(error).split()).rsplit("[ONNXRuntimeError] : ", 1)[-1]
+    return message if len(message) <= 300 else message[:297] + "..."

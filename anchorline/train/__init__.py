@@ -1,0 +1,1 @@
+"""The training stage: the PyTorch model, its losses, its data and the training loop."""

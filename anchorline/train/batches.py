@@ -1,0 +1,133 @@
+"""From labelled images to training batches on the canvas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from torchvision import tv_tensors
+
+from anchorline.evaluation.dataset import Dataset, LabelledImage
+from anchorline.runtime.canvas import boxes_to_canvas, place, to_canvas
+from anchorline.runtime.contract import ResizeRule
+from anchorline.train.settings import TrainingSettings
+from anchorline.train.targets import Targets
+from anchorline.train.transforms import build_transforms
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``images`` uint8 [B, H, W, 3] BGR canvases, ``image_sizes`` float32 [B, 2], targets, and ids."""
+
+    images: Tensor
+    image_sizes: Tensor
+    targets: Targets
+    ids: tuple[str, ...]
+
+
+class CanvasDataset(TorchDataset[dict[str, Any]]):
+    """Random views of labelled images, laid onto the canvas.
+
+    A view depends on (seed, epoch, index) alone, so neither workers nor a resumed run change it.
+    Keys are (epoch, index). Crowds and difficult objects are no training targets.
+    """
+
+    def __init__(
+        self, data: Dataset, canvas: tuple[int, int], resize: ResizeRule, settings: TrainingSettings
+    ) -> None:
+        self.data, self.canvas, self.resize, self.seed = data, canvas, resize, settings.seed
+        self.transforms = build_transforms(settings)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        item = self.data.images[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_seed(self.seed, epoch, index))
+            image, boxes, labels = self._view(item)
+        placement = place(image.shape[:2], self.canvas, self.resize)
+        out = np.empty((*self.canvas, 3), np.uint8)
+        to_canvas(image, placement, out)
+        return {
+            "image": torch.from_numpy(out),
+            "size": torch.tensor(placement.valid, dtype=torch.float32),
+            "boxes": torch.from_numpy(boxes_to_canvas(boxes, placement)),
+            "labels": labels,
+            "id": item.id,
+        }
+
+    def _view(self, item: LabelledImage) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        pixels = item.load()
+        keep = ~(item.difficult | item.crowd)
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(
+                torch.from_numpy(item.boxes[keep]), format="XYXY", canvas_size=pixels.shape[:2]
+            ),
+            "labels": torch.from_numpy(item.labels[keep]),
+        }
+        image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1).flip(0))
+        image, target = self.transforms(image, target)
+        bgr = image.as_subclass(Tensor).flip(0).permute(1, 2, 0).contiguous().numpy()
+        return bgr, target["boxes"].as_subclass(Tensor).numpy(), target["labels"]
+
+
+class EpochSampler:
+    """Batches of (epoch, index) keys: each image once per epoch, in an order drawn from (seed, epoch)."""
+
+    def __init__(self, images: int, batch: int, seed: int) -> None:
+        self.images, self.batch, self.seed, self.epoch = images, batch, seed, 0
+
+    def __len__(self) -> int:
+        return max(1, self.images // self.batch)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(_seed(self.seed, self.epoch, -1))
+        order = torch.randperm(self.images, generator=generator).tolist()
+        # An incomplete last batch is left out: the images are others in every epoch.
+        for i in range(len(self)):
+            yield [(self.epoch, index) for index in order[i * self.batch : (i + 1) * self.batch]]
+
+
+def collate(items: list[dict[str, Any]]) -> Batch:
+    """Join canvases into one batch."""
+    return Batch(
+        images=torch.stack([item["image"] for item in items]),
+        image_sizes=torch.stack([item["size"] for item in items]),
+        targets=Targets.pad([item["boxes"] for item in items], [item["labels"] for item in items]),
+        ids=tuple(item["id"] for item in items),
+    )
+
+
+def build_loader(
+    dataset: CanvasDataset, settings: TrainingSettings
+) -> tuple[DataLoader[dict[str, Any]], EpochSampler]:
+    """A loader of batches, and its sampler, whose ``epoch`` is set before each pass."""
+    sampler = EpochSampler(len(dataset), settings.batch, settings.seed)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=settings.workers,
+        collate_fn=collate,
+        worker_init_fn=_start_worker,
+        persistent_workers=False,
+    )
+    return loader, sampler
+
+
+def _start_worker(_: int) -> None:
+    # The training itself needs the processor; a worker that spreads over all cores slows both.
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
+def _seed(seed: int, epoch: int, index: int) -> int:
+    return int(np.random.SeedSequence([seed, epoch, index + 1]).generate_state(1, np.uint64)[0] >> 1)

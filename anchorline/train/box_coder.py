@@ -1,0 +1,65 @@
+"""Box regression targets: Faster R-CNN, section 3.1.2, equation (2).
+
+Numerically as torchvision's ``models/detection/_utils.py`` (``BoxCoder``): widths are x2 - x1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A box may grow at most to 1000/16 of its anchor; exp() of more would overflow long before it helps.
+MAX_LOG_SCALE = math.log(1000.0 / 16)
+
+
+@dataclass(frozen=True)
+class BoxCoder:
+    """Turns boxes into ``bbox_deltas`` (dx, dy, dw, dh) relative to reference boxes, and back.
+
+    ``weights`` multiply the four deltas, so that the loss sees values of similar size:
+    (1, 1, 1, 1) in the RPN and (10, 10, 5, 5) in the detection head.
+    """
+
+    weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    max_log_scale: float = MAX_LOG_SCALE
+
+    def encode(self, boxes: Tensor, references: Tensor) -> Tensor:
+        """Deltas [..., 4] that move ``references`` [..., 4] onto ``boxes`` [..., 4], both with area."""
+        wx, wy, ww, wh = self.weights
+        centre_x, centre_y, width, height = _centre_form(boxes)
+        ref_x, ref_y, ref_width, ref_height = _centre_form(references)
+        return torch.stack(
+            (
+                wx * (centre_x - ref_x) / ref_width,
+                wy * (centre_y - ref_y) / ref_height,
+                ww * torch.log(width / ref_width),
+                wh * torch.log(height / ref_height),
+            ),
+            dim=-1,
+        )
+
+    def decode(self, deltas: Tensor, references: Tensor) -> Tensor:
+        """Boxes [..., 4] that ``deltas`` [..., 4] make of ``references``, broadcast together."""
+        wx, wy, ww, wh = self.weights
+        ref_x, ref_y, ref_width, ref_height = _centre_form(references)
+        dx, dy, dw, dh = deltas.unbind(-1)
+        dw = torch.clamp(dw / ww, max=self.max_log_scale)
+        dh = torch.clamp(dh / wh, max=self.max_log_scale)
+        centre_x = dx / wx * ref_width + ref_x
+        centre_y = dy / wy * ref_height + ref_y
+        half_width = 0.5 * torch.exp(dw) * ref_width
+        half_height = 0.5 * torch.exp(dh) * ref_height
+        return torch.stack(
+            (centre_x - half_width, centre_y - half_height, centre_x + half_width, centre_y + half_height),
+            dim=-1,
+        )
+
+
+def _centre_form(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Centre x, centre y, width and height [...] of ``boxes`` [..., 4]."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    width, height = x2 - x1, y2 - y1
+    return x1 + 0.5 * width, y1 + 0.5 * height, width, height

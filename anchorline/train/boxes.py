@@ -1,0 +1,49 @@
+"""Geometry of boxes in PyTorch. Every box is xyxy in pixels with continuous edges."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    """Areas [...] of ``boxes`` [..., 4], in square pixels."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU [B, N, M] of every box of ``a`` [B, N, 4] (or [1, N, 4]) with every one of ``b`` [B, M, 4].
+
+    As ``torchvision.ops.box_iou``, with a batch; a pair without area has IoU 0, never NaN.
+    """
+    top_left = torch.maximum(a[..., :, None, :2], b[..., None, :, :2])
+    bottom_right = torch.minimum(a[..., :, None, 2:], b[..., None, :, 2:])
+    width, height = (bottom_right - top_left).clamp_(min=0).unbind(-1)
+    intersection = width * height
+    union = box_area(a)[..., :, None] + box_area(b)[..., None, :] - intersection
+    return torch.where(union > 0, intersection / union, torch.zeros_like(union))
+
+
+def clip_to_images(boxes: Tensor, image_sizes: Tensor) -> Tensor:
+    """Clip ``boxes`` [B, ..., 4] to their own image: x to [0, width], y to [0, height].
+
+    ``image_sizes`` float [B, 2] holds (height, width) of the valid part of each canvas.
+    """
+    shape = [image_sizes.shape[0]] + [1] * (boxes.dim() - 2)
+    height, width = image_sizes[:, 0].reshape(shape), image_sizes[:, 1].reshape(shape)
+    zero = torch.zeros_like(height)
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack(
+        (
+            torch.minimum(torch.maximum(x1, zero), width),
+            torch.minimum(torch.maximum(y1, zero), height),
+            torch.minimum(torch.maximum(x2, zero), width),
+            torch.minimum(torch.maximum(y2, zero), height),
+        ),
+        dim=-1,
+    )
+
+
+def at_least(boxes: Tensor, side: float) -> Tensor:
+    """Bool [...]: which ``boxes`` [..., 4] have both sides >= ``side`` pixels."""
+    return (boxes[..., 2] - boxes[..., 0] >= side) & (boxes[..., 3] - boxes[..., 1] >= side)

@@ -1,0 +1,108 @@
+"""``model.safetensors``: weights, with the contract and the architecture as JSON in the header."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from anchorline.runtime.contract import CONTRACT_KEY, Contract, Thresholds
+from anchorline.runtime.errors import AnchorlineError, ArtefactError
+from anchorline.runtime.files import atomic_path
+from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.train.settings import ModelSettings
+
+MODEL_KEY = "anchorline.model"
+
+
+def contract_of(
+    settings: ModelSettings,
+    names: tuple[str, ...],
+    category_ids: tuple[int, ...] | None = None,
+    source: Mapping[str, Any] | None = None,
+) -> Contract:
+    """The contract that a model with these settings and class names fulfils."""
+    return Contract(
+        task="detections",
+        names=names,
+        canvas=settings.canvas,
+        mean=settings.mean,
+        std=settings.std,
+        thresholds=Thresholds(
+            score=settings.score_threshold,
+            nms_iou=settings.nms_iou,
+            max_detections=settings.max_detections,
+            rpn_nms_iou=settings.rpn_nms_iou,
+            max_proposals=settings.rpn_post_nms,
+        ),
+        category_ids=category_ids,
+        source=source or {},
+    )
+
+
+def save_checkpoint(
+    path: Path, state: Mapping[str, Tensor], settings: ModelSettings, contract: Contract
+) -> None:
+    """Write the weights, ``settings`` and ``contract`` to ``path``; all or nothing."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    metadata = {CONTRACT_KEY: contract.to_json(), MODEL_KEY: settings.to_json(), "format": "pt"}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(str(error)) from error
+
+
+def read_header(path: Path) -> tuple[ModelSettings, Contract]:
+    """Architecture and contract of a checkpoint; raises ``ArtefactError`` if it is not one of ours."""
+    if not path.is_file():
+        raise ArtefactError(f"{path}: no such file; expected a model.safetensors written by anchorline train")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(
+            f"{path}: not a readable safetensors file ({error}); it may be cut short"
+        ) from None
+    if CONTRACT_KEY not in metadata or MODEL_KEY not in metadata:
+        raise ArtefactError(
+            f"{path}: has no anchorline contract in its header; "
+            "expected a checkpoint written by anchorline train or import"
+        )
+    contract = Contract.from_json(metadata[CONTRACT_KEY], str(path))
+    try:
+        return ModelSettings.from_json(metadata[MODEL_KEY]), contract
+    except (AnchorlineError, json.JSONDecodeError) as error:
+        raise ArtefactError(f"{path}: damaged architecture in the header: {error}") from None
+
+
+def load_checkpoint(path: Path, canvas: tuple[int, int] | None = None) -> tuple[FasterRCNN, Contract]:
+    """The model in ``path``, in evaluation mode, and its contract; ``canvas`` replaces its own."""
+    settings, contract = read_header(path)
+    if canvas is not None:
+        settings = dataclasses.replace(settings, canvas=canvas)
+        contract = dataclasses.replace(contract, canvas=canvas)
+    model = FasterRCNN(settings, len(contract.names))
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        model.load_state_dict(state)
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()
+        detail = " ".join(line.strip() for line in reason[:2])
+        raise ArtefactError(
+            f"{path}: the weights do not fit the architecture in the header ({detail[:200]})"
+        ) from None
+    not_finite = [name for name, tensor in state.items() if not torch.isfinite(tensor.float()).all()]
+    if not_finite:
+        raise ArtefactError(
+            f"{path}: tensor {not_finite[0]!r} holds values that are not finite; train or import again"
+        )
+    return model.eval(), contract

@@ -1,0 +1,146 @@
+"""Faster R-CNN on one page: canvas of pixels -> features -> proposals -> detections.
+
+Every shape is fixed by the settings and the batch, never by the data, so that the code that is
+trained is the code that is exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from anchorline.train.anchors import level_anchors
+from anchorline.train.backbones import build_backbone
+from anchorline.train.roi_heads import (
+    BoxHead,
+    BoxPredictor,
+    DetectionBatch,
+    roi_training_losses,
+    sample_rois,
+    select_detections,
+)
+from anchorline.train.roi_pooling import RoIPooling
+from anchorline.train.rpn import Proposals, RPNHead, rpn_training_losses, select_proposals
+from anchorline.train.settings import ModelSettings, TrainingSettings
+from anchorline.train.targets import Targets
+
+
+class RPN(nn.Module):
+    """Holds the RPN head under torchvision's name, ``rpn.head``."""
+
+    def __init__(self, channels: int, settings: ModelSettings) -> None:
+        super().__init__()
+        self.head = RPNHead(channels, settings.anchors_per_place, settings.rpn_convs)
+
+
+class RoIHeads(nn.Module):
+    """Holds pooling, box head and predictor under torchvision's names, ``roi_heads.*``."""
+
+    def __init__(self, channels: int, strides: Sequence[int], classes: int, settings: ModelSettings) -> None:
+        super().__init__()
+        self.pooling = RoIPooling(strides, settings)
+        self.box_head = BoxHead(channels * settings.roi_size**2, settings.representation)
+        self.box_predictor = BoxPredictor(settings.representation, classes)
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits [B, R, 1 + classes] and deltas [B, R, 1 + classes, 4] of ``boxes`` [B, R, 4]."""
+        pooled = self.pooling(features, boxes)
+        logits, deltas = self.box_predictor(self.box_head(pooled))
+        shape = (boxes.shape[0], boxes.shape[1])
+        return logits.unflatten(0, shape), deltas.unflatten(0, shape)
+
+
+class FasterRCNN(nn.Module):
+    """The two-stage detector.
+
+    Inputs, everywhere: ``images`` [B, H, W, 3] BGR in grey levels (uint8 or float), laid into the
+    top left of the canvas, and ``image_sizes`` float32 [B, 2], the valid height and width of each.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, settings: ModelSettings, classes: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.backbone = build_backbone(settings)
+        self.rpn = RPN(self.backbone.out_channels, settings)
+        self.pooled_levels = self.backbone.pooled_levels
+        strides = self.backbone.strides[: self.pooled_levels]
+        self.roi_heads = RoIHeads(self.backbone.out_channels, strides, classes, settings)
+        self._anchors: dict[tuple[object, ...], list[Tensor]] = {}
+        self.register_buffer("mean", torch.tensor(settings.mean).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(settings.std).reshape(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> DetectionBatch:
+        """Detections of each image."""
+        features = self.features(images, image_sizes)
+        proposals = self.propose(features, image_sizes)
+        logits, deltas = self.roi_heads(features[: self.pooled_levels], proposals.boxes)
+        return select_detections(logits, deltas, proposals, image_sizes, self.settings)
+
+    def normalise(self, images: Tensor, image_sizes: Tensor) -> Tensor:
+        """RGB float [B, 3, H, W] with ImageNet's statistics, and zeros outside each image."""
+        pixels = images.permute(0, 3, 1, 2).float().flip(1)
+        pixels = (pixels - self.mean) / self.std
+        rows = torch.arange(pixels.shape[2], device=pixels.device)
+        columns = torch.arange(pixels.shape[3], device=pixels.device)
+        inside = (rows[None, :, None] < image_sizes[:, 0, None, None]) & (
+            columns[None, None, :] < image_sizes[:, 1, None, None]
+        )
+        return torch.where(inside[:, None], pixels, torch.zeros_like(pixels))
+
+    def features(self, images: Tensor, image_sizes: Tensor) -> list[Tensor]:
+        """Feature maps [B, C, H / stride, W / stride], finest first."""
+        pixels = self.normalise(images, image_sizes)
+        return self.backbone(pixels.contiguous(memory_format=torch.channels_last))
+
+    def anchors(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Anchors [A_level, 4] of every level in canvas pixels, made once for each device."""
+        grids = [(f.shape[2], f.shape[3]) for f in features]
+        key = (features[0].device, *grids)
+        if key not in self._anchors:
+            s = self.settings
+            levels = level_anchors(s.canvas, grids, s.anchor_sizes, s.aspect_ratios)
+            self._anchors[key] = [anchors.to(features[0].device) for anchors in levels]
+        return self._anchors[key]
+
+    def propose(self, features: Sequence[Tensor], image_sizes: Tensor) -> Proposals:
+        """The RPN alone: proposals from feature maps."""
+        objectness, deltas = self.rpn.head(features)
+        s = self.settings
+        return select_proposals(
+            objectness,
+            deltas,
+            self.anchors(features),
+            image_sizes,
+            s,
+            pre_nms=s.rpn_pre_nms,
+            post_nms=s.rpn_post_nms,
+        )
+
+    def losses(
+        self, images: Tensor, image_sizes: Tensor, targets: Targets, settings: TrainingSettings
+    ) -> dict[str, Tensor]:
+        """The four losses of approximate joint training; gradients do not flow through proposal boxes."""
+        features = self.features(images, image_sizes)
+        objectness, deltas = self.rpn.head(features)
+        anchors = self.anchors(features)
+        with torch.no_grad():
+            proposals = select_proposals(
+                objectness,
+                deltas,
+                anchors,
+                image_sizes,
+                self.settings,
+                pre_nms=settings.rpn_pre_nms,
+                post_nms=settings.rpn_post_nms,
+            )
+        samples = sample_rois(proposals, targets, self.settings, settings)
+        logits, box_deltas = self.roi_heads(features[: self.pooled_levels], samples.boxes)
+        rpn = rpn_training_losses(
+            torch.cat(objectness, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets, settings
+        )
+        return {**rpn, **roi_training_losses(logits, box_deltas, samples, settings)}

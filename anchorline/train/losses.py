@@ -1,0 +1,61 @@
+"""The losses, apart from the model: equation (1) of the paper, in torchvision's normalisation.
+
+All take a fixed number of sampled slots per image and a mask that says which slots are real, so
+that no shape depends on the data.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def smooth_l1(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
+    """Elementwise smooth L1: quadratic below ``beta``, linear above, shape of the inputs."""
+    return F.smooth_l1_loss(prediction, target, beta=beta, reduction="none")
+
+
+def rpn_losses(
+    objectness: Tensor, deltas: Tensor, positive: Tensor, drawn: Tensor, targets: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Objectness and box loss of the sampled anchors, two scalars.
+
+    ``objectness`` [B, S] logits, ``deltas`` and ``targets`` [B, S, 4], ``positive`` and ``drawn``
+    bool [B, S]. Both are divided by the number of drawn anchors in the batch (N_cls).
+    """
+    count = drawn.sum().clamp(min=1)
+    per_anchor = F.binary_cross_entropy_with_logits(
+        _only(drawn, objectness), positive.to(objectness.dtype), reduction="none"
+    )
+    positive = positive & drawn
+    per_box = smooth_l1(_only(positive, deltas), _only(positive, targets), beta)
+    return _only(drawn, per_anchor).sum() / count, per_box.sum() / count
+
+
+def roi_losses(
+    class_logits: Tensor, deltas: Tensor, labels: Tensor, drawn: Tensor, targets: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Classification and box loss of the sampled proposals, two scalars.
+
+    ``class_logits`` [B, S, 1 + classes], background first; ``deltas`` [B, S, 1 + classes, 4], of
+    which the true class's row counts; ``labels`` int64 [B, S], 0 for background; ``drawn`` bool
+    [B, S]; ``targets`` [B, S, 4]. Both are divided by the number of drawn proposals in the batch.
+    """
+    count = drawn.sum().clamp(min=1)
+    logits = _only(drawn, class_logits)
+    per_proposal = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    own = deltas.gather(2, labels[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
+    positive = drawn & (labels > 0)
+    per_box = smooth_l1(_only(positive, own), _only(positive, targets), beta)
+    return _only(drawn, per_proposal).sum() / count, per_box.sum() / count
+
+
+def _only(mask: Tensor, values: Tensor) -> Tensor:
+    """``values`` [B, S, ...] in the slots of ``mask`` [B, S], 0 elsewhere.
+
+    Applied to the inputs of a loss: a slot that does not count may hold inf or NaN, and masking the
+    loss alone would still leave NaN in its gradient (0 * NaN).
+    """
+    mask = mask.reshape(mask.shape + (1,) * (values.dim() - mask.dim()))
+    return torch.where(mask, values, torch.zeros_like(values))

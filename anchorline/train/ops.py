@@ -1,0 +1,101 @@
+"""The custom ops, the seam between training and every runtime.
+
+In eager PyTorch they run torchvision's kernels; in an ONNX export each becomes one node of the
+domain ``anchorline``, whose meaning for other runtimes is in ``anchorline/export/functions.py``.
+These are the only two places in the model that know of the export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torchvision
+from torch import Tensor
+
+DOMAIN = "anchorline"
+OP_VERSION = 1
+SUPPRESSED = -1.0
+
+# TensorRT hands a node to a plugin only when the node itself names the plugin's namespace and version.
+PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(OP_VERSION)}
+
+
+def batched_nms(boxes: Tensor, scores: Tensor, *, iou_threshold: float, score_threshold: float) -> Tensor:
+    """Greedy non-maximum suppression of G independent groups of N boxes.
+
+    ``boxes`` float32 [G, N, 4] xyxy and ``scores`` float32 [G, N] in falling order within a group
+    (entries that do not count may stand anywhere). Returns ``scores`` [G, N] in which suppressed
+    entries, entries with a score at or below ``score_threshold`` or NaN, and boxes without a finite
+    positive area are ``SUPPRESSED``. A box goes when its IoU with a kept one exceeds ``iou_threshold``.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return _symbolic(
+            "BatchedNMS",
+            (boxes, scores),
+            {"iou_threshold": float(iou_threshold), "score_threshold": float(score_threshold)},
+            scores.dtype,
+            scores.shape,
+        )
+    # The op's threshold is a float32; torchvision's CPU kernel compares in double, where an IoU of
+    # exactly 0.6 lies above 0.6.
+    iou_threshold = torch.tensor(iou_threshold, dtype=torch.float32).item()
+    counts = _counts(boxes, scores, score_threshold)
+    kept = torch.full_like(scores, SUPPRESSED)
+    for group in torch.nonzero(counts.any(dim=1)).flatten().tolist():
+        candidates = torch.nonzero(counts[group]).flatten()
+        # Ranks instead of scores, so that equal scores keep the order in which they stand.
+        ranks = -torch.arange(len(candidates), dtype=torch.float32, device=boxes.device)
+        survivors = candidates[torchvision.ops.nms(boxes[group, candidates], ranks, iou_threshold)]
+        kept[group, survivors] = scores[group, survivors]
+    return kept
+
+
+def roi_align(features: Tensor, rois: Tensor, *, output_size: int, sampling_ratio: int) -> Tensor:
+    """RoIAlign (He et al., "Mask R-CNN", section 3) on one feature map: [B * R, C, S, S].
+
+    ``features`` [B, C, H, W]; ``rois`` float32 [B, R, 4] xyxy in feature pixels where a pixel's
+    value stands at its centre, (0.5, 0.5) for the first (torchvision's ``aligned=True``, ONNX's
+    ``half_pixel``). ``sampling_ratio`` >= 1 points per cell and axis are averaged.
+    """
+    size = int(output_size)
+    if torch.onnx.is_in_onnx_export():
+        return _symbolic(
+            "RoIAlign",
+            (features, rois),
+            {"output_size": size, "sampling_ratio": int(sampling_ratio)},
+            features.dtype,
+            (rois.shape[0] * rois.shape[1], features.shape[1], size, size),
+        )
+    image_index = torch.arange(rois.shape[0], device=rois.device, dtype=rois.dtype)
+    image_index = image_index[:, None, None].expand(-1, rois.shape[1], 1)
+    indexed = torch.cat((image_index, rois), dim=2).reshape(-1, 5).float()
+    # In float32, as the ONNX body: bfloat16 has steps of a whole feature pixel from 128 on.
+    pooled = torchvision.ops.roi_align(
+        features.float(), indexed, (size, size), 1.0, sampling_ratio, aligned=True
+    )
+    return pooled.to(features.dtype)
+
+
+def _counts(boxes: Tensor, scores: Tensor, score_threshold: float) -> Tensor:
+    """Bool [G, N]: entries above the threshold whose box has a finite positive area."""
+    width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
+    area = width * height
+    return (scores > score_threshold) & (width > 0) & (area > 0) & torch.isfinite(area)
+
+
+def _symbolic(
+    name: str,
+    inputs: tuple[Tensor, ...],
+    attributes: dict[str, float | int],
+    dtype: torch.dtype,
+    shape: Sequence[int],
+) -> Tensor:
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{name}",
+        inputs,
+        {**attributes, **PLUGIN_ATTRIBUTES},
+        dtype=dtype,
+        shape=shape,
+        version=OP_VERSION,
+    )

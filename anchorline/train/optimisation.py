@@ -1,0 +1,66 @@
+"""Optimiser, learning-rate schedule and the moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.train.settings import TrainingSettings
+
+
+def build_optimiser(model: FasterRCNN, settings: TrainingSettings) -> torch.optim.SGD:
+    """SGD with momentum; no weight decay on norms and biases, the backbone at its own rate."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = settings.learning_rate * (
+                settings.backbone_rate if name.startswith("backbone.body.") else 1.0
+            )
+            decay = settings.weight_decay if parameter.dim() > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return torch.optim.SGD(
+        [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()],
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+    )
+
+
+def build_schedule(optimiser: torch.optim.Optimizer, settings: TrainingSettings, steps: int) -> LambdaLR:
+    """Linear warm-up, then ``settings.schedule`` over ``steps`` steps in all."""
+
+    def factor(step: int) -> float:
+        warmup = min(
+            1.0, settings.warmup_factor + (1 - settings.warmup_factor) * step / max(1, settings.warmup_steps)
+        )
+        progress = min(1.0, step / max(1, steps))
+        if settings.schedule == "step":
+            return warmup * 0.1 ** sum(progress >= milestone for milestone in settings.milestones)
+        return warmup * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimiser, factor)
+
+
+class MovingAverage:
+    """An exponential moving average of a model's state; short at first, so early weights fade fast."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self.updates += 1
+        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        averaged: list[Tensor] = []
+        current: list[Tensor] = []
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                averaged.append(self.state[name])
+                current.append(tensor)
+            else:
+                self.state[name].copy_(tensor)
+        torch._foreach_lerp_(averaged, current, weight)

@@ -1,0 +1,128 @@
+"""Multi-level RoIAlign in one call: the levels of the pyramid laid out on one canvas of features.
+
+torchvision's ``MultiScaleRoIAlign`` pools every level apart and scatters the results. Here the maps
+are placed on one larger map, each with a border that repeats its edge, and every RoI is moved to the
+place of its level; one RoIAlign then serves all levels. The results are the same (see ``edge_mask``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anchorline.train import ops
+from anchorline.train.boxes import box_area
+from anchorline.train.settings import ModelSettings
+
+# Samples lie at most half a pixel before a map (aligned RoIs) and less than one pixel behind it (RoIs
+# widened to one cell); a bilinear sample reads one pixel further.
+BORDER_BEFORE = 1
+BORDER_AFTER = 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each level's first pixel stands on the feature canvas, as (y, x), and the canvas size."""
+
+    origins: tuple[tuple[int, int], ...]
+    size: tuple[int, int]
+
+
+def lay_out(grids: Sequence[tuple[int, int]]) -> Layout:
+    """The finest map on top, the others side by side below it; ``grids`` are (height, width)."""
+    border = BORDER_BEFORE + BORDER_AFTER
+    origins = [(BORDER_BEFORE, BORDER_BEFORE)]
+    top, left = grids[0][0] + border, 0
+    for _, width in grids[1:]:
+        origins.append((top + BORDER_BEFORE, left + BORDER_BEFORE))
+        left += width + border
+    height = top + max([h + border for h, _ in grids[1:]], default=0)
+    return Layout(tuple(origins), (height, max(grids[0][1] + border, left)))
+
+
+def feature_canvas(features: Sequence[Tensor]) -> Tensor:
+    """All maps [B, C, H_i, W_i] on one [B, C, height, width], placed as ``lay_out`` says."""
+    sides = (BORDER_BEFORE, BORDER_AFTER, BORDER_BEFORE, BORDER_AFTER)
+    first, *rest = (F.pad(feature, sides, mode="replicate") for feature in features)
+    if not rest:
+        return first
+    tallest = max(feature.shape[2] for feature in rest)
+    row = torch.cat([F.pad(feature, (0, 0, 0, tallest - feature.shape[2])) for feature in rest], dim=3)
+    width = max(first.shape[3], row.shape[3])
+    first, row = (F.pad(part, (0, width - part.shape[3])) for part in (first, row))
+    return torch.cat((first, row), dim=2)
+
+
+def assign_levels(boxes: Tensor, levels: int, first_stride: int, canonical_size: float) -> Tensor:
+    """Index [B, R] of the level each box [B, R, 4] is pooled from (FPN paper, equation 1).
+
+    A box of side ``canonical_size`` belongs to the level of stride 16; each doubling is one level
+    up. As torchvision's ``LevelMapper``, with its guard of 1e-6 against rounding at the steps.
+    """
+    first = first_stride.bit_length() - 1
+    level = torch.floor(4 + torch.log2(torch.sqrt(box_area(boxes)) / canonical_size) + 1e-6)
+    return torch.clamp(level, min=first, max=first + levels - 1).to(torch.int64) - first
+
+
+def edge_mask(start: Tensor, length: Tensor, limit: Tensor, size: int, sampling: int) -> Tensor:
+    """Share [B, R, S] of each cell's sampling points along one axis that lie on the map.
+
+    RoIs narrower than a feature pixel are widened to one and may then reach past the far edge,
+    where torchvision reads zeros and the repeated border does not. All samples of such a RoI lie in
+    the last pixel, so its cells are that pixel's value times this share, exactly.
+    """
+    steps = torch.arange(size * sampling, dtype=start.dtype, device=start.device)
+    offsets = (steps + 0.5) / (size * sampling)
+    inside = start[..., None] + length[..., None] * offsets <= limit[..., None]
+    return inside.to(start.dtype).unflatten(-1, (size, sampling)).mean(-1)
+
+
+class RoIPooling(nn.Module):
+    """RoIAlign over the first levels of a pyramid, in torchvision's convention or the aligned one."""
+
+    def __init__(self, strides: Sequence[int], settings: ModelSettings) -> None:
+        super().__init__()
+        self.strides = tuple(strides)
+        self.size = settings.roi_size
+        self.sampling = settings.roi_sampling
+        self.aligned = settings.roi_aligned
+        self.canonical_size = settings.canonical_size
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        """Pooled regions [B * R, C, S, S] of ``boxes`` [B, R, 4] in canvas pixels.
+
+        ``features`` are the levels of ``strides``, finest first.
+        """
+        grids = [(feature.shape[2], feature.shape[3]) for feature in features]
+        layout = lay_out(grids)
+        level = assign_levels(boxes, len(grids), self.strides[0], self.canonical_size)
+        table = torch.tensor(
+            [
+                (1.0 / stride, *origin, *grid)
+                for stride, origin, grid in zip(self.strides, layout.origins, grids, strict=True)
+            ],
+            dtype=boxes.dtype,
+            device=boxes.device,
+        )
+        scale, origin_y, origin_x, height, width = table[level].unbind(-1)
+        x1, y1, x2, y2 = (boxes * scale[..., None]).unbind(-1)
+        length_x, length_y = x2 - x1, y2 - y1
+        # The op puts pixel centres at 0.5, torchvision's aligned=False at 0; hence the half pixel.
+        shift = 0.0 if self.aligned else 0.5
+        if not self.aligned:
+            length_x, length_y = length_x.clamp(min=1.0), length_y.clamp(min=1.0)
+        left, top = x1 + (origin_x + shift), y1 + (origin_y + shift)
+        rois = torch.stack((left, top, left + length_x, top + length_y), dim=-1)
+        pooled = ops.roi_align(
+            feature_canvas(features), rois, output_size=self.size, sampling_ratio=self.sampling
+        )
+        if self.aligned:
+            return pooled
+        rows = edge_mask(y1, length_y, height, self.size, self.sampling)
+        columns = edge_mask(x1, length_x, width, self.size, self.sampling)
+        mask = (rows[..., :, None] * columns[..., None, :]).flatten(0, 1)
+        return pooled * mask[:, None].to(pooled.dtype)

@@ -1,0 +1,138 @@
+"""The region proposal network: head, proposals and targets (Faster R-CNN, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anchorline.train import ops
+from anchorline.train.box_coder import BoxCoder
+from anchorline.train.boxes import at_least, clip_to_images, pairwise_iou
+from anchorline.train.losses import rpn_losses
+from anchorline.train.matcher import BACKGROUND, match
+from anchorline.train.sampler import sample
+from anchorline.train.settings import ModelSettings, TrainingSettings
+from anchorline.train.targets import Targets
+
+RPN_CODER = BoxCoder()
+
+
+class RPNHead(nn.Module):
+    """A 3x3 window over the features, then objectness and ``bbox_deltas`` as sibling 1x1 convolutions."""
+
+    def __init__(self, channels: int, anchors_per_place: int, convs: int = 1) -> None:
+        super().__init__()
+        # The nesting keeps torchvision's parameter names: conv.0.0.weight.
+        self.conv = nn.Sequential(
+            *[nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()) for _ in range(convs)]
+        )
+        self.cls_logits = nn.Conv2d(channels, anchors_per_place, 1)
+        self.bbox_pred = nn.Conv2d(channels, anchors_per_place * 4, 1)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=0.01)
+                nn.init.constant_(cast(Tensor, layer.bias), 0.0)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Per level, objectness logits [B, A_level] and deltas [B, A_level, 4] in anchor order."""
+        objectness, deltas = [], []
+        for feature in features:
+            hidden = self.conv(feature)
+            objectness.append(self.cls_logits(hidden).permute(0, 2, 3, 1).flatten(1))
+            deltas.append(self.bbox_pred(hidden).permute(0, 2, 3, 1).reshape(feature.shape[0], -1, 4))
+        return [o.float() for o in objectness], [d.float() for d in deltas]
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """``boxes`` [B, P, 4] on the canvas in falling order of ``scores`` [B, P]; unused slots are -1 and 0."""
+
+    boxes: Tensor
+    scores: Tensor
+
+    @property
+    def present(self) -> Tensor:
+        """Bool [B, P]: which slots hold a proposal."""
+        return self.scores > ops.SUPPRESSED
+
+
+def select_proposals(
+    objectness: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    image_sizes: Tensor,
+    settings: ModelSettings,
+    *,
+    pre_nms: int,
+    post_nms: int,
+) -> Proposals:
+    """Turn the head's outputs into proposals, as torchvision's ``filter_proposals`` in fixed shapes.
+
+    Per level the ``pre_nms`` best anchors are decoded and clipped to their image, boxes that are too
+    small go, NMS runs within each level, and the ``post_nms`` best of all levels remain.
+    """
+    slots = max(min(pre_nms, level.shape[1]) for level in objectness)
+    boxes_of_level, scores_of_level = [], []
+    for level_objectness, level_deltas, level_anchor in zip(objectness, deltas, anchors, strict=True):
+        count = min(pre_nms, level_objectness.shape[1])
+        logits, index = level_objectness.topk(count, dim=1)
+        chosen = level_deltas.gather(1, index[..., None].expand(-1, -1, 4))
+        boxes = RPN_CODER.decode(chosen, level_anchor[index])
+        boxes_of_level.append(F.pad(boxes, (0, 0, 0, slots - count)))
+        scores_of_level.append(F.pad(logits.sigmoid(), (0, slots - count), value=ops.SUPPRESSED))
+    boxes = clip_to_images(torch.stack(boxes_of_level, dim=1), image_sizes)  # [B, L, slots, 4]
+    scores = torch.stack(scores_of_level, dim=1)
+    scores = torch.where(
+        at_least(boxes, settings.rpn_min_side), scores, torch.full_like(scores, ops.SUPPRESSED)
+    )
+    batch, levels = boxes.shape[:2]
+    kept = ops.batched_nms(
+        boxes.reshape(batch * levels, slots, 4),
+        scores.reshape(batch * levels, slots),
+        iou_threshold=settings.rpn_nms_iou,
+        score_threshold=ops.SUPPRESSED,  # a sigmoid that underflows to 0 is still a score
+    )
+    kept = kept.reshape(batch, levels * slots)
+    scores, index = kept.topk(min(post_nms, levels * slots), dim=1)
+    boxes = boxes.reshape(batch, levels * slots, 4).gather(1, index[..., None].expand(-1, -1, 4))
+    return Proposals(
+        torch.where((scores > ops.SUPPRESSED)[..., None], boxes, torch.zeros_like(boxes)), scores
+    )
+
+
+def rpn_training_losses(
+    objectness: Tensor, deltas: Tensor, anchors: Tensor, targets: Targets, settings: TrainingSettings
+) -> dict[str, Tensor]:
+    """Objectness and box loss of one batch.
+
+    ``objectness`` [B, A], ``deltas`` [B, A, 4] and ``anchors`` [A, 4] with all levels joined.
+    """
+    with torch.no_grad():
+        iou = pairwise_iou(anchors[None], targets.boxes)
+        matches = match(
+            iou,
+            targets.present,
+            positive_iou=settings.rpn_positive_iou,
+            negative_iou=settings.rpn_negative_iou,
+            keep_best_of_each_box=True,
+        )
+        positive, negative = matches >= 0, matches == BACKGROUND
+        index, drawn = sample(positive, negative, settings.rpn_samples, settings.rpn_positive_fraction)
+        positive = positive.gather(1, index) & drawn
+        box = matches.gather(1, index).clamp(min=0)
+        goals = RPN_CODER.encode(targets.boxes_at(box), anchors[index])
+    objectness_loss, box_loss = rpn_losses(
+        objectness.gather(1, index),
+        deltas.gather(1, index[..., None].expand(-1, -1, 4)),
+        positive,
+        drawn,
+        torch.where(positive[..., None], goals, torch.zeros_like(goals)),
+        settings.rpn_box_beta,
+    )
+    weight = settings.rpn_loss_weight
+    return {"loss_objectness": weight * objectness_loss, "loss_rpn_box": weight * box_loss}

@@ -1,0 +1,298 @@
+"""Every choice in a model and its training, as documented dataclasses.
+
+A preset is a TOML file in ``presets/`` with the tables ``[model]`` and ``[training]``; fields it does
+not name keep the defaults written here, and the command line may override each one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from anchorline.runtime.errors import SettingsError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRESETS = Path(__file__).parent / "presets"
+
+# ImageNet's statistics in grey levels, RGB: what the pretrained backbones expect.
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The architecture; with the class names and the weights it is the whole model."""
+
+    backbone: str = "mobilenet_v2"
+    """Name in ``backbones.BACKBONES``."""
+    neck: str = "fpn"
+    """``fpn`` (feature pyramid, strides up to 64) or ``single`` (one map of stride 16)."""
+    finest_stride: int = 4
+    """Stride of the pyramid's finest level: 4, or 8 for a quarter of the work where no object is tiny."""
+    backbone_norm: str = "frozen"
+    """Batch norm of the backbone: ``frozen`` (fixed statistics) or ``live`` (trained)."""
+    canvas: tuple[int, int] = (480, 640)
+    """Height and width of the network input in pixels, multiples of 32."""
+    fpn_channels: int = 256
+    anchor_sizes: tuple[tuple[float, ...], ...] = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
+    """Square roots of the anchor areas in canvas pixels, one group per level."""
+    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Height / width of the anchors."""
+    rpn_convs: int = 1
+    """3x3 convolutions of the RPN head before its two siblings."""
+    rpn_pre_nms: int = 1000
+    """Candidates kept per level before NMS at test time."""
+    rpn_post_nms: int = 300
+    """Proposals per image at test time."""
+    rpn_nms_iou: float = 0.7
+    rpn_min_side: float = 1e-3
+    """Proposals with a side below this many canvas pixels are dropped."""
+    roi_size: int = 7
+    """Cells per side of a pooled region."""
+    roi_sampling: int = 2
+    """Sampling points per cell and axis."""
+    roi_aligned: bool = False
+    """Shift RoIs by half a feature pixel, as Detectron2 does and torchvision does not."""
+    canonical_size: float = 224.0
+    """Side in pixels of a RoI that is pooled from the level of stride 16 (FPN paper, equation 1)."""
+    representation: int = 1024
+    """Width of the two fully connected layers of the box head."""
+    box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+    """Scale of the detection head's regression targets."""
+    score_threshold: float = 0.05
+    nms_iou: float = 0.5
+    box_min_side: float = 1e-2
+    max_detections: int = 100
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        _expect(self.neck in ("fpn", "single"), "model.neck", self.neck, "'fpn' or 'single'")
+        _expect(
+            self.backbone_norm in ("frozen", "live"),
+            "model.backbone_norm",
+            self.backbone_norm,
+            "'frozen' or 'live'",
+        )
+        _expect(
+            len(self.canvas) == 2 and all(s >= 32 and s % 32 == 0 for s in self.canvas),
+            "model.canvas",
+            self.canvas,
+            "a height and a width that are multiples of 32",
+        )
+        _expect(self.finest_stride in (4, 8), "model.finest_stride", self.finest_stride, "4 or 8")
+        levels = 1 if self.neck == "single" else (5 if self.finest_stride == 4 else 4)
+        _expect(
+            len(self.anchor_sizes) == levels and all(self.anchor_sizes),
+            "model.anchor_sizes",
+            self.anchor_sizes,
+            f"{levels} group{'s' if levels > 1 else ''} of sizes for the neck {self.neck!r}",
+        )
+        for name in (
+            "roi_sampling",
+            "rpn_pre_nms",
+            "rpn_post_nms",
+            "max_detections",
+            "roi_size",
+            "fpn_channels",
+        ):
+            _expect(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+
+    @property
+    def anchors_per_place(self) -> int:
+        """k of the paper: anchors at one place of one level."""
+        return len(self.anchor_sizes[0]) * len(self.aspect_ratios)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelSettings:
+        return settings_from(cls, json.loads(text), "model")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How the model is trained: approximate joint training (section 3.2), SGD with momentum."""
+
+    epochs: int = 12
+    batch: int = 4
+    """Images per step."""
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly to its value."""
+    warmup_factor: float = 0.01
+    schedule: str = "cosine"
+    """``cosine`` to zero, or ``step`` (divided by 10 at the milestones)."""
+    milestones: tuple[float, ...] = (0.67, 0.9)
+    """For ``step``: shares of the whole training."""
+    clip_norm: float = 10.0
+    """Largest norm of the gradient; 0 sets no limit."""
+    backbone_rate: float = 1.0
+    """The backbone's share of the learning rate."""
+    frozen_stages: int = 0
+    """Stages of the backbone, from the input, that are not trained."""
+    ema: float = 0.0
+    """Decay of the exponential moving average of the weights; 0 switches it off."""
+    precision: str = "fp32"
+    """``fp32``, ``bf16``, or ``auto``: bf16 on processors that compute it natively."""
+    seed: int = 0
+    workers: int = 1
+    """Processes that load images; 0 loads in the training process."""
+    validate_every: int = 0
+    """Epochs between validations when validation data is given; 0 validates at the end only."""
+
+    flip: float = 0.5
+    """Probability of a horizontal mirror image."""
+    vertical_flip: float = 0.0
+    """Probability of an upside-down image; for views without an up, such as microscopy and satellites."""
+    zoom: tuple[float, float] = (1.0, 1.0)
+    """Range of random magnification: above 1 a part is cropped, below 1 the image is set in a larger frame."""
+    photometric: float = 0.0
+    """Strength of random brightness, contrast, saturation and hue, 0 to 1."""
+
+    rpn_positive_iou: float = 0.7
+    rpn_negative_iou: float = 0.3
+    rpn_samples: int = 256
+    """Anchors per image in the RPN loss."""
+    rpn_positive_fraction: float = 0.5
+    rpn_pre_nms: int = 2000
+    """Candidates kept per level before NMS while training."""
+    rpn_post_nms: int = 2000
+    """Proposals per image while training."""
+    roi_positive_iou: float = 0.5
+    roi_samples: int = 512
+    """Proposals per image in the detection loss."""
+    roi_positive_fraction: float = 0.25
+    rpn_box_beta: float = 1.0 / 9
+    """Where the RPN's smooth L1 turns from quadratic to linear."""
+    roi_box_beta: float = 1.0 / 9
+    """The same in the detection head."""
+    rpn_loss_weight: float = 1.0
+    roi_box_loss_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "rpn_samples", "roi_samples", "rpn_pre_nms", "rpn_post_nms"):
+            _expect(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
+        _expect(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "a number above 0")
+        _expect(self.schedule in ("cosine", "step"), "training.schedule", self.schedule, "'cosine' or 'step'")
+        _expect(
+            self.precision in ("fp32", "bf16", "auto"),
+            "training.precision",
+            self.precision,
+            "'fp32', 'bf16' or 'auto'",
+        )
+        _expect(0 <= self.ema < 1, "training.ema", self.ema, "a decay from 0 to below 1")
+        _expect(
+            len(self.zoom) == 2 and 0 < self.zoom[0] <= self.zoom[1],
+            "training.zoom",
+            self.zoom,
+            "a lowest and a highest magnification above 0",
+        )
+        _expect(self.workers >= 0, "training.workers", self.workers, "0 or more processes")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A model and its training."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def load_preset(name: str, overrides: Sequence[str] = ()) -> Settings:
+    """Settings of a preset (a name, or the path of a TOML file), changed by ``overrides``.
+
+    An override is ``table.field=value`` with a TOML value, such as ``training.epochs=20``; the
+    table may be left out where only one has the field. Raises ``SettingsError``.
+    """
+    path = PRESETS / f"{name}.toml" if not name.endswith(".toml") else Path(name)
+    if not path.is_file():
+        raise SettingsError(
+            f"preset {name!r} is not known; expected one of {', '.join(preset_names())} or a .toml file"
+        )
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: not a TOML file ({error}); mend it or use a preset") from None
+    for text in overrides:
+        table, name, value = _parse_override(text)
+        tables.setdefault(table, {})[name] = value
+    unknown = set(tables) - {"model", "training"}
+    if unknown:
+        raise SettingsError(f"{path}: unknown table {sorted(unknown)[0]!r}; expected [model] and [training]")
+    return Settings(
+        settings_from(ModelSettings, tables.get("model", {}), "model"),
+        settings_from(TrainingSettings, tables.get("training", {}), "training"),
+    )
+
+
+_Dataclass = TypeVar("_Dataclass", ModelSettings, TrainingSettings)
+
+
+def settings_from(cls: type[_Dataclass], values: Mapping[str, Any], table: str) -> _Dataclass:
+    """Build ``cls`` from plain values, checking names and types; raises ``SettingsError``."""
+    hints = get_type_hints(cls)
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise SettingsError(
+            f"{table}.{sorted(unknown)[0]} is not a setting; expected one of {', '.join(sorted(hints))}"
+        )
+    return cls(**{name: _coerce(value, hints[name], f"{table}.{name}") for name, value in values.items()})
+
+
+def _coerce(value: Any, hint: Any, name: str) -> Any:
+    """``value`` as the type of its field: lists become tuples, whole numbers become floats."""
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type):
+        matches = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+        _expect(matches, name, value, f"a value of type {hint.__name__}")
+        return value
+    _expect(isinstance(value, list | tuple), name, value, "a list")
+    inner = [h for h in hint.__args__ if h is not Ellipsis]
+    if len(inner) > 1:
+        _expect(len(value) == len(inner), name, value, f"a list of {len(inner)}")
+    return tuple(_coerce(item, inner[min(i, len(inner) - 1)], name) for i, item in enumerate(value))
+
+
+def _parse_override(text: str) -> tuple[str, str, Any]:
+    key, equals, literal = text.partition("=")
+    table, dot, name = key.strip().rpartition(".")
+    if not dot:
+        tables = [
+            t
+            for t, c in (("model", ModelSettings), ("training", TrainingSettings))
+            if name in get_type_hints(c)
+        ]
+        _expect(len(tables) == 1, "override", text, "table.field=value with the table model or training")
+        table = tables[0]
+    _expect(bool(equals) and table in ("model", "training"), "override", text, "table.field=value")
+    try:
+        return table, name, tomllib.loads(f"value = {literal}")["value"]
+    except tomllib.TOMLDecodeError:
+        return table, name, literal.strip()
+
+
+def _expect(condition: bool, name: str, value: object, expectation: str) -> None:
+    if not condition:
+        raise SettingsError(f"{name} is {value!r}; expected {expectation}")

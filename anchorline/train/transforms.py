@@ -1,0 +1,75 @@
+"""Random views of a training image, with torchvision's transforms v2; boxes follow the pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from anchorline.train.settings import TrainingSettings
+
+# Of an object cut by the edge of a crop, this share of its area must remain for it to stay labelled.
+LEAST_VISIBLE = 0.3
+PAD_VALUE = 114.0
+
+
+class RandomZoom(nn.Module):
+    """Magnify by a random factor: above 1 crop a part, below 1 set the image in a larger frame.
+
+    No pixel is resampled here; the resize onto the canvas that follows does it, once. Objects of
+    which less than ``LEAST_VISIBLE`` remains lose their box.
+    """
+
+    def __init__(self, lowest: float, highest: float) -> None:
+        super().__init__()
+        self.lowest, self.highest = lowest, highest
+
+    def forward(
+        self, image: tv_tensors.Image, target: dict[str, Any]
+    ) -> tuple[tv_tensors.Image, dict[str, Any]]:
+        low, high = torch.tensor([self.lowest, self.highest]).log().tolist()
+        factor = float(torch.empty(1).uniform_(low, high).exp())
+        height, width = image.shape[-2:]
+        new_height, new_width = max(1, round(height / factor)), max(1, round(width / factor))
+        top = int(_between(0, height - new_height))
+        left = int(_between(0, width - new_width))
+        area = _areas(target["boxes"])
+        if factor < 1:
+            margins = [-left, -top, new_width - width + left, new_height - height + top]
+            image = F.pad(image, margins, fill=PAD_VALUE)
+            boxes = F.pad(target["boxes"], margins)
+        else:
+            image = F.crop(image, top, left, new_height, new_width)
+            boxes = F.clamp_bounding_boxes(F.crop(target["boxes"], top, left, new_height, new_width))
+        keep = _areas(boxes) >= LEAST_VISIBLE * area
+        return image, {"boxes": boxes[keep], "labels": target["labels"][keep]}
+
+
+def build_transforms(settings: TrainingSettings) -> v2.Compose:
+    """The random views that ``settings`` ask for, from (image, {boxes, labels}) to the same."""
+    steps: list[nn.Module] = []
+    if settings.flip:
+        steps.append(v2.RandomHorizontalFlip(settings.flip))
+    if settings.vertical_flip:
+        steps.append(v2.RandomVerticalFlip(settings.vertical_flip))
+    if settings.zoom != (1.0, 1.0):
+        steps.append(RandomZoom(*settings.zoom))
+    if settings.photometric:
+        strength = settings.photometric
+        steps.append(v2.ColorJitter(0.5 * strength, 0.5 * strength, 0.5 * strength, 0.08 * strength))
+    return v2.Compose([*steps, v2.Identity()])
+
+
+def _between(a: int, b: int) -> int:
+    """A random whole number between ``a`` and ``b``, both possible, in whichever order they are."""
+    low, high = min(a, b), max(a, b)
+    return int(torch.randint(low, high + 1, ()))
+
+
+def _areas(boxes: Tensor) -> Tensor:
+    plain = boxes.as_subclass(Tensor)
+    return (plain[:, 2] - plain[:, 0]) * (plain[:, 3] - plain[:, 1])

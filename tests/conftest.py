@@ -1,0 +1,74 @@
+"""Small models for every stage's tests: the real architecture with narrow layers on a small canvas.
+
+PyTorch is imported inside the fixtures, so that the tests of the torch-free stages stay without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from anchorline.train.faster_rcnn import FasterRCNN
+    from anchorline.train.settings import ModelSettings
+
+SMALL_CANVAS = (128, 160)
+
+
+@pytest.fixture(scope="session")
+def small_settings() -> Callable[..., ModelSettings]:
+    """``small_settings(neck, **changes)``: settings of a narrow model on a canvas of 128x160."""
+    from anchorline.train.settings import ModelSettings
+
+    def settings(neck: str = "fpn", **changes: object) -> ModelSettings:
+        sizes = ((8.0,), (16.0,), (32.0,), (64.0,), (128.0,)) if neck == "fpn" else ((16.0, 48.0),)
+        fields: dict[str, object] = {
+            "neck": neck,
+            "canvas": SMALL_CANVAS,
+            "anchor_sizes": sizes,
+            "fpn_channels": 16,
+            "representation": 32,
+            "canonical_size": 56.0,
+            "rpn_pre_nms": 200,
+            "rpn_post_nms": 60,
+            "max_detections": 100,
+        }
+        return ModelSettings(**{**fields, **changes})  # type: ignore[arg-type]
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def small_model(small_settings: Callable[..., ModelSettings]) -> Callable[..., FasterRCNN]:
+    """``small_model(neck, classes, **changes)``: a seeded, untrained model in evaluation mode that detects things.
+
+    Its batch norms hold the statistics of noise images, without which features of random weights
+    fade to nothing on the way; its heads are scaled up until scores spread and boxes move.
+    """
+    import torch
+
+    from anchorline.train.faster_rcnn import FasterRCNN
+
+    def take_statistics(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        module.running_mean.copy_(inputs[0].mean(dim=(0, 2, 3)))
+        module.running_var.copy_(inputs[0].var(dim=(0, 2, 3)))
+
+    @torch.no_grad()
+    def model(neck: str = "fpn", classes: int = 3, **changes: object) -> FasterRCNN:
+        torch.manual_seed(1)
+        built = FasterRCNN(small_settings(neck, **changes), classes).eval()
+        norms = [module for module in built.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        hooks = [norm.register_forward_pre_hook(take_statistics) for norm in norms]
+        height, width = built.settings.canvas
+        built.features(torch.rand(2, height, width, 3) * 255, torch.tensor([[height, width]] * 2))
+        for hook in hooks:
+            hook.remove()
+        built.rpn.head.cls_logits.weight.mul_(30)
+        built.rpn.head.bbox_pred.weight.mul_(10)
+        built.roi_heads.box_predictor.cls_score.weight.mul_(15)
+        built.roi_heads.box_predictor.bbox_pred.weight.mul_(10)
+        return built
+
+    return model

@@ -1,0 +1,94 @@
+"""COCO average precision: both packages agree, and cases with a known answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anchorline.evaluation.coco_ap import coco_average_precision
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.errors import SettingsError
+
+BACKENDS = ("faster-coco-eval", "pycocotools")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_two_packages_agree(random_results: Callable[..., Any], seed: int) -> None:
+    images, detections = random_results(seed)
+    faster, original = (coco_average_precision(images, detections, 3, backend) for backend in BACKENDS)
+    np.testing.assert_allclose(faster, original, atol=1e-9)
+
+
+def test_equals_pycocotools_on_files(random_results: Callable[..., Any], tmp_path: Path) -> None:
+    """The documented way: annotation and result files, ``summarize`` and its first figure."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    images, detections = random_results(11)
+    annotations, results = [], []
+    for number, (image, found) in enumerate(zip(images, detections, strict=True), start=1):
+        for (x1, y1, x2, y2), label, difficult in zip(
+            image.boxes.tolist(), image.labels.tolist(), image.difficult.tolist(), strict=True
+        ):
+            box = [x1, y1, x2 - x1, y2 - y1]
+            record = {"id": len(annotations) + 1, "image_id": number, "category_id": label + 1, "bbox": box}
+            annotations.append({**record, "area": box[2] * box[3], "iscrowd": int(difficult)})
+        results += found.to_coco(number)
+    truth = {
+        "images": [{"id": number + 1} for number in range(len(images))],
+        "categories": [{"id": label + 1, "name": str(label)} for label in range(3)],
+        "annotations": annotations,
+    }
+    (tmp_path / "truth.json").write_text(json.dumps({**truth, "info": {}}))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    coco = COCO(str(tmp_path / "truth.json"))
+    evaluation = COCOeval(coco, coco.loadRes(str(tmp_path / "results.json")), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    expected = evaluation.stats[0]
+    assert np.mean(coco_average_precision(images, detections, 3)) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_known_answers(make_image: Callable[..., Any], backend: Any) -> None:
+    images = [make_image([[0, 0, 10, 10]], [0]), make_image()]
+    none = Detections.empty()
+    exact = Detections([[0, 0, 10, 10]], [0.9], [0])
+    loose = Detections([[0, 0, 10, 7.2]], [0.9], [0])  # IoU 0.72 passes .50 to .70, five of ten
+    assert coco_average_precision(images, [exact, none], 2, backend)[0] == pytest.approx(1.0)
+    assert coco_average_precision(images, [loose, none], 2, backend)[0] == pytest.approx(0.5)
+    assert coco_average_precision(images, [none, none], 2, backend)[0] == 0.0
+    assert np.isnan(coco_average_precision(images, [exact, none], 2, backend)[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_difficult_and_crowd_objects_do_not_count(make_image: Callable[..., Any], backend: Any) -> None:
+    boxes = [[0, 0, 10, 10], [30, 30, 60, 60], [70, 70, 90, 90]]
+    images = [make_image(boxes, difficult=[False, True, False], crowd=[False, False, True])]
+    found = Detections(boxes, [0.5, 0.9, 0.8], [0, 0, 0])
+    assert coco_average_precision(images, [found], 1, backend) == pytest.approx([1.0])
+    assert coco_average_precision(images, [found[[0]]], 1, backend) == pytest.approx([1.0])
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, make_image: Callable[..., Any]) -> None:
+    import sys
+
+    images, found = [make_image([[0, 0, 10, 10]], [0])], [Detections([[0, 0, 10, 10]], [0.9], [0])]
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    assert coco_average_precision(images, found, 1) == pytest.approx([1.0])  # the other one
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    with pytest.raises(SettingsError, match="pip install faster-coco-eval"):
+        coco_average_precision(images, found, 1)
+
+
+def test_nothing_is_printed(make_image: Callable[..., Any], capfd: pytest.CaptureFixture[str]) -> None:
+    images, found = [make_image([[0, 0, 10, 10]], [0])], [Detections([[0, 0, 10, 10]], [0.9], [0])]
+    for backend in BACKENDS:
+        coco_average_precision(images, found, 1, backend)  # type: ignore[arg-type]
+    assert capfd.readouterr() == ("", "")

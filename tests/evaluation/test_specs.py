@@ -1,0 +1,95 @@
+"""``--data`` specs: forms, several at once, names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from anchorline.evaluation.specs import load_dataset, load_datasets
+from anchorline.evaluation.synthetic import CLASS_NAMES
+from anchorline.runtime.errors import DataError
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "",
+        "voc",
+        "voc:",
+        "voc:folder",
+        "voc:@train",
+        "voc:folder@",
+        "coco:images",
+        "coco:,a.json",
+        "coco:images,",
+        "yolov9:folder",
+        "synthetic:",
+        "synthetic:0",
+        "synthetic:-3",
+        "synthetic:many",
+        "synthetic:3@x",
+    ],
+)
+def test_wrong_forms_name_the_right_ones(spec: str) -> None:
+    with pytest.raises(DataError, match="expected") as caught:
+        load_dataset(spec)
+    assert repr(spec) in str(caught.value)
+
+
+def test_a_folder_may_hold_an_at_sign(make_voc: Callable[..., Path], tmp_path: Path) -> None:
+    root = make_voc({"a": [("cat", (1, 1, 9, 9))]})
+    root.rename(tmp_path / "data@home")
+    assert len(load_dataset(f"voc:{tmp_path}/data@home@train")) == 1
+
+
+def test_several_specs_share_the_union_of_names(
+    make_voc: Callable[..., Path], make_coco: Callable[..., str]
+) -> None:
+    root = make_voc({"a": [("zebra", (1, 1, 9, 9)), ("dog", (2, 2, 2, 2))]})
+    dataset = load_datasets([f"voc:{root}@train", make_coco()])
+    assert dataset.names == ("dog", "zebra", "person")
+    assert [image.labels.tolist() for image in dataset] == [[1], [0, 2], [2]]
+    assert dataset.dropped == {"zero area": 1}
+    assert dataset.category_ids is None
+    assert load_datasets([make_coco(), make_coco()]).category_ids == (1, 18)
+    with pytest.raises(DataError, match="no data given"):
+        load_datasets([])
+
+
+def test_names_for_generated_scenes() -> None:
+    plain = load_dataset("synthetic:3")
+    names = ["other", *reversed(CLASS_NAMES)]
+    renamed = load_dataset("synthetic:3", names=names)
+    for one, other in zip(plain, renamed, strict=True):
+        assert [CLASS_NAMES[label] for label in one.labels] == [names[label] for label in other.labels]
+    with pytest.raises(DataError, match="unknown class 'arrow'"):
+        load_dataset("synthetic:3", names=["cat"])
+
+
+@pytest.mark.parametrize("names", [[], ["cat", "cat"]])
+def test_useless_names_are_refused(names: list[str]) -> None:
+    with pytest.raises(DataError, match="class names"):
+        load_dataset("synthetic:1", names=names)
+
+
+def test_real_cells() -> None:
+    shared = os.environ.get("ANCHORLINE_SHARED")
+    if not shared or not (Path(shared) / "data/bccd").is_dir():
+        pytest.skip("ANCHORLINE_SHARED names no folder with data/bccd")
+    sizes = {"train": 205, "val": 87, "test": 72, "trainval": 292}
+    boxes = {"Platelets": 0, "RBC": 0, "WBC": 0}
+    for split, size in sizes.items():
+        dataset = load_dataset(f"voc:{shared}/data/bccd@{split}")
+        assert len(dataset) == size
+        assert dataset.names == ("Platelets", "RBC", "WBC")
+        for image in dataset if split in ("trainval", "test") else ():
+            assert image.size == (480, 640)
+            for label in image.labels:
+                boxes[dataset.names[label]] += 1
+        if split == "trainval":
+            assert dataset.dropped == {"zero area": 2}
+    # The counts of the data set's own table, less the two boxes of zero area.
+    assert sum(boxes.values()) == 4155 + 372 + 361 - 2

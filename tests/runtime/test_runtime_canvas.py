@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anchorline.runtime.canvas import Placement, boxes_to_canvas, boxes_to_source, place, to_canvas
+from anchorline.runtime.contract import ResizeRule
+
+SIDES = st.integers(1, 6000)
+BOUNDS = st.none() | st.integers(1, 2000)
+RULES = st.builds(ResizeRule, shorter_side=BOUNDS, longer_side=BOUNDS)
+
+
+@pytest.mark.parametrize(
+    ("source", "canvas", "rule", "valid"),
+    [
+        ((480, 640), (480, 640), ResizeRule(), (480, 640)),
+        ((480, 640), (800, 1344), ResizeRule(), (800, 1066)),
+        ((480, 640), (800, 1344), ResizeRule(800, 1333), (800, 1066)),
+        ((480, 640), (320, 320), ResizeRule(320, 640), (240, 320)),
+        ((640, 480), (800, 1344), ResizeRule(800, 1333), (800, 600)),
+        ((1080, 1920), (800, 1344), ResizeRule(800, 1333), (749, 1333)),
+        ((1080, 1920), (540, 960), ResizeRule(), (540, 960)),
+        ((1, 1), (480, 640), ResizeRule(), (480, 480)),
+        ((1, 5000), (480, 640), ResizeRule(), (1, 640)),
+        ((5000, 1), (480, 640), ResizeRule(), (480, 1)),
+        ((100, 200), (480, 640), ResizeRule(shorter_side=50), (50, 100)),
+        ((100, 200), (480, 640), ResizeRule(longer_side=50), (25, 50)),
+    ],
+)
+def test_place_by_hand(source, canvas, rule, valid):
+    assert place(source, canvas, rule) == Placement(source, valid)
+
+
+@given(SIDES, SIDES, st.integers(1, 1500), st.integers(1, 1500), RULES)
+def test_a_placed_frame_fits_and_touches_a_bound(height, width, canvas_height, canvas_width, rule):
+    placement = place((height, width), (canvas_height, canvas_width), rule)
+    valid_height, valid_width = placement.valid
+    assert 1 <= valid_height <= canvas_height
+    assert 1 <= valid_width <= canvas_width
+    short, long = sorted(placement.valid)
+    if rule.shorter_side is not None:
+        assert short <= rule.shorter_side
+    if rule.longer_side is not None:
+        assert long <= rule.longer_side
+    touched = [valid_height == canvas_height, valid_width == canvas_width]
+    touched += [short == rule.shorter_side, long == rule.longer_side]
+    assert any(touched)
+
+
+@given(SIDES, SIDES)
+def test_a_frame_of_the_canvas_size_is_not_resized(height, width):
+    assert place((height, width), (height, width), ResizeRule()).valid == (height, width)
+
+
+@given(st.integers(16, 3000), st.integers(16, 3000))
+def test_the_scale_is_torchvisions(height, width):
+    """GeneralizedRCNNTransform: floor of the side times min(min_size / shorter, max_size / longer)."""
+    scale = min(800 / min(height, width), 1333 / max(height, width))
+    valid = place((height, width), (1333, 1333), ResizeRule(800, 1333)).valid
+    for side, placed in zip((height, width), valid, strict=True):
+        expected = side * scale
+        on_the_edge = abs(expected - round(expected)) < 1e-6  # float rounding decides there in torchvision
+        assert placed == (round(expected) if on_the_edge else max(1, int(expected)))
+
+
+@given(SIDES, SIDES, RULES, st.integers(0, 2**32 - 1))
+def test_a_box_comes_back_from_the_canvas(height, width, rule, seed):
+    placement = place((height, width), (480, 640), rule)
+    rng = np.random.default_rng(seed)
+    corners = np.sort(rng.random((20, 2, 2)), axis=1) * (width, height)
+    boxes = corners.reshape(20, 4).astype(np.float32)
+    returned = boxes_to_source(boxes_to_canvas(boxes, placement), placement)
+    np.testing.assert_allclose(returned, boxes, rtol=1e-6, atol=1e-6 * max(height, width))
+    assert returned.dtype == np.float32
+
+
+def test_a_whole_frame_box_covers_the_valid_area_and_back():
+    placement = Placement((1080, 1920), (749, 1333))
+    whole = np.array([[0, 0, 1920, 1080]], np.float32)
+    np.testing.assert_allclose(boxes_to_canvas(whole, placement), [[0, 0, 1333, 749]], rtol=1e-7)
+
+
+def test_boxes_are_clipped_to_the_source():
+    placement = Placement((100, 200), (50, 100))
+    clipped = boxes_to_source(np.array([[-5, -5, 120, 60]], np.float32), placement)
+    assert clipped.tolist() == [[0, 0, 200, 100]]
+    assert boxes_to_source(np.zeros((0, 4), np.float32), placement).shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("size", [(60, 80), (20, 30), (48, 64), (1, 1), (1, 5000), (3000, 2)])
+def test_to_canvas_fills_the_corner_and_zeroes_the_rest(size, dtype):
+    frame = np.random.default_rng(1).integers(1, 256, (*size, 3), dtype=np.uint8)
+    placement = place(size, (48, 64), ResizeRule(shorter_side=40))
+    out = np.full((48, 64, 3), 77, dtype)
+    to_canvas(frame, placement, out)
+    height, width = placement.valid
+    expected = cv2.resize(frame.astype(dtype), (width, height), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(out[:height, :width], expected)
+    assert not out[height:].any()
+    assert not out[:, width:].any()
+
+
+def test_the_float_canvas_keeps_fractions():
+    frame = np.array([[[0, 0, 0], [255, 255, 255]]], np.uint8).repeat(2, axis=0)
+    out = np.zeros((7, 7, 3), np.float32)
+    to_canvas(frame, place((2, 2), (7, 7), ResizeRule()), out)
+    assert (out % 1 != 0).any()
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda f: f[:, ::-1],
+        lambda f: f[::-1],
+        lambda f: f[..., ::-1],
+        lambda f: f[5:30, 7:50],
+        lambda f: f[::2, ::3],
+        lambda f: np.asfortranarray(f),
+        lambda f: np.broadcast_to(f[:1, :1], f.shape),
+    ],
+)
+def test_any_memory_layout_gives_the_same_canvas(picture, view):
+    frame = view(picture)
+    placement = place(frame.shape[:2], (48, 64), ResizeRule())
+    from_view, from_copy = np.zeros((2, 48, 64, 3), np.uint8)
+    to_canvas(frame, placement, from_view)
+    to_canvas(np.array(frame, order="C"), placement, from_copy)
+    np.testing.assert_array_equal(from_view, from_copy)
+
+
+def test_pixels_and_boxes_move_together():
+    """An edge in the picture lands where the box transform says it does."""
+    frame = np.zeros((90, 120, 3), np.uint8)
+    frame[30:60, 40:90] = 255
+    placement = place((90, 120), (45, 64), ResizeRule())
+    out = np.zeros((45, 64, 3), np.uint8)
+    to_canvas(frame, placement, out)
+    x1, y1, x2, y2 = boxes_to_canvas(np.array([[40, 30, 90, 60]], np.float32), placement)[0]
+    rows, columns = np.nonzero(out[..., 0] > 127)
+    assert abs(rows.min() - y1) <= 0.5
+    assert abs(rows.max() + 1 - y2) <= 0.5
+    assert abs(columns.min() - x1) <= 0.5
+    assert abs(columns.max() + 1 - x2) <= 0.5

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anchorline.runtime.errors import DataError, OutputError
+from anchorline.runtime.images import find_images, is_image, is_video, read_image, write_image
+from anchorline.runtime.integrity import find_damage
+from anchorline.runtime.opencv_log import quiet_opencv
+
+# What each EXIF orientation says was done to the picture, as a function of the upright one.
+STORED = {
+    1: lambda p: p,
+    2: lambda p: p[:, ::-1],
+    3: lambda p: p[::-1, ::-1],
+    4: lambda p: p[::-1],
+    5: lambda p: p.transpose(1, 0, 2),
+    6: lambda p: np.rot90(p, 1),
+    7: lambda p: p[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda p: np.rot90(p, -1),
+}
+
+
+def encode(suffix: str, image: np.ndarray, *options: int) -> bytes:
+    done, content = cv2.imencode(suffix, np.ascontiguousarray(image), list(options))
+    assert done
+    return content.tobytes()
+
+
+def exif(orientation: int) -> bytes:
+    entry = struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0)
+    return b"MM\x00\x2a" + struct.pack(">IH", 8, 1) + entry + bytes(4)
+
+
+def jpeg_with_orientation(image: np.ndarray, orientation: int) -> bytes:
+    content = encode(".jpg", image, cv2.IMWRITE_JPEG_QUALITY, 100)
+    body = b"Exif\x00\x00" + exif(orientation)
+    return content[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + content[2:]
+
+
+def png_with_orientation(image: np.ndarray, orientation: int) -> bytes:
+    content = encode(".png", image)
+    body = b"eXIf" + exif(orientation)
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    after_header = 8 + 25
+    return content[:after_header] + chunk + content[after_header:]
+
+
+@pytest.mark.parametrize("orientation", sorted(STORED))
+@pytest.mark.parametrize(
+    ("name", "build", "tolerance"),
+    [("a.jpg", jpeg_with_orientation, 10.0), ("a.png", png_with_orientation, 0.0)],
+)
+def test_exif_orientation_is_applied(tmp_path, picture, orientation, name, build, tolerance):
+    path = tmp_path / name
+    path.write_bytes(build(STORED[orientation](picture), orientation))
+    image = read_image(path)
+    assert image.shape == picture.shape
+    assert np.abs(image.astype(int) - picture).mean() <= tolerance  # JPEG blurs colour at the patches' edges
+
+
+def test_grey_alpha_and_sixteen_bit_become_bgr_uint8(tmp_path, picture):
+    grey = picture[..., 0]
+    deep = grey.astype(np.uint16) * 257
+    alpha = np.dstack([picture, np.zeros(grey.shape, np.uint8)])
+    for name, stored, expected in [
+        ("grey.png", grey, np.dstack([grey] * 3)),
+        ("grey.jpg", np.full((20, 30), 90, np.uint8), np.full((20, 30, 3), 90)),
+        ("rgba.png", alpha, picture),
+        ("deep.png", deep, np.dstack([grey] * 3)),
+        ("deep_colour.png", picture.astype(np.uint16) * 257, picture),
+        ("deep_colour.tif", picture.astype(np.uint16) * 257, picture),
+    ]:
+        path = tmp_path / name
+        path.write_bytes(encode(path.suffix, stored))
+        image = read_image(path)
+        assert (image.dtype, image.shape) == (np.uint8, expected.shape), name
+        assert np.abs(image.astype(int) - expected).max() <= 1, name
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp"])
+def test_extreme_sizes(tmp_path, size, suffix):
+    path = tmp_path / f"a{suffix}"
+    write_image(path, np.full((*size, 3), 128, np.uint8))
+    assert read_image(path).shape == (*size, 3)
+
+
+def test_names_beyond_ascii(tmp_path, picture):
+    path = tmp_path / "Bild-å-图-🙂 1.png"
+    write_image(path, picture)
+    np.testing.assert_array_equal(read_image(path), picture)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp", ".tif", ".ppm"])
+@pytest.mark.parametrize("kept", [0.05, 0.5, 0.9, -1])
+def test_a_file_that_was_cut_off_is_refused(tmp_path, picture, suffix, kept):
+    content = encode(suffix, cv2.resize(picture, (320, 240)))
+    path = tmp_path / f"cut{suffix}"
+    path.write_bytes(content[: int(len(content) * kept)] if kept > 0 else content[:kept])
+    with pytest.raises(DataError, match=r"cut\.\w+: ") as caught:
+        read_image(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_thumbnails_end_is_not_the_pictures(picture):
+    """A JPEG cut in its pixels, whose EXIF holds a whole JPEG with its own end marker."""
+    content, thumbnail = encode(".jpg", picture), encode(".jpg", picture[:8, :8])
+    body = b"Exif\x00\x00" + thumbnail
+    content = content[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + content[2:]
+    assert find_damage(content) is None
+    assert "truncated" in find_damage(content[:-100])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        (cv2.IMWRITE_JPEG_PROGRESSIVE, 1),
+        (cv2.IMWRITE_JPEG_RST_INTERVAL, 4),
+        (cv2.IMWRITE_JPEG_OPTIMIZE, 1),
+    ],
+)
+def test_whole_jpegs_pass_and_every_cut_is_found(picture, options):
+    content = encode(".jpg", picture, *options)
+    assert find_damage(content) is None
+    assert find_damage(content + b"\x00\x00trailer of a camera \xff") is None
+    assert all(find_damage(content[:end]) is not None for end in range(2, len(content)))
+
+
+def test_every_cut_and_every_flipped_byte_of_a_png_is_found(picture):
+    content = encode(".png", picture[:16, :16])
+    assert find_damage(content) is None
+    assert all(find_damage(content[:end]) is not None for end in range(8, len(content)))
+    for position in range(8, len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 0x55
+        assert find_damage(bytes(damaged)) is not None, position
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from([b"", b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"RIFF\x20\0\0\0WEBP", b"BM"]),
+    st.binary(max_size=200),
+)
+def test_noise_is_refused_in_one_line(tmp_path_factory, head, noise):
+    path = tmp_path_factory.getbasetemp() / "noise.jpg"
+    path.write_bytes(head + noise)
+    with pytest.raises(DataError, match=r"noise\.jpg: ") as caught:
+        read_image(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_empty_and_folder(tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(DataError, match="no such file"):
+        read_image(tmp_path / "none.jpg")
+    with pytest.raises(DataError, match="empty"):
+        read_image(tmp_path / "empty.jpg")
+    with pytest.raises(DataError, match="is a folder"):
+        read_image(tmp_path)
+
+
+def test_a_refused_image_prints_nothing(tmp_path, picture, capfd):
+    path = tmp_path / "cut.tif"
+    path.write_bytes(encode(".tif", picture)[:-50])
+    with pytest.raises(DataError):
+        read_image(path)
+    assert capfd.readouterr().err == ""
+
+
+def test_overlapping_quiet_blocks_put_the_log_level_back():
+    before = cv2.utils.logging.getLogLevel()
+    first, second = quiet_opencv(), quiet_opencv()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert cv2.utils.logging.getLogLevel() == 0
+    second.__exit__(None, None, None)
+    assert cv2.utils.logging.getLogLevel() == before
+
+
+def test_find_images_is_natural_and_leaves_the_rest(tmp_path, picture):
+    for name in ["b10.png", "b2.png", "B1.JPG", "a.jpeg", ".hidden.png", "notes.txt", "1.png", "01.png"]:
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    names = [p.name for p in find_images(tmp_path)]
+    assert names == ["01.png", "1.png", "a.jpeg", "B1.JPG", "b2.png", "b10.png"]
+    assert find_images(tmp_path / "b2.png") == [tmp_path / "b2.png"]
+
+
+def test_find_images_says_what_is_missing(tmp_path):
+    with pytest.raises(DataError, match="no images in this folder"):
+        find_images(tmp_path)
+    with pytest.raises(DataError, match="no such file or folder"):
+        find_images(tmp_path / "absent")
+
+
+def test_suffixes():
+    assert is_image("A.JPG")
+    assert not is_image("a.mp4")
+    assert is_video(Path("a.MP4"))
+    assert not is_video("a")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif"])
+def test_write_image_round_trip(tmp_path, picture, suffix):
+    path = tmp_path / "new" / f"a{suffix}"
+    write_image(path, picture)
+    np.testing.assert_array_equal(read_image(path), picture)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_write_image_refusals(tmp_path, picture):
+    with pytest.raises(OutputError, match=r"unknown image suffix '.xyz'"):
+        write_image(tmp_path / "a.xyz", picture)
+    with pytest.raises(OutputError, match="cannot be encoded"):
+        write_image(tmp_path / "a.jpg", np.zeros((70000, 1, 3), np.uint8))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.timing import StageTimes
+
+
+def test_percentiles_are_numpys_in_milliseconds_and_in_the_stages_order():
+    times = StageTimes()
+    seconds = np.random.default_rng(0).random(100)
+    for value in seconds:
+        times.add_all({"network": value, "decode": 2 * value})
+    found = times.percentiles()
+    assert list(found) == ["decode", "network"]
+    assert found["network"] == pytest.approx(
+        {f"p{p}": 1000 * np.percentile(seconds, p) for p in (50, 95, 99)}
+    )
+
+
+def test_measure_counts_blocks_that_end_well():
+    times = StageTimes()
+    with times.measure("write"):
+        pass
+    with pytest.raises(ZeroDivisionError), times.measure("draw"):
+        raise ZeroDivisionError
+    assert list(times.percentiles()) == ["write"]
+    assert 0 <= times.percentiles()["write"]["p99"] < 1000
+
+
+def test_an_unknown_stage_is_refused():
+    with pytest.raises(SettingsError, match=r"unknown stage 'nap'; expected one of decode, .*write"):
+        StageTimes().add("nap", 1.0)

@@ -1,0 +1,147 @@
+"""The command: exit codes, one-line errors, what goes to stdout and what to stderr."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import typer
+
+from anchorline import __version__, cli
+from anchorline.runtime.errors import DataError
+
+COMMAND = [sys.executable, "-m", "anchorline"]
+
+
+@pytest.fixture
+def verb_raising() -> Iterator[Callable[[BaseException], None]]:
+    """Adds a verb ``fail`` that raises the exception given; it is taken away after the test."""
+    before = list(cli.app.registered_commands)
+
+    def add(error: BaseException) -> None:
+        @cli.app.command("fail")
+        def fail() -> NoReturn:
+            raise error
+
+    yield add
+    cli.app.registered_commands[:] = before
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was written to stderr, which must be one line; stdout must be empty."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("anchorline: ")
+    return captured.err.removeprefix("anchorline: ").rstrip("\n")
+
+
+def test_version_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr() == (f"anchorline {__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_names_the_verbs(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "detect" in captured.out
+    assert "evaluate" in captured.out
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["fly"], "'fly'"),
+        (["--speed"], "--speed"),
+        (["detect", "x.png"], "--model"),
+        (["detect", "--model", "model.onnx"], "SOURCE"),
+        (["detect", "x.png", "--model", "model.onnx", "--provider", "abacus"], "'abacus'"),
+        (["detect", "x.png", "--model", "model.onnx", "--threads", "two"], "--threads"),
+        (["evaluate"], "MODEL"),
+        (["evaluate", "model.onnx"], "--data"),
+        (["evaluate", "model.onnx", "--data", "voc:x@test", "--batch", "0"], "--batch"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    line = error_line(capsys)
+    assert expected in line
+    assert line.endswith("--help)")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (DataError("a.xml: broken\n  at line 3"), 2, "a.xml: broken at line 3"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out.mp4"),
+            2,
+            "out.mp4: No space left on device; free some space and run the command again",
+        ),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            2,
+            "torch is not installed, and this needs it: pip install 'anchorline[train]'",
+        ),
+    ],
+)
+def test_a_user_s_trouble_is_one_line(
+    error: BaseException,
+    code: int,
+    line: str,
+    verb_raising: Callable[[BaseException], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    verb_raising(error)
+    assert cli.main(["fail"]) == code
+    assert error_line(capsys) == line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("a bug"),
+        OSError(errno.EBADF, "Bad file descriptor"),
+        ModuleNotFoundError("No module named 'anchorline.misspelt'", name="anchorline.misspelt"),
+    ],
+)
+def test_a_bug_keeps_its_traceback(error: Exception, verb_raising: Callable[[BaseException], None]) -> None:
+    verb_raising(error)
+    with pytest.raises(type(error)) as caught:
+        cli.main(["fail"])
+    assert caught.value is error
+
+
+def test_a_verb_can_choose_its_exit_code(verb_raising: Callable[[BaseException], None]) -> None:
+    verb_raising(typer.Exit(1))
+    assert cli.main(["fail"]) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device /dev/full")
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_a_full_disk_behind_stdout_is_one_line(option: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, option], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("anchorline: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pipe that breaks")
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([*COMMAND, "--version"], stdout=writing, stderr=subprocess.PIPE, timeout=60)
+    os.close(writing)
+    assert done.stderr == b""

@@ -1,0 +1,218 @@
+"""The whole model against torchvision's own ``FasterRCNN`` with the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+
+from anchorline.train.backbones import FrozenBatchNorm
+from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.train.settings import ModelSettings, TrainingSettings
+from anchorline.train.targets import Targets
+
+CLASSES = 3
+TRAINING = TrainingSettings(rpn_samples=50_000, roi_samples=500, rpn_pre_nms=200, rpn_post_nms=60)
+
+
+def body() -> nn.Sequential:
+    return torchvision.models.mobilenet_v2(norm_layer=FrozenBatchNorm2d).features
+
+
+def torchvision_backbone(settings: ModelSettings) -> nn.Module:
+    if settings.neck == "fpn":
+        taps = {"3": "0", "6": "1", "13": "2", "17": "3"}
+        return BackboneWithFPN(body(), taps, [24, 32, 96, 320], settings.fpn_channels)
+    single = nn.Sequential()
+    single.body = body()[:14]
+    single.out_channels = 96
+    return single
+
+
+def torchvision_twin(model: FasterRCNN) -> TorchvisionFasterRCNN:
+    """torchvision's Faster R-CNN with the settings and the weights of ``model``."""
+    s = model.settings
+    levels = len(s.anchor_sizes)
+    names = ["0", "1", "2", "3"] if s.neck == "fpn" else ["0"]
+    twin = TorchvisionFasterRCNN(
+        torchvision_backbone(s),
+        min_size=min(s.canvas),
+        max_size=max(s.canvas),
+        image_mean=[value / 255 for value in s.mean],
+        image_std=[value / 255 for value in s.std],
+        rpn_anchor_generator=AnchorGenerator(s.anchor_sizes, (s.aspect_ratios,) * levels),
+        rpn_pre_nms_top_n_train=TRAINING.rpn_pre_nms,
+        rpn_pre_nms_top_n_test=s.rpn_pre_nms,
+        rpn_post_nms_top_n_train=TRAINING.rpn_post_nms,
+        rpn_post_nms_top_n_test=s.rpn_post_nms,
+        rpn_batch_size_per_image=TRAINING.rpn_samples,
+        box_roi_pool=MultiScaleRoIAlign(
+            names, s.roi_size, s.roi_sampling, canonical_scale=int(s.canonical_size)
+        ),
+        box_head=torchvision.models.detection.faster_rcnn.TwoMLPHead(
+            model.backbone.out_channels * s.roi_size**2, s.representation
+        ),
+        box_predictor=torchvision.models.detection.faster_rcnn.FastRCNNPredictor(
+            s.representation, CLASSES + 1
+        ),
+        box_score_thresh=s.score_threshold,
+        box_nms_thresh=s.nms_iou,
+        box_detections_per_img=s.max_detections,
+        box_batch_size_per_image=TRAINING.roi_samples,
+    )
+    state = {
+        name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")
+    }
+    twin.load_state_dict(state)
+    return twin.eval()
+
+
+def as_torchvision(images: Tensor) -> list[Tensor]:
+    """BGR grey levels [B, H, W, 3] as torchvision wants them: RGB [3, H, W] from 0 to 1."""
+    return list(images.flip(3).permute(0, 3, 1, 2).float() / 255)
+
+
+def canvases(count: int) -> tuple[Tensor, Tensor]:
+    images = torch.randint(0, 256, (count, 8, 10, 3), dtype=torch.uint8)
+    images = images.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2)  # patches of 16 pixels
+    return images, torch.tensor([[128.0, 160.0]] * count)
+
+
+@pytest.mark.parametrize("neck", ["fpn", "single"])
+def test_detections_equal_torchvisions(small_model: Callable[..., FasterRCNN], neck: str) -> None:
+    model = small_model(neck, CLASSES)
+    images, sizes = canvases(3)
+    with torch.no_grad():
+        found = model(images, sizes)
+        expected = torchvision_twin(model)(as_torchvision(images))
+    for image, theirs in enumerate(expected):
+        count = len(theirs["scores"])
+        assert count > 20, "too few detections to compare anything"
+        assert found.num_detections[image] == count
+        torch.testing.assert_close(found.scores[image, :count], theirs["scores"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.boxes[image, :count], theirs["boxes"], rtol=0, atol=5e-3)
+        assert torch.equal(found.labels[image, :count] + 1, theirs["labels"].int())
+
+
+@pytest.mark.parametrize("neck", ["fpn", "single"])
+def test_training_losses_and_gradients_equal_torchvisions(
+    small_model: Callable[..., FasterRCNN], neck: str
+) -> None:
+    """With so many samples asked for that all candidates are drawn, nothing is left to chance."""
+    model = small_model(neck, CLASSES)
+    twin = torchvision_twin(model).train()
+    images, sizes = canvases(2)
+    boxes = [torch.tensor([[20.0, 30.0, 70.0, 80.0], [90.0, 10.0, 130.0, 100.0]]), torch.zeros(0, 4)]
+    labels = [torch.tensor([2, 0]), torch.zeros(0, dtype=torch.int64)]
+    ours = model.train().losses(images, sizes, Targets.pad(boxes, labels), TRAINING)
+    targets = [{"boxes": b, "labels": lab + 1} for b, lab in zip(boxes, labels, strict=True)]
+    theirs = twin(as_torchvision(images), targets)
+    for mine, other in {
+        "loss_objectness": "loss_objectness",
+        "loss_rpn_box": "loss_rpn_box_reg",
+        "loss_classifier": "loss_classifier",
+        "loss_box": "loss_box_reg",
+    }.items():
+        torch.testing.assert_close(ours[mine], theirs[other], rtol=1e-4, atol=1e-6)
+        assert ours[mine] > 0
+    sum(ours.values()).backward()
+    sum(theirs.values()).backward()
+    others = dict(twin.named_parameters())
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) > 50
+    for name, parameter in trained:
+        gradient = others[name].grad
+        scale = float(gradient.abs().max()) + 1e-6
+        torch.testing.assert_close(
+            parameter.grad / scale,
+            gradient / scale,
+            rtol=0,
+            atol=2e-3,
+            msg=lambda text, at=name: f"{at}: {text}",
+        )
+
+
+@pytest.mark.parametrize("neck", ["fpn", "single"])
+def test_an_image_alone_equals_the_same_in_a_mixed_batch(
+    small_model: Callable[..., FasterRCNN], neck: str
+) -> None:
+    model = small_model(neck, CLASSES)
+    images, _ = canvases(4)
+    sizes = torch.tensor([[128.0, 160.0], [60.0, 160.0], [128.0, 33.0], [1.0, 1.0]])
+    with torch.no_grad():
+        together = model(images, sizes)
+        for image in range(4):
+            alone = model(images[image : image + 1], sizes[image : image + 1])
+            assert alone.num_detections[0] == together.num_detections[image]
+            torch.testing.assert_close(alone.boxes[0], together.boxes[image], rtol=0, atol=1e-3)
+            torch.testing.assert_close(alone.scores[0], together.scores[image], rtol=0, atol=1e-5)
+    for image, (height, width) in enumerate(sizes.tolist()):
+        boxes = together.boxes[image]
+        assert boxes.min() >= 0
+        assert boxes[:, [0, 2]].max() <= width
+        assert boxes[:, [1, 3]].max() <= height
+
+
+def test_what_stands_in_the_padding_does_not_matter(small_model: Callable[..., FasterRCNN]) -> None:
+    model = small_model("fpn", CLASSES)
+    images, _ = canvases(1)
+    sizes = torch.tensor([[70.0, 101.0]])
+    other = images.clone()
+    other[:, 70:] = 255
+    other[:, :, 101:] = 7
+    with torch.no_grad():
+        assert torch.equal(model.normalise(images, sizes), model.normalise(other, sizes))
+        pixels = model.normalise(images, sizes)
+    assert not pixels[:, :, 70:].any()
+    assert not pixels[:, :, :, 101:].any()
+    expected = (images[0, 69, 100].flip(0) - model.mean.flatten()) / model.std.flatten()
+    torch.testing.assert_close(pixels[0, :, 69, 100], expected)
+
+
+def test_float_images_mean_the_same_as_bytes(small_model: Callable[..., FasterRCNN]) -> None:
+    model = small_model("single", CLASSES)
+    images, sizes = canvases(1)
+    with torch.no_grad():
+        assert torch.equal(model(images, sizes).scores, model(images.float(), sizes).scores)
+
+
+def test_no_gradient_flows_through_proposal_boxes(small_model: Callable[..., FasterRCNN]) -> None:
+    """Approximate joint training: the detection losses leave the RPN's own layers alone."""
+    model = small_model("fpn", CLASSES).train()
+    images, sizes = canvases(1)
+    targets = Targets.pad([torch.tensor([[20.0, 30.0, 70.0, 80.0]])], [torch.tensor([0])])
+    found = model.losses(images, sizes, targets, TRAINING)
+    (found["loss_classifier"] + found["loss_box"]).backward()
+    assert all(p.grad is None for p in model.rpn.parameters())
+    assert model.backbone.fpn.inner_blocks[0][0].weight.grad.abs().sum() > 0
+
+
+def test_training_in_bfloat16_stays_near_float32(small_model: Callable[..., FasterRCNN]) -> None:
+    model = small_model("fpn", CLASSES).train()
+    images, sizes = canvases(2)
+    targets = Targets.pad([torch.tensor([[20.0, 30.0, 70.0, 80.0]])] * 2, [torch.tensor([0])] * 2)
+    exact = model.losses(images, sizes, targets, TRAINING)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        coarse = model.losses(images, sizes, targets, TRAINING)
+    for name, loss in exact.items():
+        assert coarse[name].dtype == torch.float32
+        assert float(coarse[name].detach()) == pytest.approx(float(loss.detach()), rel=0.15)
+
+
+def test_frozen_batch_norm_equals_torchvisions_and_never_changes() -> None:
+    theirs, ours = FrozenBatchNorm2d(6), FrozenBatchNorm(6)
+    values = {name: torch.rand(6) + 0.1 for name in theirs.state_dict()}
+    theirs.load_state_dict(values)
+    ours.load_state_dict({**values, "num_batches_tracked": torch.tensor(3)})
+    ours.train()
+    images = torch.randn(2, 6, 5, 5)
+    torch.testing.assert_close(ours(images), theirs(images))
+    assert torch.equal(ours.running_mean, values["running_mean"])
+    assert not any(p.requires_grad for p in ours.parameters())

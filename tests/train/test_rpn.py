@@ -1,0 +1,188 @@
+"""The RPN's head and proposals against torchvision's ``RegionProposalNetwork``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
+
+from anchorline.train import rpn
+from anchorline.train.anchors import level_anchors
+from anchorline.train.settings import ModelSettings
+
+CANVAS = (96, 160)
+GRIDS = [(24, 40), (12, 20), (6, 10), (3, 5), (2, 3)]
+SIZES = ((8.0,), (16.0,), (32.0,), (64.0,), (128.0,))
+RATIOS = (0.5, 1.0, 2.0)
+ANCHORS = level_anchors(CANVAS, GRIDS, SIZES, RATIOS)
+IMAGE_SIZES = torch.tensor([[96.0, 160.0], [50.0, 160.0], [96.0, 33.0]])
+
+
+def torchvision_rpn(
+    pre_nms: int, post_nms: int, nms_iou: float = 0.7, min_side: float = 1e-3
+) -> RegionProposalNetwork:
+    built = RegionProposalNetwork(
+        AnchorGenerator(SIZES, (RATIOS,) * 5),
+        RPNHead(8, 3),
+        0.7,
+        0.3,
+        256,
+        0.5,
+        {"training": pre_nms, "testing": pre_nms},
+        {"training": post_nms, "testing": post_nms},
+        nms_iou,
+    ).eval()
+    built.min_size = min_side
+    return built
+
+
+def head_outputs(spread: float, images: int = 3) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Random objectness and deltas; a large ``spread`` throws boxes off the image or shrinks them to nothing."""
+    objectness = [torch.randn(images, len(level)) * 3 for level in ANCHORS]
+    deltas = [torch.randn(images, len(level), 4) * spread for level in ANCHORS]
+    return objectness, deltas
+
+
+def expected_proposals(
+    network: RegionProposalNetwork,
+    objectness: list[torch.Tensor],
+    deltas: list[torch.Tensor],
+    image_sizes: torch.Tensor,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    images = len(image_sizes)
+    boxes = network.box_coder.decode(torch.cat(deltas, dim=1).reshape(-1, 4), [torch.cat(ANCHORS)] * images)
+    shapes = [(int(h), int(w)) for h, w in image_sizes.tolist()]
+    levels = [len(level) for level in ANCHORS]
+    return network.filter_proposals(
+        boxes.reshape(images, -1, 4), torch.cat(objectness, dim=1), shapes, levels
+    )
+
+
+def check_equal(found: rpn.Proposals, boxes: list[torch.Tensor], scores: list[torch.Tensor]) -> None:
+    assert found.present.sum(dim=1).tolist() == [len(s) for s in scores]
+    for image, (their_boxes, their_scores) in enumerate(zip(boxes, scores, strict=True)):
+        count = len(their_scores)
+        assert found.present[image, :count].all(), "gaps between the proposals"
+        torch.testing.assert_close(found.scores[image, :count], their_scores, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.boxes[image, :count], their_boxes, rtol=0, atol=1e-4)
+        assert (found.scores[image, count:] == -1).all()
+        assert not found.boxes[image, count:].any()
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])
+@pytest.mark.parametrize(
+    ("pre_nms", "post_nms", "nms_iou"),
+    [(200, 60, 0.7), (1000, 300, 0.5), (30, 1000, 0.7), (5000, 5000, 0.9), (1, 1, 0.7)],
+)
+def test_proposals_equal_torchvisions(
+    small_settings: Callable[..., ModelSettings], spread: float, pre_nms: int, post_nms: int, nms_iou: float
+) -> None:
+    settings = small_settings(rpn_nms_iou=nms_iou)
+    objectness, deltas = head_outputs(spread)
+    expected = expected_proposals(
+        torchvision_rpn(pre_nms, post_nms, nms_iou), objectness, deltas, IMAGE_SIZES
+    )
+    found = rpn.select_proposals(
+        objectness, deltas, ANCHORS, IMAGE_SIZES, settings, pre_nms=pre_nms, post_nms=post_nms
+    )
+    assert found.boxes.shape[1] <= post_nms
+    check_equal(found, *expected)
+
+
+def test_tiny_boxes_go_as_in_torchvision(small_settings: Callable[..., ModelSettings]) -> None:
+    settings = small_settings(rpn_min_side=5.0)
+    objectness, deltas = head_outputs(1.0)
+    expected = expected_proposals(torchvision_rpn(200, 60, min_side=5.0), objectness, deltas, IMAGE_SIZES)
+    found = rpn.select_proposals(objectness, deltas, ANCHORS, IMAGE_SIZES, settings, pre_nms=200, post_nms=60)
+    check_equal(found, *expected)
+    sides = found.boxes[found.present][:, 2:] - found.boxes[found.present][:, :2]
+    assert sides.min() >= 5.0
+
+
+@pytest.mark.parametrize("logit", [90.0, -90.0, -200.0])
+def test_certain_anchors_are_kept_as_in_torchvision(
+    small_settings: Callable[..., ModelSettings], logit: float
+) -> None:
+    """A score of exactly 1 or 0 is a score like any other; one anchor a level avoids ties."""
+    objectness = [torch.full((1, 1), logit + i) for i in range(5)]
+    deltas = [torch.zeros(1, 1, 4) for _ in range(5)]
+    anchors = [torch.tensor([[10.0 * i, 0.0, 10.0 * i + 5, 5.0]]) for i in range(5)]
+    sizes = torch.tensor([[96.0, 160.0]])
+    settings = small_settings()
+    found = rpn.select_proposals(objectness, deltas, anchors, sizes, settings, pre_nms=10, post_nms=10)
+    network = torchvision_rpn(10, 10)
+    boxes, scores = network.filter_proposals(
+        torch.cat(anchors)[None], torch.cat(objectness, dim=1), [CANVAS], [1] * 5
+    )
+    assert found.present.sum() == len(scores[0]) == 5
+    assert sorted(found.boxes[0].tolist()) == sorted(boxes[0].tolist())
+
+
+def test_an_image_that_keeps_nothing_has_no_proposals(small_settings: Callable[..., ModelSettings]) -> None:
+    objectness, deltas = head_outputs(0.1, images=2)
+    sizes = torch.tensor([[0.0, 0.0], [96.0, 160.0]])
+    found = rpn.select_proposals(
+        objectness, deltas, ANCHORS, sizes, small_settings(), pre_nms=50, post_nms=20
+    )
+    assert found.present.sum(dim=1).tolist() == [0, 20]
+    assert not found.boxes[0].any()
+
+
+def test_boxes_that_are_not_numbers_are_dropped(small_settings: Callable[..., ModelSettings]) -> None:
+    objectness, deltas = head_outputs(0.1)
+    for level in deltas:
+        level[1, ::3] = torch.nan
+        level[2, ::2] = torch.inf
+    found = rpn.select_proposals(
+        objectness, deltas, ANCHORS, IMAGE_SIZES, small_settings(), pre_nms=50, post_nms=20
+    )
+    assert torch.isfinite(found.boxes).all()
+    assert found.present.any(dim=1).all()
+
+
+def test_each_image_is_filtered_as_if_alone(small_settings: Callable[..., ModelSettings]) -> None:
+    objectness, deltas = head_outputs(1.0)
+    settings = small_settings()
+    together = rpn.select_proposals(
+        objectness, deltas, ANCHORS, IMAGE_SIZES, settings, pre_nms=100, post_nms=50
+    )
+    for image in range(3):
+        alone = rpn.select_proposals(
+            [level[image : image + 1] for level in objectness],
+            [level[image : image + 1] for level in deltas],
+            ANCHORS,
+            IMAGE_SIZES[image : image + 1],
+            settings,
+            pre_nms=100,
+            post_nms=50,
+        )
+        assert torch.equal(alone.boxes[0], together.boxes[image])
+        assert torch.equal(alone.scores[0], together.scores[image])
+
+
+@pytest.mark.parametrize("convs", [1, 2])
+def test_head_equals_torchvisions_in_anchor_order(convs: int) -> None:
+    theirs = RPNHead(8, 3, conv_depth=convs)
+    ours = rpn.RPNHead(8, 3, convs)
+    ours.load_state_dict(theirs.state_dict())
+    features = [torch.randn(2, 8, *grid) for grid in GRIDS]
+    objectness, deltas = ours(features)
+    expected = concat_box_prediction_layers(*theirs(features))
+    torch.testing.assert_close(torch.cat(objectness, dim=1).reshape(-1, 1), expected[0])
+    torch.testing.assert_close(torch.cat(deltas, dim=1).reshape(-1, 4), expected[1])
+
+
+def test_settings_reach_the_selection(small_settings: Callable[..., ModelSettings]) -> None:
+    objectness, deltas = head_outputs(0.1)
+    counts = []
+    for iou in (0.1, 0.9):
+        settings = dataclasses.replace(small_settings(), rpn_nms_iou=iou)
+        found = rpn.select_proposals(
+            objectness, deltas, ANCHORS, IMAGE_SIZES, settings, pre_nms=300, post_nms=900
+        )
+        counts.append(int(found.present.sum()))
+    assert counts[0] < counts[1] / 2

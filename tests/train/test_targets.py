@@ -1,0 +1,30 @@
+"""Padding of ground truth to fixed shapes."""
+
+from __future__ import annotations
+
+import torch
+
+from anchorline.train.targets import Targets
+
+
+def test_images_are_padded_to_the_most_crowded_one() -> None:
+    boxes = [torch.rand(2, 4), torch.zeros(0, 4), torch.rand(3, 4)]
+    labels = [torch.tensor([1, 0]), torch.zeros(0, dtype=torch.int64), torch.tensor([2, 2, 0])]
+    targets = Targets.pad(boxes, labels)
+    assert targets.boxes.shape == (3, 3, 4)
+    assert targets.labels.tolist() == [[1, 0, -1], [-1, -1, -1], [2, 2, 0]]
+    assert targets.present.tolist() == [[True, True, False], [False] * 3, [True] * 3]
+    assert torch.equal(targets.boxes[0, :2], boxes[0])
+    assert not targets.boxes[1].any()
+
+
+def test_a_batch_without_objects_has_one_empty_slot() -> None:
+    targets = Targets.pad([torch.zeros(0, 4)] * 2, [torch.zeros(0, dtype=torch.int64)] * 2)
+    assert targets.boxes.shape == (2, 1, 4)
+    assert not targets.present.any()
+
+
+def test_boxes_at_takes_each_images_own_slots() -> None:
+    targets = Targets(torch.arange(24.0).reshape(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64))
+    chosen = targets.boxes_at(torch.tensor([[2, 2], [0, 1]]))
+    assert torch.equal(chosen, torch.stack((targets.boxes[0, [2, 2]], targets.boxes[1, [0, 1]])))
