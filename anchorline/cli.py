@@ -150,6 +150,7 @@ def train(
 ) -> None:
     """Train a detector and write its run folder."""
     from anchorline.evaluation.specs import load_datasets
+    from anchorline.train.progress import training_progress
     from anchorline.train.settings import load_preset
     from anchorline.train.training import train as train_model
 

@@ -73,7 +73,8 @@ RoIAlign <output_size, sampling_ratio, plugin_namespace, plugin_version> (featur
     rois_f32 = Cast <to = 1> (flat_rois)
     pooled_f32 = RoiAlign <
         mode = "avg", coordinate_transformation_mode = "half_pixel", spatial_scale = 1.0,
-        output_height: int = @output_size, output_width: int = @output_size, sampling_ratio: int = @sampling_ratio
+        output_height: int = @output_size, output_width: int = @output_size,
+        sampling_ratio: int = @sampling_ratio
     > (features_f32, rois_f32, image_index)
     pooled = CastLike (pooled_f32, features)
 }

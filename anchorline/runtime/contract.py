@@ -116,7 +116,8 @@ class Contract:
             raise ArtefactError(f"contract std is {self.std!r}; expected three numbers above 0")
         if self.category_ids is not None and len(self.category_ids) != len(self.names):
             raise ArtefactError(
-                f"contract has {len(self.category_ids)} category ids for {len(self.names)} names; expected one each"
+                f"contract has {len(self.category_ids)} category ids for {len(self.names)} names; "
+                "expected one each"
             )
 
     def to_json(self) -> str:

@@ -38,9 +38,10 @@ def detect(
     """Detect in every frame of ``sources``: images, folders of images, videos.
 
     ``save`` receives annotated copies (see ``sources.plan_items``), ``jsonl`` one line per frame:
-    ``{"source", "frame", "time_s", "size": [h, w], "detections": [...]}``. Copies show detections with
-    a score of at least ``shown_score``, lines hold all of them. ``progress`` shows a bar on stderr. A source that cannot be read is a warning in the summary while others can; with none
-    left its ``DataError`` is raised. On Ctrl-C the files are finished with the frames so far, and
+    ``{"source", "frame", "time_s", "size": [h, w], "detections": [...]}``. Copies show
+    detections with a score of at least ``shown_score``, lines hold all. ``progress`` shows a bar on
+    stderr. A source that cannot be read is a warning in the summary while others can; with none left
+    its ``DataError`` is raised. On Ctrl-C the files are finished with the frames so far, and
     ``KeyboardInterrupt`` goes on.
     """
     run = _Run(detector, shown_score)

@@ -158,7 +158,7 @@ class TrainingSettings:
     vertical_flip: float = 0.0
     """Probability of an upside-down image; for views without an up, such as microscopy and satellites."""
     zoom: tuple[float, float] = (1.0, 1.0)
-    """Range of random magnification: above 1 a part is cropped, below 1 the image is set in a larger frame."""
+    """Range of random magnification: above 1 crops a part, below 1 sets the image in a larger frame."""
     photometric: float = 0.0
     """Strength of random brightness, contrast, saturation and hue, 0 to 1."""
 

@@ -165,8 +165,8 @@ class _Run:
         if not math.isfinite(values["loss"]):
             bad = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
             raise TrainingError(
-                f"{bad} at step {self.step + 1}, images {', '.join(batch.ids)}; expected a finite loss: lower "
-                f"training.learning_rate or check these images; the last good checkpoint is in {self.out}"
+                f"{bad} at step {self.step + 1}, images {', '.join(batch.ids)}; expected a finite loss: "
+                f"lower training.learning_rate or check these images; the last good checkpoint is in {self.out}"
             )
         self.optimiser.zero_grad(set_to_none=True)
         total.backward()
