@@ -88,13 +88,21 @@ def detect(
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model.onnx or a model.safetensors.")],
     data: Annotated[
-        str, typer.Option(metavar="SPEC", help="voc:DIR@split, coco:IMAGES,ANN.json or synthetic:N.")
+        str,
+        typer.Option(
+            metavar="SPEC", help="voc:DIR@split, coco:IMAGES,ANN.json, yolo:DIR@split or synthetic:N."
+        ),
     ],
     provider: ProviderOption = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Images a batch; the figures do not depend on it.")] = 1,
     plots: Annotated[
-        Path | None, typer.Option(help="Draw the precision-recall or recall curves into this folder.")
+        Path | None,
+        typer.Option(help="Write curves, tables, confusion matrix and the worst images into this folder."),
     ] = None,
+    shown_score: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Confusion and worst images count detections from this score on."),
+    ] = 0.5,
     json: JsonOption = None,
 ) -> None:
     """Measure a model's accuracy on labelled images: VOC and COCO AP per class, or proposal recall."""
@@ -113,9 +121,9 @@ def evaluate(
         )
     show_report(report, json)
     if plots is not None:
-        from anchorline.evaluation.plots import plot_report
+        from anchorline.evaluation.report_files import write_report_files
 
-        plot_report(report, plots)
+        write_report_files(report, dataset, plots, shown_score)
 
 
 @app.command()
@@ -123,7 +131,8 @@ def train(
     data: Annotated[
         list[str],
         typer.Option(
-            metavar="SPEC", help="voc:DIR@split, coco:IMAGES,ANN.json or synthetic:N; may be repeated."
+            metavar="SPEC",
+            help="voc:DIR@split, coco:IMAGES,ANN.json, yolo:DIR@split or synthetic:N; may be repeated.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The run folder; model.safetensors is written there.")],

@@ -37,7 +37,7 @@ from anchorline.train.training import TrainResult, train
 if TYPE_CHECKING:
     from rich.table import Table
 
-TRAINING_SCENES = 800
+TRAINING_SCENES = 1000
 TRAINING_SEED = 1
 VIDEO_SEED = 2024
 VIDEO_FRAMES = 250

@@ -25,6 +25,7 @@ DISTRIBUTIONS = {  # where the name of the import is not that of the distributio
     "cuda": "cuda-bindings",
     "cv2": "opencv-python-headless",
     "faster_coco_eval": "faster-coco-eval",
+    "yaml": "pyyaml",
 }
 
 

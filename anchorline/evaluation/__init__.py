@@ -1,4 +1,4 @@
-"""Labelled data (VOC, COCO, generated scenes), metrics and comparisons. Never imports PyTorch.
+"""Labelled data (VOC, COCO, YOLO, generated scenes), metrics and comparisons. Never imports PyTorch.
 
 A detector is anything that maps a list of frames to a list of ``Detections``.
 """

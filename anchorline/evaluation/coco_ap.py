@@ -1,10 +1,11 @@
-"""COCO average precision (AP at IoU .50:.05:.95), computed by faster-coco-eval or pycocotools."""
+"""COCO average precision over all objects and by size, computed by faster-coco-eval or pycocotools."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -12,10 +13,19 @@ from numpy.typing import NDArray
 
 from anchorline.evaluation.boxes import box_areas
 from anchorline.evaluation.dataset import LabelledImage
+from anchorline.evaluation.size_classes import SIZE_CLASSES
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.errors import SettingsError
 
 Backend = Literal["faster-coco-eval", "pycocotools"]
+
+
+@dataclass(frozen=True)
+class CocoFigures:
+    """The AP of each class over IoU .50:.05:.95 and at IoU 0.5; NaN for a class without objects."""
+
+    ap: list[float]
+    ap50: list[float]
 
 
 def coco_average_precision(
@@ -24,11 +34,22 @@ def coco_average_precision(
     num_classes: int,
     backend: Backend | None = None,
 ) -> list[float]:
-    """AP of each class, NaN for a class without objects; their mean is COCO's headline figure.
+    """AP of each class over all objects (see ``coco_figures``); the mean is COCO's headline figure."""
+    return coco_figures(images, detections, num_classes, backend)["all"].ap
+
+
+def coco_figures(
+    images: Sequence[LabelledImage],
+    detections: Sequence[Detections],
+    num_classes: int,
+    backend: Backend | None = None,
+) -> dict[str, CocoFigures]:
+    """The figures over ``all`` objects and over those of each size class, ``small`` to ``large``.
 
     ``detections[i].labels`` mean the same classes as ``images[i].labels``. At most 100 detections of
-    an image count, all object sizes do. Crowd objects follow COCO's rule; difficult ones, which COCO
-    does not know, are treated the same way. ``backend`` None takes the first one installed.
+    an image count. Crowd objects follow COCO's rule; difficult ones, which COCO does not know, are
+    treated the same way. Objects of other sizes, and detections of other sizes that hit nothing, are
+    left out of a size class. ``backend`` None takes the first one installed.
     """
     coco_class, eval_class = _import_backend(backend)
     with contextlib.redirect_stdout(io.StringIO()):  # both packages print their progress
@@ -43,8 +64,18 @@ def coco_average_precision(
         evaluation.evaluate()
         evaluation.accumulate()
     # precision is [IoU thresholds, recall points, classes, area ranges, detection limits], -1 for "no object"
-    precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
-    return [_mean_of_known(precision[:, :, label]) for label in range(num_classes)]
+    precision = np.asarray(evaluation.eval["precision"])[..., -1]
+    sizes = {size: evaluation.params.areaRngLbl.index(size) for size in ("all", *SIZE_CLASSES)}
+    return {size: _figures(precision[..., index]) for size, index in sizes.items()}
+
+
+def _figures(precision: NDArray[np.float64]) -> CocoFigures:
+    """From the precision [IoU thresholds, recall points, classes]; the first threshold is 0.5."""
+    classes = range(precision.shape[2])
+    return CocoFigures(
+        ap=[_mean_of_known(precision[:, :, label]) for label in classes],
+        ap50=[_mean_of_known(precision[0, :, label]) for label in classes],
+    )
 
 
 def _mean_of_known(values: NDArray[np.float64]) -> float:

@@ -34,7 +34,9 @@ class Dataset:
     """Labelled images in a fixed order, with the class names their labels index.
 
     ``spec`` is the text it was opened with. ``category_ids`` are COCO's ids of ``names`` where the
-    data has them. ``dropped`` counts the boxes left out by reason, such as ``"zero area"``.
+    data has them. ``dropped`` counts what was left out by reason, such as boxes of ``"zero area"``.
+    ``unlabelled`` counts the images without annotations of their own (YOLO's label file), which are
+    taken as images without objects.
     """
 
     spec: str
@@ -42,6 +44,7 @@ class Dataset:
     images: tuple[LabelledImage, ...]
     category_ids: tuple[int, ...] | None = None
     dropped: Counter[str] = field(default_factory=Counter)
+    unlabelled: int = 0
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,4 +1,4 @@
-"""Evaluate a detector on labelled images: VOC AP (area and 11-point) and COCO AP, per class.
+"""Evaluate a detector on labelled images: VOC AP (area and 11-point) and COCO AP, by class and size.
 
 A detector is any function from a list of frames to a list of ``Detections``, so a checkpoint, an
 ONNX file and an engine go through the same code.
@@ -7,15 +7,17 @@ ONNX file and an engine go through the same code.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.evaluation.coco_ap import coco_average_precision
-from anchorline.evaluation.dataset import Dataset
+from anchorline.evaluation.boxes import box_areas
+from anchorline.evaluation.coco_ap import CocoFigures, coco_figures
+from anchorline.evaluation.dataset import Dataset, LabelledImage
 from anchorline.evaluation.names import list_names
+from anchorline.evaluation.size_classes import SIZE_CLASSES, in_size_class
 from anchorline.evaluation.voc_ap import PrecisionRecall, voc_curves
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.errors import DataError, SettingsError
@@ -38,22 +40,55 @@ class ClassReport:
 
 
 @dataclass(frozen=True)
+class SizeFigures:
+    """COCO AP at IoU 0.5 and .5:.95 over the objects of one size class, and how many count."""
+
+    ap50: float
+    ap: float
+    objects: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ap50": _number(self.ap50), "ap": _number(self.ap), "objects": self.objects}
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """One of COCO's size classes: the mean over the classes that have such objects, and each class."""
+
+    map50: float
+    map: float
+    objects: int
+    per_class: dict[str, SizeFigures]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "map50": _number(self.map50),
+            "map": _number(self.map),
+            "objects": self.objects,
+            "per_class": {name: each.to_json() for name, each in self.per_class.items()},
+        }
+
+
+@dataclass(frozen=True)
 class EvaluationReport:
     """What a detector reaches on a data set. Means are over the classes that have objects.
 
     ``map50`` is VOC's area AP at IoU 0.5, ``voc07`` the 11-point one, ``map`` COCO's AP .5:.95; a
-    figure is NaN where there is no object to find. ``curves`` are the precision-recall curves at IoU
-    0.5 by class name.
+    figure is NaN where there is no object to find. ``per_size`` are COCO's figures for ``small``,
+    ``medium`` and ``large`` objects; ``curves`` the precision-recall curves at IoU 0.5 by class name;
+    ``detections`` what the detector found in each image, with labels that index the data's names.
     """
 
     map50: float
     voc07: float
     map: float
     per_class: dict[str, ClassReport]
+    per_size: dict[str, SizeReport]
     images: int
     provider: str
     precision: str
     curves: dict[str, PrecisionRecall]
+    detections: tuple[Detections, ...] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """The plain dict that ``anchorline evaluate --json`` writes; NaN becomes None."""
@@ -71,24 +106,30 @@ class EvaluationReport:
             "voc07": _number(self.voc07),
             "map": _number(self.map),
             "per_class": per_class,
+            "per_size": {size: each.to_json() for size, each in self.per_size.items()},
             "images": self.images,
             "provider": self.provider,
             "precision": self.precision,
         }
 
     def render(self) -> Table:
-        """A rich table: one row per class and the mean."""
+        """A rich table: one row per class and the mean; the last columns are COCO AP by size."""
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(title=f"{self.images} images, {self.provider}, {self.precision}")
         table.add_column("class")
-        for column in ("objects", "AP50", "VOC07", "AP"):
+        for column in ("objects", "AP50", "VOC07", "AP", *self.per_size):
             table.add_column(column, justify="right")
         for name, each in self.per_class.items():
-            table.add_row(name, str(each.objects), *map(_shown, (each.ap50, each.voc07, each.ap)))
+            by_size = [size.per_class[name].ap for size in self.per_size.values()]
+            table.add_row(
+                escape(name), str(each.objects), *map(_shown, (each.ap50, each.voc07, each.ap, *by_size))
+            )
         table.add_section()
         objects = sum(each.objects for each in self.per_class.values())
-        table.add_row("mean", str(objects), *map(_shown, (self.map50, self.voc07, self.map)), style="bold")
+        means = (self.map50, self.voc07, self.map, *(size.map for size in self.per_size.values()))
+        table.add_row("mean", str(objects), *map(_shown, means), style="bold")
         return table
 
 
@@ -140,21 +181,41 @@ def report_detections(
 ) -> EvaluationReport:
     """The report for detections whose labels index ``dataset.names`` (see ``detect_all``)."""
     curves = voc_curves(dataset.images, detections, len(dataset.names))
-    coco = coco_average_precision(dataset.images, detections, len(dataset.names))
+    coco = coco_figures(dataset.images, detections, len(dataset.names))
     per_class = {
         name: ClassReport(curve.area, curve.eleven_point, ap, curve.objects)
-        for name, curve, ap in zip(dataset.names, curves, coco, strict=True)
+        for name, curve, ap in zip(dataset.names, curves, coco["all"].ap, strict=True)
     }
     return EvaluationReport(
         map50=_mean([each.ap50 for each in per_class.values()]),
         voc07=_mean([each.voc07 for each in per_class.values()]),
         map=_mean([each.ap for each in per_class.values()]),
         per_class=per_class,
+        per_size={size: _size_report(size, coco[size], dataset) for size in SIZE_CLASSES},
         images=len(dataset),
         provider=provider,
         precision=precision,
         curves=dict(zip(dataset.names, curves, strict=True)),
+        detections=tuple(detections),
     )
+
+
+def _size_report(size: str, coco: CocoFigures, dataset: Dataset) -> SizeReport:
+    counts = _objects_of_size(size, dataset.images, len(dataset.names))
+    per_class = {
+        name: SizeFigures(ap50, ap, count)
+        for name, ap50, ap, count in zip(dataset.names, coco.ap50, coco.ap, counts, strict=True)
+    }
+    return SizeReport(_mean(coco.ap50), _mean(coco.ap), sum(counts), per_class)
+
+
+def _objects_of_size(size: str, images: Sequence[LabelledImage], num_classes: int) -> list[int]:
+    """How many objects of each class are to be found in a size class."""
+    counts = np.zeros(num_classes, dtype=np.int64)
+    for image in images:
+        counted = in_size_class(box_areas(image.boxes), size) & ~(image.difficult | image.crowd)
+        counts += np.bincount(image.labels[counted], minlength=num_classes)
+    return [int(count) for count in counts]
 
 
 def _to_dataset_labels(detections: Detections, dataset: Dataset) -> Detections:

@@ -1,4 +1,7 @@
-"""Pictures of a run: precision-recall curves, the loss curve, contact sheets of images."""
+"""Pictures of a run: precision-recall curves, the loss curve, contact sheets of images.
+
+``report_plots.py`` draws an evaluation's other figures, on the empty ones made here.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.evaluation.evaluate import EvaluationReport
-from anchorline.evaluation.proposal_recall import ProposalReport
 from anchorline.runtime.errors import DataError, SettingsError
 from anchorline.runtime.files import atomic_path
 from anchorline.runtime.images import write_image
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SMOOTHING = 25  # steps over which the drawn loss is averaged
+_LEGEND_INSIDE = 8  # classes; more would cover the curves
+_LEGEND_OUTSIDE = 96  # beside the plot; beyond this the JSON has to tell
+_LEGEND_ROWS = 32
 _TITLE_HEIGHT = 22
 _GAP = 6
 _PAPER = 255
@@ -29,36 +34,21 @@ _PAPER = 255
 
 def plot_pr_curves(report: EvaluationReport, path: str | Path) -> None:
     """Precision over recall at IoU 0.5, one line for each class, as a PNG, SVG or PDF by the suffix."""
-    figure, axes = _new_figure(6.4, 5.2)
+    classes = len(report.curves)
+    columns = -(-classes // _LEGEND_ROWS) if _LEGEND_INSIDE < classes <= _LEGEND_OUTSIDE else 0
+    figure, axes = new_figure(6.4 + 1.7 * columns, 5.2)
     for name, curve in report.curves.items():
         if curve.objects:
             recall = np.concatenate([[0.0], curve.recall])
             precision = np.concatenate([curve.precision[:1], curve.precision])
-            axes.plot(recall, precision, linewidth=1.8, label=f"{name}  {curve.area:.3f}")
+            axes.plot(recall, precision, linewidth=1.8, label=f"{literal(name)}  {curve.area:.3f}")
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.03))
     axes.set_title(f"mAP50 {report.map50:.3f} on {report.images} images")
-    if axes.lines:
+    if axes.lines and columns:
+        figure.legend(loc="outside right upper", title="AP50", frameon=False, ncols=columns, fontsize=7)
+    elif axes.lines and classes <= _LEGEND_INSIDE:
         axes.legend(loc="lower left", title="AP50", frameon=False)
-    _save(figure, path)
-
-
-def plot_recall(report: ProposalReport, path: str | Path) -> None:
-    """Recall over IoU, one line for each number of proposals (the paper's figure 4)."""
-    figure, axes = _new_figure(6.4, 5.2)
-    for count, by_iou in report.recall.items():
-        axes.plot(list(by_iou), list(by_iou.values()), linewidth=1.8, label=f"{count} proposals")
-    axes.set(xlabel="IoU", ylabel="recall", xlim=(0.5, 0.95), ylim=(0, 1.03))
-    axes.set_title(f"{report.objects} objects in {report.images} images")
-    axes.legend(loc="lower left", frameon=False)
-    _save(figure, path)
-
-
-def plot_report(report: EvaluationReport | ProposalReport, folder: Path) -> None:
-    """The curves of an evaluation: ``pr_curves.png``, or ``recall.png`` for proposals."""
-    if isinstance(report, ProposalReport):
-        plot_recall(report, folder / "recall.png")
-    else:
-        plot_pr_curves(report, folder / "pr_curves.png")
+    save_figure(figure, path)
 
 
 def plot_loss_curve(csv_path: str | Path, path: str | Path) -> None:
@@ -68,7 +58,7 @@ def plot_loss_curve(csv_path: str | Path, path: str | Path) -> None:
     rows (column ``map50``) may stand between training rows. Raises ``DataError`` for another file.
     """
     columns = _read_columns(Path(csv_path))
-    figure, axes = _new_figure(7.2, 4.6)
+    figure, axes = new_figure(7.2, 4.6)
     for name in sorted(name for name in columns if name == "loss" or name.startswith("loss_")):
         steps, values = columns[name]
         total = name == "loss"
@@ -86,7 +76,7 @@ def plot_loss_curve(csv_path: str | Path, path: str | Path) -> None:
         more_handles, more_labels = accuracy.get_legend_handles_labels()
         handles, labels = handles + more_handles, labels + more_labels
     axes.legend(handles, labels, frameon=False, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.17))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def contact_sheet(
@@ -134,8 +124,14 @@ def _write_title(sheet: NDArray[np.uint8], title: str, left: int, top: int, widt
     cv2.putText(sheet, title, (left, top + _TITLE_HEIGHT - 7), font, scale, (40, 40, 40), 1, cv2.LINE_AA)
 
 
-def _new_figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of its own, without pyplot's global state, so that it works without a display."""
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure with one plot, its size in inches."""
+    figure, (axes,) = new_figures(width, height, 1)
+    return figure, axes
+
+
+def new_figures(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with plots side by side, without pyplot's global state, so that it needs no display."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -143,13 +139,20 @@ def _new_figure(width: float, height: float) -> tuple[Figure, Axes]:
         raise SettingsError("plots need matplotlib, which is not installed; pip install matplotlib") from None
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    plots = [figure.add_subplot(1, count, number) for number in range(1, count + 1)]
+    for axes in plots:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, plots
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def literal(text: str) -> str:
+    """A name as matplotlib's text: what stands between two dollar signs would be a formula."""
+    return text.replace("$", r"\$")
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write the figure as a PNG, SVG or PDF by the suffix, whole or not at all."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130)
 

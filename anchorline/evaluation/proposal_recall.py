@@ -18,7 +18,7 @@ from anchorline.runtime.detections import Detections
 if TYPE_CHECKING:
     from rich.table import Table
 
-PROPOSAL_COUNTS = (50, 100, 300, 1000)
+PROPOSAL_COUNTS = (1, 3, 10, 30, 50, 100, 200, 300, 500, 1000)
 IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 
 
@@ -91,29 +91,32 @@ def proposal_recall(
     IoU threshold when one of them reaches it (one proposal may cover several). Difficult and crowd
     objects are left out.
     """
-    recall: dict[int, dict[float, float]] = {}
-    objects = 0
-    for count in counts:
-        best = _best_overlaps(images, proposals, count)
-        objects = len(best)
-        recall[count] = {iou: _share(best >= iou) for iou in IOU_THRESHOLDS}
+    best = _best_overlaps(images, proposals, counts)
+    recall = {
+        count: {iou: _share(best[:, column] >= iou) for iou in IOU_THRESHOLDS}
+        for column, count in enumerate(counts)
+    }
     return ProposalReport(
         recall=recall,
         ar=float(np.mean(list(recall[max(counts)].values()))),
-        objects=objects,
+        objects=len(best),
         images=len(images),
     )
 
 
 def _best_overlaps(
-    images: Sequence[LabelledImage], proposals: Sequence[Detections], count: int
+    images: Sequence[LabelledImage], proposals: Sequence[Detections], counts: Sequence[int]
 ) -> NDArray[np.float64]:
-    """The best IoU of each object with the ``count`` best proposals of its image."""
-    best = [np.zeros(0)]
+    """The best IoU [objects, counts] of each object with the 1, 3, ... best proposals of its image."""
+    columns = np.array(counts, dtype=np.int64)
+    best = [np.zeros((0, len(columns)))]
     for image, each in zip(images, proposals, strict=True):
-        ranked = np.argsort(-each.scores, kind="stable")[:count]
+        ranked = np.argsort(-each.scores, kind="stable")[: columns.max()]
         boxes = image.boxes[~(image.difficult | image.crowd)]
-        best.append(iou_matrix(boxes, each.boxes[ranked]).max(axis=1, initial=0.0))
+        overlaps = np.zeros((len(boxes), len(ranked) + 1))  # the first column stands for no proposal at all
+        overlaps[:, 1:] = iou_matrix(boxes, each.boxes[ranked])
+        best_so_far = np.maximum.accumulate(overlaps, axis=1)
+        best.append(best_so_far[:, np.minimum(columns, len(ranked))])
     return np.concatenate(best)
 
 

@@ -16,15 +16,16 @@ from anchorline.runtime.errors import DataError
 
 Names = Sequence[str] | None
 
-FORMS = "voc:DIR@split, coco:IMAGES,ANNOTATIONS.json or synthetic:N"
+FORMS = "voc:DIR@split, coco:IMAGES,ANNOTATIONS.json, yolo:DIR@split or synthetic:N"
 
 
 def load_dataset(spec: str, names: Names = None) -> Dataset:
-    """Open ``voc:DIR@split``, ``coco:IMAGES,ANNOTATIONS.json`` or ``synthetic:N`` (``synthetic:N@seed``).
+    """Open ``voc:DIR@split``, ``coco:IMAGES,ANNOTATIONS.json``, ``yolo:DIR@split`` or ``synthetic:N``.
 
     With ``names`` the labels index these names, and a class of the data that is not among them is a
-    ``DataError``; without, the names are the data's own (VOC: sorted; COCO: by category id). Raises
-    ``DataError`` for an unknown form and for anything missing, empty or broken.
+    ``DataError``; without, the names are the data's own (VOC: sorted; COCO: by category id; YOLO: in
+    its order). ``synthetic:N@seed`` makes other scenes. Raises ``DataError`` for an unknown form and
+    for anything missing, empty or broken.
     """
     scheme, colon, rest = spec.partition(":")
     loader = _LOADERS.get(scheme)
@@ -57,7 +58,8 @@ def concatenate(datasets: Sequence[Dataset]) -> Dataset:
         images += [dataclasses.replace(image, labels=to_union[image.labels]) for image in dataset]
         dropped.update(dataset.dropped)
     spec = " ".join(dataset.spec for dataset in datasets)
-    return Dataset(spec, names, tuple(images), _common_category_ids(datasets, names), dropped)
+    unlabelled = sum(dataset.unlabelled for dataset in datasets)
+    return Dataset(spec, names, tuple(images), _common_category_ids(datasets, names), dropped, unlabelled)
 
 
 def _common_category_ids(datasets: Sequence[Dataset], names: tuple[str, ...]) -> tuple[int, ...] | None:
@@ -73,10 +75,33 @@ def _common_category_ids(datasets: Sequence[Dataset], names: tuple[str, ...]) ->
 
 
 def _load_voc(spec: str, rest: str, names: Names) -> Dataset:
+    folder, split = _folder_and_split(spec, rest, "trainval")
+    return load_voc(folder, split, names, spec)
+
+
+def _load_yolo(spec: str, rest: str, names: Names) -> Dataset:
+    from anchorline.evaluation.yolo import load_yolo
+
+    folder, split = _folder_and_split(spec, rest, "train")
+    return load_yolo(folder, split, names, spec)
+
+
+def _folder_and_split(spec: str, rest: str, usual: str) -> tuple[Path, str]:
     folder, at, split = rest.rpartition("@")
     if not at or not folder or not split:
-        raise DataError(f"data {spec!r}: expected voc:DIR@split, such as voc:{folder or rest}@trainval")
-    return load_voc(Path(folder).expanduser(), split, names, spec)
+        scheme = spec.partition(":")[0]
+        raise DataError(
+            f"data {spec!r}: expected {scheme}:DIR@split, such as {scheme}:{folder or rest}@{usual}"
+        )
+    return _path(folder), split
+
+
+def _path(text: str) -> Path:
+    """The path with ``~`` as the home folder, which a shell leaves in the middle of a word."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no such user
+        return Path(text)
 
 
 def _load_coco(spec: str, rest: str, names: Names) -> Dataset:
@@ -85,7 +110,7 @@ def _load_coco(spec: str, rest: str, names: Names) -> Dataset:
     folder, comma, annotations = rest.rpartition(",")
     if not comma or not folder or not annotations:
         raise DataError(f"data {spec!r}: expected coco:IMAGES,ANNOTATIONS.json")
-    return load_coco(Path(folder).expanduser(), Path(annotations).expanduser(), names, spec)
+    return load_coco(_path(folder), _path(annotations), names, spec)
 
 
 def _load_synthetic(spec: str, rest: str, names: Names) -> Dataset:
@@ -113,5 +138,6 @@ def _relabel(dataset: Dataset, names: Sequence[str], own_names: Sequence[str]) -
 _LOADERS: dict[str, Callable[[str, str, Names], Dataset]] = {
     "voc": _load_voc,
     "coco": _load_coco,
+    "yolo": _load_yolo,
     "synthetic": _load_synthetic,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,20 @@ class PrecisionRecall:
     objects: int
     area: float
     eleven_point: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The curve without the points between two objects found, on which neither average depends."""
+        rises = np.diff(self.recall, prepend=0.0) > 0
+        if self.objects and len(rises):
+            rises[-1] = True
+        return {
+            "objects": self.objects,
+            "ap50": self.area,
+            "voc07": self.eleven_point,
+            "recall": self.recall[rises].tolist(),
+            "precision": self.precision[rises].tolist(),
+            "scores": self.scores[rises].tolist(),
+        }
 
 
 def voc_curves(

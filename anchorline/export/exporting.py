@@ -61,6 +61,8 @@ def export_onnx(
         raise SettingsError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
     if max_batch is not None and max_batch < 1:
         raise SettingsError(f"max batch is {max_batch}; expected at least 1")
+    if out.suffix.lower() != ".onnx":
+        raise SettingsError(f"output is {str(out)!r}; expected a file name that ends in .onnx")
     model, contract = load_checkpoint(checkpoint, canvas)
     contract = dataclasses.replace(
         contract,

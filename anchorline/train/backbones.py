@@ -8,13 +8,16 @@ Parameter names follow torchvision's detection models (``body``, ``fpn``).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -41,47 +44,95 @@ class FrozenBatchNorm(nn.BatchNorm2d):
 class BackboneSpec:
     """Where a network's feature maps come from.
 
-    ``build(norm_layer)`` gives the network as an ``nn.Sequential`` of stages; ``taps`` are the
-    stages whose outputs have strides 4, 8, 16 and 32, and ``channels`` their widths.
+    ``build(norm_layer)`` gives the whole classification network, ``layers`` its layers in order under
+    the names their parameters have in torchvision's detection models. The five ``stage_ends`` name
+    the last layers of strides 2, 4, 8, 16 and 32; ``channels`` are the widths at strides 4 to 32.
     """
 
-    build: Callable[[Callable[..., nn.Module]], nn.Sequential]
-    taps: tuple[int, int, int, int]
+    build: Callable[[Callable[..., nn.Module]], nn.Module]
+    layers: Callable[[nn.Module], dict[str, nn.Module]]
+    stage_ends: tuple[str, str, str, str, str]
     channels: tuple[int, int, int, int]
 
 
-def _mobilenet_v2(norm_layer: Callable[..., nn.Module]) -> nn.Sequential:
-    # The last stage widens to 1280 channels for classification; the pyramid takes the 320 before it.
-    return torchvision.models.mobilenet_v2(norm_layer=norm_layer).features[:18]
+def _feature_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a MobileNet, numbered as in its ``features``."""
+    return dict(cast(nn.Module, network.features).named_children())
 
+
+def _resnet_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a ResNet without its classifier."""
+    return {name: child for name, child in network.named_children() if name not in ("avgpool", "fc")}
+
+
+def _mobilenet_v2(norm_layer: Callable[..., nn.Module], width: float = 1.0) -> nn.Module:
+    return torchvision.models.mobilenet_v2(norm_layer=norm_layer, width_mult=width)
+
+
+def _resnet10(norm_layer: Callable[..., nn.Module]) -> nn.Module:
+    """One basic block a stage: small enough to train from nothing on a CPU."""
+    return ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
+
+
+def _network(name: str) -> Callable[[Callable[..., nn.Module]], nn.Module]:
+    """A builder of torchvision's network ``name``, randomly initialised."""
+    return lambda norm_layer: torchvision.models.get_model(name, weights=None, norm_layer=norm_layer)
+
+
+# MobileNets end in a layer that widens for classification; the pyramid takes the map before it.
+_V2_ENDS = ("1", "3", "6", "13", "17")
+_RESNET_ENDS = ("relu", "layer1", "layer2", "layer3", "layer4")
 
 BACKBONES: dict[str, BackboneSpec] = {
-    "mobilenet_v2": BackboneSpec(_mobilenet_v2, taps=(3, 6, 13, 17), channels=(24, 32, 96, 320)),
+    "mobilenet_v2": BackboneSpec(_mobilenet_v2, _feature_layers, _V2_ENDS, (24, 32, 96, 320)),
+    "mobilenet_v2_050": BackboneSpec(
+        partial(_mobilenet_v2, width=0.5), _feature_layers, _V2_ENDS, (16, 16, 48, 160)
+    ),
+    "mobilenet_v3_large": BackboneSpec(
+        _network("mobilenet_v3_large"), _feature_layers, ("1", "3", "6", "12", "15"), (24, 40, 112, 160)
+    ),
+    "resnet10": BackboneSpec(_resnet10, _resnet_layers, _RESNET_ENDS, (64, 128, 256, 512)),
+    "resnet18": BackboneSpec(_network("resnet18"), _resnet_layers, _RESNET_ENDS, (64, 128, 256, 512)),
+    "resnet34": BackboneSpec(_network("resnet34"), _resnet_layers, _RESNET_ENDS, (64, 128, 256, 512)),
+    "resnet50": BackboneSpec(_network("resnet50"), _resnet_layers, _RESNET_ENDS, (256, 512, 1024, 2048)),
+    "resnet101": BackboneSpec(_network("resnet101"), _resnet_layers, _RESNET_ENDS, (256, 512, 1024, 2048)),
 }
 
 
 class Body(nn.Module):
-    """The stages of a backbone up to the last tap; returns the tapped maps, finest first."""
+    """The layers of a backbone up to the last tap; returns the tapped maps, finest first.
 
-    def __init__(self, stages: nn.Sequential, taps: tuple[int, ...]) -> None:
+    ``strides`` (of 4, 8, 16, 32) says which maps to tap.
+    """
+
+    def __init__(
+        self, spec: BackboneSpec, strides: Sequence[int], norm_layer: Callable[..., nn.Module]
+    ) -> None:
         super().__init__()
-        self.taps = taps
-        for index, stage in enumerate(stages[: taps[-1] + 1]):
-            self.add_module(str(index), stage)
+        self.stage_ends = spec.stage_ends
+        self.taps = tuple(spec.stage_ends[(2, 4, 8, 16, 32).index(stride)] for stride in strides)
+        for name, layer in spec.layers(spec.build(norm_layer)).items():
+            self.add_module(name, layer)
+            if name == self.taps[-1]:
+                break
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Feature maps [B, C_i, H / stride_i, W / stride_i] of ``x`` [B, 3, H, W]."""
         maps = []
-        for index, stage in enumerate(self.children()):
-            x = stage(x)
-            if index in self.taps:
+        for name, layer in self.named_children():
+            x = layer(x)
+            if name in self.taps:
                 maps.append(x)
         return maps
 
     def freeze(self, stages: int) -> None:
-        """Stop training the first ``stages`` stages."""
-        for stage in list(self.children())[:stages]:
-            stage.requires_grad_(False)
+        """Stop training the first ``stages`` stages: 1 is the stem up to stride 2, 2 reaches stride 4."""
+        if not stages:
+            return
+        for name, layer in self.named_children():
+            layer.requires_grad_(False)
+            if name == self.stage_ends[min(stages, len(self.stage_ends)) - 1]:
+                return
 
 
 class FPNBackbone(nn.Module):
@@ -126,12 +177,14 @@ def build_backbone(settings: ModelSettings) -> FPNBackbone | SingleBackbone:
             f"backbone {settings.backbone!r} is not known; expected one of {', '.join(BACKBONES)}"
         )
     live = settings.backbone_norm == "live"
-    stages = spec.build(nn.BatchNorm2d if live else FrozenBatchNorm)
+    norm = nn.BatchNorm2d if live else FrozenBatchNorm
     if settings.neck == "single":
-        return SingleBackbone(Body(stages, spec.taps[2:3]), spec.channels[2])
-    first = (4, 8).index(settings.finest_stride)
-    taps, channels = spec.taps[first:], spec.channels[first:]
-    return FPNBackbone(Body(stages, taps), channels, settings.fpn_channels, settings.finest_stride, live)
+        return SingleBackbone(Body(spec, (16,), norm), spec.channels[2])
+    strides = [stride for stride in (4, 8, 16, 32) if stride >= settings.finest_stride]
+    channels = spec.channels[-len(strides) :]
+    return FPNBackbone(
+        Body(spec, strides, norm), channels, settings.fpn_channels, settings.finest_stride, live
+    )
 
 
 def load_backbone_weights(body: Body, path: Path) -> None:
@@ -158,6 +211,11 @@ def load_backbone_weights(body: Body, path: Path) -> None:
             f"{path}: {wrong[0]!r} has shape {list(state[wrong[0]].shape)}, expected "
             f"{list(wanted[wrong[0]].shape)}; the weights belong to another network"
         )
+    not_finite = [key for key in sorted(needed) if not torch.isfinite(state[key].float()).all()]
+    if not_finite:
+        raise ArtefactError(
+            f"{path}: tensor {not_finite[0]!r} holds values that are not finite; expected a sound checkpoint"
+        )
     body.load_state_dict({key: state.get(key, wanted[key]) for key in wanted})
 
 
@@ -178,6 +236,8 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         raise ArtefactError(
             f"{path}: cannot be read as weights ({reason[:120]}); expected a state dict"
         ) from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ArtefactError(f"{path}: holds no state dict; expected a dictionary of tensors")
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise ArtefactError(f"{path}: holds no state dict; expected a dictionary of tensors by name")
     return state

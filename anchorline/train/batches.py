@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from torchvision import tv_tensors
 from anchorline.evaluation.dataset import Dataset, LabelledImage
 from anchorline.runtime.canvas import boxes_to_canvas, place, to_canvas
 from anchorline.runtime.contract import ResizeRule
+from anchorline.runtime.errors import AnchorlineError
 from anchorline.train.settings import TrainingSettings
 from anchorline.train.targets import Targets
 from anchorline.train.transforms import build_transforms
@@ -118,15 +121,41 @@ def build_loader(
         num_workers=settings.workers,
         collate_fn=collate,
         worker_init_fn=_start_worker,
-        persistent_workers=False,
+        persistent_workers=settings.workers > 0,
     )
     return loader, sampler
 
 
+def read_batches(loader: DataLoader[dict[str, Any]]) -> Iterator[Batch]:
+    """The batches of one epoch; an image that cannot be read stays an error of one line."""
+    try:
+        yield from loader
+    except AnchorlineError as error:
+        # A worker's exception arrives with its whole traceback as the message; the last line is its own.
+        kind = type(error)
+        line = str(error).rstrip().rpartition("\n")[2]
+        raise kind(line.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")) from None
+
+
 def _start_worker(_: int) -> None:
-    # The training itself needs the processor; a worker that spreads over all cores slows both.
+    # On a processor that the training fills, an image waits for a gap; the other way round every one
+    # of the training's parallel loops would wait for the core that a worker has taken.
+    if hasattr(os, "nice"):  # not on Windows
+        os.nice(10)
+
+
+@contextlib.contextmanager
+def single_threaded_opencv() -> Iterator[None]:
+    """Run OpenCV on one thread: its thread pool does not survive a fork, a worker that inherits it hangs.
+
+    The training itself needs the processor, so nothing is lost.
+    """
+    threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
-    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)
 
 
 def _seed(seed: int, epoch: int, index: int) -> int:

@@ -89,11 +89,13 @@ def load_checkpoint(path: Path, canvas: tuple[int, int] | None = None) -> tuple[
     if canvas is not None:
         settings = dataclasses.replace(settings, canvas=canvas)
         contract = dataclasses.replace(contract, canvas=canvas)
-    model = FasterRCNN(settings, len(contract.names))
     try:
+        model = FasterRCNN(settings, len(contract.names))
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         model.load_state_dict(state)
+    except ArtefactError as error:
+        raise ArtefactError(f"{path}: {error}") from None
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()
         detail = " ".join(line.strip() for line in reason[:2])

@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
+from anchorline.runtime.errors import ArtefactError
 from anchorline.runtime.files import atomic_write_text
 
 COLUMNS = (
@@ -20,6 +21,8 @@ COLUMNS = (
     "loss_box",
     "map50",
 )
+
+_NOT_OURS = "not the metrics of a training; remove the file, or train without --resume"
 
 
 class MetricsFile:
@@ -45,10 +48,19 @@ class MetricsFile:
         self.rows.append({"step": str(step), "epoch": str(epoch), "map50": f"{map50:.5f}"})
 
     def resume(self, step: int) -> None:
-        """Take up the rows of an earlier run up to ``step``."""
-        if self.path.is_file():
+        """Take up the rows of an earlier run up to ``step``; raises ``ArtefactError`` for another file."""
+        if not self.path.is_file():
+            return
+        try:
             with self.path.open(newline="", encoding="utf-8") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+                reader = csv.DictReader(file)
+                columns = tuple(reader.fieldnames or ())
+                rows = [row for row in reader if int(row["step"]) <= step]
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            raise ArtefactError(f"{self.path}: {_NOT_OURS} ({error})") from None
+        if columns != COLUMNS or any(None in row for row in rows):
+            raise ArtefactError(f"{self.path}: {_NOT_OURS}")
+        self.rows = rows
 
     def flush(self) -> None:
         """Write the file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.settings import TrainingSettings
 
 
-def build_optimiser(model: FasterRCNN, settings: TrainingSettings) -> torch.optim.SGD:
-    """SGD with momentum; no weight decay on norms and biases, the backbone at its own rate."""
+def build_optimiser(model: FasterRCNN, settings: TrainingSettings) -> torch.optim.Optimizer:
+    """SGD with momentum, or AdamW; no weight decay on norms and biases, the backbone at its own rate."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -22,20 +23,20 @@ def build_optimiser(model: FasterRCNN, settings: TrainingSettings) -> torch.opti
             )
             decay = settings.weight_decay if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
-    return torch.optim.SGD(
-        [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()],
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-    )
+    members = [
+        {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()
+    ]
+    if settings.optimiser == "adamw":
+        return torch.optim.AdamW(members, lr=settings.learning_rate, betas=(settings.momentum, 0.999))
+    return torch.optim.SGD(members, lr=settings.learning_rate, momentum=settings.momentum)
 
 
 def build_schedule(optimiser: torch.optim.Optimizer, settings: TrainingSettings, steps: int) -> LambdaLR:
     """Linear warm-up, then ``settings.schedule`` over ``steps`` steps in all."""
 
     def factor(step: int) -> float:
-        warmup = min(
-            1.0, settings.warmup_factor + (1 - settings.warmup_factor) * step / max(1, settings.warmup_steps)
-        )
+        done = min(1.0, step / settings.warmup_steps) if settings.warmup_steps else 1.0
+        warmup = settings.warmup_factor + (1 - settings.warmup_factor) * done
         progress = min(1.0, step / max(1, steps))
         if settings.schedule == "step":
             return warmup * 0.1 ** sum(progress >= milestone for milestone in settings.milestones)
@@ -50,6 +51,12 @@ class MovingAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
         self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    def load(self, state: Mapping[str, Tensor], updates: int) -> None:
+        """Take up an earlier average, on the device this one is on."""
+        for name, tensor in self.state.items():
+            tensor.copy_(state[name])
+        self.updates = updates
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

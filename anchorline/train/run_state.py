@@ -20,7 +20,10 @@ STATE_FILE = "state.pt"
 def save_state(folder: Path, progress: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Write ``progress`` (plain values) and ``state`` (state dicts) as one file."""
     with atomic_path(folder / STATE_FILE) as temporary:
-        torch.save({"progress": json.dumps(progress), "state": dict(state)}, temporary)
+        try:
+            torch.save({"progress": json.dumps(progress), "state": dict(state)}, temporary)
+        except RuntimeError as error:  # how PyTorch reports a full disk
+            raise OSError("PyTorch could not write all of it") from error
 
 
 def load_state(folder: Path, settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -36,13 +39,14 @@ def load_state(folder: Path, settings: Settings) -> tuple[dict[str, Any], dict[s
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         progress, state = json.loads(saved["progress"]), saved["state"]
+        trained_with = {table: dict(progress["settings"][table]) for table in ("model", "training")}
     except Exception as error:  # torch.load raises many kinds for damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ArtefactError(f"{path}: cannot be read ({reason[:120]}); train without --resume") from None
     wanted = json.loads(json.dumps(settings.to_dict()))
     for table, values in wanted.items():
         for name, value in values.items():
-            before = progress["settings"][table].get(name)
+            before = trained_with[table].get(name)
             if before != value:
                 raise ArtefactError(
                     f"{path}: was trained with {table}.{name} = {before!r}, not {value!r}; "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from anchorline.runtime.errors import SettingsError
+from anchorline.train.setting_checks import Choices, Ranges, check_choices, check_ranges, coerce, expect
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,6 +27,32 @@ PRESETS = Path(__file__).parent / "presets"
 # ImageNet's statistics in grey levels, RGB: what the pretrained backbones expect.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+_MODEL_CHOICES: Choices = {
+    "neck": ("fpn", "single"),
+    "finest_stride": (4, 8),
+    "backbone_norm": ("frozen", "live"),
+}
+_MODEL_RANGES: Ranges = {
+    "at least 1": "fpn_channels rpn_pre_nms rpn_post_nms roi_size roi_sampling representation max_detections",
+    "above 0": "anchor_sizes aspect_ratios canonical_size box_weights std",
+    "0 or more": "rpn_convs rpn_min_side box_min_side",
+    "from 0 to 1": "rpn_nms_iou nms_iou score_threshold",
+}
+_TRAINING_CHOICES: Choices = {
+    "optimiser": ("sgd", "adamw"),
+    "schedule": ("cosine", "step"),
+    "precision": ("fp32", "bf16", "auto"),
+}
+_TRAINING_RANGES: Ranges = {
+    "at least 1": "epochs batch rpn_samples roi_samples rpn_pre_nms rpn_post_nms",
+    "above 0": "learning_rate zoom",
+    "0 or more": "weight_decay warmup_steps clip_norm backbone_rate frozen_stages seed workers "
+    "validate_every rpn_box_beta roi_box_beta rpn_loss_weight roi_box_loss_weight",
+    "from 0 to 1": "momentum warmup_factor milestones ema flip vertical_flip photometric rpn_positive_iou "
+    "rpn_negative_iou rpn_positive_fraction roi_positive_iou roi_positive_fraction",
+}
 
 
 @dataclass(frozen=True)
@@ -76,36 +103,19 @@ class ModelSettings:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        _expect(self.neck in ("fpn", "single"), "model.neck", self.neck, "'fpn' or 'single'")
-        _expect(
-            self.backbone_norm in ("frozen", "live"),
-            "model.backbone_norm",
-            self.backbone_norm,
-            "'frozen' or 'live'",
-        )
-        _expect(
-            len(self.canvas) == 2 and all(s >= 32 and s % 32 == 0 for s in self.canvas),
-            "model.canvas",
-            self.canvas,
-            "a height and a width that are multiples of 32",
-        )
-        _expect(self.finest_stride in (4, 8), "model.finest_stride", self.finest_stride, "4 or 8")
+        check_choices(self, "model", _MODEL_CHOICES)
+        check_ranges(self, "model", _MODEL_RANGES)
+        canvas_fits = len(self.canvas) == 2 and all(s >= 32 and s % 32 == 0 for s in self.canvas)
+        expect(canvas_fits, "model.canvas", self.canvas, "a height and a width that are multiples of 32")
         levels = 1 if self.neck == "single" else (5 if self.finest_stride == 4 else 4)
-        _expect(
-            len(self.anchor_sizes) == levels and all(self.anchor_sizes),
+        groups = {len(group) for group in self.anchor_sizes}
+        expect(
+            len(self.anchor_sizes) == levels and len(groups) == 1 and 0 not in groups,
             "model.anchor_sizes",
             self.anchor_sizes,
-            f"{levels} group{'s' if levels > 1 else ''} of sizes for the neck {self.neck!r}",
+            f"{levels} group{'s' if levels > 1 else ''} of as many sizes each for the neck {self.neck!r}",
         )
-        for name in (
-            "roi_sampling",
-            "rpn_pre_nms",
-            "rpn_post_nms",
-            "max_detections",
-            "roi_size",
-            "fpn_channels",
-        ):
-            _expect(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+        expect(bool(self.aspect_ratios), "model.aspect_ratios", self.aspect_ratios, "at least one ratio")
 
     @property
     def anchors_per_place(self) -> int:
@@ -128,6 +138,8 @@ class TrainingSettings:
     batch: int = 4
     """Images per step."""
     learning_rate: float = 0.01
+    optimiser: str = "sgd"
+    """``sgd`` with momentum as in the paper, or ``adamw``, which learns faster from random weights."""
     momentum: float = 0.9
     weight_decay: float = 1e-4
     warmup_steps: int = 100
@@ -142,7 +154,7 @@ class TrainingSettings:
     backbone_rate: float = 1.0
     """The backbone's share of the learning rate."""
     frozen_stages: int = 0
-    """Stages of the backbone, from the input, that are not trained."""
+    """Stages of the backbone that are not trained: 1 is the stem (stride 2), 2 reaches stride 4, ..."""
     ema: float = 0.0
     """Decay of the exponential moving average of the weights; 0 switches it off."""
     precision: str = "fp32"
@@ -183,24 +195,14 @@ class TrainingSettings:
     roi_box_loss_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "rpn_samples", "roi_samples", "rpn_pre_nms", "rpn_post_nms"):
-            _expect(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
-        _expect(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "a number above 0")
-        _expect(self.schedule in ("cosine", "step"), "training.schedule", self.schedule, "'cosine' or 'step'")
-        _expect(
-            self.precision in ("fp32", "bf16", "auto"),
-            "training.precision",
-            self.precision,
-            "'fp32', 'bf16' or 'auto'",
-        )
-        _expect(0 <= self.ema < 1, "training.ema", self.ema, "a decay from 0 to below 1")
-        _expect(
-            len(self.zoom) == 2 and 0 < self.zoom[0] <= self.zoom[1],
-            "training.zoom",
-            self.zoom,
-            "a lowest and a highest magnification above 0",
-        )
-        _expect(self.workers >= 0, "training.workers", self.workers, "0 or more processes")
+        check_choices(self, "training", _TRAINING_CHOICES)
+        check_ranges(self, "training", _TRAINING_RANGES)
+        ordered = self.rpn_negative_iou <= self.rpn_positive_iou
+        expect(ordered, "training.rpn_negative_iou", self.rpn_negative_iou, "at most rpn_positive_iou")
+        expect(self.ema < 1, "training.ema", self.ema, "a decay from 0 to below 1")
+        expect(self.seed < 2**32, "training.seed", self.seed, "a whole number below 2**32")
+        zoom_fits = len(self.zoom) == 2 and self.zoom[0] <= self.zoom[1]
+        expect(zoom_fits, "training.zoom", self.zoom, "a lowest and a highest magnification")
 
 
 @dataclass(frozen=True)
@@ -234,9 +236,11 @@ def load_preset(name: str, overrides: Sequence[str] = ()) -> Settings:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: not a TOML file ({error}); mend it or use a preset") from None
+    for table, content in tables.items():
+        expect(isinstance(content, dict), f"{path}: {table}", content, "a table [model] or [training]")
     for text in overrides:
-        table, name, value = _parse_override(text)
-        tables.setdefault(table, {})[name] = value
+        table, field_name, value = _parse_override(text)
+        tables.setdefault(table, {})[field_name] = value
     unknown = set(tables) - {"model", "training"}
     if unknown:
         raise SettingsError(f"{path}: unknown table {sorted(unknown)[0]!r}; expected [model] and [training]")
@@ -251,28 +255,14 @@ _Dataclass = TypeVar("_Dataclass", ModelSettings, TrainingSettings)
 
 def settings_from(cls: type[_Dataclass], values: Mapping[str, Any], table: str) -> _Dataclass:
     """Build ``cls`` from plain values, checking names and types; raises ``SettingsError``."""
+    expect(isinstance(values, Mapping), table, values, "fields and their values")
     hints = get_type_hints(cls)
     unknown = set(values) - set(hints)
     if unknown:
         raise SettingsError(
             f"{table}.{sorted(unknown)[0]} is not a setting; expected one of {', '.join(sorted(hints))}"
         )
-    return cls(**{name: _coerce(value, hints[name], f"{table}.{name}") for name, value in values.items()})
-
-
-def _coerce(value: Any, hint: Any, name: str) -> Any:
-    """``value`` as the type of its field: lists become tuples, whole numbers become floats."""
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type):
-        matches = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-        _expect(matches, name, value, f"a value of type {hint.__name__}")
-        return value
-    _expect(isinstance(value, list | tuple), name, value, "a list")
-    inner = [h for h in hint.__args__ if h is not Ellipsis]
-    if len(inner) > 1:
-        _expect(len(value) == len(inner), name, value, f"a list of {len(inner)}")
-    return tuple(_coerce(item, inner[min(i, len(inner) - 1)], name) for i, item in enumerate(value))
+    return cls(**{name: coerce(value, hints[name], f"{table}.{name}") for name, value in values.items()})
 
 
 def _parse_override(text: str) -> tuple[str, str, Any]:
@@ -284,15 +274,10 @@ def _parse_override(text: str) -> tuple[str, str, Any]:
             for t, c in (("model", ModelSettings), ("training", TrainingSettings))
             if name in get_type_hints(c)
         ]
-        _expect(len(tables) == 1, "override", text, "table.field=value with the table model or training")
+        expect(len(tables) == 1, "override", text, "table.field=value with the table model or training")
         table = tables[0]
-    _expect(bool(equals) and table in ("model", "training"), "override", text, "table.field=value")
+    expect(bool(equals) and table in ("model", "training"), "override", text, "table.field=value")
     try:
         return table, name, tomllib.loads(f"value = {literal}")["value"]
     except tomllib.TOMLDecodeError:
         return table, name, literal.strip()
-
-
-def _expect(condition: bool, name: str, value: object, expectation: str) -> None:
-    if not condition:
-        raise SettingsError(f"{name} is {value!r}; expected {expectation}")

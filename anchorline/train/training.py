@@ -15,16 +15,23 @@ from torch import Tensor
 
 from anchorline.evaluation.dataset import Dataset
 from anchorline.evaluation.evaluate import evaluate
-from anchorline.runtime.errors import DataError, SettingsError, TrainingError
+from anchorline.runtime.errors import ArtefactError, TrainingError
 from anchorline.runtime.files import atomic_write_text
 from anchorline.train.backbones import load_backbone_weights
-from anchorline.train.batches import Batch, CanvasDataset, build_loader
+from anchorline.train.batches import (
+    Batch,
+    CanvasDataset,
+    build_loader,
+    read_batches,
+    single_threaded_opencv,
+)
 from anchorline.train.checkpoint import contract_of, save_checkpoint
 from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.metrics import MetricsFile
 from anchorline.train.optimisation import MovingAverage, build_optimiser, build_schedule
 from anchorline.train.precision import autocast
 from anchorline.train.prediction import TorchDetector
+from anchorline.train.run_checks import check_data, choose_device, first_not_finite, not_finite
 from anchorline.train.run_state import load_state, save_state
 from anchorline.train.settings import Settings
 
@@ -71,10 +78,9 @@ def train(
     ``metrics.csv`` and ``settings.json``. Ctrl-C saves the weights and returns. Raises
     ``TrainingError`` for a loss that is not finite, naming the batch; the last good checkpoint stays.
     """
-    if not any(len(image.boxes) for image in data):
-        raise DataError(f"{data.spec}: holds no labelled object; expected at least one box to train on")
+    check_data(data, validation)
     torch.manual_seed(settings.training.seed)
-    run = _Run(settings, data, out, validation, _device(device), source or {})
+    run = _Run(settings, data, out, validation, choose_device(device), source or {})
     if backbone_weights is not None and not resume:
         load_backbone_weights(run.model.backbone.body, backbone_weights)
         run.average = MovingAverage(run.model, settings.training.ema) if settings.training.ema else None
@@ -82,20 +88,6 @@ def train(
         run.resume()
     run.write_settings()
     return run.train(report)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise SettingsError(
-            f"device {name!r} cannot be used ({reason}); expected auto, cpu or cuda"
-        ) from None
-    return device
 
 
 class _Run:
@@ -126,14 +118,16 @@ class _Run:
         self.average = MovingAverage(self.model, training.ema) if training.ema else None
         self.metrics = MetricsFile(out / "metrics.csv")
         self.epoch, self.step, self.best = 0, 0, -1.0
+        self.batch_ids: tuple[str, ...] = ()
 
     def train(self, report: Report | None) -> TrainResult:
         """All epochs that are left."""
         try:
-            while self.epoch < self.settings.training.epochs:
-                self._train_epoch(report)
-                self.epoch += 1
-                self._finish_epoch()
+            with single_threaded_opencv():
+                while self.epoch < self.settings.training.epochs:
+                    self._train_epoch(report)
+                    self.epoch += 1
+                    self._finish_epoch()
         except KeyboardInterrupt:
             if self.validation is None or self.best < 0:
                 self._save(self.out / "model.safetensors")
@@ -147,13 +141,15 @@ class _Run:
         torch.manual_seed(self.settings.training.seed * 100_003 + self.epoch)
         self.model.train()
         self.sampler.epoch = self.epoch
-        for batch in self.loader:
+        for batch in read_batches(self.loader):
+            rate = self.optimiser.param_groups[-1]["lr"]  # of the heads: the backbone may have its own
             losses = self._train_step(batch)
             self.step += 1
-            rate = self.optimiser.param_groups[0]["lr"]
             self.metrics.add_step(self.step, self.epoch, rate, losses)
             if report is not None:
                 report(StepReport(self.step, self.steps, self.epoch, rate, losses))
+        if bad := first_not_finite(self._weights()):
+            raise self._error(f"{bad} is not finite", self.step)
 
     def _train_step(self, batch: Batch) -> dict[str, float]:
         training = self.settings.training
@@ -162,21 +158,27 @@ class _Run:
             losses = self.model.losses(images, sizes, batch.targets.to(self.device), training)
         total = torch.stack(list(losses.values())).sum()
         values = {"loss": total.item(), **{name: loss.item() for name, loss in losses.items()}}
-        if not math.isfinite(values["loss"]):
-            bad = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
-            raise TrainingError(
-                f"{bad} at step {self.step + 1}, images {', '.join(batch.ids)}; expected a finite loss: "
-                f"lower training.learning_rate or check these images; the last good checkpoint is in {self.out}"
-            )
+        self.batch_ids = batch.ids
+        if bad := not_finite(values):
+            raise self._error(bad, self.step + 1)
         self.optimiser.zero_grad(set_to_none=True)
         total.backward()
-        if training.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_norm)
+        limit = training.clip_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if bad := not_finite({"norm of the gradient": norm.item()}):
+            raise self._error(bad, self.step + 1)
         self.optimiser.step()
         self.schedule.step()
         if self.average is not None:
             self.average.update(self.model)
         return values
+
+    def _error(self, what: str, step: int) -> TrainingError:
+        kept = f"the last good weights are in {self.out}" if self.epoch else "no epoch was finished before it"
+        return TrainingError(
+            f"{what} at step {step}, images {', '.join(self.batch_ids)}; expected finite numbers: lower "
+            f"training.learning_rate or check these images; {kept}"
+        )
 
     def _finish_epoch(self) -> None:
         every = self.settings.training.validate_every
@@ -211,7 +213,11 @@ class _Run:
             "step": self.step,
             "best": self.best,
             "settings": self.settings.to_dict(),
+            "data": self._data_size(),
         }
+
+    def _data_size(self) -> dict[str, Any]:
+        return {"classes": list(self.contract.names), "images": self.sampler.images}
 
     def _training_state(self) -> dict[str, Any]:
         return {
@@ -222,14 +228,26 @@ class _Run:
         }
 
     def resume(self) -> None:
-        """Go on from ``out/last``; raises ``ArtefactError`` where there is no state of these settings."""
-        progress, state = load_state(self.out / "last", self.settings)
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.average is not None:
-            self.average.state, self.average.updates = state["average"]
-        self.epoch, self.step, self.best = progress["epoch"], progress["step"], progress["best"]
+        """Go on from ``out/last``; raises ``ArtefactError`` without a state of these settings and data."""
+        folder = self.out / "last"
+        progress, state = load_state(folder, self.settings)
+        if progress.get("data") != self._data_size():
+            raise ArtefactError(
+                f"{folder}: was trained on other data ({progress.get('data')}, not {self._data_size()}); "
+                "resume with the same data, or train without --resume"
+            )
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.schedule.load_state_dict(state["schedule"])
+            if self.average is not None:
+                self.average.load(*state["average"])
+            self.epoch, self.step, self.best = progress["epoch"], progress["step"], progress["best"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise ArtefactError(
+                f"{folder}: does not fit this model ({reason}); train without --resume"
+            ) from None
         self.metrics.resume(self.step)
 
     def write_settings(self) -> None:

@@ -148,7 +148,7 @@ def test_roi_align_equals_torchvisions(size: int, sampling: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_features_keep_exact_coordinates(dtype: torch.dtype) -> None:
-    """Training under autocast: a coordinate such as 150.3 has no neighbour in bfloat16 closer than 150 or 151."""
+    """Training under autocast: bfloat16 knows no coordinate between 150 and 151."""
     features = torch.randn(1, 4, 160, 200).to(dtype)
     rois = rois_on(160, 200, 1, 40)
     found = ops.roi_align(features, rois, output_size=7, sampling_ratio=2)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -15,10 +17,20 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from anchorline.train.backbones import FrozenBatchNorm
 from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.train.roi_heads import DetectionBatch
 from anchorline.train.settings import ModelSettings, TrainingSettings
 from anchorline.train.targets import Targets
 
 CLASSES = 3
+NECKS = {
+    "fpn": {"neck": "fpn"},
+    "fpn from stride 8": {
+        "neck": "fpn",
+        "finest_stride": 8,
+        "anchor_sizes": ((16.0,), (32.0,), (64.0,), (128.0,)),
+    },
+    "single": {"neck": "single"},
+}
 TRAINING = TrainingSettings(rpn_samples=50_000, roi_samples=500, rpn_pre_nms=200, rpn_post_nms=60)
 
 
@@ -28,8 +40,10 @@ def body() -> nn.Sequential:
 
 def torchvision_backbone(settings: ModelSettings) -> nn.Module:
     if settings.neck == "fpn":
-        taps = {"3": "0", "6": "1", "13": "2", "17": "3"}
-        return BackboneWithFPN(body(), taps, [24, 32, 96, 320], settings.fpn_channels)
+        stages = {4: ("3", 24), 8: ("6", 32), 16: ("13", 96), 32: ("17", 320)}
+        tapped = [tap for stride, tap in stages.items() if stride >= settings.finest_stride]
+        names = {stage: str(i) for i, (stage, _) in enumerate(tapped)}
+        return BackboneWithFPN(body(), names, [width for _, width in tapped], settings.fpn_channels)
     single = nn.Sequential()
     single.body = body()[:14]
     single.out_channels = 96
@@ -40,7 +54,7 @@ def torchvision_twin(model: FasterRCNN) -> TorchvisionFasterRCNN:
     """torchvision's Faster R-CNN with the settings and the weights of ``model``."""
     s = model.settings
     levels = len(s.anchor_sizes)
-    names = ["0", "1", "2", "3"] if s.neck == "fpn" else ["0"]
+    names = [str(i) for i in range(max(1, levels - 1))]  # the pyramid's coarsest map is not pooled
     twin = TorchvisionFasterRCNN(
         torchvision_backbone(s),
         min_size=min(s.canvas),
@@ -85,28 +99,40 @@ def canvases(count: int) -> tuple[Tensor, Tensor]:
     return images, torch.tensor([[128.0, 160.0]] * count)
 
 
-@pytest.mark.parametrize("neck", ["fpn", "single"])
-def test_detections_equal_torchvisions(small_model: Callable[..., FasterRCNN], neck: str) -> None:
-    model = small_model(neck, CLASSES)
+def rows_of(found: DetectionBatch, image: int) -> NDArray[np.float32]:
+    """Detections of one image as rows (x1, y1, x2, y2, score, label); unused slots must be zero."""
+    rows = torch.cat((found.boxes[image], found.scores[image, :, None], found.labels[image, :, None]), dim=1)
+    count = int(found.num_detections[image])
+    assert not rows[count:].any()
+    return rows[:count].numpy()
+
+
+@pytest.mark.parametrize("neck", NECKS)
+def test_detections_equal_torchvisions(
+    small_model: Callable[..., FasterRCNN], check_same_rows: Callable[..., None], neck: str
+) -> None:
+    model = small_model(classes=CLASSES, **NECKS[neck])
     images, sizes = canvases(3)
     with torch.no_grad():
         found = model(images, sizes)
         expected = torchvision_twin(model)(as_torchvision(images))
     for image, theirs in enumerate(expected):
-        count = len(theirs["scores"])
-        assert count > 20, "too few detections to compare anything"
-        assert found.num_detections[image] == count
-        torch.testing.assert_close(found.scores[image, :count], theirs["scores"], rtol=0, atol=1e-4)
-        torch.testing.assert_close(found.boxes[image, :count], theirs["boxes"], rtol=0, atol=5e-3)
-        assert torch.equal(found.labels[image, :count] + 1, theirs["labels"].int())
+        assert len(theirs["scores"]) > 20, "too few detections to compare anything"
+        check_same_rows(
+            rows_of(found, image),
+            torch.cat(
+                (theirs["boxes"], theirs["scores"][:, None], theirs["labels"][:, None] - 1), dim=1
+            ).numpy(),
+            box=5e-3,
+        )
 
 
-@pytest.mark.parametrize("neck", ["fpn", "single"])
+@pytest.mark.parametrize("neck", NECKS)
 def test_training_losses_and_gradients_equal_torchvisions(
     small_model: Callable[..., FasterRCNN], neck: str
 ) -> None:
     """With so many samples asked for that all candidates are drawn, nothing is left to chance."""
-    model = small_model(neck, CLASSES)
+    model = small_model(classes=CLASSES, **NECKS[neck])
     twin = torchvision_twin(model).train()
     images, sizes = canvases(2)
     boxes = [torch.tensor([[20.0, 30.0, 70.0, 80.0], [90.0, 10.0, 130.0, 100.0]]), torch.zeros(0, 4)]
@@ -130,23 +156,23 @@ def test_training_losses_and_gradients_equal_torchvisions(
     for name, parameter in trained:
         gradient = others[name].grad
         error = float((parameter.grad - gradient).norm() / gradient.norm())
-        print(name, error)
+        # Many of the body's activations stand at the kinks of ReLU6: a change of its input by 1e-6
+        # already moves these gradients by 1e-2.
+        assert error < (1e-2 if name.startswith("backbone.body.") else 1e-3), name
 
 
-@pytest.mark.parametrize("neck", ["fpn", "single"])
+@pytest.mark.parametrize("neck", NECKS)
 def test_an_image_alone_equals_the_same_in_a_mixed_batch(
-    small_model: Callable[..., FasterRCNN], neck: str
+    small_model: Callable[..., FasterRCNN], check_same_rows: Callable[..., None], neck: str
 ) -> None:
-    model = small_model(neck, CLASSES)
+    model = small_model(classes=CLASSES, **NECKS[neck])
     images, _ = canvases(4)
     sizes = torch.tensor([[128.0, 160.0], [60.0, 160.0], [128.0, 33.0], [1.0, 1.0]])
     with torch.no_grad():
         together = model(images, sizes)
         for image in range(4):
             alone = model(images[image : image + 1], sizes[image : image + 1])
-            assert alone.num_detections[0] == together.num_detections[image]
-            torch.testing.assert_close(alone.boxes[0], together.boxes[image], rtol=0, atol=1e-3)
-            torch.testing.assert_close(alone.scores[0], together.scores[image], rtol=0, atol=1e-5)
+            check_same_rows(rows_of(alone, 0), rows_of(together, image), box=5e-3)
     for image, (height, width) in enumerate(sizes.tolist()):
         boxes = together.boxes[image]
         assert boxes.min() >= 0

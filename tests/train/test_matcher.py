@@ -86,3 +86,15 @@ def test_a_box_that_no_anchor_touches_claims_none() -> None:
     assert (found == 1).sum() == 0
     alone = Matcher(0.7, 0.3, allow_low_quality_matches=True)(iou[:1])
     assert torch.equal(found, alone)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("seed", range(20))
+def test_ious_at_the_limits_and_ties_match_as_in_torchvision(seed: int, keep: bool) -> None:
+    """Tables of few values: exactly at a limit, equal for several boxes, equal for several candidates."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.tensor([0.0, 0.1, 0.3, 0.5, 0.7, 0.7, 1.0])
+    iou = values[torch.randint(0, len(values), (12, 4), generator=generator)]
+    iou[0] = iou[0].clamp(min=0.1)  # no box without an overlap
+    expected = Matcher(0.7, 0.3, allow_low_quality_matches=keep)(iou.T)
+    assert torch.equal(ours(iou[None], low=0.3, high=0.7, keep=keep)[0], expected)

@@ -68,10 +68,14 @@ def multi_scale_roi_align(
 
 
 def check_equal(
-    settings: ModelSettings, features: list[torch.Tensor], rois: torch.Tensor, reference: torch.Tensor
+    settings: ModelSettings,
+    features: list[torch.Tensor],
+    rois: torch.Tensor,
+    reference: torch.Tensor,
+    strides: tuple[int, ...] = STRIDES,
 ) -> None:
     """Values within 1e-4, and the gradients of the features too."""
-    pooled = RoIPooling(STRIDES, settings)(features, rois)
+    pooled = RoIPooling(strides, settings)(features, rois)
     torch.testing.assert_close(pooled, reference, rtol=0, atol=1e-4)
     weight = torch.randn_like(pooled)
     ours = torch.autograd.grad((pooled * weight).sum(), features)
@@ -126,6 +130,15 @@ def test_aligned_rois_pool_as_in_roi_align(
         reference = reference.index_copy(0, chosen, values)
     assert set(levels.tolist()) == {0, 1, 2, 3}
     check_equal(settings, features, rois, reference)
+
+
+def test_a_pyramid_from_stride_8_pools_as_in_torchvision(
+    small_settings: Callable[..., ModelSettings],
+) -> None:
+    features, rois = pyramid(images=1)[1:], torch.cat((random_rois(1, 100), awkward_rois()), dim=1)
+    settings = small_settings(canonical_size=CANONICAL)
+    reference = multi_scale_roi_align(7, 2, features, rois)
+    check_equal(settings, features, rois, reference, strides=STRIDES[1:])
 
 
 def test_one_map_is_pooled_alone(small_settings: Callable[..., ModelSettings]) -> None:

@@ -41,7 +41,7 @@ def torchvision_rpn(
 
 
 def head_outputs(spread: float, images: int = 3) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Random objectness and deltas; a large ``spread`` throws boxes off the image or shrinks them to nothing."""
+    """Random objectness and deltas; a large ``spread`` throws boxes off the image."""
     objectness = [torch.randn(images, len(level)) * 3 for level in ANCHORS]
     deltas = [torch.randn(images, len(level), 4) * spread for level in ANCHORS]
     return objectness, deltas

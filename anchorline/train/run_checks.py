@@ -1,0 +1,57 @@
+"""What must hold before and during a training: usable data and device, finite numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from anchorline.evaluation.dataset import Dataset
+from anchorline.runtime.errors import DataError, SettingsError
+
+
+def check_data(data: Dataset, validation: Dataset | None) -> None:
+    """Raise ``DataError`` unless there is something to learn, and to measure in the classes learnt."""
+    _check_objects(data, "train on")
+    if validation is None:
+        return
+    _check_objects(validation, "validate with")
+    unknown = sorted(set(validation.names) - set(data.names))
+    if unknown:
+        raise DataError(
+            f"{validation.spec}: has the class {unknown[0]!r}, {data.spec} has only "
+            f"{', '.join(data.names)}; validate with data of the trained classes"
+        )
+
+
+def _check_objects(data: Dataset, use: str) -> None:
+    # Difficult objects and crowds are neither learnt nor counted.
+    if all((image.difficult | image.crowd).all() for image in data):
+        raise DataError(f"{data.spec}: holds no labelled object; expected at least one box to {use}")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is CUDA where there is one. Raises ``SettingsError``."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # which the device "meta" cannot
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise SettingsError(
+            f"device {name!r} cannot be used ({reason}); expected auto, cpu or cuda"
+        ) from None
+    return device
+
+
+def not_finite(values: Mapping[str, float]) -> str:
+    """The names and values that are NaN or infinite, as text; empty when all are finite."""
+    return ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """The name of the first tensor that holds NaN or an infinity; empty when there is none."""
+    return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), "")

@@ -1,0 +1,92 @@
+"""Small trainings: a narrow model, a few small scenes, a tenth of a second a step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from anchorline.evaluation.dataset import Dataset, LabelledImage
+from anchorline.evaluation.synthetic import synthetic_dataset
+from anchorline.train.settings import ModelSettings, Settings, TrainingSettings
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Settings]:
+    """``tiny(model={...}, **training)``: settings of 2 epochs of 2 steps on the scenes."""
+
+    def settings(model: dict[str, object] | None = None, **training: object) -> Settings:
+        architecture: dict[str, object] = {
+            "backbone": "mobilenet_v2_050",
+            "neck": "single",
+            "anchor_sizes": ((16.0, 32.0),),
+            "canvas": (64, 96),
+            "backbone_norm": "live",
+            "representation": 32,
+            "rpn_pre_nms": 50,
+            "rpn_post_nms": 30,
+        }
+        schedule: dict[str, object] = {
+            "epochs": 2,
+            "batch": 4,
+            "warmup_steps": 2,
+            "workers": 0,
+            "rpn_pre_nms": 50,
+            "rpn_post_nms": 30,
+            "roi_samples": 32,
+        }
+        return Settings(
+            ModelSettings(**{**architecture, **(model or {})}),  # type: ignore[arg-type]
+            TrainingSettings(**{**schedule, **training}),  # type: ignore[arg-type]
+        )
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def scenes() -> Dataset:
+    """Eight small scenes, drawn once."""
+    drawn = synthetic_dataset(8, seed=1, size=(96, 128))
+    return dataclasses.replace(drawn, images=tuple(_in_memory(image) for image in drawn))
+
+
+def _in_memory(image: LabelledImage) -> LabelledImage:
+    pixels = image.load()
+    return dataclasses.replace(image, load=lambda: pixels)
+
+
+@pytest.fixture(scope="session")
+def labelled() -> Callable[..., LabelledImage]:
+    """``labelled(pixels, boxes, labels, ...)``: a labelled image that is in memory."""
+
+    def image(
+        pixels: NDArray[np.uint8],
+        boxes: list[tuple[float, float, float, float]],
+        labels: list[int] | None = None,
+        *,
+        id: str = "image",
+        difficult: list[bool] | None = None,
+        crowd: list[bool] | None = None,
+    ) -> LabelledImage:
+        none = [False] * len(boxes)
+        return LabelledImage(
+            id=id,
+            size=(pixels.shape[0], pixels.shape[1]),
+            boxes=np.array(boxes, np.float32).reshape(-1, 4),
+            labels=np.array(labels or [0] * len(boxes), np.int64),
+            difficult=np.array(difficult or none, np.bool_),
+            crowd=np.array(crowd or none, np.bool_),
+            load=lambda: pixels,
+        )
+
+    return image
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Callable[[], set[str]]:
+    """``files()``: every file under ``tmp_path``, hidden ones (temporary files) included."""
+    return lambda: {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}

@@ -1,0 +1,229 @@
+"""``model.safetensors``: what is written comes back exactly, and nothing else is taken for a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from anchorline.runtime.contract import CONTRACT_KEY
+from anchorline.runtime.errors import AnchorlineError, ArtefactError, OutputError
+from anchorline.train import checkpoint
+from anchorline.train.checkpoint import contract_of, load_checkpoint, read_header, save_checkpoint
+from anchorline.train.faster_rcnn import FasterRCNN
+
+NAMES = ("cat", "dog", "bird")
+SOURCE = {"command": "anchorline train", "data": "synthetic:3"}
+
+
+@pytest.fixture(scope="module")
+def model(small_model: Callable[..., FasterRCNN]) -> FasterRCNN:
+    return small_model("single", len(NAMES))
+
+
+@pytest.fixture(scope="module")
+def pristine(model: FasterRCNN, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
+    contract = contract_of(model.settings, NAMES, (1, 7, 9), SOURCE)
+    save_checkpoint(path, model.state_dict(), model.settings, contract)
+    return path
+
+
+def rewritten(
+    pristine: Path, out: Path, header: dict[str, str] | None = None, **tensors: torch.Tensor | None
+) -> Path:
+    """``pristine`` with a changed header and changed (or, with None, dropped) tensors."""
+    with safe_open(pristine, framework="pt") as file:
+        metadata = dict(file.metadata())
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    state.update({name: tensor for name, tensor in tensors.items() if tensor is not None})
+    kept = {name: tensor for name, tensor in state.items() if tensors.get(name, tensor) is not None}
+    save_file(kept, out, metadata={**metadata, **(header or {})})
+    return out
+
+
+def message_of(path: Path) -> str:
+    """The one line that refuses the checkpoint at ``path``; it names the file."""
+    with pytest.raises(ArtefactError) as caught:
+        load_checkpoint(path)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert str(path) in text
+    return text
+
+
+def test_weights_settings_and_contract_come_back_exactly(model: FasterRCNN, pristine: Path) -> None:
+    loaded, contract = load_checkpoint(pristine)
+    assert not loaded.training
+    assert loaded.settings == model.settings
+    assert (contract.names, contract.category_ids, contract.source) == (NAMES, (1, 7, 9), SOURCE)
+    expected = model.state_dict()
+    assert list(loaded.state_dict()) == list(expected)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+        assert tensor.dtype == expected[name].dtype
+    images, sizes = torch.randint(0, 256, (1, 128, 160, 3)), torch.tensor([[128.0, 160.0]])
+    with torch.no_grad():
+        assert torch.equal(loaded(images, sizes).boxes, model(images, sizes).boxes)
+
+
+def test_the_contract_carries_the_models_own_settings(small_settings: Callable[..., Any]) -> None:
+    settings = small_settings(
+        score_threshold=0.2, nms_iou=0.4, max_detections=7, rpn_nms_iou=0.6, rpn_post_nms=33
+    )
+    contract = contract_of(settings, NAMES)
+    limits = contract.thresholds
+    assert (limits.score, limits.nms_iou, limits.max_detections) == (0.2, 0.4, 7)
+    assert (limits.rpn_nms_iou, limits.max_proposals) == (0.6, 33)
+    assert (contract.canvas, contract.mean, contract.std) == (settings.canvas, settings.mean, settings.std)
+    assert (contract.task, contract.category_ids) == ("detections", None)
+
+
+def test_channels_last_weights_are_saved_as_any_other(model: FasterRCNN, tmp_path: Path) -> None:
+    state = {
+        n: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t
+        for n, t in model.state_dict().items()
+    }
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, state, model.settings, contract_of(model.settings, NAMES))
+    assert all(torch.equal(t, state[n]) for n, t in load_checkpoint(path)[0].state_dict().items())
+
+
+def test_another_canvas_changes_model_and_contract_alike(pristine: Path) -> None:
+    model, contract = load_checkpoint(pristine, canvas=(64, 96))
+    assert model.settings.canvas == contract.canvas == (64, 96)
+    with pytest.raises(AnchorlineError, match=r"\(100, 96\); expected .* multiples of 32"):
+        load_checkpoint(pristine, canvas=(100, 96))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.5, 0.999])
+def test_a_truncated_file_is_refused(pristine: Path, tmp_path: Path, share: float) -> None:
+    content = pristine.read_bytes()
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(content[: int(len(content) * share)])
+    assert "cut short" in message_of(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"not a model", b'\x08\0\0\0\0\0\0\0{"a": 1}', b"PK\x03\x04" * 50, b"\xff" * 64]
+)
+def test_another_kind_of_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    assert "not a readable safetensors file" in message_of(path)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    assert "no such file" in message_of(tmp_path / "absent.safetensors")
+    assert "no such file" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {CONTRACT_KEY: "{}"}])
+def test_another_programs_safetensors_are_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    path = tmp_path / "foreign.safetensors"
+    save_file({"weight": torch.zeros(3)}, path, metadata=metadata)
+    assert "no anchorline contract" in message_of(path)
+
+
+def test_a_newer_contract_asks_for_an_upgrade(pristine: Path, tmp_path: Path) -> None:
+    raw = json.loads(read_header(pristine)[1].to_json())
+    path = rewritten(
+        pristine, tmp_path / "new.safetensors", {CONTRACT_KEY: json.dumps({**raw, "version": 99})}
+    )
+    text = message_of(path)
+    assert "version 99" in text
+    assert "upgrade" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (CONTRACT_KEY, "{"),
+        (CONTRACT_KEY, "[]"),
+        (CONTRACT_KEY, '{"version": 1}'),
+        (checkpoint.MODEL_KEY, "{"),
+        (checkpoint.MODEL_KEY, "[]"),
+        (checkpoint.MODEL_KEY, "null"),
+        (checkpoint.MODEL_KEY, '{"neck": "pan"}'),
+        (checkpoint.MODEL_KEY, '{"wings": 2}'),
+    ],
+)
+def test_a_damaged_header_is_refused(pristine: Path, tmp_path: Path, key: str, value: str) -> None:
+    message_of(rewritten(pristine, tmp_path / "damaged.safetensors", {key: value}))
+
+
+def test_a_backbone_this_version_does_not_know_is_refused(pristine: Path, tmp_path: Path) -> None:
+    raw = json.loads(read_header(pristine)[0].to_json())
+    header = {checkpoint.MODEL_KEY: json.dumps({**raw, "backbone": "resnet9000"})}
+    assert "'resnet9000'" in message_of(rewritten(pristine, tmp_path / "x.safetensors", header))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("rpn.head.cls_logits.bias", torch.zeros(99)),
+        ("rpn.head.cls_logits.bias", None),
+        ("roi_heads.mask_head.weight", torch.zeros(1)),
+    ],
+)
+def test_weights_of_another_architecture_are_refused(
+    pristine: Path, tmp_path: Path, name: str, tensor: torch.Tensor | None
+) -> None:
+    path = rewritten(pristine, tmp_path / "other.safetensors", **{name: tensor})
+    text = message_of(path)
+    assert "do not fit" in text
+    assert name in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_numbers_are_refused(pristine: Path, tmp_path: Path, value: float) -> None:
+    bias = torch.zeros(6)
+    bias[3] = value
+    path = rewritten(pristine, tmp_path / "nan.safetensors", **{"rpn.head.cls_logits.bias": bias})
+    text = message_of(path)
+    assert "'rpn.head.cls_logits.bias'" in text
+    assert "not finite" in text
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """Files may hold no more than 64 KiB, a quota that the kernel enforces."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(model: FasterRCNN, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"the old one")
+    with pytest.raises(OutputError, match="cannot be written"):
+        save_checkpoint(path, model.state_dict(), model.settings, contract_of(model.settings, NAMES))
+    assert path.read_bytes() == b"the old one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupt_leaves_nothing_half_written(
+    model: FasterRCNN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(
+            tmp_path / "model.safetensors",
+            model.state_dict(),
+            model.settings,
+            contract_of(model.settings, NAMES),
+        )
+    assert not list(tmp_path.iterdir())
