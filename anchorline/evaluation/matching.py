@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.evaluation.boxes import box_areas, iou_matrix
+from anchorline.evaluation.boxes import box_areas, intersection_matrix, iou_matrix
 from anchorline.evaluation.dataset import LabelledImage
 from anchorline.runtime.detections import Detections
 
@@ -67,8 +67,7 @@ def match_image(
 def _ignored_overlaps(image: LabelledImage, detections: Detections) -> NDArray[np.float64]:
     """How far [N, M] a detection lies on an ignored object: the IoU, for a crowd its own share inside."""
     overlaps = iou_matrix(detections.boxes, image.boxes)
-    areas, object_areas = box_areas(detections.boxes)[:, None], box_areas(image.boxes)[None, :]
-    # inter = IoU x union and union = areas - inter
-    inter = overlaps * (areas + object_areas) / (1.0 + overlaps)
-    inside = np.divide(inter, areas, out=np.zeros_like(inter), where=areas > 0)
+    common = intersection_matrix(detections.boxes, image.boxes)
+    areas = box_areas(detections.boxes)[:, None]
+    inside = np.divide(common, areas, out=np.zeros_like(common), where=areas > 0)
     return np.where(image.crowd, inside, np.where(image.difficult, overlaps, -1.0))

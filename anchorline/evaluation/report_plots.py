@@ -44,8 +44,7 @@ def plot_recall(report: ProposalReport, path: str | Path) -> None:
 
 def plot_class_table(report: EvaluationReport, path: str | Path) -> None:
     """A table: for each class its objects and AP, over all sizes and by size; darker cells are better."""
-    groups = ["AP50", "VOC07", "AP"]
-    columns = ["objects", *groups]
+    columns = ["objects", "AP50", "VOC07", "AP"]
     for size in report.per_size:
         columns += [f"{size}\nobjects", f"{size}\nAP50", f"{size}\nAP"]
     rows: dict[str, list[float]] = {}

@@ -120,6 +120,7 @@ def build_loader(
         batch_sampler=sampler,
         num_workers=settings.workers,
         collate_fn=collate,
+        generator=torch.Generator(),  # its own: starting workers takes no number from the training's
         worker_init_fn=_start_worker,
         persistent_workers=settings.workers > 0,
     )

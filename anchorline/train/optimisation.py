@@ -24,7 +24,8 @@ def build_optimiser(model: FasterRCNN, settings: TrainingSettings) -> torch.opti
             decay = settings.weight_decay if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     members = [
-        {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()
+        {"params": parameters, "lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
     ]
     if settings.optimiser == "adamw":
         return torch.optim.AdamW(members, lr=settings.learning_rate, betas=(settings.momentum, 0.999))

@@ -80,6 +80,37 @@ def make_coco(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
+def make_yolo(tmp_path: Path) -> Callable[..., Path]:
+    """Write a YOLO folder: ``images`` maps ids to the text of the label file, None for no file."""
+
+    def make(
+        images: dict[str, str | None],
+        split: str = "train",
+        size: tuple[int, int] = (60, 80),
+        names: str | None = "names: [cat, dog, bird]\n",
+        roboflow: bool = False,
+        suffix: str = ".png",
+    ) -> Path:
+        root = tmp_path / "yolo"
+        image_folder, label_folder = (
+            root / (f"{split}/{part}" if roboflow else f"{part}/{split}") for part in ("images", "labels")
+        )
+        label_folder.mkdir(parents=True, exist_ok=True)
+        for id, labels in images.items():
+            path = image_folder / f"{id}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(cv2.imencode(suffix, np.full((*size, 3), 128, np.uint8))[1].tobytes())
+            if labels is not None:
+                (label_folder / f"{id}.txt").parent.mkdir(parents=True, exist_ok=True)
+                (label_folder / f"{id}.txt").write_text(labels)
+        if names is not None:
+            (root / "data.yaml").write_text(names)
+        return root
+
+    return make
+
+
+@pytest.fixture
 def make_image() -> Callable[..., LabelledImage]:
     """A labelled image in memory, 100 x 100 grey pixels."""
 

@@ -58,6 +58,9 @@ def test_classes_meet_by_name(data: Dataset, answers: list[Detections]) -> None:
 
 def test_the_json_is_the_designs(data: Dataset, answers: list[Detections]) -> None:
     report = evaluate(Oracle(answers), data, provider="openvino", precision="bf16").to_json()
+    right = {"ap50": pytest.approx(1.0), "ap": pytest.approx(1.0), "objects": 1}
+    nothing = {"ap50": None, "ap": None, "objects": 0}
+    empty = {"map50": None, "map": None, "objects": 0, "per_class": dict.fromkeys(data.names, nothing)}
     assert json.loads(json.dumps(report, allow_nan=False)) == {
         "map50": 1.0,
         "voc07": 1.0,
@@ -66,6 +69,16 @@ def test_the_json_is_the_designs(data: Dataset, answers: list[Detections]) -> No
             "cat": {"ap50": 1.0, "voc07": 1.0, "ap": pytest.approx(1.0), "objects": 1},
             "dog": {"ap50": 1.0, "voc07": 1.0, "ap": pytest.approx(1.0), "objects": 1},
             "bird": {"ap50": None, "voc07": None, "ap": None, "objects": 0},
+        },
+        "per_size": {
+            "small": {
+                "map50": pytest.approx(1.0),
+                "map": pytest.approx(1.0),
+                "objects": 2,
+                "per_class": {"cat": right, "dog": right, "bird": nothing},
+            },
+            "medium": empty,
+            "large": empty,
         },
         "images": 3,
         "provider": "openvino",
@@ -87,6 +100,32 @@ def test_the_table_shows_every_class(data: Dataset, answers: list[Detections]) -
         console.print(evaluate(Oracle(answers), data, provider="cpu").render())
     for word in ("cat", "dog", "bird", "mean", "1.000", "3 images, cpu, fp32"):
         assert word in capture.get()
+
+
+def test_the_report_keeps_the_detections_by_the_datas_labels(
+    data: Dataset, answers: list[Detections]
+) -> None:
+    kept = evaluate(Oracle(answers), data, provider="cpu").detections
+    assert [found.labels.tolist() for found in kept] == [[0], [1], []]
+    assert [found.class_names for found in kept] == [data.names] * 3
+
+
+def test_false_detections_on_an_empty_image_cost_precision(data: Dataset, answers: list[Detections]) -> None:
+    names = answers[0].class_names
+    false = Detections([[0, 0, 10, 10]], [0.95], [3], names)  # a cat, more certain than the right one
+    report = evaluate(Oracle([*answers[:2], false]), data, provider="cpu")
+    assert report.per_class["cat"].ap50 == pytest.approx(0.5)
+    assert report.per_class["cat"].ap == pytest.approx(0.5, abs=0.01)
+    assert report.per_class["dog"].ap50 == 1.0
+
+
+def test_a_class_name_is_no_markup(data: Dataset) -> None:
+    odd = Dataset("odd", ("[/bold]", "[red]dog"), data.images)
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(evaluate(Oracle([Detections.empty()] * 3), odd, provider="cpu").render())
+    assert "[/bold]" in capture.get()
+    assert "[red]dog" in capture.get()
 
 
 def test_a_class_the_model_does_not_know(data: Dataset) -> None:

@@ -106,8 +106,9 @@ def test_contact_sheet_wants_images_and_matching_titles(tmp_path: Path) -> None:
 def test_evaluation_imports_no_heavy_package() -> None:
     code = (
         "import sys, anchorline.evaluation.plots, anchorline.evaluation.specs, anchorline.evaluation.compare,"
-        " anchorline.evaluation.synthetic_video, anchorline.evaluation.proposal_recall;"
-        "heavy = {'torch', 'matplotlib', 'pycocotools', 'faster_coco_eval', 'onnx', 'onnxruntime'};"
+        " anchorline.evaluation.synthetic_video, anchorline.evaluation.proposal_recall,"
+        " anchorline.evaluation.yolo, anchorline.evaluation.report_files, anchorline.evaluation.data_summary;"
+        "heavy = {'torch', 'matplotlib', 'pycocotools', 'faster_coco_eval', 'onnx', 'onnxruntime', 'yaml'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

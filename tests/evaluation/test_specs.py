@@ -26,6 +26,9 @@ from anchorline.runtime.errors import DataError
         "coco:,a.json",
         "coco:images,",
         "yolov9:folder",
+        "yolo:folder",
+        "yolo:@train",
+        "yolo:folder@",
         "synthetic:",
         "synthetic:0",
         "synthetic:-3",
@@ -57,6 +60,11 @@ def test_several_specs_share_the_union_of_names(
     assert load_datasets([make_coco(), make_coco()]).category_ids == (1, 18)
     with pytest.raises(DataError, match="no data given"):
         load_datasets([])
+
+
+def test_a_user_nobody_knows_is_no_traceback() -> None:
+    with pytest.raises(DataError, match="~nobody-of-that-name"):
+        load_dataset("voc:~nobody-of-that-name/data@train")
 
 
 def test_names_for_generated_scenes() -> None:

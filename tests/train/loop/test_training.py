@@ -1,0 +1,330 @@
+"""The training loop on eight small scenes: it learns, it repeats, it resumes, it keeps the best."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from anchorline.evaluation.dataset import Dataset
+from anchorline.train import training
+from anchorline.train.checkpoint import load_checkpoint, read_header
+from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.train.prediction import TorchDetector
+from anchorline.train.settings import Settings
+from anchorline.train.training import StepReport, TrainResult, train
+
+MakeSettings = Callable[..., Settings]
+LAST = Path("last") / "model.safetensors"
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+class Recorder:
+    """Keeps the reports; raises ``error`` after step ``at``."""
+
+    def __init__(self, at: int = -1, error: type[BaseException] = Killed) -> None:
+        self.reports: list[StepReport] = []
+        self.at, self.error = at, error
+
+    def __call__(self, report: StepReport) -> None:
+        self.reports.append(report)
+        if report.step == self.at:
+            raise self.error
+
+    @property
+    def losses(self) -> list[dict[str, float]]:
+        return [dict(report.losses) for report in self.reports]
+
+    @property
+    def totals(self) -> list[float]:
+        return [report.losses["loss"] for report in self.reports]
+
+
+def losses_of(settings: Settings, data: Dataset, out: Path, **options: Any) -> list[dict[str, float]]:
+    recorder = Recorder()
+    train(settings, data, out, report=recorder, **options)
+    return recorder.losses
+
+
+def check_same_weights(one: Path, other: Path) -> None:
+    first, second = load_file(one), load_file(other)
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert different == []
+
+
+@pytest.fixture(scope="module")
+def overfitted(
+    tiny: MakeSettings, scenes: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Settings, TrainResult, list[StepReport]]:
+    """A run long enough to learn its scenes by heart, with the scenes as validation data as well."""
+    out = tmp_path_factory.mktemp("overfitted") / "new" / "run"
+    settings = tiny(
+        epochs=30, batch=8, learning_rate=0.03, flip=0.0, warmup_steps=5, ema=0.9, validate_every=25
+    )
+    recorder = Recorder()
+    result = train(settings, scenes, out, validation=scenes, source={"command": "test"}, report=recorder)
+    return out, settings, result, recorder.reports
+
+
+Overfitted = tuple[Path, Settings, TrainResult, list[StepReport]]
+
+
+def test_the_loss_falls(overfitted: Overfitted) -> None:
+    totals = [report.losses["loss"] for report in overfitted[3]]
+    assert len(totals) == 30
+    assert sum(totals[-3:]) < 0.5 * sum(totals[:3])
+
+
+def test_reports_count_steps_and_epochs(overfitted: Overfitted) -> None:
+    reports = overfitted[3]
+    assert [report.step for report in reports] == list(range(1, 31))
+    assert {report.steps for report in reports} == {30}
+    assert [report.epoch for report in reports] == list(range(30))
+    for report in reports:
+        parts = {name: value for name, value in report.losses.items() if name != "loss"}
+        assert set(parts) == {"loss_objectness", "loss_rpn_box", "loss_classifier", "loss_box"}
+        assert sum(parts.values()) == pytest.approx(report.losses["loss"], rel=1e-5)
+
+
+def test_the_rate_reported_is_the_one_the_step_was_taken_with(overfitted: Overfitted) -> None:
+    rates = [report.rate for report in overfitted[3]]
+    assert rates[0] == pytest.approx(0.01 * 0.03)  # the warm-up factor times the learning rate
+    assert rates[-1] > 0
+    assert max(rates) <= 0.03
+
+
+def test_the_run_folder_holds_what_it_promises(overfitted: Overfitted, scenes: Dataset) -> None:
+    out, settings, result, _ = overfitted
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert found == {"model.safetensors", str(LAST), "last/state.pt", "metrics.csv", "settings.json"}
+    assert result.checkpoint == out / "model.safetensors"
+    assert (result.steps, result.interrupted) == (30, False)
+
+    assert json.loads((out / "settings.json").read_text()) == json.loads(json.dumps(settings.to_dict()))
+    model_settings, contract = read_header(result.checkpoint)
+    assert model_settings == settings.model
+    assert contract.names == scenes.names
+    assert contract.canvas == settings.model.canvas
+    assert contract.source["command"] == "test"
+    assert contract.source["data"] == scenes.spec
+    assert contract.source["settings"]["training"]["epochs"] == 30
+
+
+def test_metrics_hold_every_step_and_validation(overfitted: Overfitted) -> None:
+    out, _, result, reports = overfitted
+    with (out / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    steps = [row for row in rows if row["loss"]]
+    assert [int(row["step"]) for row in steps] == list(range(1, 31))
+    assert [float(row["loss"]) for row in steps] == pytest.approx(
+        [report.losses["loss"] for report in reports], rel=1e-4
+    )
+    validations = [(row["step"], float(row["map50"])) for row in rows if row["map50"]]
+    assert [step for step, _ in validations] == ["25", "30"]
+    assert result.map50 == pytest.approx(max(value for _, value in validations), abs=1e-5)
+
+
+def test_the_checkpoint_detects_what_it_was_trained_on(overfitted: Overfitted, scenes: Dataset) -> None:
+    """Some true positives after 30 steps: the whole way from labels to detections is connected."""
+    result = overfitted[2]
+    assert result.map50 is not None
+    assert result.map50 > 0.02
+    detector = TorchDetector.load(result.checkpoint)
+    assert any(len(detector(image.load())) for image in scenes)
+
+
+def test_same_seed_same_losses_other_seed_others(tiny: MakeSettings, scenes: Dataset, tmp_path: Path) -> None:
+    first = losses_of(tiny(seed=1, epochs=1), scenes, tmp_path / "1")
+    torch.rand(5)  # whatever was drawn before
+    assert losses_of(tiny(seed=1, epochs=1), scenes, tmp_path / "again") == first
+    check_same_weights(tmp_path / "1" / LAST, tmp_path / "again" / LAST)
+    assert losses_of(tiny(seed=2, epochs=1), scenes, tmp_path / "2") != first
+
+
+def test_workers_change_no_loss(tiny: MakeSettings, scenes: Dataset, tmp_path: Path) -> None:
+    varied = {"zoom": (0.8, 1.2), "photometric": 0.5}
+    alone = losses_of(tiny(workers=0, **varied), scenes, tmp_path / "0")
+    assert losses_of(tiny(workers=1, **varied), scenes, tmp_path / "1") == alone
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"ema": 0.9}, {"optimiser": "adamw", "learning_rate": 1e-3}, {"precision": "bf16", "workers": 1}],
+    ids=["ema", "adamw", "bf16"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tiny: MakeSettings, scenes: Dataset, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    settings = tiny(epochs=3, zoom=(0.8, 1.2), **changes)
+    straight = Recorder()
+    train(settings, scenes, tmp_path / "straight", report=straight)
+
+    killed, resumed = Recorder(at=3), Recorder()
+    with pytest.raises(Killed):  # in the second of three epochs
+        train(settings, scenes, tmp_path / "resumed", report=killed)
+    result = train(settings, scenes, tmp_path / "resumed", resume=True, report=resumed)
+
+    assert killed.losses[:2] + resumed.losses == straight.losses
+    assert [report.rate for report in resumed.reports] == [r.rate for r in straight.reports[2:]]
+    assert (result.steps, resumed.reports[0].epoch) == (6, 1)
+    for name in (LAST, Path("model.safetensors")):
+        check_same_weights(tmp_path / "straight" / name, tmp_path / "resumed" / name)
+    metrics = [(tmp_path / run / "metrics.csv").read_text() for run in ("straight", "resumed")]
+    assert metrics[0] == metrics[1]
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny: MakeSettings, scenes: Dataset, tmp_path: Path) -> None:
+    settings = tiny(epochs=1)
+    train(settings, scenes, tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    recorder = Recorder()
+    result = train(settings, scenes, tmp_path, resume=True, report=recorder)
+    assert recorder.reports == []
+    assert result.steps == 2
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_an_interrupted_run_saves_its_weights(tiny: MakeSettings, scenes: Dataset, tmp_path: Path) -> None:
+    recorder = Recorder(at=1, error=KeyboardInterrupt)
+    result = train(tiny(), scenes, tmp_path, report=recorder)
+    assert (result.interrupted, result.steps) == (True, 1)
+    model, _ = load_checkpoint(result.checkpoint)
+    assert isinstance(model, FasterRCNN)
+    assert (tmp_path / "metrics.csv").read_text().count("\n") == 2  # the header and one step
+    assert not (tmp_path / "last").exists()
+
+
+def test_an_interruption_leaves_the_best_checkpoint(
+    tiny: MakeSettings, scenes: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted_accuracy(monkeypatch, [0.5])
+    recorder = Recorder(at=3, error=KeyboardInterrupt)
+    result = train(tiny(validate_every=1), scenes, tmp_path, validation=scenes, report=recorder)
+    assert (result.interrupted, result.map50) == (True, 0.5)
+    check_same_weights(tmp_path / "model.safetensors", tmp_path / LAST)  # both of the first epoch
+
+
+def scripted_accuracy(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> list[dict[str, Tensor]]:
+    """Validations report ``values``; returns the list of the weights that they will have seen."""
+    seen: list[dict[str, Tensor]] = []
+
+    def evaluate(detect: Any, data: Dataset, batch: int, provider: str) -> Any:
+        model: nn.Module = detect.__self__.model
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return type("Report", (), {"map50": values[len(seen) - 1]})
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    return seen
+
+
+def test_the_best_by_validation_is_kept(
+    tiny: MakeSettings, scenes: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = scripted_accuracy(monkeypatch, [0.2, 0.6, 0.4, 0.6])
+    result = train(tiny(epochs=4, validate_every=1), scenes, tmp_path, validation=scenes)
+    assert result.map50 == 0.6
+    best, last = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / LAST)
+    assert all(torch.equal(best[name], seen[1][name]) for name in best)
+    assert all(torch.equal(last[name], seen[3][name]) for name in last)
+    assert not all(torch.equal(best[name], last[name]) for name in best)
+
+
+def test_a_resumed_run_knows_the_best_so_far(
+    tiny: MakeSettings, scenes: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted_accuracy(monkeypatch, [0.7, 0.3])
+    settings = tiny(validate_every=1)
+    with pytest.raises(Killed):
+        train(settings, scenes, tmp_path, validation=scenes, report=Recorder(at=3))
+    best = (tmp_path / "model.safetensors").read_bytes()
+    assert train(settings, scenes, tmp_path, validation=scenes, resume=True).map50 == 0.7
+    assert (tmp_path / "model.safetensors").read_bytes() == best
+
+
+@pytest.mark.parametrize(("every", "validated"), [(0, [4]), (2, [2, 4]), (3, [3, 4])])
+def test_validations_come_when_asked_and_at_the_end(
+    tiny: MakeSettings,
+    scenes: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    every: int,
+    validated: list[int],
+) -> None:
+    scripted_accuracy(monkeypatch, [0.0] * 4)
+    train(tiny(epochs=4, batch=8, validate_every=every), scenes, tmp_path, validation=scenes)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        assert [int(row["epoch"]) for row in csv.DictReader(file) if row["map50"]] == validated
+    assert (tmp_path / "model.safetensors").is_file(), "an accuracy of 0 is an accuracy"
+
+
+def test_bf16_losses_are_near_fp32(tiny: MakeSettings, scenes: Dataset, tmp_path: Path) -> None:
+    exact = losses_of(tiny(precision="fp32", epochs=1), scenes, tmp_path / "fp32")
+    half = losses_of(tiny(precision="bf16", epochs=1), scenes, tmp_path / "bf16")
+    assert half != exact
+    for name, value in exact[0].items():
+        assert half[0][name] == pytest.approx(value, rel=0.1, abs=0.02), name
+    assert {tensor.dtype for tensor in load_file(tmp_path / "bf16" / LAST).values()} <= {
+        torch.float32,
+        torch.int64,
+    }
+
+
+def changed_tensors(settings: Settings, data: Dataset, out: Path) -> dict[str, bool]:
+    """By name: whether one epoch changed a tensor of the model (its start depends on the seed alone)."""
+    torch.manual_seed(settings.training.seed)
+    start = FasterRCNN(settings.model, len(data.names)).state_dict()
+    train(settings, data, out)
+    end = load_file(out / LAST)
+    return {name: not torch.equal(start[name], end[name]) for name in end}
+
+
+def test_a_live_norm_learns(tiny: MakeSettings, scenes: Dataset, tmp_path: Path) -> None:
+    changed = changed_tensors(tiny({"backbone_norm": "live"}, epochs=1), scenes, tmp_path)
+    assert [name for name in changed if not changed[name]] == []
+    assert any(name.endswith("running_var") for name in changed)
+
+
+def test_a_frozen_norm_keeps_statistics_and_scales(
+    tiny: MakeSettings, scenes: Dataset, tmp_path: Path
+) -> None:
+    changed = changed_tensors(tiny({"backbone_norm": "frozen"}, epochs=1, ema=0.9), scenes, tmp_path)
+    prefixes = {name.removesuffix(".running_mean") for name in changed if name.endswith(".running_mean")}
+    assert prefixes
+    for name, has_changed in changed.items():
+        assert has_changed != (name.rpartition(".")[0] in prefixes), name
+
+
+def test_frozen_stages_keep_their_weights(tiny: MakeSettings, scenes: Dataset, tmp_path: Path) -> None:
+    settings = tiny(frozen_stages=2, epochs=1, weight_decay=0.1)
+    changed = changed_tensors(settings, scenes, tmp_path)
+    body = FasterRCNN(settings.model, 1).backbone.body
+    frozen = []
+    for name, _ in body.named_children():
+        frozen.append(name)
+        if name == body.stage_ends[1]:
+            break
+    assert 0 < len(frozen) < len(list(body.children()))
+    parameters = {name for name, _ in body.named_parameters()}
+    for name in parameters:
+        assert changed[f"backbone.body.{name}"] != (name.split(".")[0] in frozen), name
+
+
+def test_backbone_weights_are_the_start(tiny: MakeSettings, scenes: Dataset, tmp_path: Path) -> None:
+    settings = tiny({"backbone_norm": "frozen"}, epochs=1, frozen_stages=5, ema=0.9)
+    torch.manual_seed(77)
+    given = FasterRCNN(settings.model, 1).backbone.body.state_dict()
+    torch.save(given, tmp_path / "weights.pth")
+    train(settings, scenes, tmp_path / "run", backbone_weights=tmp_path / "weights.pth")
+    found = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(found[f"backbone.body.{name}"], tensor) for name, tensor in given.items())
