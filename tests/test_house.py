@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import anchorline
-from anchorline import cli
+from anchorline import cli, console
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "anchorline"
@@ -121,7 +121,7 @@ def test_the_extras_are_there_and_the_base_stays_small() -> None:
     assert {"evaluate", "gpu", "supervision", "train", "dev"} <= set(found)
 
 
-@pytest.mark.parametrize(("package", "extra"), sorted(cli.EXTRAS.items()))
+@pytest.mark.parametrize(("package", "extra"), sorted(console.EXTRAS.items()))
 def test_the_extra_that_an_error_names_brings_the_package(package: str, extra: str) -> None:
     assert DISTRIBUTIONS.get(package, package) in requirements()[extra]
 

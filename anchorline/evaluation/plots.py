@@ -39,7 +39,7 @@ def plot_pr_curves(report: EvaluationReport, path: str | Path) -> None:
     figure, axes = new_figure(6.4 + 1.7 * columns, 5.2)
     for name, curve in report.curves.items():
         if curve.objects:
-            recall = np.concatenate([[0.0], curve.recall])
+            recall = np.concatenate([[0.0][: len(curve.recall)], curve.recall])  # none without detections
             precision = np.concatenate([curve.precision[:1], curve.precision])
             axes.plot(recall, precision, linewidth=1.8, label=f"{literal(name)}  {curve.area:.3f}")
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.03))

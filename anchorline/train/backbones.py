@@ -11,10 +11,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import cast
 
-import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -185,59 +183,3 @@ def build_backbone(settings: ModelSettings) -> FPNBackbone | SingleBackbone:
     return FPNBackbone(
         Body(spec, strides, norm), channels, settings.fpn_channels, settings.finest_stride, live
     )
-
-
-def load_backbone_weights(body: Body, path: Path) -> None:
-    """Fill ``body`` from a classification checkpoint of the same network (torchvision's keys).
-
-    The file is a state dict (``.pth`` loaded as weights only, or ``.safetensors``) whose keys are
-    ``features.N...`` or ``N...``; layers behind the last tap, and the classifier, are left out.
-    Raises ``ArtefactError`` for a file that is missing, damaged or of another network.
-    """
-    state = _read_state(path)
-    state = {key.removeprefix("features."): value for key, value in state.items()}
-    wanted = body.state_dict()
-    # Old checkpoints have no step counter, and no result depends on it.
-    needed = {key for key in wanted if not key.endswith("num_batches_tracked")}
-    missing = sorted(needed - set(state))
-    if missing:
-        raise ArtefactError(
-            f"{path}: {len(missing)} of {len(needed)} backbone tensors are missing, first {missing[0]!r}; "
-            "expected ImageNet weights of the same network with torchvision's keys"
-        )
-    wrong = [key for key in sorted(needed) if state[key].shape != wanted[key].shape]
-    if wrong:
-        raise ArtefactError(
-            f"{path}: {wrong[0]!r} has shape {list(state[wrong[0]].shape)}, expected "
-            f"{list(wanted[wrong[0]].shape)}; the weights belong to another network"
-        )
-    not_finite = [key for key in sorted(needed) if not torch.isfinite(state[key].float()).all()]
-    if not_finite:
-        raise ArtefactError(
-            f"{path}: tensor {not_finite[0]!r} holds values that are not finite; expected a sound checkpoint"
-        )
-    body.load_state_dict({key: state.get(key, wanted[key]) for key in wanted})
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ArtefactError(
-            f"{path}: no such file; give the ImageNet weights of the backbone, or leave the option out"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise many kinds for damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ArtefactError(
-            f"{path}: cannot be read as weights ({reason[:120]}); expected a state dict"
-        ) from None
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        raise ArtefactError(f"{path}: holds no state dict; expected a dictionary of tensors by name")
-    return state

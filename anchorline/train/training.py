@@ -17,7 +17,7 @@ from anchorline.evaluation.dataset import Dataset
 from anchorline.evaluation.evaluate import evaluate
 from anchorline.runtime.errors import ArtefactError, TrainingError
 from anchorline.runtime.files import atomic_write_text
-from anchorline.train.backbones import load_backbone_weights
+from anchorline.train.backbone_weights import load_backbone_weights
 from anchorline.train.batches import (
     Batch,
     CanvasDataset,

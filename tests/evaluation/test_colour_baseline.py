@@ -13,6 +13,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pytest
 
 from anchorline.evaluation.boxes import iou_matrix
 from anchorline.evaluation.dataset import Dataset, LabelledImage
@@ -129,3 +130,13 @@ def test_the_baseline_fails_on_generated_videos() -> None:
         sampled = dataclasses.replace(video, images=video.images[::6])
         reached.append(evaluate(baseline, sampled, batch=4, provider="cpu").map50)
     assert np.mean(reached) < 0.3
+
+
+def test_the_baseline_fails_on_the_demo_s_video() -> None:
+    pytest.importorskip("torch", reason="the demo trains with PyTorch")
+    from anchorline.demo import VIDEO_FRAMES, VIDEO_SEED
+
+    baseline = ColourBaseline(synthetic_dataset(120, seed=11).images)
+    video = synthetic_video_dataset(VIDEO_SEED, VIDEO_FRAMES)
+    sampled = dataclasses.replace(video, images=video.images[::5])
+    assert evaluate(baseline, sampled, batch=4, provider="cpu").map50 < 0.3

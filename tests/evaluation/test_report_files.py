@@ -86,6 +86,21 @@ def test_nothing_to_find_and_nothing_found(make_image: Callable[..., Any], tmp_p
         assert _read(tmp_path / f"{number}/confusion.json")["counts"] == [[0, 0], [number, 0]]
 
 
+def test_a_class_that_is_never_detected_stays_in_the_pictures(
+    make_image: Callable[..., Any], tmp_path: Path
+) -> None:
+    images = (make_image([[0, 0, 20, 20], [50, 50, 90, 90]], [0, 1]),)
+    found = [Detections([[0, 0, 20, 20]], [0.9], [0])]
+    data = Dataset("two", ("cat", "dog"), images)
+    write_report_files(report_detections(found, data, "cpu"), data, tmp_path)
+    dog = _read(tmp_path / "pr_curves.json")["classes"]["dog"]
+    assert (dog["objects"], dog["ap50"], dog["recall"]) == (1, 0.0, [])
+    alone = dataclasses.replace(data, names=("cat",), images=(make_image([[0, 0, 20, 20]], [0]),))
+    plot_pr_curves(report_detections(found, alone, "cpu"), tmp_path / "alone.png")
+    both = cv2.imread(str(tmp_path / "pr_curves.png"))
+    assert not np.array_equal(both, cv2.imread(str(tmp_path / "alone.png")))  # the legend names the dog
+
+
 def test_unusable_calls(evaluated: tuple[EvaluationReport, Dataset], tmp_path: Path) -> None:
     report, data = evaluated
     fewer = dataclasses.replace(data, images=data.images[:3])

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anchorline.runtime.errors import ArtefactError
-from anchorline.train.backbones import build_backbone, load_backbone_weights
+from anchorline.train.backbone_weights import load_backbone_weights
+from anchorline.train.backbones import build_backbone
 from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.settings import ModelSettings
 
@@ -204,3 +205,30 @@ def test_the_imagenet_weights_load(small_settings: Settings) -> None:
     body = build_backbone(small_settings()).body
     load_backbone_weights(body, Path(shared) / "weights" / "mobilenet_v2_imagenet_features.pth")
     assert all(torch.isfinite(tensor.float()).all() for tensor in body.state_dict().values())
+
+
+def test_mobilenet_v2_s_older_flat_keys_load_as_the_same_weights(
+    small_settings: Settings, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """The layout of torchvision before 0.6: a residual's layers numbered 0, 1, (2), 3, 4, (5), 6, 7."""
+    network = torchvision.models.mobilenet_v2()
+    flat = {}
+    for number, block in enumerate(network.features):
+        if not hasattr(block, "conv"):
+            prefix = f"features.{number}"
+            flat |= {f"{prefix}.{key}": weights[f"{prefix}.{key}"] for key in block.state_dict() if number < 18}
+            continue
+        index = 0
+        for place, part in enumerate(block.conv):
+            layers = part if isinstance(part, torch.nn.Sequential) else [part]
+            for inner, layer in enumerate(layers):
+                now = f"{place}.{inner}" if isinstance(part, torch.nn.Sequential) else str(place)
+                for key in layer.state_dict():
+                    old = f"features.{number}.conv.{index}.{key}"
+                    flat[old] = weights[f"features.{number}.conv.{now}.{key}"]
+                index += 1
+    assert "features.2.conv.7.running_var" in flat
+    today, before = (build_backbone(small_settings()).body for _ in range(2))
+    load_backbone_weights(today, saved(weights, tmp_path / "today.pth"))
+    load_backbone_weights(before, saved(flat, tmp_path / "before.pth"))
+    assert all(torch.equal(a, b) for a, b in zip(today.parameters(), before.parameters(), strict=True))

@@ -60,6 +60,20 @@ def _in_memory(image: LabelledImage) -> LabelledImage:
 
 
 @pytest.fixture(scope="session")
+def squares(labelled: Callable[..., LabelledImage]) -> Dataset:
+    """Eight images with a red or a blue square: what a few steps suffice to learn by heart."""
+    random = np.random.default_rng(0)
+    images = []
+    for number in range(8):
+        pixels = random.integers(0, 40, (64, 96, 3), dtype=np.uint8)
+        x, y = int(random.integers(0, 64)), int(random.integers(0, 32))
+        pixels[y : y + 32, x : x + 32] = ((40, 40, 255), (255, 40, 40))[number % 2]
+        box = (float(x), float(y), x + 32.0, y + 32.0)
+        images.append(labelled(pixels, [box], [number % 2], id=f"square-{number}"))
+    return Dataset("squares", ("red", "blue"), tuple(images))
+
+
+@pytest.fixture(scope="session")
 def labelled() -> Callable[..., LabelledImage]:
     """``labelled(pixels, boxes, labels, ...)``: a labelled image that is in memory."""
 

@@ -197,9 +197,7 @@ def test_boxes_of_random_views_are_the_bright_area(labelled: Labelled, workers: 
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_cannot_be_read_is_one_line(
-    labelled: Labelled, tmp_path: Path, workers: int
-) -> None:
+def test_an_image_that_cannot_be_read_is_one_line(labelled: Labelled, tmp_path: Path, workers: int) -> None:
     path = tmp_path / "cut.png"
     assert cv2.imwrite(str(path), np.zeros((40, 40, 3), np.uint8))
     path.write_bytes(path.read_bytes()[:-20])

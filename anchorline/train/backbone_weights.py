@@ -1,0 +1,84 @@
+"""Filling a backbone with ImageNet weights from a file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anchorline.runtime.errors import ArtefactError
+from anchorline.train.backbones import Body
+
+
+def load_backbone_weights(body: Body, path: Path) -> None:
+    """Fill ``body`` from a classification checkpoint of the same network (torchvision's keys).
+
+    The file is a state dict (``.pth`` loaded as weights only, or ``.safetensors``) whose keys are
+    ``features.N...`` or ``N...`` (MobileNetV2's older flat blocks too); layers behind the last tap,
+    and the classifier, are left out.
+    Raises ``ArtefactError`` for a file that is missing, damaged or of another network.
+    """
+    state = _read_state(path)
+    state = {_current_key(key.removeprefix("features."), state): value for key, value in state.items()}
+    wanted = body.state_dict()
+    # Old checkpoints have no step counter, and no result depends on it.
+    needed = {key for key in wanted if not key.endswith("num_batches_tracked")}
+    missing = sorted(needed - set(state))
+    if missing:
+        raise ArtefactError(
+            f"{path}: {len(missing)} of {len(needed)} backbone tensors are missing, first {missing[0]!r}; "
+            "expected ImageNet weights of the same network with torchvision's keys"
+        )
+    wrong = [key for key in sorted(needed) if state[key].shape != wanted[key].shape]
+    if wrong:
+        raise ArtefactError(
+            f"{path}: {wrong[0]!r} has shape {list(state[wrong[0]].shape)}, expected "
+            f"{list(wanted[wrong[0]].shape)}; the weights belong to another network"
+        )
+    not_finite = [key for key in sorted(needed) if not torch.isfinite(state[key].float()).all()]
+    if not_finite:
+        raise ArtefactError(
+            f"{path}: tensor {not_finite[0]!r} holds values that are not finite; expected a sound checkpoint"
+        )
+    body.load_state_dict({key: state.get(key, wanted[key]) for key in wanted})
+
+
+def _current_key(key: str, state: dict[str, Tensor]) -> str:
+    """torchvision's key of today for ``key``, which may be one of MobileNetV2's before 2020.
+
+    An inverted residual was one flat sequence of convolution, norm, activation, ...; now each such
+    triple but the last pair is a module of its own.
+    """
+    found = re.fullmatch(r"(\d+)\.conv\.(\d+)\.(weight|bias|running_\w+|num_batches_tracked)", key)
+    if found is None or "features.1.conv.0.weight" not in state:
+        return key
+    block, index, name = found[1], int(found[2]), found[3]
+    last_pair = 6 if f"features.{block}.conv.6.weight" in state else 3
+    place = f"{index // 3}.{index % 3}" if index < last_pair else f"{last_pair // 3 + index - last_pair}"
+    return f"{block}.conv.{place}.{name}"
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ArtefactError(
+            f"{path}: no such file; give the ImageNet weights of the backbone, or leave the option out"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise many kinds for damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArtefactError(
+            f"{path}: cannot be read as weights ({reason[:120]}); expected a state dict"
+        ) from None
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise ArtefactError(f"{path}: holds no state dict; expected a dictionary of tensors by name")
+    return state
