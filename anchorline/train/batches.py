@@ -11,6 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -47,25 +48,61 @@ class CanvasDataset(TorchDataset[dict[str, Any]]):
     ) -> None:
         self.data, self.canvas, self.resize, self.seed = data, canvas, resize, settings.seed
         self.transforms = build_transforms(settings)
+        self.mosaic = settings.mosaic
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
-        item = self.data.images[index]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed(self.seed, epoch, index))
-            image, boxes, labels = self._view(item)
-        placement = place(image.shape[:2], self.canvas, self.resize)
+            if self.mosaic and float(torch.rand(())) < self.mosaic:
+                return self._mosaic(index)
+            return self._single(index)
+
+    def _single(self, index: int) -> dict[str, Any]:
+        """One image on the canvas."""
         out = np.empty((*self.canvas, 3), np.uint8)
+        valid, boxes, labels = self._lay(index, self.resize, out)
+        return self._item(index, out, valid, boxes, labels)
+
+    def _mosaic(self, index: int) -> dict[str, Any]:
+        """Four images in the quarters of the canvas, the asked one first, the others drawn at random."""
+        others = torch.randint(len(self.data), (3,)).tolist()
+        out = np.zeros((*self.canvas, 3), np.uint8)
+        height, width = self.canvas[0] // 2, self.canvas[1] // 2
+        all_boxes, all_labels = [], []
+        for quarter, each in enumerate([index, *others]):
+            top, left = quarter // 2 * height, quarter % 2 * width
+            _, boxes, labels = self._lay(each, ResizeRule(), out[top : top + height, left : left + width])
+            all_boxes.append(boxes + np.array([left, top, left, top], np.float32))
+            all_labels.append(labels)
+        return self._item(index, out, self.canvas, np.concatenate(all_boxes), torch.cat(all_labels))
+
+    def _lay(
+        self, index: int, resize: ResizeRule, out: NDArray[np.uint8]
+    ) -> tuple[tuple[int, int], NDArray[np.float32], Tensor]:
+        """Lay a random view of an image onto ``out``; its valid size, boxes there [N, 4], labels [N]."""
+        image, boxes, labels = self._view(self.data.images[index])
+        placement = place((image.shape[0], image.shape[1]), (out.shape[0], out.shape[1]), resize)
         to_canvas(image, placement, out)
+        return placement.valid, boxes_to_canvas(boxes, placement), labels
+
+    def _item(
+        self,
+        index: int,
+        image: NDArray[np.uint8],
+        valid: tuple[int, int],
+        boxes: NDArray[np.float32],
+        labels: Tensor,
+    ) -> dict[str, Any]:
         return {
-            "image": torch.from_numpy(out),
-            "size": torch.tensor(placement.valid, dtype=torch.float32),
-            "boxes": torch.from_numpy(boxes_to_canvas(boxes, placement)),
+            "image": torch.from_numpy(image),
+            "size": torch.tensor(valid, dtype=torch.float32),
+            "boxes": torch.from_numpy(boxes),
             "labels": labels,
-            "id": item.id,
+            "id": self.data.images[index].id,
         }
 
     def _view(self, item: LabelledImage) -> tuple[np.ndarray, np.ndarray, Tensor]:

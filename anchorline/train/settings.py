@@ -50,8 +50,8 @@ _TRAINING_RANGES: Ranges = {
     "above 0": "learning_rate zoom",
     "0 or more": "weight_decay warmup_steps clip_norm backbone_rate frozen_stages seed workers "
     "validate_every rpn_box_beta roi_box_beta rpn_loss_weight roi_box_loss_weight",
-    "from 0 to 1": "momentum warmup_factor milestones ema flip vertical_flip photometric rpn_positive_iou "
-    "rpn_negative_iou rpn_positive_fraction roi_positive_iou roi_positive_fraction",
+    "from 0 to 1": "momentum warmup_factor milestones ema flip vertical_flip iou_crop mosaic photometric "
+    "rpn_positive_iou rpn_negative_iou rpn_positive_fraction roi_positive_iou roi_positive_fraction",
 }
 
 
@@ -171,6 +171,10 @@ class TrainingSettings:
     """Probability of an upside-down image; for views without an up, such as microscopy and satellites."""
     zoom: tuple[float, float] = (1.0, 1.0)
     """Range of random magnification: above 1 crops a part, below 1 sets the image in a larger frame."""
+    iou_crop: float = 0.0
+    """Probability of a crop that keeps at least one object to a random degree."""
+    mosaic: float = 0.0
+    """Probability of four images in the quarters of one canvas; for many small objects."""
     photometric: float = 0.0
     """Strength of random brightness, contrast, saturation and hue, 0 to 1."""
 

@@ -46,7 +46,7 @@ class RandomZoom(nn.Module):
             image = F.crop(image, top, left, new_height, new_width)
             boxes = F.clamp_bounding_boxes(F.crop(target["boxes"], top, left, new_height, new_width))
         keep = _areas(boxes) >= LEAST_VISIBLE * area
-        return image, {"boxes": boxes[keep], "labels": target["labels"][keep]}
+        return image, {"boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": target["labels"][keep]}
 
 
 def build_transforms(settings: TrainingSettings) -> v2.Compose:
@@ -58,10 +58,19 @@ def build_transforms(settings: TrainingSettings) -> v2.Compose:
         steps.append(v2.RandomVerticalFlip(settings.vertical_flip))
     if settings.zoom != (1.0, 1.0):
         steps.append(RandomZoom(*settings.zoom))
+    if settings.iou_crop:
+        # A part of the image that keeps at least one object to a random degree (SSD, section 2.2).
+        steps.append(v2.RandomApply([v2.RandomIoUCrop()], settings.iou_crop))
+        steps.append(v2.SanitizeBoundingBoxes(labels_getter=_labels_of))
     if settings.photometric:
         strength = settings.photometric
         steps.append(v2.ColorJitter(0.5 * strength, 0.5 * strength, 0.5 * strength, 0.08 * strength))
     return v2.Compose([*steps, v2.Identity()])
+
+
+def _labels_of(inputs: tuple[Any, dict[str, Any]]) -> Tensor:
+    labels: Tensor = inputs[1]["labels"]
+    return labels
 
 
 def _between(a: int, b: int) -> int:

@@ -83,7 +83,7 @@ def test_resuming_without_a_metrics_file_starts_one(tmp_path: Path) -> None:
 def test_metrics_of_something_else_are_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "metrics.csv"
     path.write_bytes(content)
-    with pytest.raises(ArtefactError, match="metrics.csv: not the metrics") as caught:
+    with pytest.raises(ArtefactError, match=r"metrics\.csv: not the metrics") as caught:
         MetricsFile(path).resume(5)
     assert "\n" not in str(caught.value)
 

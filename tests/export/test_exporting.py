@@ -1,0 +1,367 @@
+"""Publishing an ONNX file: only what agrees with PyTorch, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from anchorline.evaluation.evaluate import evaluate
+from anchorline.evaluation.proposal_recall import evaluate_proposals
+from anchorline.evaluation.synthetic import CLASS_NAMES, synthetic_dataset
+from anchorline.export import exporting
+from anchorline.export.exporting import ExportResult, check_images, export_onnx
+from anchorline.runtime.contract import CONTRACT_KEY, Contract
+from anchorline.runtime.detector import Detector
+from anchorline.runtime.errors import (
+    AnchorlineError,
+    ArtefactError,
+    FrameError,
+    OutputError,
+    ParityError,
+    SettingsError,
+)
+from anchorline.train.checkpoint import contract_of, load_checkpoint, save_checkpoint
+from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.train.prediction import TorchDetector
+from anchorline.train.settings import ModelSettings
+
+CANVAS = (64, 96)
+SCORE_BIAS = "roi_heads.box_predictor.cls_score.bias"
+
+
+class Exported(NamedTuple):
+    """An untrained model on disk, and what exporting it gave."""
+
+    checkpoint: Path
+    result: ExportResult
+    proto: onnx.ModelProto
+
+
+@pytest.fixture(scope="module")
+def exported(
+    small_model: Callable[..., FasterRCNN], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Exported]:
+    """A model without ties: no NMS, and room for every proposal and every detection.
+
+    Among hundreds of overlapping boxes of random weights rounding decides some comparison; a trained
+    model's detections stand apart.
+    """
+    model = small_model(
+        "single",
+        len(CLASS_NAMES),
+        canvas=CANVAS,
+        anchor_sizes=((24.0,),),
+        rpn_pre_nms=72,
+        rpn_post_nms=72,
+        rpn_nms_iou=1.0,
+        nms_iou=1.0,
+        max_detections=72 * len(CLASS_NAMES),
+    )
+    folder = tmp_path_factory.mktemp("exported")
+    checkpoint = folder / "model.safetensors"
+    contract = contract_of(model.settings, CLASS_NAMES, source={"command": "test"})
+    save_checkpoint(checkpoint, model.state_dict(), model.settings, contract)
+    made: list[onnx.ModelProto] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "to_onnx", _keeping(made, exporting.to_onnx))
+        result = export_onnx(checkpoint, folder / "model.onnx")
+    yield Exported(checkpoint, result, made[0])
+
+
+def _keeping(
+    made: list[onnx.ModelProto], to_onnx: Callable[..., onnx.ModelProto]
+) -> Callable[..., onnx.ModelProto]:
+    def keep(model: FasterRCNN, contract: Contract) -> onnx.ModelProto:
+        made.append(to_onnx(model, contract))
+        return made[-1]
+
+    return keep
+
+
+@pytest.fixture
+def exporter_gives(monkeypatch: pytest.MonkeyPatch) -> Callable[[onnx.ModelProto], None]:
+    """``exporter_gives(proto)``: the graph that ``export_onnx`` is about to write, at once."""
+    return lambda proto: monkeypatch.setattr(exporting, "to_onnx", lambda model, contract: proto)
+
+
+def copy_of(proto: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    return copy
+
+
+def constants(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every constant of the main graph, initialiser or node."""
+    yield from proto.graph.initializer
+    for node in proto.graph.node:
+        if node.op_type == "Constant":
+            yield from (attribute.t for attribute in node.attribute if attribute.name == "value")
+
+
+def change(tensor: onnx.TensorProto, value: NDArray[np.float32]) -> None:
+    tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+
+
+def one_convolution_5_percent_off(proto: onnx.ModelProto) -> None:
+    tensor = next(t for t in proto.graph.initializer if list(t.dims)[2:] == [3, 3] and t.dims[1] > 1)
+    change(tensor, numpy_helper.to_array(tensor) * np.float32(1.05))
+
+
+def red_and_blue_swapped_in_the_mean(proto: onnx.ModelProto) -> None:
+    mean = np.array(ModelSettings().mean, np.float32)
+    (tensor,) = [t for t in constants(proto) if np.array_equal(numpy_helper.to_array(t).ravel(), mean)]
+    change(tensor, np.ascontiguousarray(numpy_helper.to_array(tensor)[:, ::-1]))
+
+
+def a_class_score_slightly_off(proto: onnx.ModelProto) -> None:
+    (tensor,) = [t for t in proto.graph.initializer if t.name.endswith(SCORE_BIAS)]
+    bias = numpy_helper.to_array(tensor).copy()
+    bias[1] += 0.01
+    change(tensor, bias)
+
+
+def test_what_agrees_is_published(exported: Exported) -> None:
+    result = exported.result
+    assert result.comparison is not None
+    assert result.comparison.agrees
+    assert result.comparison.images == 2 * len(check_images())  # alone, and in mixed batches
+    assert result.comparison.total.matched > 1000
+    assert result.comparison.total.max_box_error < 0.05
+    assert {path.name for path in result.path.parent.iterdir()} == {"model.safetensors", "model.onnx"}
+    assert onnx.load(result.path) == exported.proto
+
+
+def test_the_file_carries_the_checkpoint_s_contract(exported: Exported) -> None:
+    (entry,) = exported.proto.metadata_props
+    assert entry.key == CONTRACT_KEY
+    contract = Contract.from_json(entry.value)
+    assert (contract.task, contract.names, contract.canvas) == ("detections", CLASS_NAMES, CANVAS)
+    assert contract.source["command"] == "test"
+    assert contract.source["exported_by"].startswith("anchorline ")
+    assert json.loads(exported.result.contract.to_json()) == json.loads(entry.value)
+
+
+def test_the_images_compared_have_many_sizes_and_one_is_empty() -> None:
+    images = check_images()
+    sizes = {image.shape[:2] for image in images}
+    assert len(sizes) >= 5
+    assert any(height > 4 * width for height, width in sizes)
+    assert any(width > 4 * height for height, width in sizes)
+    assert not images[-1].any()
+    assert all(image.any() for image in images[:-1])
+
+
+@pytest.mark.parametrize(
+    "plant", [one_convolution_5_percent_off, red_and_blue_swapped_in_the_mean, a_class_score_slightly_off]
+)
+def test_what_disagrees_is_not_published(
+    exported: Exported,
+    exporter_gives: Callable[[onnx.ModelProto], None],
+    tmp_path: Path,
+    plant: Callable[[onnx.ModelProto], None],
+) -> None:
+    wrong = copy_of(exported.proto)
+    plant(wrong)
+    assert wrong != exported.proto
+    exporter_gives(wrong)
+    out = tmp_path / "model.onnx"
+    with pytest.raises(ParityError, match="disagree") as caught:
+        export_onnx(exported.checkpoint, out)
+    assert str(out) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+    out.write_bytes(b"the file of yesterday")
+    with pytest.raises(ParityError):
+        export_onnx(exported.checkpoint, out)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"the file of yesterday"]
+
+
+def test_without_verification_it_is_published_all_the_same(
+    exported: Exported, exporter_gives: Callable[[onnx.ModelProto], None], tmp_path: Path
+) -> None:
+    wrong = copy_of(exported.proto)
+    a_class_score_slightly_off(wrong)
+    exporter_gives(wrong)
+    result = export_onnx(exported.checkpoint, tmp_path / "new" / "model.onnx", verify=False)
+    assert result.comparison is None
+    assert onnx.load(result.path) == wrong
+
+
+def test_the_verification_looks_at_the_images_given(
+    exported: Exported, exporter_gives: Callable[[onnx.ModelProto], None], tmp_path: Path
+) -> None:
+    exporter_gives(exported.proto)
+    image = np.full((40, 30, 3), 90, np.uint8)
+    result = export_onnx(exported.checkpoint, tmp_path / "model.onnx", images=[image])
+    assert result.comparison is not None
+    assert result.comparison.images == 2
+    with pytest.raises(FrameError):
+        export_onnx(exported.checkpoint, tmp_path / "other.onnx", images=[image.astype(np.float32)])
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_an_interrupted_verification_leaves_nothing(
+    exported: Exported,
+    exporter_gives: Callable[[onnx.ModelProto], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object) -> None:
+        assert len(list(tmp_path.iterdir())) == 1
+        raise KeyboardInterrupt
+
+    exporter_gives(exported.proto)
+    monkeypatch.setattr(exporting, "compare_with_pytorch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(exported.checkpoint, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextlib.contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file may grow beyond ``size`` bytes; more fails as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_nothing(
+    exported: Exported, exporter_gives: Callable[[onnx.ModelProto], None], tmp_path: Path
+) -> None:
+    exporter_gives(exported.proto)
+    with room_for(10_000), pytest.raises(OutputError, match="cannot be written"):
+        export_onnx(exported.checkpoint, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "kind", "named"),
+    [
+        ("model.onnx", {"task": "masks"}, SettingsError, "'masks'"),
+        ("model.onnx", {"max_batch": 0}, SettingsError, "max batch is 0"),
+        ("model.onnx", {"canvas": (100, 96)}, SettingsError, "(100, 96)"),
+        ("model.onnx", {"canvas": (0, 0)}, SettingsError, "multiples of 32"),
+        ("model.safetensors", {}, SettingsError, ".onnx"),
+        ("model", {"verify": False}, SettingsError, ".onnx"),
+    ],
+)
+def test_what_cannot_be_asked_for(
+    exported: Exported,
+    tmp_path: Path,
+    out: str,
+    options: dict[str, object],
+    kind: type[AnchorlineError],
+    named: str,
+) -> None:
+    with pytest.raises(kind) as caught:
+        export_onnx(exported.checkpoint, tmp_path / out, **options)  # type: ignore[arg-type]
+    assert named in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_cannot_be_read(exported: Exported, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(exported.checkpoint.read_bytes()[:-100])
+    for path in (cut, tmp_path / "missing.safetensors"):
+        with pytest.raises(ArtefactError, match=path.name):
+            export_onnx(path, tmp_path / "model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["cut.safetensors"]
+
+
+def test_a_model_that_finds_nothing_agrees(
+    exported: Exported, exporter_gives: Callable[[onnx.ModelProto], None], tmp_path: Path
+) -> None:
+    """Background everywhere, as after very little training: no detection, no error on the way."""
+    model, contract = load_checkpoint(exported.checkpoint)
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.bias[0] += 1000.0
+    checkpoint = tmp_path / "nothing.safetensors"
+    save_checkpoint(checkpoint, model.state_dict(), model.settings, contract)
+    proto = copy_of(exported.proto)
+    (tensor,) = [t for t in proto.graph.initializer if t.name.endswith(SCORE_BIAS)]
+    change(tensor, model.state_dict()[SCORE_BIAS].numpy())
+    exporter_gives(proto)
+    result = export_onnx(checkpoint, tmp_path / "nothing.onnx")
+    assert result.comparison is not None
+    assert result.comparison.agrees
+    assert result.comparison.total.matched == 0
+
+    data = synthetic_dataset(2, size=CANVAS)
+    with Detector(result.path) as detector:
+        for detect in (detector.batch, TorchDetector.load(checkpoint).batch):
+            report = evaluate(detect, data, batch=2, provider="cpu")
+            assert report.map50 == 0.0
+            json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_checkpoint_and_onnx_evaluate_alike(exported: Exported) -> None:
+    data = synthetic_dataset(4, seed=5, size=(96, 128))
+    reference = evaluate(TorchDetector.load(exported.checkpoint).batch, data, batch=3, provider="pytorch")
+    with Detector(exported.result.path) as detector:
+        found = evaluate(detector.batch, data, batch=2, provider=detector.provider)
+    for figure in ("map50", "voc07", "map"):
+        assert getattr(found, figure) == pytest.approx(getattr(reference, figure), abs=0.002)
+    for name, each in reference.per_class.items():
+        assert found.per_class[name].ap50 == pytest.approx(each.ap50, abs=0.002)
+
+
+@pytest.fixture(scope="module")
+def proposing(exported: Exported) -> Path:
+    """The RPN of the same model on a canvas of its own, for batches of at most two."""
+    out = exported.checkpoint.with_name("proposals.onnx")
+    export_onnx(exported.checkpoint, out, task="proposals", canvas=(96, 64), max_batch=2)
+    return out
+
+
+def test_another_canvas(proposing: Path) -> None:
+    with Detector(proposing) as detector:
+        assert detector.contract.canvas == (96, 64)
+        frame = np.zeros((192, 64, 3), np.uint8)
+        assert detector(frame).boxes[:, 3].max() > 96  # in the frame's pixels, not the canvas's
+
+
+def test_batches_are_no_larger_than_asked_for(proposing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [image for image, *_ in zip(check_images(), range(5), strict=False)]
+    with Detector(proposing) as detector:
+        alone = [detector(image) for image in images]
+        seen: list[int] = []
+        infer = detector._backend.infer
+
+        def counting(inputs: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+            seen.append(len(inputs["images"]))
+            return infer(inputs)
+
+        monkeypatch.setattr(detector._backend, "infer", counting)
+        together = detector.batch(images)
+    assert seen == [2, 2, 1]
+    for one, other in zip(alone, together, strict=True):
+        assert len(one) == len(other) > 0
+        assert np.abs(np.sort(one.scores) - np.sort(other.scores)).max() < 1e-4
+
+
+def test_proposals_evaluate_alike(exported: Exported, proposing: Path) -> None:
+    data = synthetic_dataset(4, seed=5, size=(96, 128))
+    with Detector(proposing) as detector:
+        found = evaluate_proposals(detector.batch, data, batch=3)
+        model, _ = load_checkpoint(exported.checkpoint, canvas=(96, 64))
+        reference = evaluate_proposals(TorchDetector(model, detector.contract).batch, data, batch=1)
+    assert found.recall[50][0.5] > 0
+    assert found.objects == reference.objects > 0
+    for count, recall in reference.recall.items():
+        assert found.recall[count] == pytest.approx(recall, abs=0.002)
+    assert found.ar == pytest.approx(reference.ar, abs=0.002)

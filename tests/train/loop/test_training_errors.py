@@ -1,0 +1,337 @@
+"""What stops a training: each is one line, and nothing half-written or worse than before is left."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import resource
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from anchorline.evaluation.dataset import Dataset, LabelledImage
+from anchorline.runtime.errors import (
+    AnchorlineError,
+    ArtefactError,
+    DataError,
+    OutputError,
+    SettingsError,
+    TrainingError,
+)
+from anchorline.train.batches import EpochSampler
+from anchorline.train.checkpoint import load_checkpoint
+from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.train.settings import Settings
+from anchorline.train.training import StepReport, train
+
+MakeSettings = Callable[..., Settings]
+Labelled = Callable[..., LabelledImage]
+Files = Callable[[], set[str]]
+Losses = dict[str, Tensor]
+
+
+def ids_of_step(data: Dataset, settings: Settings, step: int) -> list[str]:
+    """The images of a step, counted from 1."""
+    sampler = EpochSampler(len(data), settings.training.batch, settings.training.seed)
+    sampler.epoch, place = divmod(step - 1, len(sampler))
+    return [data.images[index].id for _, index in list(sampler)[place]]
+
+
+def spoil_losses(
+    monkeypatch: pytest.MonkeyPatch, step: int, spoil: Callable[[FasterRCNN, Losses], Losses]
+) -> None:
+    """From ``step`` on, counted from 1, the model's losses are what ``spoil`` makes of them."""
+    sound, calls = FasterRCNN.losses, Counter[str]()
+
+    def losses(self: FasterRCNN, *arguments: object) -> Losses:
+        calls["step"] += 1
+        found = sound(self, *arguments)  # type: ignore[arg-type]
+        return spoil(self, found) if calls["step"] >= step else found
+
+    monkeypatch.setattr(FasterRCNN, "losses", losses)
+
+
+def nan_loss(_: FasterRCNN, losses: Losses) -> Losses:
+    return {**losses, "loss_box": losses["loss_box"] * torch.nan}
+
+
+def sound_loss_nan_gradient(model: FasterRCNN, losses: Losses) -> Losses:
+    weight = model.roi_heads.box_predictor.cls_score.weight
+    return {**losses, "loss_box": losses["loss_box"] + (weight * 0).sum().sqrt()}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [(nan_loss, "loss_box nan"), (sound_loss_nan_gradient, "norm of the gradient nan")],
+)
+@pytest.mark.parametrize("step", [3, 4], ids=["in the middle of epoch 2", "last step of epoch 2"])
+def test_a_loss_that_is_not_finite_names_its_images_and_spares_the_checkpoint(
+    tiny: MakeSettings,
+    scenes: Dataset,
+    tmp_path: Path,
+    files: Files,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[FasterRCNN, Losses], Losses],
+    named: str,
+    step: int,
+) -> None:
+    settings = tiny(clip_norm=0.0 if step == 3 else 10.0)
+    spoil_losses(monkeypatch, step, spoil)
+    kept: dict[str, bytes] = {}
+
+    def report(done: StepReport) -> None:
+        if done.step == 3:  # the first epoch is finished
+            kept.update({name: (tmp_path / name).read_bytes() for name in files()})
+
+    with pytest.raises(TrainingError) as caught:
+        train(settings, scenes, tmp_path, report=report)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert named in message
+    assert f"at step {step}, " in message
+    assert f"images {', '.join(ids_of_step(scenes, settings, step))};" in message
+    assert f"the last good weights are in {tmp_path}" in message
+    assert "learning_rate" in message
+
+    assert files() == {
+        "model.safetensors", "last/model.safetensors", "last/state.pt", "metrics.csv", "settings.json"
+    }  # fmt: skip
+    load_checkpoint(tmp_path / "model.safetensors")  # which refuses weights that are not finite
+    for name, content in kept.items():
+        assert name == "metrics.csv" or (tmp_path / name).read_bytes() == content, name
+    assert (tmp_path / "metrics.csv").read_text().count("\n") == step  # a header, and the steps before it
+
+
+def test_weights_that_run_away_in_the_last_step_of_an_epoch_are_not_saved(
+    tiny: MakeSettings, scenes: Dataset, tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses and gradients are finite still, the step itself goes beyond what float32 holds."""
+    spoil_losses(monkeypatch, 1, lambda _, losses: {name: loss * 1e15 for name, loss in losses.items()})
+    settings = tiny(batch=8, learning_rate=1e29, warmup_steps=0, clip_norm=0.0)
+    with pytest.raises(TrainingError, match="is not finite at step 1, images scene-") as caught:
+        train(settings, scenes, tmp_path)
+    assert "no epoch was finished before it" in str(caught.value)
+    assert files() == {"metrics.csv", "settings.json"}
+
+
+def without_objects(data: Dataset) -> Dataset:
+    boxes, labels, none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.bool_)
+    images = [dataclasses.replace(i, boxes=boxes, labels=labels, difficult=none, crowd=none) for i in data]
+    return dataclasses.replace(data, images=tuple(images))
+
+
+def only_difficult(data: Dataset) -> Dataset:
+    images = [dataclasses.replace(i, difficult=np.ones(len(i.boxes), np.bool_)) for i in data]
+    return dataclasses.replace(data, images=tuple(images))
+
+
+@pytest.mark.parametrize("spoil", [without_objects, only_difficult])
+def test_data_without_objects_is_refused(
+    tiny: MakeSettings, scenes: Dataset, tmp_path: Path, files: Files, spoil: Callable[[Dataset], Dataset]
+) -> None:
+    nothing = dataclasses.replace(spoil(scenes), spec="voc:empty@train")
+    for data, validation in ((nothing, None), (scenes, nothing)):
+        with pytest.raises(DataError, match=r"^voc:empty@train: holds no labelled object"):
+            train(tiny(), data, tmp_path, validation=validation)
+    assert files() == set()
+
+
+def test_validation_with_other_classes_is_refused(
+    tiny: MakeSettings, scenes: Dataset, tmp_path: Path, files: Files
+) -> None:
+    other = dataclasses.replace(scenes, spec="other", names=("arrow", "cat", "heart", "ring", "star"))
+    with pytest.raises(DataError, match=r"^other: has the class 'cat'"):
+        train(tiny(), scenes, tmp_path, validation=other)
+    assert files() == set()
+
+
+def test_images_without_objects_among_others_are_learnt_from(
+    tiny: MakeSettings, scenes: Dataset, labelled: Labelled, tmp_path: Path
+) -> None:
+    """Also as a whole batch: a loss without any positive is a sound loss."""
+    noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    empty = tuple(labelled(noise, [], id=f"empty-{number}") for number in range(3))
+    data = dataclasses.replace(scenes, images=(scenes.images[0], *empty))
+    boxes = []
+    train(tiny(batch=1), data, tmp_path, report=lambda done: boxes.append(done.losses["loss_rpn_box"]))
+    assert len(boxes) == 8
+    assert boxes.count(0.0) == 6
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_stops_with_one_line(
+    tiny: MakeSettings, scenes: Dataset, tmp_path: Path, workers: int
+) -> None:
+    def load() -> np.ndarray:
+        raise DataError("broken.jpg: truncated; copy it again")
+
+    data = dataclasses.replace(
+        scenes, images=tuple(dataclasses.replace(image, load=load) for image in scenes)
+    )
+    with pytest.raises(DataError) as caught:
+        train(tiny(workers=workers), data, tmp_path)
+    assert str(caught.value) == "broken.jpg: truncated; copy it again"
+
+
+@contextlib.contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file may grow beyond ``size`` bytes; more fails as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: MakeSettings, scenes: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one epoch; not to be changed."""
+    out = tmp_path_factory.mktemp("finished")
+    train(tiny(epochs=1), scenes, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("fits", "at", "unwritten"),
+    [
+        (None, 0, "settings.json"),
+        ("settings.json", 0, "model.safetensors"),
+        ("model.safetensors", 0, "state.pt"),
+        ("settings.json", 3, "model.safetensors"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_leaves_whole_files(
+    tiny: MakeSettings,
+    scenes: Dataset,
+    finished: Path,
+    tmp_path: Path,
+    files: Files,
+    fits: str | None,
+    at: int,
+    unwritten: str,
+) -> None:
+    """After step ``at`` there is room for files as large as ``fits`` only; the state is the largest."""
+    size = 0 if fits is None else (finished / fits).stat().st_size + 5000
+    kept: dict[str, bytes] = {}
+    with contextlib.ExitStack() as stack:
+
+        def report(done: StepReport) -> None:
+            if done.step == at:
+                kept.update({name: (tmp_path / name).read_bytes() for name in files()})
+                stack.enter_context(room_for(size))
+
+        if not at:
+            stack.enter_context(room_for(size))
+        with pytest.raises(OutputError) as caught:
+            train(tiny(), scenes, tmp_path, report=report)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert unwritten in message
+    assert "cannot be written" in message
+    whole = {"settings.json", "metrics.csv", "model.safetensors", "last/state.pt", "last/model.safetensors"}
+    assert files() <= whole, "temporary files are left"
+    assert ("last/state.pt" in kept) == (at == 3)
+    for name, content in kept.items():
+        assert name == "metrics.csv" or (tmp_path / name).read_bytes() == content, name
+    for path in tmp_path.rglob("*.safetensors"):
+        load_checkpoint(path)
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            copy = to / path.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    return to
+
+
+def check_resume_fails(settings: Settings, data: Dataset, out: Path, *parts: str) -> None:
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ArtefactError) as caught:
+        train(settings, data, out, resume=True)
+    assert "\n" not in str(caught.value)
+    for part in (*parts, "without --resume"):
+        assert part in str(caught.value)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_resuming_with_nothing_there(tiny: MakeSettings, scenes: Dataset, tmp_path: Path) -> None:
+    check_resume_fails(tiny(), scenes, tmp_path / "none", "state.pt: no such file")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"learning_rate": 0.5}, "training.learning_rate = 0.01, not 0.5"),
+        ({"epochs": 9}, "training.epochs = 1, not 9"),
+        ({"zoom": (0.5, 1.0)}, "training.zoom"),
+        ({"model": {"representation": 16}}, "model.representation = 32, not 16"),
+    ],
+)
+def test_resuming_with_other_settings(
+    tiny: MakeSettings, scenes: Dataset, finished: Path, changes: dict[str, object], named: str
+) -> None:
+    check_resume_fails(tiny(**{"epochs": 1, **changes}), scenes, finished, named)
+
+
+def test_resuming_with_other_data(tiny: MakeSettings, scenes: Dataset, finished: Path) -> None:
+    fewer = dataclasses.replace(scenes, images=scenes.images[:5])
+    check_resume_fails(tiny(epochs=1), fewer, finished, "other data", "5")
+    renamed = dataclasses.replace(scenes, names=("cat", *scenes.names[1:]))
+    check_resume_fails(tiny(epochs=1), renamed, finished, "other data", "cat")
+    more = dataclasses.replace(scenes, names=(*scenes.names, "cat"))
+    check_resume_fails(tiny(epochs=1), more, finished, "other data", "cat")
+
+
+def test_resuming_from_a_damaged_state(
+    tiny: MakeSettings, scenes: Dataset, finished: Path, tmp_path: Path
+) -> None:
+    out = copy_of(finished, tmp_path)
+    state = out / "last" / "state.pt"
+    sound = state.read_bytes()
+    for content in (sound[:-1000], sound[: len(sound) // 2], b"", b"no state\n", sound[1000:]):
+        state.write_bytes(content)
+        check_resume_fails(tiny(epochs=1), scenes, out, str(state))
+    saved = torch.load(finished / "last" / "state.pt", weights_only=True)
+    foreign: list[object] = [
+        {"weights": torch.ones(3)},
+        torch.ones(3),
+        {"progress": "{}", "state": {}},
+        {"progress": "[]", "state": saved["state"]},
+        {**saved, "state": {}},
+        {**saved, "state": {**saved["state"], "model": {}}},
+        {**saved, "state": {**saved["state"], "optimiser": {"state": {}, "param_groups": []}}},
+    ]
+    for content in foreign:
+        torch.save(content, state)
+        check_resume_fails(tiny(epochs=1), scenes, out, str(out / "last"))
+    save_file({"a": torch.ones(3)}, state)
+    check_resume_fails(tiny(epochs=1), scenes, out, str(state))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"device": "abacus"}, SettingsError),
+        ({"backbone_weights": Path("missing.pth")}, ArtefactError),
+    ],
+)
+def test_options_that_cannot_be_used_write_nothing(
+    tiny: MakeSettings,
+    scenes: Dataset,
+    tmp_path: Path,
+    files: Files,
+    options: dict[str, object],
+    kind: type[AnchorlineError],
+) -> None:
+    with pytest.raises(kind):
+        train(tiny(), scenes, tmp_path, **options)  # type: ignore[arg-type]
+    assert files() == set()
