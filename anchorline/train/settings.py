@@ -204,6 +204,7 @@ class TrainingSettings:
         ordered = self.rpn_negative_iou <= self.rpn_positive_iou
         expect(ordered, "training.rpn_negative_iou", self.rpn_negative_iou, "at most rpn_positive_iou")
         expect(self.ema < 1, "training.ema", self.ema, "a decay from 0 to below 1")
+        expect(self.momentum < 1, "training.momentum", self.momentum, "a number from 0 to below 1")
         expect(self.seed < 2**32, "training.seed", self.seed, "a whole number below 2**32")
         zoom_fits = len(self.zoom) == 2 and self.zoom[0] <= self.zoom[1]
         expect(zoom_fits, "training.zoom", self.zoom, "a lowest and a highest magnification")

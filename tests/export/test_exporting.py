@@ -51,7 +51,7 @@ class Exported(NamedTuple):
 @pytest.fixture(scope="module")
 def exported(
     small_model: Callable[..., FasterRCNN], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Exported]:
+) -> Exported:
     """A model without ties: no NMS, and room for every proposal and every detection.
 
     Among hundreds of overlapping boxes of random weights rounding decides some comparison; a trained
@@ -76,7 +76,7 @@ def exported(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporting, "to_onnx", _keeping(made, exporting.to_onnx))
         result = export_onnx(checkpoint, folder / "model.onnx")
-    yield Exported(checkpoint, result, made[0])
+    return Exported(checkpoint, result, made[0])
 
 
 def _keeping(
@@ -336,7 +336,7 @@ def test_another_canvas(proposing: Path) -> None:
 
 
 def test_batches_are_no_larger_than_asked_for(proposing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = [image for image, *_ in zip(check_images(), range(5), strict=False)]
+    images = check_images()[:5]
     with Detector(proposing) as detector:
         alone = [detector(image) for image in images]
         seen: list[int] = []
