@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from anchorline import __version__, console
-from anchorline.console import progress_bar, show_report, warn
+from anchorline.console import progress_bar, show_report, tell, warn
 
 if TYPE_CHECKING:
     from anchorline.evaluation.dataset import Dataset
@@ -168,8 +168,7 @@ def train(
     settings = load_preset(preset, overrides)
     dataset = load_datasets(data)
     validation = load_datasets(val, names=dataset.names) if val else None
-    for loaded in (dataset, validation):
-        _tell_dropped(loaded)
+    _tell_dropped(validation)
     with training_progress() as report:
         result = train_model(
             settings,
@@ -181,6 +180,7 @@ def train(
             device=device,
             source={"command": _command_line(), "preset": preset},
             report=report,
+            show_data=tell,
         )
     accuracy = "" if result.map50 is None else f", mAP50 {result.map50:.3f} on the validation data"
     print(f"{result.checkpoint}: {result.steps} steps{accuracy}")

@@ -51,6 +51,13 @@ def show_report(report: Report, json: Path | None) -> None:
         write_json(json, report.to_json())
 
 
+def tell(report: Report) -> None:
+    """Show figures on stderr, as something to know before the work starts."""
+    from rich.console import Console
+
+    Console(stderr=True).print(report.render())
+
+
 def warn(lines: Iterable[str]) -> None:
     """Print each line on stderr as a warning."""
     for line in lines:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,11 +56,11 @@ class CanvasDataset(TorchDataset[dict[str, Any]]):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
+        seed = _seed(self.seed, epoch, index)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed(self.seed, epoch, index))
-            if self.mosaic and float(torch.rand(())) < self.mosaic:
-                return self._mosaic(index)
-            return self._single(index)
+            torch.manual_seed(seed)
+            mosaic = self.mosaic > 0 and float(torch.rand(())) < self.mosaic
+            return {"seed": seed, **(self._mosaic(index) if mosaic else self._single(index))}
 
     def _single(self, index: int) -> dict[str, Any]:
         """One image on the canvas."""
@@ -142,7 +143,11 @@ def collate(items: list[dict[str, Any]]) -> Batch:
     return Batch(
         images=torch.stack([item["image"] for item in items]),
         image_sizes=torch.stack([item["size"] for item in items]),
-        targets=Targets.pad([item["boxes"] for item in items], [item["labels"] for item in items]),
+        targets=Targets.pad(
+            [item["boxes"] for item in items],
+            [item["labels"] for item in items],
+            tuple(item["seed"] for item in items),
+        ),
         ids=tuple(item["id"] for item in items),
     )
 
@@ -173,6 +178,13 @@ def read_batches(loader: DataLoader[dict[str, Any]]) -> Iterator[Batch]:
         kind = type(error)
         line = str(error).rstrip().rpartition("\n")[2]
         raise kind(line.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")) from None
+
+
+def groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """The batches of one step at a time; the last group of an epoch may be smaller."""
+    iterator = iter(batches)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
 
 
 def _start_worker(_: int) -> None:

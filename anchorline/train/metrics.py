@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
-from anchorline.runtime.errors import ArtefactError
+from anchorline.runtime.errors import ArtefactError, SettingsError
 from anchorline.runtime.files import atomic_write_text
 
 COLUMNS = (
@@ -69,3 +69,21 @@ class MetricsFile:
         writer.writeheader()
         writer.writerows(self.rows)
         atomic_write_text(self.path, text.getvalue())
+
+
+class TensorBoard:
+    """The same figures as event files for TensorBoard, written as they come."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise SettingsError(
+                "training.tensorboard needs the package tensorboard; pip install tensorboard, or leave it out"
+            ) from None
+        self.writer = SummaryWriter(str(folder))
+
+    def add(self, step: int, figures: Mapping[str, float]) -> None:
+        """The figures of one step or validation."""
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, step)

@@ -12,6 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.settings import TrainingSettings
 
+RISING = 0.3
+FIRST_RATE = 0.04
+
 
 def build_optimiser(model: FasterRCNN, settings: TrainingSettings) -> torch.optim.Optimizer:
     """SGD with momentum, or AdamW; no weight decay on norms and biases, the backbone at its own rate."""
@@ -36,6 +39,8 @@ def build_schedule(optimiser: torch.optim.Optimizer, settings: TrainingSettings,
     """Linear warm-up, then ``settings.schedule`` over ``steps`` steps in all."""
 
     def factor(step: int) -> float:
+        if settings.schedule == "one-cycle":
+            return _one_cycle(step / max(1, steps))
         done = min(1.0, step / settings.warmup_steps) if settings.warmup_steps else 1.0
         warmup = settings.warmup_factor + (1 - settings.warmup_factor) * done
         progress = min(1.0, step / max(1, steps))
@@ -44,6 +49,13 @@ def build_schedule(optimiser: torch.optim.Optimizer, settings: TrainingSettings,
         return warmup * 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimiser, factor)
+
+
+def _one_cycle(progress: float) -> float:
+    """Up along a cosine for the first ``RISING`` share, down to zero for the rest (Smith and Topin, 2018)."""
+    if progress < RISING:
+        return FIRST_RATE + (1 - FIRST_RATE) * 0.5 * (1 - math.cos(math.pi * progress / RISING))
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - RISING) / (1 - RISING))))
 
 
 class MovingAverage:

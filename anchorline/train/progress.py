@@ -40,10 +40,12 @@ def training_progress() -> Iterator[Report]:
         TimeRemainingColumn(),
     )
     smoothed: dict[str, float] = {}
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("training", total=None, epoch=0, losses="")
+    bar = Progress(*columns, console=console)
+    task = bar.add_task("training", total=None, epoch=0, losses="")
+    try:
 
         def show(report: StepReport) -> None:
+            bar.start()  # with the first step, so that what is said before stands above the bar
             _smooth(smoothed, report)
             bar.update(
                 task,
@@ -54,6 +56,8 @@ def training_progress() -> Iterator[Report]:
             )
 
         yield show
+    finally:
+        bar.stop()
 
 
 class _LinePrinter:

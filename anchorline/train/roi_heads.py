@@ -18,6 +18,8 @@ from anchorline.train.sampler import sample
 from anchorline.train.settings import ModelSettings, TrainingSettings
 from anchorline.train.targets import Targets
 
+ROI_STREAM = 2
+
 
 class BoxHead(nn.Module):
     """Two fully connected layers over a pooled region."""
@@ -129,7 +131,8 @@ def sample_rois(
         keep_best_of_each_box=False,
     )
     positive, negative = (matches >= 0) & present, (matches == BACKGROUND) & present
-    index, drawn = sample(positive, negative, settings.roi_samples, settings.roi_positive_fraction)
+    noise = targets.noise(ROI_STREAM, positive.shape[1])
+    index, drawn = sample(positive, negative, settings.roi_samples, settings.roi_positive_fraction, noise)
     boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))
     positive = positive.gather(1, index) & drawn
     slot = matches.gather(1, index).clamp(min=0)

@@ -20,6 +20,7 @@ from anchorline.train.settings import ModelSettings, TrainingSettings
 from anchorline.train.targets import Targets
 
 RPN_CODER = BoxCoder()
+RPN_STREAM = 1
 
 
 class RPNHead(nn.Module):
@@ -122,7 +123,8 @@ def rpn_training_losses(
             keep_best_of_each_box=True,
         )
         positive, negative = matches >= 0, matches == BACKGROUND
-        index, drawn = sample(positive, negative, settings.rpn_samples, settings.rpn_positive_fraction)
+        noise = targets.noise(RPN_STREAM, positive.shape[1])
+        index, drawn = sample(positive, negative, settings.rpn_samples, settings.rpn_positive_fraction, noise)
         positive = positive.gather(1, index) & drawn
         box = matches.gather(1, index).clamp(min=0)
         goals = RPN_CODER.encode(targets.boxes_at(box), anchors[index])

@@ -6,15 +6,19 @@ import torch
 from torch import Tensor
 
 
-def sample(positive: Tensor, negative: Tensor, size: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
+def sample(
+    positive: Tensor, negative: Tensor, size: int, positive_fraction: float, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw up to ``size`` candidates per image at random, without replacement.
 
     ``positive`` and ``negative`` are bool [B, N]. At most ``int(size * positive_fraction)`` are
     positive; negatives fill the rest as far as there are any. Returns ``indices`` int64 [B, S] and
     ``drawn`` bool [B, S] with S = min(size, N): slots where ``drawn`` is false hold no sample.
-    Positives come first. Draws from PyTorch's global generator.
+    Positives come first. ``noise`` [B, N] from 0 to below 1 decides the draw; without it PyTorch's
+    global generator does.
     """
-    noise = torch.rand(positive.shape, device=positive.device)
+    if noise is None:
+        noise = torch.rand(positive.shape, device=positive.device)
     most_positive = int(size * positive_fraction)
     # A negative priority is never drawn; positives (1..2) go before negatives (0..1).
     priority = torch.where(negative, noise, torch.full_like(noise, -1.0))

@@ -42,14 +42,14 @@ _MODEL_RANGES: Ranges = {
 }
 _TRAINING_CHOICES: Choices = {
     "optimiser": ("sgd", "adamw"),
-    "schedule": ("cosine", "step"),
-    "precision": ("fp32", "bf16", "auto"),
+    "schedule": ("cosine", "step", "one-cycle"),
+    "precision": ("fp32", "bf16", "fp16", "auto"),
 }
 _TRAINING_RANGES: Ranges = {
-    "at least 1": "epochs batch rpn_samples roi_samples rpn_pre_nms rpn_post_nms",
+    "at least 1": "epochs batch accumulate rpn_samples roi_samples rpn_pre_nms rpn_post_nms",
     "above 0": "learning_rate zoom",
     "0 or more": "weight_decay warmup_steps clip_norm backbone_rate frozen_stages seed workers "
-    "validate_every rpn_box_beta roi_box_beta rpn_loss_weight roi_box_loss_weight",
+    "validate_every patience rpn_box_beta roi_box_beta rpn_loss_weight roi_box_loss_weight",
     "from 0 to 1": "momentum warmup_factor milestones ema flip vertical_flip iou_crop mosaic photometric "
     "rpn_positive_iou rpn_negative_iou rpn_positive_fraction roi_positive_iou roi_positive_fraction",
 }
@@ -136,7 +136,9 @@ class TrainingSettings:
 
     epochs: int = 12
     batch: int = 4
-    """Images per step."""
+    """Images per batch."""
+    accumulate: int = 1
+    """Batches per step: 4 batches of 2 make the step of one batch of 8 in a quarter of the memory."""
     learning_rate: float = 0.01
     optimiser: str = "sgd"
     """``sgd`` with momentum as in the paper, or ``adamw``, which learns faster from random weights."""
@@ -146,7 +148,8 @@ class TrainingSettings:
     """Steps over which the learning rate rises linearly to its value."""
     warmup_factor: float = 0.01
     schedule: str = "cosine"
-    """``cosine`` to zero, or ``step`` (divided by 10 at the milestones)."""
+    """``cosine`` to zero, ``step`` (divided by 10 at the milestones), or ``one-cycle`` (up for 30 %, then
+    down to zero; without the warm-up)."""
     milestones: tuple[float, ...] = (0.67, 0.9)
     """For ``step``: shares of the whole training."""
     clip_norm: float = 10.0
@@ -158,12 +161,18 @@ class TrainingSettings:
     ema: float = 0.0
     """Decay of the exponential moving average of the weights; 0 switches it off."""
     precision: str = "fp32"
-    """``fp32``, ``bf16``, or ``auto``: bf16 on processors that compute it natively."""
+    """``fp32``, ``bf16``, ``fp16`` (CUDA only), or ``auto``: bf16 on processors that compute it natively."""
+    compile: bool = False
+    """Compile backbone and RPN head with torch.compile; pays in a long training on a GPU."""
     seed: int = 0
     workers: int = 1
     """Processes that load images; 0 loads in the training process."""
     validate_every: int = 0
     """Epochs between validations when validation data is given; 0 validates at the end only."""
+    patience: int = 0
+    """Stop after this many validations without a better one; 0 never does."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, into ``RUN/tensorboard``."""
 
     flip: float = 0.5
     """Probability of a horizontal mirror image."""

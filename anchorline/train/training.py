@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from anchorline.evaluation.data_summary import DataSummary, summarise_data
 from anchorline.evaluation.dataset import Dataset
 from anchorline.evaluation.evaluate import evaluate
 from anchorline.runtime.errors import ArtefactError, TrainingError
-from anchorline.runtime.files import atomic_write_text
+from anchorline.runtime.files import atomic_write_text, write_json
 from anchorline.train.backbone_weights import load_backbone_weights
 from anchorline.train.batches import (
-    Batch,
     CanvasDataset,
     build_loader,
+    groups,
     read_batches,
     single_threaded_opencv,
 )
 from anchorline.train.checkpoint import contract_of, save_checkpoint
 from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.metrics import MetricsFile
-from anchorline.train.optimisation import MovingAverage, build_optimiser, build_schedule
-from anchorline.train.precision import autocast
+from anchorline.train.metrics import MetricsFile, TensorBoard
 from anchorline.train.prediction import TorchDetector
-from anchorline.train.run_checks import check_data, choose_device, first_not_finite, not_finite
+from anchorline.train.run_checks import check_data, choose_device, first_not_finite
 from anchorline.train.run_state import load_state, save_state
+from anchorline.train.sample_sheet import write_sample_sheet
 from anchorline.train.settings import Settings
+from anchorline.train.stepping import NotFiniteError, Stepper
 
 Report = Callable[["StepReport"], None]
 
@@ -70,12 +69,14 @@ def train(
     device: str = "auto",
     source: Mapping[str, Any] | None = None,
     report: Report | None = None,
+    show_data: Callable[[DataSummary], None] | None = None,
 ) -> TrainResult:
     """Train a detector on ``data`` and write the run folder ``out``.
 
     ``out`` receives ``model.safetensors`` (the best by mAP50 where ``validation`` is given, else the
     latest), ``last/`` (the state of the last full epoch, from which ``resume`` goes on),
-    ``metrics.csv`` and ``settings.json``. Ctrl-C saves the weights and returns. Raises
+    ``metrics.csv``, ``settings.json``, ``data.json`` and ``samples.png``. Ctrl-C saves the weights
+    and returns. ``show_data`` is called once, when all is checked and the training begins. Raises
     ``TrainingError`` for a loss that is not finite, naming the batch; the last good checkpoint stays.
     """
     check_data(data, validation)
@@ -83,10 +84,13 @@ def train(
     run = _Run(settings, data, out, validation, choose_device(device), source or {})
     if backbone_weights is not None and not resume:
         load_backbone_weights(run.model.backbone.body, backbone_weights)
-        run.average = MovingAverage(run.model, settings.training.ema) if settings.training.ema else None
+        run.stepper.restart_average()
     if resume:
         run.resume()
-    run.write_settings()
+    summary = summarise_data(data)
+    run.write_beginnings(summary)
+    if show_data is not None:
+        show_data(summary)
     return run.train(report)
 
 
@@ -109,22 +113,19 @@ class _Run:
         self.model.backbone.body.freeze(training.frozen_stages)
         source = {**source, "data": data.spec, "settings": settings.to_dict()}
         self.contract = contract_of(settings.model, data.names, data.category_ids, source)
-        self.loader, self.sampler = build_loader(
-            CanvasDataset(data, settings.model.canvas, self.contract.resize, training), training
-        )
-        self.steps = len(self.sampler) * training.epochs
-        self.optimiser = build_optimiser(self.model, training)
-        self.schedule = build_schedule(self.optimiser, training, self.steps)
-        self.average = MovingAverage(self.model, training.ema) if training.ema else None
+        self.views = CanvasDataset(data, settings.model.canvas, self.contract.resize, training)
+        self.loader, self.sampler = build_loader(self.views, training)
+        self.steps = -(-len(self.sampler) // training.accumulate) * training.epochs
+        self.stepper = Stepper(self.model, training, self.steps, device)
         self.metrics = MetricsFile(out / "metrics.csv")
-        self.epoch, self.step, self.best = 0, 0, -1.0
-        self.batch_ids: tuple[str, ...] = ()
+        self.board = TensorBoard(out / "tensorboard") if training.tensorboard else None
+        self.epoch, self.step, self.best, self.validations_since_best = 0, 0, -1.0, 0
 
     def train(self, report: Report | None) -> TrainResult:
         """All epochs that are left."""
         try:
             with single_threaded_opencv():
-                while self.epoch < self.settings.training.epochs:
+                while self.epoch < self.settings.training.epochs and not self._out_of_patience():
                     self._train_epoch(report)
                     self.epoch += 1
                     self._finish_epoch()
@@ -141,91 +142,77 @@ class _Run:
         torch.manual_seed(self.settings.training.seed * 100_003 + self.epoch)
         self.model.train()
         self.sampler.epoch = self.epoch
-        for batch in read_batches(self.loader):
-            rate = self.optimiser.param_groups[-1]["lr"]  # of the heads: the backbone may have its own
-            losses = self._train_step(batch)
+        ids: tuple[str, ...] = ()
+        for batches in groups(read_batches(self.loader), self.settings.training.accumulate):
+            ids = tuple(id for batch in batches for id in batch.ids)
+            rate = self.stepper.rate
+            try:
+                losses = self.stepper.step(batches)
+            except NotFiniteError as error:
+                raise self._error(str(error), self.step + 1, ids) from None
             self.step += 1
-            self.metrics.add_step(self.step, self.epoch, rate, losses)
-            if report is not None:
-                report(StepReport(self.step, self.steps, self.epoch, rate, losses))
-        if bad := first_not_finite(self._weights()):
-            raise self._error(f"{bad} is not finite", self.step)
+            self._note_step(rate, losses, report)
+        if bad := first_not_finite(self.stepper.weights):
+            raise self._error(f"{bad} is not finite", self.step, ids)
 
-    def _train_step(self, batch: Batch) -> dict[str, float]:
-        training = self.settings.training
-        images, sizes = batch.images.to(self.device), batch.image_sizes.to(self.device)
-        with autocast(self.device, training.precision):
-            losses = self.model.losses(images, sizes, batch.targets.to(self.device), training)
-        total = torch.stack(list(losses.values())).sum()
-        values = {"loss": total.item(), **{name: loss.item() for name, loss in losses.items()}}
-        self.batch_ids = batch.ids
-        if bad := not_finite(values):
-            raise self._error(bad, self.step + 1)
-        self.optimiser.zero_grad(set_to_none=True)
-        total.backward()
-        limit = training.clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        if bad := not_finite({"norm of the gradient": norm.item()}):
-            raise self._error(bad, self.step + 1)
-        self.optimiser.step()
-        self.schedule.step()
-        if self.average is not None:
-            self.average.update(self.model)
-        return values
+    def _note_step(self, rate: float, losses: Mapping[str, float], report: Report | None) -> None:
+        self.metrics.add_step(self.step, self.epoch, rate, losses)
+        if self.board is not None:
+            self.board.add(self.step, {"lr": rate, **losses})
+        if report is not None:
+            report(StepReport(self.step, self.steps, self.epoch, rate, losses))
 
-    def _error(self, what: str, step: int) -> TrainingError:
+    def _error(self, what: str, step: int, ids: tuple[str, ...]) -> TrainingError:
         kept = f"the last good weights are in {self.out}" if self.epoch else "no epoch was finished before it"
         return TrainingError(
-            f"{what} at step {step}, images {', '.join(self.batch_ids)}; expected finite numbers: lower "
+            f"{what} at step {step}, images {', '.join(ids)}; expected finite numbers: lower "
             f"training.learning_rate or check these images; {kept}"
         )
 
     def _finish_epoch(self) -> None:
         every = self.settings.training.validate_every
         last = self.epoch == self.settings.training.epochs
-        if self.validation is not None and (last or (every and self.epoch % every == 0)):
-            map50 = self._validate(self.validation)
-            self.metrics.add_validation(self.step, self.epoch, map50)
-            if map50 > self.best:
-                self.best = map50
-                self._save(self.out / "model.safetensors")
         if self.validation is None:
             self._save(self.out / "model.safetensors")
+        elif last or (every and self.epoch % every == 0):
+            self._note_validation(self._validate(self.validation))
         self.metrics.flush()
-        save_state(self.out / "last", self._progress(), self._training_state())
+        save_state(self.out / "last", self._progress(), self.stepper.state_dict())
         self._save(self.out / "last" / "model.safetensors")
+
+    def _note_validation(self, map50: float) -> None:
+        self.metrics.add_validation(self.step, self.epoch, map50)
+        if self.board is not None:
+            self.board.add(self.step, {"map50": map50})
+        self.validations_since_best += 1
+        if map50 > self.best:
+            self.best, self.validations_since_best = map50, 0
+            self._save(self.out / "model.safetensors")
+
+    def _out_of_patience(self) -> bool:
+        return 0 < self.settings.training.patience <= self.validations_since_best
 
     def _validate(self, data: Dataset) -> float:
         model = FasterRCNN(self.settings.model, len(self.contract.names))
-        model.load_state_dict(self._weights())
+        model.load_state_dict(self.stepper.weights)
         detector = TorchDetector(model.eval(), self.contract, str(self.device))
         return evaluate(detector.batch, data, batch=4, provider=detector.provider).map50
 
-    def _weights(self) -> dict[str, Tensor]:
-        return self.average.state if self.average is not None else self.model.state_dict()
-
     def _save(self, path: Path) -> None:
-        save_checkpoint(path, self._weights(), self.settings.model, self.contract)
+        save_checkpoint(path, self.stepper.weights, self.settings.model, self.contract)
 
     def _progress(self) -> dict[str, Any]:
         return {
             "epoch": self.epoch,
             "step": self.step,
             "best": self.best,
+            "validations_since_best": self.validations_since_best,
             "settings": self.settings.to_dict(),
             "data": self._data_size(),
         }
 
     def _data_size(self) -> dict[str, Any]:
         return {"classes": list(self.contract.names), "images": self.sampler.images}
-
-    def _training_state(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "average": None if self.average is None else (self.average.state, self.average.updates),
-        }
 
     def resume(self) -> None:
         """Go on from ``out/last``; raises ``ArtefactError`` without a state of these settings and data."""
@@ -237,12 +224,9 @@ class _Run:
                 "resume with the same data, or train without --resume"
             )
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimiser.load_state_dict(state["optimiser"])
-            self.schedule.load_state_dict(state["schedule"])
-            if self.average is not None:
-                self.average.load(*state["average"])
+            self.stepper.load_state_dict(state)
             self.epoch, self.step, self.best = progress["epoch"], progress["step"], progress["best"]
+            self.validations_since_best = progress["validations_since_best"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise ArtefactError(
@@ -250,10 +234,12 @@ class _Run:
             ) from None
         self.metrics.resume(self.step)
 
-    def write_settings(self) -> None:
-        """``settings.json``: the effective settings of the run."""
+    def write_beginnings(self, summary: DataSummary) -> None:
+        """Effective settings, what the data holds, and a picture of the first views with their boxes."""
         text = json.dumps(dataclasses.asdict(self.settings), indent=2, sort_keys=True)
         atomic_write_text(self.out / "settings.json", text + "\n")
+        write_json(self.out / "data.json", summary.to_json())
+        write_sample_sheet(self.views, self.out / "samples.png")
 
     def _result(self, interrupted: bool = False) -> TrainResult:
         map50 = self.best if self.best >= 0 else None

@@ -49,6 +49,26 @@ class RandomZoom(nn.Module):
         return image, {"boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": target["labels"][keep]}
 
 
+class RandomIoUCrop(nn.Module):
+    """A part of the image that keeps at least one object to a random degree (SSD, section 2.2).
+
+    torchvision's, which divides by zero on images a few pixels wide and searches long where there is
+    no object: these stay as they are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.crop = v2.RandomIoUCrop()
+
+    def forward(
+        self, image: tv_tensors.Image, target: dict[str, Any]
+    ) -> tuple[tv_tensors.Image, dict[str, Any]]:
+        if min(image.shape[-2:]) * self.crop.min_scale < 1 or not len(target["boxes"]):
+            return image, target
+        cropped: tuple[tv_tensors.Image, dict[str, Any]] = self.crop(image, target)
+        return cropped
+
+
 def build_transforms(settings: TrainingSettings) -> v2.Compose:
     """The random views that ``settings`` ask for, from (image, {boxes, labels}) to the same."""
     steps: list[nn.Module] = []
@@ -59,8 +79,7 @@ def build_transforms(settings: TrainingSettings) -> v2.Compose:
     if settings.zoom != (1.0, 1.0):
         steps.append(RandomZoom(*settings.zoom))
     if settings.iou_crop:
-        # A part of the image that keeps at least one object to a random degree (SSD, section 2.2).
-        steps.append(v2.RandomApply([v2.RandomIoUCrop()], settings.iou_crop))
+        steps.append(v2.RandomApply([RandomIoUCrop()], settings.iou_crop))
         steps.append(v2.SanitizeBoundingBoxes(labels_getter=_labels_of))
     if settings.photometric:
         strength = settings.photometric

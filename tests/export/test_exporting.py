@@ -49,9 +49,7 @@ class Exported(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def exported(
-    small_model: Callable[..., FasterRCNN], tmp_path_factory: pytest.TempPathFactory
-) -> Exported:
+def exported(small_model: Callable[..., FasterRCNN], tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A model without ties: no NMS, and room for every proposal and every detection.
 
     Among hundreds of overlapping boxes of random weights rounding decides some comparison; a trained

@@ -216,7 +216,9 @@ def test_mobilenet_v2_s_older_flat_keys_load_as_the_same_weights(
     for number, block in enumerate(network.features):
         if not hasattr(block, "conv"):
             prefix = f"features.{number}"
-            flat |= {f"{prefix}.{key}": weights[f"{prefix}.{key}"] for key in block.state_dict() if number < 18}
+            flat |= {
+                f"{prefix}.{key}": weights[f"{prefix}.{key}"] for key in block.state_dict() if number < 18
+            }
             continue
         index = 0
         for place, part in enumerate(block.conv):

@@ -13,6 +13,30 @@ from numpy.typing import NDArray
 from anchorline.evaluation.dataset import Dataset, LabelledImage
 from anchorline.evaluation.synthetic import synthetic_dataset
 from anchorline.train.settings import ModelSettings, Settings, TrainingSettings
+from anchorline.train.training import StepReport, train
+
+
+class Recorder:
+    """Keeps the reports of a training; raises ``error`` after step ``at``, where one is given."""
+
+    def __init__(self, at: int = -1, error: type[BaseException] = AssertionError) -> None:
+        self.reports: list[StepReport] = []
+        self.at, self.error = at, error
+
+    def __call__(self, report: StepReport) -> None:
+        self.reports.append(report)
+        if report.step == self.at:
+            raise self.error
+
+    @property
+    def losses(self) -> list[dict[str, float]]:
+        return [dict(report.losses) for report in self.reports]
+
+
+@pytest.fixture(scope="session")
+def recorder() -> type[Recorder]:
+    """The class ``Recorder``, for ``train(..., report=...)``."""
+    return Recorder
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +124,22 @@ def labelled() -> Callable[..., LabelledImage]:
     return image
 
 
+@pytest.fixture(scope="session")
+def finished(
+    tiny: Callable[..., Settings], scenes: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a run of one epoch on the scenes; not to be changed."""
+    out = tmp_path_factory.mktemp("finished")
+    train(tiny(epochs=1), scenes, out)
+    return out
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> Callable[[], set[str]]:
-    """``files()``: every file under ``tmp_path``, hidden ones (temporary files) included."""
-    return lambda: {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    """``files()``: every file under ``tmp_path``; fails where one is hidden, as temporary files are."""
+
+    def found() -> set[str]:
+        assert not list(tmp_path.rglob(".*")), "temporary files are left"
+        return {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+
+    return found

@@ -35,6 +35,7 @@ CANVAS = (64, 96)
 VARIED = TrainingSettings(
     batch=2, workers=0, flip=0.5, vertical_flip=0.5, zoom=(0.6, 1.6), photometric=1.0, seed=3
 )
+STRONG = dataclasses.replace(VARIED, mosaic=0.5, iou_crop=0.5)
 PLAIN = TrainingSettings(batch=2, workers=0, flip=0.0)
 
 Labelled = Callable[..., LabelledImage]
@@ -80,8 +81,9 @@ def test_a_view_leaves_the_training_s_random_numbers_alone(scenes: Dataset) -> N
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_workers_change_nothing(scenes: Dataset) -> None:
-    settings = dataclasses.replace(VARIED, batch=3)
+@pytest.mark.parametrize("settings", [VARIED, STRONG], ids=["usual", "with mosaics and IoU crops"])
+def test_workers_change_nothing(scenes: Dataset, settings: TrainingSettings) -> None:
+    settings = dataclasses.replace(settings, batch=3)
     alone = batches_of(scenes, settings, epoch=1)
     together = batches_of(scenes, dataclasses.replace(settings, workers=1), epoch=1)
     assert len(alone) == len(together) == 2
@@ -195,6 +197,52 @@ def test_boxes_of_random_views_are_the_bright_area(labelled: Labelled, workers: 
             rows, columns = np.nonzero(image[..., 1] > 184)  # half way between the padding and the object
             bright = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             assert np.abs(boxes[0] - bright).max() <= 1.0
+
+
+def test_a_mosaic_shows_four_images_with_their_boxes(labelled: Labelled) -> None:
+    """Each image has one object in a shade of its own, which is its label."""
+    images = []
+    for label in range(5):
+        pixels = np.zeros((40, 60, 3), np.uint8)
+        pixels[10:30, 15:45] = 100 + 30 * label
+        images.append(labelled(pixels, [(15.0, 10.0, 45.0, 30.0)], [label], id=str(label)))
+    data = Dataset("hand", tuple("abcde"), tuple(images))
+    views = views_of(data, dataclasses.replace(PLAIN, mosaic=1.0))
+    shown = set()
+    for epoch in range(6):
+        view = views[epoch, 2]
+        assert view["id"] == "2"
+        assert view["size"].tolist() == list(CANVAS)
+        assert view["labels"][0] == 2, "the image asked for comes first"
+        assert len(view["boxes"]) == 4
+        for quarter, (box, label) in enumerate(
+            zip(view["boxes"].tolist(), view["labels"].tolist(), strict=True)
+        ):
+            x1, y1, x2, y2 = map(round, box)
+            assert (y1 >= 32, x1 >= 48) == divmod(quarter, 2)
+            assert (y2 > 32, x2 > 48) == divmod(quarter, 2)
+            inside = view["image"][y1 + 1 : y2 - 1, x1 + 1 : x2 - 1]
+            assert bool((inside == 100 + 30 * label).all())
+            assert not view["image"][y1 - 2, x1:x2].any()
+        shown.add(tuple(view["labels"].tolist()))
+    assert len(shown) > 1, "the other three are drawn anew in every epoch"
+    again = views_of(data, dataclasses.replace(PLAIN, mosaic=1.0))
+    assert torch.equal(again[3, 2]["image"], views[3, 2]["image"])
+
+
+def test_a_mosaic_of_images_without_objects(labelled: Labelled) -> None:
+    data = Dataset("hand", ("a",), (labelled(np.full((33, 20, 3), 90, np.uint8), []),))
+    view = views_of(data, dataclasses.replace(VARIED, mosaic=1.0))[0, 0]
+    assert view["boxes"].shape == (0, 4)
+    assert view["labels"].shape == (0,)
+    assert view["image"].any()
+
+
+def test_some_views_are_mosaics(scenes: Dataset) -> None:
+    views = views_of(scenes, dataclasses.replace(PLAIN, mosaic=0.5))
+    plain = views_of(scenes, PLAIN)[0, 0]["image"]
+    same = sum(torch.equal(views[epoch, 0]["image"], plain) for epoch in range(40))
+    assert 8 < same < 32
 
 
 @pytest.mark.parametrize("workers", [0, 1])

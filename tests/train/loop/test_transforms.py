@@ -62,7 +62,7 @@ def test_flips(which: dict[str, float], expected: list[int]) -> None:
     assert bright_bounds(pixels) == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(sizes_and_boxes(), st.integers(0, 2**31), st.sampled_from([(0.4, 0.99), (1.0, 3.0), (0.5, 2.0)]))
 def test_zoomed_boxes_are_the_bright_area(
     scene: tuple[tuple[int, int], Box], seed: int, zoom: tuple[float, float]
@@ -81,7 +81,7 @@ def test_zoomed_boxes_are_the_bright_area(
         assert old / zoom[1] - 1 <= new <= old / zoom[0] + 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(sizes_and_boxes(), st.integers(0, 2**31))
 def test_boxes_on_the_canvas_are_the_bright_area_within_a_pixel(
     scene: tuple[tuple[int, int], Box], seed: int
@@ -154,6 +154,45 @@ def test_a_zoom_of_one_is_the_identity() -> None:
         assert boxes.tolist() == [list(box)]
         assert bright_bounds(pixels) == list(box)
         assert labels.tolist() == [0]
+
+
+def test_an_iou_crop_keeps_an_object_and_its_box() -> None:
+    """A box is kept while its centre is, and is then the bright area that is left of the object."""
+    transform = build_transforms(TrainingSettings(flip=0.0, iou_crop=1.0))
+    cropped = 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        pixels, boxes, labels = view(transform, (60, 80), [(20, 15, 50, 40)])
+        assert boxes.tolist() == [bright_bounds(pixels)]
+        assert labels.tolist() == [0]
+        cropped += pixels.shape != (3, 60, 80)
+    assert cropped > 20
+
+
+def test_an_iou_crop_keeps_labels_with_their_boxes() -> None:
+    whole = [(5, 5, 25, 25), (60, 5, 75, 50), (10, 45, 40, 58)]
+    transform = build_transforms(TrainingSettings(flip=0.0, zoom=(0.8, 1.2), iou_crop=1.0))
+    kept = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        pixels, boxes, labels = view(transform, (60, 80), whole)
+        kept.append(len(labels))
+        for (x1, y1, x2, y2), label in zip(boxes.int().tolist(), labels.tolist(), strict=True):
+            assert bool((pixels[0, y1:y2, x1:x2] == 255).all())
+            assert x2 - x1 <= whole[label][2] - whole[label][0]
+            assert y2 - y1 <= whole[label][3] - whole[label][1]
+    assert {1, 2, 3} <= set(kept)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (1, 50), (50, 1), (40, 30)])
+def test_an_iou_crop_survives_awkward_images(size: tuple[int, int]) -> None:
+    transform = build_transforms(TrainingSettings(iou_crop=1.0, zoom=(0.7, 1.4)))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        for boxes in ([], [(0, 0, size[1], size[0])]):
+            pixels, found, labels = view(transform, size, boxes)
+            assert min(pixels.shape[1:]) >= 1
+            assert len(found) == len(labels) <= len(boxes)
 
 
 def test_photometric_changes_pixels_and_no_boxes() -> None:
