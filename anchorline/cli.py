@@ -198,14 +198,25 @@ def export(
     canvas: Annotated[
         str | None, typer.Option(metavar="HxW", help="Another network input size, multiples of 32.")
     ] = None,
+    frames: Annotated[
+        str | None,
+        typer.Option("--for", metavar="WxH", help="Trim the canvas to what a camera's frames fill."),
+    ] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Largest batch the runtime will use.")] = None,
     verify: Annotated[bool, typer.Option(help="Compare with PyTorch before the file is published.")] = True,
 ) -> None:
     """Write a checkpoint as one ONNX file, and prove that onnxruntime gives PyTorch's detections."""
     from anchorline.export.exporting import export_onnx
 
-    size = None if canvas is None else _size(canvas, "--canvas")
-    result = export_onnx(checkpoint, out, task=task, canvas=size, max_batch=max_batch, verify=verify)
+    result = export_onnx(
+        checkpoint,
+        out,
+        task=task,
+        canvas=None if canvas is None else _size(canvas, "--canvas", "HEIGHTxWIDTH"),
+        frame_size=None if frames is None else _size(frames, "--for", "WIDTHxHEIGHT")[::-1],
+        max_batch=max_batch,
+        verify=verify,
+    )
     verdict = "not verified" if result.comparison is None else result.comparison.describe()
     height, width = result.contract.canvas
     print(f"{result.path}: {result.contract.task}, canvas {height}x{width}, {verdict}")
@@ -228,14 +239,14 @@ def demo(
     show_report(run_demo(out, backbone_weights=backbone_weights), json)
 
 
-def _size(text: str, option: str) -> tuple[int, int]:
-    """Height and width from ``HxW``."""
+def _size(text: str, option: str, form: str) -> tuple[int, int]:
+    """The two numbers of ``480x640``, in the order in which they stand."""
     from anchorline.runtime.errors import SettingsError
 
-    height, _, width = text.lower().partition("x")
-    if not height.isdecimal() or not width.isdecimal():
-        raise SettingsError(f"{option} is {text!r}; expected HEIGHTxWIDTH in pixels, such as 480x640")
-    return int(height), int(width)
+    first, _, second = text.lower().partition("x")
+    if not first.isdecimal() or not second.isdecimal():
+        raise SettingsError(f"{option} is {text!r}; expected {form} in pixels, such as 480x640")
+    return int(first), int(second)
 
 
 def _tell_dropped(dataset: Dataset | None) -> None:

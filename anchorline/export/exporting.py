@@ -15,17 +15,20 @@ from anchorline import __version__
 from anchorline.evaluation.compare import ComparisonSummary, compare_all
 from anchorline.evaluation.synthetic import generate_scene
 from anchorline.export.graph import to_onnx
+from anchorline.runtime.canvas import place
 from anchorline.runtime.contract import TASKS, Contract
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.errors import ParityError, SettingsError
 from anchorline.runtime.files import atomic_path
-from anchorline.train.checkpoint import load_checkpoint
+from anchorline.train.checkpoint import load_checkpoint, read_header
 from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.prediction import TorchDetector
 
 # What an fp32 graph may differ by between PyTorch and onnxruntime: sums in another order.
 BOX_TOLERANCE = 0.05
 SCORE_TOLERANCE = 1e-4
+
+CANVAS_STEP = 32  # the coarsest stride of a backbone
 
 # Sizes that fill the canvas, that leave most of it empty, and extreme shapes.
 _CHECK_SIZES = ((240, 320), (480, 640), (64, 512), (512, 64), (100, 100), (33, 47))
@@ -46,14 +49,16 @@ def export_onnx(
     *,
     task: str = "detections",
     canvas: tuple[int, int] | None = None,
+    frame_size: tuple[int, int] | None = None,
     max_batch: int | None = None,
     verify: bool = True,
     images: Sequence[NDArray[np.uint8]] = (),
 ) -> ExportResult:
     """Write the ONNX form of ``checkpoint`` to ``out``.
 
-    ``canvas`` (height, width; multiples of 32) replaces the checkpoint's own, ``max_batch`` bounds
-    the otherwise free batch. With ``verify`` the new file must give PyTorch's detections on
+    ``canvas`` (height, width; multiples of 32) replaces the checkpoint's own; ``frame_size`` (height,
+    width) trims it to what frames of a camera fill (see ``trimmed_canvas``). ``max_batch`` bounds the
+    otherwise free batch. With ``verify`` the new file must give PyTorch's detections on
     ``images`` (BGR uint8, any sizes; generated scenes when empty), one by one and in mixed batches,
     or ``ParityError`` is raised and nothing is published.
     """
@@ -63,6 +68,12 @@ def export_onnx(
         raise SettingsError(f"max batch is {max_batch}; expected at least 1")
     if out.suffix.lower() != ".onnx":
         raise SettingsError(f"output is {str(out)!r}; expected a file name that ends in .onnx")
+    if frame_size is not None:
+        if canvas is not None:
+            raise SettingsError(
+                f"both a canvas {canvas} and a frame size {frame_size} are given; expected one"
+            )
+        canvas = trimmed_canvas(frame_size, read_header(checkpoint)[1])
     model, contract = load_checkpoint(checkpoint, canvas)
     contract = dataclasses.replace(
         contract,
@@ -82,6 +93,18 @@ def export_onnx(
                     "the file was not published, --no-verify publishes it all the same"
                 )
     return ExportResult(out, contract, comparison)
+
+
+def trimmed_canvas(frame_size: tuple[int, int], contract: Contract) -> tuple[int, int]:
+    """The smallest canvas that holds frames of ``frame_size`` at the scale they have on the model's own.
+
+    Both are (height, width). Objects keep their size in pixels, and the empty part of the canvas,
+    which costs as much time as the full part, is gone.
+    """
+    if min(frame_size) < 1:
+        raise SettingsError(f"frame size is {frame_size}; expected a height and a width of at least 1 pixel")
+    height, width = place(frame_size, contract.canvas, contract.resize).valid
+    return -(-height // CANVAS_STEP) * CANVAS_STEP, -(-width // CANVAS_STEP) * CANVAS_STEP
 
 
 def check_images() -> list[NDArray[np.uint8]]:

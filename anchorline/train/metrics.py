@@ -87,3 +87,7 @@ class TensorBoard:
         """The figures of one step or validation."""
         for name, value in figures.items():
             self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        self.writer.close()

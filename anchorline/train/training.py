@@ -118,7 +118,7 @@ class _Run:
         self.steps = -(-len(self.sampler) // training.accumulate) * training.epochs
         self.stepper = Stepper(self.model, training, self.steps, device)
         self.metrics = MetricsFile(out / "metrics.csv")
-        self.board = TensorBoard(out / "tensorboard") if training.tensorboard else None
+        self.board: TensorBoard | None = None
         self.epoch, self.step, self.best, self.validations_since_best = 0, 0, -1.0, 0
 
     def train(self, report: Report | None) -> TrainResult:
@@ -135,6 +135,8 @@ class _Run:
             return self._result(interrupted=True)
         finally:
             self.metrics.flush()
+            if self.board is not None:
+                self.board.close()
         return self._result()
 
     def _train_epoch(self, report: Report | None) -> None:
@@ -239,6 +241,8 @@ class _Run:
         text = json.dumps(dataclasses.asdict(self.settings), indent=2, sort_keys=True)
         atomic_write_text(self.out / "settings.json", text + "\n")
         write_json(self.out / "data.json", summary.to_json())
+        if self.settings.training.tensorboard:
+            self.board = TensorBoard(self.out / "tensorboard")
         write_sample_sheet(self.views, self.out / "samples.png")
 
     def _result(self, interrupted: bool = False) -> TrainResult:

@@ -21,6 +21,7 @@ from anchorline.evaluation.proposal_recall import evaluate_proposals
 from anchorline.evaluation.synthetic import CLASS_NAMES, synthetic_dataset
 from anchorline.export import exporting
 from anchorline.export.exporting import ExportResult, check_images, export_onnx
+from anchorline.runtime.canvas import place
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.errors import (
@@ -363,3 +364,26 @@ def test_proposals_evaluate_alike(exported: Exported, proposing: Path) -> None:
     for count, recall in reference.recall.items():
         assert found.recall[count] == pytest.approx(recall, abs=0.002)
     assert found.ar == pytest.approx(reference.ar, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("frame_size", "canvas"),
+    [
+        ((1080, 1920), (288, 512)),
+        ((480, 640), (384, 512)),
+        ((1920, 1080), (384, 224)),
+        ((10, 4000), (32, 512)),
+    ],
+)
+def test_a_trimmed_canvas_holds_the_frame_at_its_scale(
+    frame_size: tuple[int, int], canvas: tuple[int, int]
+) -> None:
+    contract = Contract("detections", ("a",), (384, 512), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    assert exporting.trimmed_canvas(frame_size, contract) == canvas
+    whole = place(frame_size, contract.canvas, contract.resize)
+    assert place(frame_size, canvas, contract.resize).valid == whole.valid
+
+
+def test_a_canvas_and_a_frame_size_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="expected one"):
+        exporting.export_onnx(tmp_path / "a", tmp_path / "b.onnx", canvas=(32, 32), frame_size=(32, 32))

@@ -195,5 +195,5 @@ def test_tensorboard_gets_the_figures(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
     board = TensorBoard(tmp_path / "board")
     board.add(1, {"loss": 2.0})
-    board.writer.flush()
+    board.close()
     assert list((tmp_path / "board").glob("events.*"))
