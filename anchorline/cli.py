@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 
 Provider = Literal["auto", "cpu"]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as JSON.")]
+DataOption = Annotated[
+    list[str],
+    typer.Option(
+        metavar="SPEC",
+        help="voc:DIR@split, coco:IMAGES,ANN.json, yolo:DIR@split or synthetic:N; may be repeated.",
+    ),
+]
 ProviderOption = Annotated[Provider, typer.Option(help="What runs an ONNX model.")]
 
 app = typer.Typer(
@@ -87,12 +94,7 @@ def detect(
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model.onnx or a model.safetensors.")],
-    data: Annotated[
-        str,
-        typer.Option(
-            metavar="SPEC", help="voc:DIR@split, coco:IMAGES,ANN.json, yolo:DIR@split or synthetic:N."
-        ),
-    ],
+    data: DataOption,
     provider: ProviderOption = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Images a batch; the figures do not depend on it.")] = 1,
     plots: Annotated[
@@ -108,11 +110,11 @@ def evaluate(
     """Measure a model's accuracy on labelled images: VOC and COCO AP per class, or proposal recall."""
     from anchorline.evaluation.evaluate import evaluate as evaluate_detector
     from anchorline.evaluation.proposal_recall import evaluate_proposals
-    from anchorline.evaluation.specs import load_dataset
+    from anchorline.evaluation.specs import load_datasets
 
     detector = _open_detector(model, provider)
     proposals = detector.contract.task == "proposals"
-    dataset = load_dataset(data, names=None if proposals else detector.contract.names)
+    dataset = load_datasets(data, names=None if proposals else detector.contract.names)
     _tell_dropped(dataset)
     measure = evaluate_proposals if proposals else evaluate_detector
     with progress_bar("evaluating") as progress:
@@ -128,13 +130,7 @@ def evaluate(
 
 @app.command()
 def train(
-    data: Annotated[
-        list[str],
-        typer.Option(
-            metavar="SPEC",
-            help="voc:DIR@split, coco:IMAGES,ANN.json, yolo:DIR@split or synthetic:N; may be repeated.",
-        ),
-    ],
+    data: DataOption,
     out: Annotated[Path, typer.Option(help="The run folder; model.safetensors is written there.")],
     preset: Annotated[str, typer.Option(help="A preset's name, or a .toml file.")] = "mobilenet-v2-fpn-quick",
     val: Annotated[
