@@ -97,7 +97,7 @@ def test_the_last_override_wins() -> None:
         ("training.learning_rate=inf", "training.learning_rate"),
         ("training.learning_rate=[1]", "training.learning_rate"),
         ("training.schedule=sometimes", "'sometimes'"),
-        ("training.precision=fp16", "'fp16'"),
+        ("training.precision=fp8", "'fp8'"),
         ("training.ema=1.0", "training.ema"),
         ("training.zoom=[2.0, 1.0]", "training.zoom"),
         ("training.zoom=[1.0]", "training.zoom"),
