@@ -18,31 +18,7 @@ import pytest
 from anchorline import cli
 from anchorline.evaluation.synthetic import CLASS_NAMES, generate_scene
 
-# A small model without ties between overlapping boxes (no NMS, room for every box): after so little
-# training rounding would decide them, and the export's verification be a matter of luck.
-PRESET = """
-[model]
-backbone = "mobilenet_v2_050"
-neck = "single"
-backbone_norm = "live"
-canvas = [64, 96]
-anchor_sizes = [[24.0]]
-representation = 16
-rpn_pre_nms = 72
-rpn_post_nms = 72
-rpn_nms_iou = 1.0
-nms_iou = 1.0
-max_detections = 360
-
-[training]
-epochs = 2
-batch = 3
-workers = 0
-warmup_steps = 1
-rpn_pre_nms = 50
-rpn_post_nms = 30
-roi_samples = 16
-"""
+TINY = Path(__file__).with_name("tiny.toml")
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +32,9 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("preset") / "tiny.toml"
-    path.write_text(PRESET)
-    return path
+def preset() -> Path:
+    """A preset of our own, as a file."""
+    return TINY
 
 
 @pytest.fixture(scope="module")

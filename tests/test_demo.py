@@ -25,47 +25,22 @@ from anchorline.train.settings import load_preset
 
 SCENES, FRAMES = 6, 14
 
-# Without ties between overlapping boxes (no NMS, room for every box), which after so little training
-# rounding would decide.
-PRESET = """
-[model]
-backbone = "mobilenet_v2_050"
-neck = "single"
-backbone_norm = "live"
-canvas = [64, 96]
-anchor_sizes = [[24.0]]
-representation = 16
-rpn_pre_nms = 72
-rpn_post_nms = 72
-rpn_nms_iou = 1.0
-nms_iou = 1.0
-max_detections = 360
-
-[training]
-epochs = 2
-batch = 3
-workers = 0
-warmup_steps = 1
-rpn_pre_nms = 50
-rpn_post_nms = 30
-roi_samples = 16
-"""
+TINY = Path(__file__).with_name("tiny.toml")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoReport]:
     """The report of a demo on a few scenes and frames."""
     folder = tmp_path_factory.mktemp("demo")
-    preset, weights = folder / "tiny.toml", folder / "weights.pth"
-    preset.write_text(PRESET)
+    weights = folder / "weights.pth"
     torch.manual_seed(0)
-    torch.save(FasterRCNN(load_preset(str(preset)).model, 1).backbone.body.state_dict(), weights)
+    torch.save(FasterRCNN(load_preset(str(TINY)).model, 1).backbone.body.state_dict(), weights)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "TRAINING_SCENES", SCENES)
         patch.setattr(module, "VIDEO_FRAMES", FRAMES)
-        yield demo(folder / "demo", backbone_weights=weights, preset=str(preset))
+        yield demo(folder / "demo", backbone_weights=weights, preset=str(TINY))
     torch.set_num_threads(threads)
 
 
