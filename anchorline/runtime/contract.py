@@ -73,7 +73,7 @@ class Contract:
     ``names`` holds the class names; background never appears, and ``labels`` index ``names``.
     ``canvas`` is (height, width) in pixels of the fixed-size network input. ``mean`` and ``std``
     are in grey levels (0 to 255), in the order of ``channel_order``; they are applied inside the
-    graph, whose ``images`` input is always BGR. ``profile`` names the numeric preset (docs/design).
+    graph, whose ``images`` input is always BGR. ``profile`` names the numeric preset (docs/architecture.md).
     ``source`` says where the model came from: command, data, commit.
     """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,33 +34,14 @@ def _scaled(results: Any, seed: int) -> tuple[list[Any], list[Detections]]:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_pycocotools_on_files(
-    random_results: Callable[..., Any], tmp_path: Path, seed: int, backend: Any
+    random_results: Callable[..., Any],
+    pycocotools_on_files: Callable[..., Any],
+    tmp_path: Path,
+    seed: int,
+    backend: Any,
 ) -> None:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
     images, detections = _scaled(random_results(seed, count=30), seed)
-    annotations, results = [], []
-    for number, (image, found) in enumerate(zip(images, detections, strict=True), start=1):
-        for (x1, y1, x2, y2), label, difficult in zip(
-            image.boxes.tolist(), image.labels.tolist(), image.difficult.tolist(), strict=True
-        ):
-            box = [x1, y1, x2 - x1, y2 - y1]
-            record = {"id": len(annotations) + 1, "image_id": number, "category_id": label + 1, "bbox": box}
-            annotations.append({**record, "area": box[2] * box[3], "iscrowd": int(difficult)})
-        results += found.to_coco(number)
-    truth = {
-        "images": [{"id": number + 1} for number in range(len(images))],
-        "categories": [{"id": label + 1, "name": str(label)} for label in range(3)],
-        "annotations": annotations,
-    }
-    (tmp_path / "truth.json").write_text(json.dumps({**truth, "info": {}}))
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    coco = COCO(str(tmp_path / "truth.json"))
-    evaluation = COCOeval(coco, coco.loadRes(str(tmp_path / "results.json")), "bbox")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
+    evaluation = pycocotools_on_files(images, detections, tmp_path)
     figures = coco_figures(images, detections, 3, backend)
     assert tuple(figures) == SIZES
     for size, expected in zip(SIZES, evaluation.stats[[0, 3, 4, 5]], strict=True):
