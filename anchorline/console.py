@@ -21,12 +21,14 @@ _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 # Which extra brings a package that some verb needs and the base does not.
 EXTRAS = {
+    "av": "video",
     "faster_coco_eval": "evaluate",
     "matplotlib": "evaluate",
     "onnx": "train",
     "onnxruntime": "cpu",
     "onnxscript": "train",
     "safetensors": "train",
+    "tensorboard": "tensorboard",
     "torch": "train",
     "torchvision": "train",
 }
@@ -44,10 +46,10 @@ def show_report(report: Report, json: Path | None) -> None:
     """Show the figures on stdout and, if asked, write them to a file."""
     from rich.console import Console
 
-    from anchorline.runtime.files import write_json
-
     Console().print(report.render())
     if json is not None:
+        from anchorline.runtime.files import write_json  # here, so that doctor works without OpenCV
+
         write_json(json, report.to_json())
 
 

@@ -61,7 +61,7 @@ def test_from_scenes_to_figures(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert json.loads((run / "settings.json").read_text())["training"]["seed"] == 5
     assert cli.main(["export", str(checkpoint), "--out", str(model), "--max-batch", "4"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith(f"{model}: detections, canvas 64x96, agrees on ")
+    assert shown.startswith(f"{model}: detections, canvas 64x96, 10 stages hold, ")
     assert " 0 detections matched" not in shown
 
     image, lines = tmp_path / "scene.png", tmp_path / "lines.jsonl"

@@ -1,15 +1,54 @@
-"""Filling a backbone with ImageNet weights from a file."""
+"""Filling a backbone with ImageNet weights, from a file or from torchvision's server."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor
 
-from anchorline.runtime.errors import ArtefactError
-from anchorline.train.backbones import Body
+from anchorline.runtime.errors import ArtefactError, SettingsError
+from anchorline.train.backbones import BACKBONES, Body
+
+# Given in place of a file: torchvision's own weights.
+IMAGENET = "imagenet"
+
+
+def load_imagenet_weights(body: Body, backbone: str) -> None:
+    """Fill ``body`` with torchvision's ImageNet weights of the network ``backbone``.
+
+    They are downloaded once, with a check of their hash, into PyTorch's cache (``$TORCH_HOME``, else
+    ``~/.cache/torch``). Where there are several, these are the first version, from which torchvision's
+    detectors start. Raises ``SettingsError`` for a backbone without such weights, ``ArtefactError``
+    where they cannot be fetched or read.
+    """
+    weights = _torchvision_weights(backbone)
+    if weights is None:
+        known = ", ".join(name for name in BACKBONES if _torchvision_weights(name) is not None)
+        raise SettingsError(
+            f"torchvision has no ImageNet weights of {backbone}; expected one of {known}; "
+            "train without --backbone-weights, or give a file"
+        )
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    try:
+        # PyTorch announces a download on stdout, where results belong.
+        with contextlib.redirect_stdout(sys.stderr):
+            state = weights.get_state_dict(
+                progress=True, check_hash=True, map_location="cpu", weights_only=True
+            )
+    except Exception as error:  # of network, disk and damaged files; the readers raise many kinds
+        if cached.exists():
+            raise _unreadable(cached, error, "remove the file and run again") from None
+        raise ArtefactError(
+            f"{weights.url}: cannot be downloaded ({_reason(error)}); download it where there is a network "
+            f"and give the file: --backbone-weights {cached.name}"
+        ) from None
+    _fill(body, _checked(state, cached), cached)
 
 
 def load_backbone_weights(body: Body, path: Path) -> None:
@@ -20,7 +59,18 @@ def load_backbone_weights(body: Body, path: Path) -> None:
     and the classifier, are left out.
     Raises ``ArtefactError`` for a file that is missing, damaged or of another network.
     """
-    state = _read_state(path)
+    _fill(body, _read_state(path), path)
+
+
+def _torchvision_weights(backbone: str) -> Any:
+    """The entry of torchvision's enumeration of weights; None where it has none of this network."""
+    try:
+        return torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
+    except (ValueError, KeyError):
+        return None
+
+
+def _fill(body: Body, state: dict[str, Tensor], path: Path) -> None:
     state = {_current_key(key.removeprefix("features."), state): value for key, value in state.items()}
     wanted = body.state_dict()
     # Old checkpoints have no step counter, and no result depends on it.
@@ -73,10 +123,20 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise many kinds for damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ArtefactError(
-            f"{path}: cannot be read as weights ({reason[:120]}); expected a state dict"
-        ) from None
+        raise _unreadable(path, error, "expected a state dict") from None
+    return _checked(state, path)
+
+
+def _unreadable(path: Path, error: Exception, remedy: str) -> ArtefactError:
+    return ArtefactError(f"{path}: cannot be read as weights ({_reason(error)}); {remedy}")
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__
+
+
+def _checked(state: object, path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):

@@ -21,6 +21,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from anchorline.runtime.errors import ArtefactError
 from anchorline.train.settings import ModelSettings
+from anchorline.train.stages import mark
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
@@ -45,12 +46,15 @@ class BackboneSpec:
     ``build(norm_layer)`` gives the whole classification network, ``layers`` its layers in order under
     the names their parameters have in torchvision's detection models. The five ``stage_ends`` name
     the last layers of strides 2, 4, 8, 16 and 32; ``channels`` are the widths at strides 4 to 32.
+    ``coarse`` names the first and the last layer of stride 32, with their widths: what torchvision's
+    MobileNet detectors tap (neck ``fpn32``); ``None`` where torchvision has no such detector.
     """
 
     build: Callable[[Callable[..., nn.Module]], nn.Module]
     layers: Callable[[nn.Module], dict[str, nn.Module]]
     stage_ends: tuple[str, str, str, str, str]
     channels: tuple[int, int, int, int]
+    coarse: dict[str, int] | None = None
 
 
 def _feature_layers(network: nn.Module) -> dict[str, nn.Module]:
@@ -80,35 +84,51 @@ def _network(name: str) -> Callable[[Callable[..., nn.Module]], nn.Module]:
 # MobileNets end in a layer that widens for classification; the pyramid takes the map before it.
 _V2_ENDS = ("1", "3", "6", "13", "17")
 _RESNET_ENDS = ("relu", "layer1", "layer2", "layer3", "layer4")
+_BASIC, _BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)  # widths by kind of block
 
 BACKBONES: dict[str, BackboneSpec] = {
-    "mobilenet_v2": BackboneSpec(_mobilenet_v2, _feature_layers, _V2_ENDS, (24, 32, 96, 320)),
+    "mobilenet_v2": BackboneSpec(
+        _mobilenet_v2, _feature_layers, _V2_ENDS, (24, 32, 96, 320), {"14": 160, "18": 1280}
+    ),
     "mobilenet_v2_050": BackboneSpec(
-        partial(_mobilenet_v2, width=0.5), _feature_layers, _V2_ENDS, (16, 16, 48, 160)
+        partial(_mobilenet_v2, width=0.5),
+        _feature_layers,
+        _V2_ENDS,
+        (16, 16, 48, 160),
+        {"14": 80, "18": 1280},
     ),
     "mobilenet_v3_large": BackboneSpec(
-        _network("mobilenet_v3_large"), _feature_layers, ("1", "3", "6", "12", "15"), (24, 40, 112, 160)
+        _network("mobilenet_v3_large"),
+        _feature_layers,
+        ("1", "3", "6", "12", "15"),
+        (24, 40, 112, 160),
+        {"13": 160, "16": 960},
     ),
-    "resnet10": BackboneSpec(_resnet10, _resnet_layers, _RESNET_ENDS, (64, 128, 256, 512)),
-    "resnet18": BackboneSpec(_network("resnet18"), _resnet_layers, _RESNET_ENDS, (64, 128, 256, 512)),
-    "resnet34": BackboneSpec(_network("resnet34"), _resnet_layers, _RESNET_ENDS, (64, 128, 256, 512)),
-    "resnet50": BackboneSpec(_network("resnet50"), _resnet_layers, _RESNET_ENDS, (256, 512, 1024, 2048)),
-    "resnet101": BackboneSpec(_network("resnet101"), _resnet_layers, _RESNET_ENDS, (256, 512, 1024, 2048)),
+    "resnet10": BackboneSpec(_resnet10, _resnet_layers, _RESNET_ENDS, _BASIC),
+    "resnet18": BackboneSpec(_network("resnet18"), _resnet_layers, _RESNET_ENDS, _BASIC),
+    "resnet34": BackboneSpec(_network("resnet34"), _resnet_layers, _RESNET_ENDS, _BASIC),
+    **{
+        name: BackboneSpec(_network(name), _resnet_layers, _RESNET_ENDS, _BOTTLENECK)
+        for name in (
+            "resnet50",
+            "resnet101",
+            "resnet152",
+            "resnext50_32x4d",
+            "resnext101_32x8d",
+            "wide_resnet50_2",
+            "wide_resnet101_2",
+        )
+    },
 }
 
 
 class Body(nn.Module):
-    """The layers of a backbone up to the last tap; returns the tapped maps, finest first.
+    """The layers of a backbone up to the last of ``taps``, by name; returns the tapped maps, finest first."""
 
-    ``strides`` (of 4, 8, 16, 32) says which maps to tap.
-    """
-
-    def __init__(
-        self, spec: BackboneSpec, strides: Sequence[int], norm_layer: Callable[..., nn.Module]
-    ) -> None:
+    def __init__(self, spec: BackboneSpec, taps: Sequence[str], norm_layer: Callable[..., nn.Module]) -> None:
         super().__init__()
         self.stage_ends = spec.stage_ends
-        self.taps = tuple(spec.stage_ends[(2, 4, 8, 16, 32).index(stride)] for stride in strides)
+        self.taps = tuple(taps)
         for name, layer in spec.layers(spec.build(norm_layer)).items():
             self.add_module(name, layer)
             if name == self.taps[-1]:
@@ -116,10 +136,11 @@ class Body(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Feature maps [B, C_i, H / stride_i, W / stride_i] of ``x`` [B, 3, H, W]."""
-        maps = []
+        maps: list[Tensor] = []
         for name, layer in self.named_children():
             x = layer(x)
             if name in self.taps:
+                x = mark(f"backbone.{len(maps)}", x)
                 maps.append(x)
         return maps
 
@@ -134,22 +155,31 @@ class Body(nn.Module):
 
 
 class FPNBackbone(nn.Module):
-    """Body and feature pyramid: maps of ``channels`` channels, strides ``finest`` (4 or 8) to 64."""
+    """Body and feature pyramid: maps of ``channels`` channels at ``strides``, the last one pooled.
+
+    ``body_channels`` are the widths of the body's maps; RoIs are pooled from the first ``pooled_levels``.
+    """
 
     def __init__(
-        self, body: Body, body_channels: tuple[int, ...], channels: int, finest: int, live_norm: bool
+        self,
+        body: Body,
+        body_channels: Sequence[int],
+        channels: int,
+        strides: Sequence[int],
+        pooled_levels: int,
+        live_norm: bool,
     ) -> None:
         super().__init__()
         self.body = body
-        self.strides = tuple(stride for stride in (4, 8, 16, 32, 64) if stride >= finest)
-        self.pooled_levels = len(self.strides) - 1  # the coarsest map serves the RPN only
+        self.strides = tuple(strides)
+        self.pooled_levels = pooled_levels
         norm = nn.BatchNorm2d if live_norm else None
         self.fpn = FeaturePyramidNetwork(list(body_channels), channels, LastLevelMaxPool(), norm)
         self.out_channels = channels
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = OrderedDict((str(i), m) for i, m in enumerate(self.body(x)))
-        return list(self.fpn(maps).values())
+        return [mark(f"fpn.{level}", each) for level, each in enumerate(self.fpn(maps).values())]
 
 
 class SingleBackbone(nn.Module):
@@ -175,11 +205,18 @@ def build_backbone(settings: ModelSettings) -> FPNBackbone | SingleBackbone:
             f"backbone {settings.backbone!r} is not known; expected one of {', '.join(BACKBONES)}"
         )
     live = settings.backbone_norm == "live"
-    norm = nn.BatchNorm2d if live else FrozenBatchNorm
+    norm = partial(nn.BatchNorm2d if live else FrozenBatchNorm, eps=settings.backbone_norm_eps)
     if settings.neck == "single":
-        return SingleBackbone(Body(spec, (16,), norm), spec.channels[2])
-    strides = [stride for stride in (4, 8, 16, 32) if stride >= settings.finest_stride]
-    channels = spec.channels[-len(strides) :]
-    return FPNBackbone(
-        Body(spec, strides, norm), channels, settings.fpn_channels, settings.finest_stride, live
-    )
+        return SingleBackbone(Body(spec, spec.stage_ends[3:4], norm), spec.channels[2])
+    if settings.neck == "fpn32":
+        if spec.coarse is None:
+            known = ", ".join(name for name, each in BACKBONES.items() if each.coarse)
+            raise ArtefactError(f"neck 'fpn32' does not fit backbone {settings.backbone!r}; expected {known}")
+        body, widths = Body(spec, tuple(spec.coarse), norm), tuple(spec.coarse.values())
+        # torchvision finds the same scale for both maps of stride 32 and pools every RoI from the first.
+        return FPNBackbone(body, widths, settings.fpn_channels, (32, 32, 64), 1, live)
+    levels = 4 if settings.finest_stride == 4 else 3
+    body, widths = Body(spec, spec.stage_ends[-levels:], norm), spec.channels[-levels:]
+    strides = (4, 8, 16, 32, 64)[-levels - 1 :]
+    # The coarsest map serves the RPN only.
+    return FPNBackbone(body, widths, settings.fpn_channels, strides, levels, live)

@@ -23,13 +23,16 @@ from anchorline.runtime.canvas import boxes_to_canvas, place, to_canvas
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.errors import AnchorlineError
 from anchorline.train.settings import TrainingSettings
-from anchorline.train.targets import Targets
+from anchorline.train.targets import IGNORE_LABEL, Targets
 from anchorline.train.transforms import build_transforms
 
 
 @dataclass(frozen=True)
 class Batch:
-    """``images`` uint8 [B, H, W, 3] BGR canvases, ``image_sizes`` float32 [B, 2], targets, and ids."""
+    """``images`` uint8 [B, H, W, 3] BGR canvases, ``image_sizes`` float32 [B, 2], targets, and ids.
+
+    An id names every image of a mosaic, the first one first: ``a + b + c + d``.
+    """
 
     images: Tensor
     image_sizes: Tensor
@@ -41,7 +44,8 @@ class CanvasDataset(TorchDataset[dict[str, Any]]):
     """Random views of labelled images, laid onto the canvas.
 
     A view depends on (seed, epoch, index) alone, so neither workers nor a resumed run change it.
-    Keys are (epoch, index). Crowds and difficult objects are no training targets.
+    Keys are (epoch, index). Crowds and difficult objects are no objects to learn but regions to ignore:
+    ``boxes`` [N, 4] and ``labels`` [N] of an item hold the former, ``ignored`` [I, 4] the latter.
     """
 
     def __init__(
@@ -66,20 +70,20 @@ class CanvasDataset(TorchDataset[dict[str, Any]]):
         """One image on the canvas."""
         out = np.empty((*self.canvas, 3), np.uint8)
         valid, boxes, labels = self._lay(index, self.resize, out)
-        return self._item(index, out, valid, boxes, labels)
+        return self._item([index], out, valid, boxes, labels)
 
     def _mosaic(self, index: int) -> dict[str, Any]:
         """Four images in the quarters of the canvas, the asked one first, the others drawn at random."""
-        others = torch.randint(len(self.data), (3,)).tolist()
+        indices = [index, *torch.randint(len(self.data), (3,)).tolist()]
         out = np.zeros((*self.canvas, 3), np.uint8)
         height, width = self.canvas[0] // 2, self.canvas[1] // 2
         all_boxes, all_labels = [], []
-        for quarter, each in enumerate([index, *others]):
+        for quarter, each in enumerate(indices):
             top, left = quarter // 2 * height, quarter % 2 * width
             _, boxes, labels = self._lay(each, ResizeRule(), out[top : top + height, left : left + width])
             all_boxes.append(boxes + np.array([left, top, left, top], np.float32))
             all_labels.append(labels)
-        return self._item(index, out, self.canvas, np.concatenate(all_boxes), torch.cat(all_labels))
+        return self._item(indices, out, self.canvas, np.concatenate(all_boxes), torch.cat(all_labels))
 
     def _lay(
         self, index: int, resize: ResizeRule, out: NDArray[np.uint8]
@@ -92,28 +96,30 @@ class CanvasDataset(TorchDataset[dict[str, Any]]):
 
     def _item(
         self,
-        index: int,
+        indices: list[int],
         image: NDArray[np.uint8],
         valid: tuple[int, int],
         boxes: NDArray[np.float32],
         labels: Tensor,
     ) -> dict[str, Any]:
+        ignored = labels == IGNORE_LABEL
         return {
             "image": torch.from_numpy(image),
             "size": torch.tensor(valid, dtype=torch.float32),
-            "boxes": torch.from_numpy(boxes),
-            "labels": labels,
-            "id": self.data.images[index].id,
+            "boxes": torch.from_numpy(boxes)[~ignored],
+            "labels": labels[~ignored],
+            "ignored": torch.from_numpy(boxes)[ignored],
+            "id": " + ".join(dict.fromkeys(self.data.images[index].id for index in indices)),
         }
 
     def _view(self, item: LabelledImage) -> tuple[np.ndarray, np.ndarray, Tensor]:
         pixels = item.load()
-        keep = ~(item.difficult | item.crowd)
+        labels = np.where(item.difficult | item.crowd, IGNORE_LABEL, item.labels)
         target = {
             "boxes": tv_tensors.BoundingBoxes(
-                torch.from_numpy(item.boxes[keep]), format="XYXY", canvas_size=pixels.shape[:2]
+                torch.tensor(item.boxes), format="XYXY", canvas_size=pixels.shape[:2]
             ),
-            "labels": torch.from_numpy(item.labels[keep]),
+            "labels": torch.from_numpy(labels),
         }
         image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1).flip(0))
         image, target = self.transforms(image, target)
@@ -147,6 +153,7 @@ def collate(items: list[dict[str, Any]]) -> Batch:
             [item["boxes"] for item in items],
             [item["labels"] for item in items],
             tuple(item["seed"] for item in items),
+            [item["ignored"] for item in items],
         ),
         ids=tuple(item["id"] for item in items),
     )

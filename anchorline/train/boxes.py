@@ -16,12 +16,26 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
 
     As ``torchvision.ops.box_iou``, with a batch; a pair without area has IoU 0, never NaN.
     """
+    intersection = _intersections(a, b)
+    union = box_area(a)[..., :, None] + box_area(b)[..., None, :] - intersection
+    return torch.where(union > 0, intersection / union, torch.zeros_like(union))
+
+
+def pairwise_ioa(a: Tensor, b: Tensor) -> Tensor:
+    """IoA [B, N, M]: the share of each box of ``a`` [B, N, 4] (or [1, N, 4]) in each of ``b`` [B, M, 4].
+
+    Intersection over the area of ``a``, as pycocotools measures overlaps with crowds; 0 without area.
+    """
+    intersection = _intersections(a, b)
+    area = box_area(a)[..., :, None].expand_as(intersection)
+    return torch.where(area > 0, intersection / area, torch.zeros_like(intersection))
+
+
+def _intersections(a: Tensor, b: Tensor) -> Tensor:
     top_left = torch.maximum(a[..., :, None, :2], b[..., None, :, :2])
     bottom_right = torch.minimum(a[..., :, None, 2:], b[..., None, :, 2:])
     width, height = (bottom_right - top_left).clamp_(min=0).unbind(-1)
-    intersection = width * height
-    union = box_area(a)[..., :, None] + box_area(b)[..., None, :] - intersection
-    return torch.where(union > 0, intersection / union, torch.zeros_like(union))
+    return width * height
 
 
 def clip_to_images(boxes: Tensor, image_sizes: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from anchorline.train.anchors import level_anchors
 from anchorline.train.backbones import build_backbone
 from anchorline.train.roi_heads import (
-    BoxHead,
     BoxPredictor,
     DetectionBatch,
+    build_box_head,
     roi_training_losses,
     sample_rois,
     select_detections,
@@ -24,6 +24,7 @@ from anchorline.train.roi_heads import (
 from anchorline.train.roi_pooling import RoIPooling
 from anchorline.train.rpn import Proposals, RPNHead, rpn_training_losses, select_proposals
 from anchorline.train.settings import ModelSettings, TrainingSettings
+from anchorline.train.stages import mark
 from anchorline.train.targets import Targets
 
 
@@ -41,12 +42,12 @@ class RoIHeads(nn.Module):
     def __init__(self, channels: int, strides: Sequence[int], classes: int, settings: ModelSettings) -> None:
         super().__init__()
         self.pooling = RoIPooling(strides, settings)
-        self.box_head = BoxHead(channels * settings.roi_size**2, settings.representation)
+        self.box_head = build_box_head(channels, settings)
         self.box_predictor = BoxPredictor(settings.representation, classes)
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits [B, R, 1 + classes] and deltas [B, R, 1 + classes, 4] of ``boxes`` [B, R, 4]."""
-        pooled = self.pooling(features, boxes)
+        pooled = mark("roi_features", self.pooling(features, boxes))
         logits, deltas = self.box_predictor(self.box_head(pooled))
         shape = (boxes.shape[0], boxes.shape[1])
         return logits.unflatten(0, shape), deltas.unflatten(0, shape)
@@ -79,6 +80,7 @@ class FasterRCNN(nn.Module):
         features = self.features(images, image_sizes)
         proposals = self.propose(features, image_sizes)
         logits, deltas = self.roi_heads(features[: self.pooled_levels], proposals.boxes)
+        logits, deltas = mark("class_logits", logits), mark("box_regression", deltas)
         return select_detections(logits, deltas, proposals, image_sizes, self.settings)
 
     def normalise(self, images: Tensor, image_sizes: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ class FasterRCNN(nn.Module):
 
     def features(self, images: Tensor, image_sizes: Tensor) -> list[Tensor]:
         """Feature maps [B, C, H / stride, W / stride], finest first."""
-        pixels = self.normalise(images, image_sizes)
+        pixels = mark("pixels", self.normalise(images, image_sizes))
         return self.backbone(pixels.contiguous(memory_format=torch.channels_last))
 
     def anchors(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -110,8 +112,10 @@ class FasterRCNN(nn.Module):
     def propose(self, features: Sequence[Tensor], image_sizes: Tensor) -> Proposals:
         """The RPN alone: proposals from feature maps."""
         objectness, deltas = self.rpn.head(features)
+        objectness = [mark(f"objectness.{level}", each) for level, each in enumerate(objectness)]
+        deltas = [mark(f"bbox_deltas.{level}", each) for level, each in enumerate(deltas)]
         s = self.settings
-        return select_proposals(
+        proposals = select_proposals(
             objectness,
             deltas,
             self.anchors(features),
@@ -120,6 +124,7 @@ class FasterRCNN(nn.Module):
             pre_nms=s.rpn_pre_nms,
             post_nms=s.rpn_post_nms,
         )
+        return Proposals(mark("proposals", proposals.boxes), mark("proposal_scores", proposals.scores))
 
     def losses(
         self, images: Tensor, image_sizes: Tensor, targets: Targets, settings: TrainingSettings

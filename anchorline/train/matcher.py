@@ -8,6 +8,9 @@ from torch import Tensor
 BACKGROUND = -1
 IGNORED = -2
 
+# Of a candidate's own area, this share has to lie in one ignore region for it not to count as background.
+IGNORED_SHARE = 0.5
+
 
 def match(
     iou: Tensor, present: Tensor, *, positive_iou: float, negative_iou: float, keep_best_of_each_box: bool
@@ -32,3 +35,14 @@ def match(
         is_best = ((iou == best_of_box) & (best_of_box > 0)).any(dim=2)
         matches = torch.where(is_best, best_box, matches)
     return matches
+
+
+def ignore_covered(matches: Tensor, coverage: Tensor) -> Tensor:
+    """``matches`` [B, N] with background that an ignore region covers turned into ``IGNORED``.
+
+    ``coverage`` [B, N, I] holds the shares of each candidate's own area in I ignore regions (IoA, as
+    pycocotools measures overlaps with crowds); from ``IGNORED_SHARE`` in one of them on, a candidate is
+    covered. What is positive for an object stays positive.
+    """
+    covered = (coverage >= IGNORED_SHARE).any(dim=2)
+    return torch.where((matches == BACKGROUND) & covered, torch.full_like(matches, IGNORED), matches)

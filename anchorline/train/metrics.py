@@ -72,16 +72,20 @@ class MetricsFile:
 
 
 class TensorBoard:
-    """The same figures as event files for TensorBoard, written as they come."""
+    """The same figures as event files for TensorBoard, written as they come.
 
-    def __init__(self, folder: Path) -> None:
+    What an earlier run has written into ``folder`` after ``step`` is hidden, as in ``metrics.csv``.
+    """
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise SettingsError(
-                "training.tensorboard needs the package tensorboard; pip install tensorboard, or leave it out"
+                "training.tensorboard needs the package tensorboard; "
+                "pip install 'anchorline[tensorboard]', or leave the setting out"
             ) from None
-        self.writer = SummaryWriter(str(folder))
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
         """The figures of one step or validation."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from anchorline.runtime.canvas import Placement
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.postprocess import to_detections
@@ -37,13 +38,20 @@ class TorchDetector:
         """Detections of one BGR frame [H, W, 3], boxes in its own pixels."""
         return self.batch([frame])[0]
 
+    def prepare(
+        self, frames: Sequence[NDArray[np.uint8]]
+    ) -> tuple[dict[str, NDArray[np.generic]], list[Placement]]:
+        """The network's inputs for ``frames``, as the runtime's ``Detector.prepare``."""
+        images, image_sizes, placements = self.preprocess([check_frame(frame) for frame in frames])
+        return dict(zip(self.contract.inputs, (images, image_sizes), strict=True)), placements
+
     @torch.inference_mode()
     def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:
         """Detections of several frames of any sizes."""
-        images, image_sizes, placements = self.preprocess([check_frame(frame) for frame in frames])
+        inputs, placements = self.prepare(frames)
         was_training = self.model.training
         self.model.eval()
-        tensors = (torch.from_numpy(array).to(self.device) for array in (images, image_sizes))
+        tensors = (torch.from_numpy(array).to(self.device) for array in inputs.values())
         found = run_task(self.model, self.contract.task, *tensors)
         self.model.train(was_training)
         outputs = {name: tensor.cpu().numpy() for name, tensor in found.items()}

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from anchorline.train import ops
 from anchorline.train.box_coder import BoxCoder
-from anchorline.train.boxes import at_least, clip_to_images, pairwise_iou
+from anchorline.train.boxes import at_least, clip_to_images, pairwise_ioa, pairwise_iou
 from anchorline.train.losses import roi_losses
-from anchorline.train.matcher import BACKGROUND, match
+from anchorline.train.matcher import BACKGROUND, ignore_covered, match
 from anchorline.train.rpn import Proposals
 from anchorline.train.sampler import sample
 from anchorline.train.settings import ModelSettings, TrainingSettings
@@ -32,6 +32,30 @@ class BoxHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """[N, representation] of ``pooled`` [N, C, S, S]."""
         return F.relu(self.fc7(F.relu(self.fc6(pooled.flatten(1)))))
+
+
+class ConvBoxHead(nn.Sequential):
+    """``convs`` 3x3 convolutions with batch norm, then one fully connected layer, over a pooled region.
+
+    Maps [N, channels, S, S] with S = ``size`` to [N, representation]. A sequence, so that its parameters
+    have torchvision's names (``0.0.weight``). Undrawn slots of a training batch count in the statistics.
+    """
+
+    def __init__(self, channels: int, size: int, convs: int, representation: int) -> None:
+        layers: list[nn.Module] = []
+        for _ in range(convs):
+            conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            layers.append(nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU()))
+        super().__init__(*layers, nn.Flatten(), nn.Linear(channels * size**2, representation), nn.ReLU())
+
+
+def build_box_head(channels: int, settings: ModelSettings) -> BoxHead | ConvBoxHead:
+    """The box head that ``settings`` ask for, over RoIs of ``channels`` channels."""
+    size, width = settings.roi_size, settings.representation
+    if settings.box_convs:
+        return ConvBoxHead(channels, size, settings.box_convs, width)
+    return BoxHead(channels * size**2, width)
 
 
 class BoxPredictor(nn.Module):
@@ -120,7 +144,10 @@ class RoISamples:
 def sample_rois(
     proposals: Proposals, targets: Targets, model: ModelSettings, settings: TrainingSettings
 ) -> RoISamples:
-    """Draw proposals for the loss; the ground-truth boxes themselves take part as proposals."""
+    """Draw proposals for the loss; the ground-truth boxes themselves take part as proposals.
+
+    Ignore regions do not, and proposals that one covers are no background.
+    """
     boxes = torch.cat((proposals.boxes, targets.boxes), dim=1)
     present = torch.cat((proposals.present, targets.present), dim=1)
     matches = match(
@@ -130,6 +157,7 @@ def sample_rois(
         negative_iou=settings.roi_positive_iou,
         keep_best_of_each_box=False,
     )
+    matches = ignore_covered(matches, pairwise_ioa(boxes, targets.ignored))
     positive, negative = (matches >= 0) & present, (matches == BACKGROUND) & present
     noise = targets.noise(ROI_STREAM, positive.shape[1])
     index, drawn = sample(positive, negative, settings.roi_samples, settings.roi_positive_fraction, noise)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from anchorline.train import ops
 from anchorline.train.box_coder import BoxCoder
-from anchorline.train.boxes import at_least, clip_to_images, pairwise_iou
+from anchorline.train.boxes import at_least, clip_to_images, pairwise_ioa, pairwise_iou
 from anchorline.train.losses import rpn_losses
-from anchorline.train.matcher import BACKGROUND, match
+from anchorline.train.matcher import BACKGROUND, ignore_covered, match
 from anchorline.train.sampler import sample
 from anchorline.train.settings import ModelSettings, TrainingSettings
 from anchorline.train.targets import Targets
@@ -75,7 +75,7 @@ def select_proposals(
     """Turn the head's outputs into proposals, as torchvision's ``filter_proposals`` in fixed shapes.
 
     Per level the ``pre_nms`` best anchors are decoded and clipped to their image, boxes that are too
-    small go, NMS runs within each level, and the ``post_nms`` best of all levels remain.
+    small or score too low go, NMS runs within each level, and the ``post_nms`` best of all levels remain.
     """
     slots = max(min(pre_nms, level.shape[1]) for level in objectness)
     boxes_of_level, scores_of_level = [], []
@@ -88,9 +88,10 @@ def select_proposals(
         scores_of_level.append(F.pad(logits.sigmoid(), (0, slots - count), value=ops.SUPPRESSED))
     boxes = clip_to_images(torch.stack(boxes_of_level, dim=1), image_sizes)  # [B, L, slots, 4]
     scores = torch.stack(scores_of_level, dim=1)
-    scores = torch.where(
-        at_least(boxes, settings.rpn_min_side), scores, torch.full_like(scores, ops.SUPPRESSED)
-    )
+    counts = at_least(boxes, settings.rpn_min_side)
+    if settings.rpn_score_threshold > 0:
+        counts = counts & (scores >= settings.rpn_score_threshold)
+    scores = torch.where(counts, scores, torch.full_like(scores, ops.SUPPRESSED))
     batch, levels = boxes.shape[:2]
     kept = ops.batched_nms(
         boxes.reshape(batch * levels, slots, 4),
@@ -109,7 +110,7 @@ def select_proposals(
 def rpn_training_losses(
     objectness: Tensor, deltas: Tensor, anchors: Tensor, targets: Targets, settings: TrainingSettings
 ) -> dict[str, Tensor]:
-    """Objectness and box loss of one batch.
+    """Objectness and box loss of one batch; anchors that an ignore region covers are no background.
 
     ``objectness`` [B, A], ``deltas`` [B, A, 4] and ``anchors`` [A, 4] with all levels joined.
     """
@@ -122,6 +123,7 @@ def rpn_training_losses(
             negative_iou=settings.rpn_negative_iou,
             keep_best_of_each_box=True,
         )
+        matches = ignore_covered(matches, pairwise_ioa(anchors[None], targets.ignored))
         positive, negative = matches >= 0, matches == BACKGROUND
         noise = targets.noise(RPN_STREAM, positive.shape[1])
         index, drawn = sample(positive, negative, settings.rpn_samples, settings.rpn_positive_fraction, noise)

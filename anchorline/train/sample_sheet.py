@@ -1,4 +1,7 @@
-"""A picture of what the network is about to be trained on: augmented images with their boxes."""
+"""A picture of what the network is about to be trained on: augmented images with their boxes.
+
+Ignore regions are shown as one more class, ``ignored``.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,13 @@ def write_sample_sheet(dataset: CanvasDataset, path: Path, samples: int = SAMPLE
     pictures = []
     for index in chosen:
         item = dataset[0, index]
-        labels = item["labels"].numpy()
+        names, regions = dataset.data.names, len(item["ignored"])
+        labels = np.concatenate([item["labels"].numpy(), np.full(regions, len(names))])
         boxes = Detections(
-            boxes=item["boxes"].numpy(),
+            boxes=np.concatenate([item["boxes"].numpy(), item["ignored"].numpy()]),
             scores=np.ones(len(labels), np.float32),
             labels=labels,
-            class_names=dataset.data.names,
+            class_names=(*names, "ignored"),
         )
         pictures.append(draw(item["image"].numpy(), boxes, scores=False))
     contact_sheet(pictures, path)

@@ -28,17 +28,16 @@ PRESETS = Path(__file__).parent / "presets"
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
-
 _MODEL_CHOICES: Choices = {
-    "neck": ("fpn", "single"),
+    "neck": ("fpn", "fpn32", "single"),
     "finest_stride": (4, 8),
     "backbone_norm": ("frozen", "live"),
 }
 _MODEL_RANGES: Ranges = {
     "at least 1": "fpn_channels rpn_pre_nms rpn_post_nms roi_size roi_sampling representation max_detections",
     "above 0": "anchor_sizes aspect_ratios canonical_size box_weights std",
-    "0 or more": "rpn_convs rpn_min_side box_min_side",
-    "from 0 to 1": "rpn_nms_iou nms_iou score_threshold",
+    "0 or more": "rpn_convs rpn_min_side box_min_side box_convs backbone_norm_eps",
+    "from 0 to 1": "rpn_nms_iou nms_iou score_threshold rpn_score_threshold",
 }
 _TRAINING_CHOICES: Choices = {
     "optimiser": ("sgd", "adamw"),
@@ -62,11 +61,13 @@ class ModelSettings:
     backbone: str = "mobilenet_v2"
     """Name in ``backbones.BACKBONES``."""
     neck: str = "fpn"
-    """``fpn`` (feature pyramid, strides up to 64) or ``single`` (one map of stride 16)."""
+    """``fpn`` (strides up to 64), ``single`` (16), or ``fpn32``: 32, 32, 64 as torchvision's MobileNets."""
     finest_stride: int = 4
     """Stride of the pyramid's finest level: 4, or 8 for a quarter of the work where no object is tiny."""
     backbone_norm: str = "frozen"
-    """Batch norm of the backbone: ``frozen`` (fixed statistics) or ``live`` (trained)."""
+    """Batch norm of the body: ``frozen`` (fixed statistics) or ``live`` (trained; the pyramid has it too)."""
+    backbone_norm_eps: float = 1e-5
+    """Added to the body's variances; 0 with torchvision's official weights of ResNet-50-FPN."""
     canvas: tuple[int, int] = (480, 640)
     """Height and width of the network input in pixels, multiples of 32."""
     fpn_channels: int = 256
@@ -81,8 +82,9 @@ class ModelSettings:
     rpn_post_nms: int = 300
     """Proposals per image at test time."""
     rpn_nms_iou: float = 0.7
+    rpn_score_threshold: float = 0.0
     rpn_min_side: float = 1e-3
-    """Proposals with a side below this many canvas pixels are dropped."""
+    """Proposals with a lower objectness, or a side below this many canvas pixels, are dropped before NMS."""
     roi_size: int = 7
     """Cells per side of a pooled region."""
     roi_sampling: int = 2
@@ -91,8 +93,10 @@ class ModelSettings:
     """Shift RoIs by half a feature pixel, as Detectron2 does and torchvision does not."""
     canonical_size: float = 224.0
     """Side in pixels of a RoI that is pooled from the level of stride 16 (FPN paper, equation 1)."""
+    box_convs: int = 0
+    """3x3 convolutions with batch norm in the box head: then it has one fully connected layer, else two."""
     representation: int = 1024
-    """Width of the two fully connected layers of the box head."""
+    """Width of the box head's fully connected layers."""
     box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
     """Scale of the detection head's regression targets."""
     score_threshold: float = 0.05
@@ -107,7 +111,7 @@ class ModelSettings:
         check_ranges(self, "model", _MODEL_RANGES)
         canvas_fits = len(self.canvas) == 2 and all(s >= 32 and s % 32 == 0 for s in self.canvas)
         expect(canvas_fits, "model.canvas", self.canvas, "a height and a width that are multiples of 32")
-        levels = 1 if self.neck == "single" else (5 if self.finest_stride == 4 else 4)
+        levels = {"single": 1, "fpn32": 3}.get(self.neck, 5 if self.finest_stride == 4 else 4)
         groups = {len(group) for group in self.anchor_sizes}
         expect(
             len(self.anchor_sizes) == levels and len(groups) == 1 and 0 not in groups,
@@ -253,7 +257,7 @@ def load_preset(name: str, overrides: Sequence[str] = ()) -> Settings:
     for table, content in tables.items():
         expect(isinstance(content, dict), f"{path}: {table}", content, "a table [model] or [training]")
     for text in overrides:
-        table, field_name, value = _parse_override(text)
+        table, field_name, value = parse_override(text)
         tables.setdefault(table, {})[field_name] = value
     unknown = set(tables) - {"model", "training"}
     if unknown:
@@ -279,7 +283,8 @@ def settings_from(cls: type[_Dataclass], values: Mapping[str, Any], table: str) 
     return cls(**{name: coerce(value, hints[name], f"{table}.{name}") for name, value in values.items()})
 
 
-def _parse_override(text: str) -> tuple[str, str, Any]:
+def parse_override(text: str) -> tuple[str, str, Any]:
+    """Table, field and value of ``table.field=value``; the value is TOML, or text where it is none."""
     key, equals, literal = text.partition("=")
     table, dot, name = key.strip().rpartition(".")
     if not dot:

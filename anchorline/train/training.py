@@ -16,7 +16,7 @@ from anchorline.evaluation.dataset import Dataset
 from anchorline.evaluation.evaluate import evaluate
 from anchorline.runtime.errors import ArtefactError, TrainingError
 from anchorline.runtime.files import atomic_write_text, write_json
-from anchorline.train.backbone_weights import load_backbone_weights
+from anchorline.train.backbone_weights import IMAGENET, load_backbone_weights, load_imagenet_weights
 from anchorline.train.batches import (
     CanvasDataset,
     build_loader,
@@ -64,7 +64,7 @@ def train(
     out: Path,
     *,
     validation: Dataset | None = None,
-    backbone_weights: Path | None = None,
+    backbone_weights: Path | str | None = None,
     resume: bool = False,
     device: str = "auto",
     source: Mapping[str, Any] | None = None,
@@ -76,14 +76,19 @@ def train(
     ``out`` receives ``model.safetensors`` (the best by mAP50 where ``validation`` is given, else the
     latest), ``last/`` (the state of the last full epoch, from which ``resume`` goes on),
     ``metrics.csv``, ``settings.json``, ``data.json`` and ``samples.png``. Ctrl-C saves the weights
-    and returns. ``show_data`` is called once, when all is checked and the training begins. Raises
-    ``TrainingError`` for a loss that is not finite, naming the batch; the last good checkpoint stays.
+    and returns. ``backbone_weights`` is a file, or ``"imagenet"`` for torchvision's own weights.
+    ``show_data`` is called once, when all is checked and the training begins. Raises ``TrainingError``
+    for a loss that is not finite, naming the images; the last good checkpoint stays.
     """
     check_data(data, validation)
     torch.manual_seed(settings.training.seed)
     run = _Run(settings, data, out, validation, choose_device(device), source or {})
     if backbone_weights is not None and not resume:
-        load_backbone_weights(run.model.backbone.body, backbone_weights)
+        body = run.model.backbone.body
+        if backbone_weights == IMAGENET:
+            load_imagenet_weights(body, settings.model.backbone)
+        else:
+            load_backbone_weights(body, Path(backbone_weights))
         run.stepper.restart_average()
     if resume:
         run.resume()
@@ -242,7 +247,7 @@ class _Run:
         atomic_write_text(self.out / "settings.json", text + "\n")
         write_json(self.out / "data.json", summary.to_json())
         if self.settings.training.tensorboard:
-            self.board = TensorBoard(self.out / "tensorboard")
+            self.board = TensorBoard(self.out / "tensorboard", self.step)
         write_sample_sheet(self.views, self.out / "samples.png")
 
     def _result(self, interrupted: bool = False) -> TrainResult:

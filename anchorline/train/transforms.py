@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from anchorline.train.settings import TrainingSettings
+from anchorline.train.targets import IGNORE_LABEL
 
 # Of an object cut by the edge of a crop, this share of its area must remain for it to stay labelled.
 LEAST_VISIBLE = 0.3
@@ -21,7 +22,7 @@ class RandomZoom(nn.Module):
     """Magnify by a random factor: above 1 crop a part, below 1 set the image in a larger frame.
 
     No pixel is resampled here; the resize onto the canvas that follows does it, once. Objects of
-    which less than ``LEAST_VISIBLE`` remains lose their box.
+    which less than ``LEAST_VISIBLE`` remains lose their box; of an ignore region whatever is left stays.
     """
 
     def __init__(self, lowest: float, highest: float) -> None:
@@ -45,7 +46,8 @@ class RandomZoom(nn.Module):
         else:
             image = F.crop(image, top, left, new_height, new_width)
             boxes = F.clamp_bounding_boxes(F.crop(target["boxes"], top, left, new_height, new_width))
-        keep = _areas(boxes) >= LEAST_VISIBLE * area
+        left_over, ignored = _areas(boxes), target["labels"] == IGNORE_LABEL
+        keep = torch.where(ignored, left_over > 0, left_over >= LEAST_VISIBLE * area)
         return image, {"boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": target["labels"][keep]}
 
 
@@ -53,7 +55,7 @@ class RandomIoUCrop(nn.Module):
     """A part of the image that keeps at least one object to a random degree (SSD, section 2.2).
 
     torchvision's, which divides by zero on images a few pixels wide and searches long where there is
-    no object: these stay as they are.
+    no object: these stay as they are. Ignore regions have no say in the choice, and are cut by it.
     """
 
     def __init__(self) -> None:
@@ -63,14 +65,24 @@ class RandomIoUCrop(nn.Module):
     def forward(
         self, image: tv_tensors.Image, target: dict[str, Any]
     ) -> tuple[tv_tensors.Image, dict[str, Any]]:
-        if min(image.shape[-2:]) * self.crop.min_scale < 1 or not len(target["boxes"]):
+        boxes, objects = target["boxes"], target["labels"] != IGNORE_LABEL
+        if min(image.shape[-2:]) * self.crop.min_scale < 1 or not objects.any():
             return image, target
-        cropped: tuple[tv_tensors.Image, dict[str, Any]] = self.crop(image, target)
-        return cropped
+        params = self.crop.make_params([image, tv_tensors.wrap(boxes[objects], like=boxes)])
+        if not params:  # one of the draws is to leave the image whole
+            return image, target
+        window = [params[name] for name in ("top", "left", "height", "width")]
+        boxes = F.crop(boxes, *window)
+        keep = (~objects).masked_scatter(objects, params["is_within_crop_area"])
+        kept = tv_tensors.wrap(boxes[keep], like=boxes)
+        return F.crop(image, *window), {"boxes": kept, "labels": target["labels"][keep]}
 
 
 def build_transforms(settings: TrainingSettings) -> v2.Compose:
-    """The random views that ``settings`` ask for, from (image, {boxes, labels}) to the same."""
+    """The random views that ``settings`` ask for, from (image, {boxes, labels}) to the same.
+
+    Boxes with the label ``IGNORE_LABEL`` are ignore regions.
+    """
     steps: list[nn.Module] = []
     if settings.flip:
         steps.append(v2.RandomHorizontalFlip(settings.flip))

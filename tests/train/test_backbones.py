@@ -92,6 +92,7 @@ def test_maps_equal_those_of_the_network_the_weights_come_from(
         ({}, (4, 8, 16, 32, 64)),
         ({"finest_stride": 8, "anchor_sizes": ((16.0,), (32.0,), (64.0,), (128.0,))}, (8, 16, 32, 64)),
         ({"neck": "single"}, (16,)),
+        ({"neck": "fpn32", "anchor_sizes": ((32.0,), (64.0,), (128.0,))}, (32, 32, 64)),
     ],
 )
 def test_maps_have_the_strides_and_channels_they_claim(
@@ -102,7 +103,7 @@ def test_maps_have_the_strides_and_channels_they_claim(
         maps = backbone(torch.zeros(1, 3, 128, 192))
     assert tuple(backbone.strides) == strides
     assert [m.shape for m in maps] == [(1, backbone.out_channels, 128 // s, 192 // s) for s in strides]
-    assert backbone.pooled_levels == max(1, len(strides) - 1)
+    assert backbone.pooled_levels == (1 if strides[0] >= 16 else len(strides) - 1)
 
 
 def test_checkpoints_without_step_counters_are_taken(
@@ -234,3 +235,21 @@ def test_mobilenet_v2_s_older_flat_keys_load_as_the_same_weights(
     load_backbone_weights(today, saved(weights, tmp_path / "today.pth"))
     load_backbone_weights(before, saved(flat, tmp_path / "before.pth"))
     assert all(torch.equal(a, b) for a, b in zip(today.parameters(), before.parameters(), strict=True))
+
+
+def test_the_neck_of_torchvisions_mobilenets_needs_one(small_settings: Settings) -> None:
+    settings = small_settings(backbone="resnet18", neck="fpn32", anchor_sizes=((32.0,), (64.0,), (128.0,)))
+    with pytest.raises(
+        ArtefactError, match="'fpn32' does not fit backbone 'resnet18'; expected mobilenet_v2"
+    ):
+        build_backbone(settings)
+
+
+def test_the_eps_of_the_batch_norms_is_the_settings(small_settings: Settings) -> None:
+    for norm in ("frozen", "live"):
+        backbone = build_backbone(small_settings(backbone_norm=norm, backbone_norm_eps=0.0))
+        norms = [m for m in backbone.body.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert {m.eps for m in norms} == {0.0}
+        with torch.no_grad():
+            maps = backbone.eval()(torch.rand(1, 3, 64, 64))
+        assert all(torch.isfinite(m).all() for m in maps)

@@ -29,6 +29,7 @@ NECKS = {
         "finest_stride": 8,
         "anchor_sizes": ((16.0,), (32.0,), (64.0,), (128.0,)),
     },
+    "fpn32": {"neck": "fpn32", "anchor_sizes": ((8.0, 24.0), (32.0, 64.0), (96.0, 128.0))},
     "single": {"neck": "single"},
 }
 TRAINING = TrainingSettings(rpn_samples=50_000, roi_samples=500, rpn_pre_nms=200, rpn_post_nms=60)
@@ -39,6 +40,8 @@ def body() -> nn.Sequential:
 
 
 def torchvision_backbone(settings: ModelSettings) -> nn.Module:
+    if settings.neck == "fpn32":
+        return BackboneWithFPN(body(), {"14": "0", "18": "1"}, [160, 1280], settings.fpn_channels)
     if settings.neck == "fpn":
         stages = {4: ("3", 24), 8: ("6", 32), 16: ("13", 96), 32: ("17", 320)}
         tapped = [tap for stride, tap in stages.items() if stride >= settings.finest_stride]

@@ -58,6 +58,7 @@ def check_equal(one: Batch, other: Batch) -> None:
     assert torch.equal(one.image_sizes, other.image_sizes)
     assert torch.equal(one.targets.boxes, other.targets.boxes)
     assert torch.equal(one.targets.labels, other.targets.labels)
+    assert torch.equal(one.targets.ignored, other.targets.ignored)
 
 
 def test_a_view_depends_on_seed_epoch_and_index_alone(scenes: Dataset) -> None:
@@ -158,7 +159,7 @@ def test_a_batch_is_padded_to_its_fullest_image(labelled: Labelled) -> None:
     assert batch.ids == ("two", "none", "one")
 
 
-def test_crowds_and_difficult_objects_are_no_targets(labelled: Labelled) -> None:
+def test_crowds_and_difficult_objects_are_regions_to_ignore(labelled: Labelled) -> None:
     boxes = [(float(10 * i), 0.0, 10.0 * i + 8, 8.0) for i in range(4)]
     image = labelled(
         np.zeros((*CANVAS, 3), np.uint8),
@@ -170,6 +171,7 @@ def test_crowds_and_difficult_objects_are_no_targets(labelled: Labelled) -> None
     view = views_of(Dataset("hand", ("a", "b", "c", "d"), (image,)), PLAIN)[0, 0]
     assert view["labels"].tolist() == [0, 3]
     assert view["boxes"].tolist() == [list(boxes[0]), list(boxes[3])]
+    assert view["ignored"].tolist() == [list(boxes[1]), list(boxes[2])]
 
 
 def test_without_augmentation_the_canvas_is_the_runtime_s(labelled: Labelled) -> None:
@@ -211,7 +213,7 @@ def test_a_mosaic_shows_four_images_with_their_boxes(labelled: Labelled) -> None
     shown = set()
     for epoch in range(6):
         view = views[epoch, 2]
-        assert view["id"] == "2"
+        assert view["id"] == " + ".join(dict.fromkeys(map(str, view["labels"].tolist())))
         assert view["size"].tolist() == list(CANVAS)
         assert view["labels"][0] == 2, "the image asked for comes first"
         assert len(view["boxes"]) == 4
@@ -256,6 +258,15 @@ def test_an_image_that_cannot_be_read_is_one_line(labelled: Labelled, tmp_path: 
     with pytest.raises(DataError, match=f"^{path}: ") as caught:
         batches_of(data, dataclasses.replace(PLAIN, workers=workers))
     assert "\n" not in str(caught.value)
+
+
+def test_the_broken_image_of_a_mosaic_is_named_wherever_it_stands(labelled: Labelled, tmp_path: Path) -> None:
+    sound = labelled(np.zeros((40, 40, 3), np.uint8), [], id="sound")
+    path = tmp_path / "gone.png"
+    broken = dataclasses.replace(sound, id="broken", load=lambda: load_image(path, (40, 40)))
+    views = views_of(Dataset("hand", ("a",), (sound, *[broken] * 9)), dataclasses.replace(PLAIN, mosaic=1.0))
+    with pytest.raises(DataError, match=f"^{path}: "):
+        views[0, 0]
 
 
 def test_opencv_gets_its_threads_back() -> None:

@@ -17,7 +17,6 @@ from anchorline.runtime.errors import SettingsError
 from anchorline.train import training
 from anchorline.train.batches import Batch, CanvasDataset, collate, groups
 from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.metrics import TensorBoard
 from anchorline.train.optimisation import build_schedule
 from anchorline.train.settings import Settings
 from anchorline.train.stepping import NotFiniteError, Stepper
@@ -189,11 +188,3 @@ def test_fp16_needs_a_gpu(tiny: MakeSettings, scenes: Dataset, tmp_path: Path) -
     with pytest.raises(SettingsError, match=r"training\.precision is 'fp16' without a CUDA device"):
         train(tiny(precision="fp16"), scenes, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
-
-
-def test_tensorboard_gets_the_figures(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
-    board = TensorBoard(tmp_path / "board")
-    board.add(1, {"loss": 2.0})
-    board.close()
-    assert list((tmp_path / "board").glob("events.*"))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from anchorline.evaluation.dataset import Dataset, LabelledImage
+from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.errors import (
     AnchorlineError,
     ArtefactError,
@@ -23,7 +24,7 @@ from anchorline.runtime.errors import (
     SettingsError,
     TrainingError,
 )
-from anchorline.train.batches import EpochSampler
+from anchorline.train.batches import CanvasDataset, EpochSampler
 from anchorline.train.checkpoint import load_checkpoint
 from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.settings import Settings
@@ -104,6 +105,22 @@ def test_a_loss_that_is_not_finite_names_its_images_and_spares_the_checkpoint(
     for name, content in kept.items():
         assert name == "metrics.csv" or (tmp_path / name).read_bytes() == content, name
     assert (tmp_path / "metrics.csv").read_text().count("\n") == step  # a header, and the steps before it
+
+
+def test_all_images_of_a_mosaic_are_named(
+    tiny: MakeSettings, scenes: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny(mosaic=1.0, batch=2)
+    spoil_losses(monkeypatch, 2, nan_loss)
+    with pytest.raises(TrainingError) as caught:
+        train(settings, scenes, tmp_path)
+    views = CanvasDataset(scenes, settings.model.canvas, ResizeRule(), settings.training)
+    keys = list(EpochSampler(len(scenes), 2, settings.training.seed))[1]
+    samples = [views[key]["id"].split(" + ") for key in keys]
+    assert [sample[0] for sample in samples] == ids_of_step(scenes, settings, 2)
+    assert all(len(sample) > 1 for sample in samples)
+    named = ", ".join(" + ".join(sample) for sample in samples)
+    assert f"at step 2, images {named}; " in str(caught.value)
 
 
 def test_weights_that_run_away_in_the_last_step_of_an_epoch_are_not_saved(
