@@ -86,7 +86,7 @@ class DemoReport:
 
     def _results(self) -> dict[str, str]:
         accuracy = self.accuracy
-        verified = self.export.comparison.describe() if self.export.comparison else "not verified"
+        verified = self.export.verification.describe() if self.export.verification else "not verified"
         return {
             "train": f"{TRAINING_SCENES} generated scenes, {len(accuracy.per_class)} classes",
             "export": f"one ONNX file; against PyTorch: {verified}",

@@ -46,7 +46,7 @@ def append_row(name: str, command: str, figures: Mapping[str, object]) -> Path:
 def commit() -> str:
     """The short commit, with ``+`` where the working tree differs from it."""
     shown = _git("rev-parse", "--short", "HEAD")
-    changed = _git("status", "--porcelain", "--", "anchorline", "benchmarks/*.py")
+    changed = _git("status", "--porcelain", "--", ":/anchorline", ":/benchmarks/*.py")
     return f"{shown or 'unknown'}{'+' if changed else ''}"
 
 

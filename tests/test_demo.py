@@ -111,9 +111,9 @@ def test_the_model_was_trained_on_the_scenes_and_verified(made: DemoReport) -> N
     assert contract.source["data"] == f"synthetic:{SCENES}@{module.TRAINING_SEED}"
     with (made.folder / "run" / "metrics.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 4
-    assert made.export.comparison is not None
-    assert made.export.comparison.agrees
-    assert made.export.comparison.total.matched > 0
+    assert made.export.verification is not None
+    assert made.export.verification.passed
+    assert made.export.verification.detections.summary.total.matched > 0
 
 
 def test_the_table_names_each_step_and_file(made: DemoReport) -> None:

@@ -155,7 +155,7 @@ def detect_all(
     detect: Detect, dataset: Dataset, batch: int = 1, progress: Progress | None = None
 ) -> list[Detections]:
     """The detections of every image, in order, with labels that index ``dataset.names``."""
-    return [_to_dataset_labels(each, dataset) for each in run_detector(detect, dataset, batch, progress)]
+    return [to_dataset_labels(each, dataset) for each in run_detector(detect, dataset, batch, progress)]
 
 
 def run_detector(
@@ -218,7 +218,7 @@ def _objects_of_size(size: str, images: Sequence[LabelledImage], num_classes: in
     return [int(count) for count in counts]
 
 
-def _to_dataset_labels(detections: Detections, dataset: Dataset) -> Detections:
+def to_dataset_labels(detections: Detections, dataset: Dataset) -> Detections:
     """The same detections with the data set's labels; those of foreign classes are left out."""
     names = detections.class_names or dataset.names
     for name in dataset.names:

@@ -7,20 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from anchorline.evaluation.dataset import Dataset
 from anchorline.evaluation.matching import ImageMatches, match_image
-from anchorline.evaluation.plots import contact_sheet
+from anchorline.evaluation.panels import Pixels, fit_panel, outline, pair, pair_sheet, to_panel
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.drawing import draw
-
-PANEL = (360, 480)
-"""Height and width in pixels of one of the two pictures of an image."""
-_GAP = 4
-_GREY = (110, 110, 110)  # visible on light and on dark images
 
 
 @dataclass(frozen=True)
@@ -79,30 +72,19 @@ def worst_images_sheet(
     titles = [
         f"{each.id}: {each.missed} missed (left), {each.false_positives} false (right)" for each in worst
     ]
-    contact_sheet(pictures, path, columns=2, titles=titles, cell=(PANEL[0], 2 * PANEL[1] + _GAP))
+    pair_sheet(pictures, titles, path, columns=2)
     return worst
 
 
-def _side_by_side(
-    pixels: NDArray[np.uint8], truth: Detections, found: Detections, matches: ImageMatches
-) -> NDArray[np.uint8]:
-    """Shrunk first, so that lines and letters have the sheet's size and not the image's."""
-    scale = min(PANEL[0] / pixels.shape[0], PANEL[1] / pixels.shape[1])
-    width, height = (max(1, round(side * scale)) for side in (pixels.shape[1], pixels.shape[0]))
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    small = np.asarray(cv2.resize(pixels, (width, height), interpolation=method), dtype=np.uint8)
+def _side_by_side(pixels: Pixels, truth: Detections, found: Detections, matches: ImageMatches) -> Pixels:
+    small, scale = fit_panel(pixels)
     not_missed = np.setdiff1d(np.arange(len(truth)), matches.missed)
     left = _panel(small, truth[not_missed], truth[matches.missed], scale, scores=False)
     right = _panel(small, found[matches.pairs[:, 0]], found[matches.false_positives], scale, scores=True)
-    gap = np.full((height, _GAP, 3), 255, np.uint8)
-    return np.concatenate([left, gap, right], axis=1)
+    return pair(left, right)
 
 
-def _panel(
-    pixels: NDArray[np.uint8], right: Detections, wrong: Detections, scale: float, scores: bool
-) -> NDArray[np.uint8]:
-    picture = pixels.copy()
-    for box in np.round(right.boxes * scale).astype(int).tolist():
-        cv2.rectangle(picture, (box[0], box[1]), (box[2] - 1, box[3] - 1), _GREY, 1)
-    scaled = Detections(wrong.boxes * scale, wrong.scores, wrong.labels, wrong.class_names)
-    return draw(picture, scaled, scores=scores)
+def _panel(small: Pixels, right: Detections, wrong: Detections, scale: float, scores: bool) -> Pixels:
+    picture = small.copy()
+    outline(picture, right.boxes, scale)
+    return draw(picture, to_panel(wrong, scale), scores=scores)

@@ -12,26 +12,26 @@ import onnx
 from numpy.typing import NDArray
 
 from anchorline import __version__
-from anchorline.evaluation.compare import ComparisonSummary, compare_all
-from anchorline.evaluation.synthetic import generate_scene
+from anchorline.evaluation.verify.material import from_frames, scenes
+from anchorline.evaluation.verify.record import write_not_executed, write_record
+from anchorline.evaluation.verify.report import VerifyReport
+from anchorline.evaluation.verify.subject import Subject, onnx_subject
+from anchorline.evaluation.verify.verifying import verify as verify_subjects
 from anchorline.export.graph import to_onnx
-from anchorline.runtime.canvas import place
-from anchorline.runtime.contract import TASKS, Contract
-from anchorline.runtime.detector import Detector
+from anchorline.runtime.canvas import padded, place
+from anchorline.runtime.contract import CANVAS_KEY, TASKS, Contract, ResizeRule
 from anchorline.runtime.errors import ParityError, SettingsError
 from anchorline.runtime.files import atomic_path
 from anchorline.train.checkpoint import load_checkpoint, read_header
 from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.prediction import TorchDetector
+from anchorline.train.stage_outputs import TorchStages
 
-# What an fp32 graph may differ by between PyTorch and onnxruntime: sums in another order.
-BOX_TOLERANCE = 0.05
-SCORE_TOLERANCE = 1e-4
+_NO_LIMIT = 1 << 20  # pixels
 
-CANVAS_STEP = 32  # the coarsest stride of a backbone
-
-# Sizes that fill the canvas, that leave most of it empty, and extreme shapes.
-_CHECK_SIZES = ((240, 320), (480, 640), (64, 512), (512, 64), (100, 100), (33, 47))
+# The quick set: half a minute for a ResNet-50 at 800 pixels. ``anchorline verify`` tries everything.
+QUICK_SCENES = 3
+QUICK_TRAPS = ("empty image", "mixed sizes in a batch", "all 255")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ExportResult:
 
     path: Path
     contract: Contract
-    comparison: ComparisonSummary | None
+    verification: VerifyReport | None
 
 
 def export_onnx(
@@ -58,9 +58,10 @@ def export_onnx(
 
     ``canvas`` (height, width; multiples of 32) replaces the checkpoint's own; ``frame_size`` (height,
     width) trims it to what frames of a camera fill (see ``trimmed_canvas``). ``max_batch`` bounds the
-    otherwise free batch. With ``verify`` the new file must give PyTorch's detections on
-    ``images`` (BGR uint8, any sizes; generated scenes when empty), one by one and in mixed batches,
-    or ``ParityError`` is raised and nothing is published.
+    otherwise free batch. With ``verify`` the new file must give what PyTorch gives, stage by stage and
+    detection by detection, on ``images`` (BGR uint8, any sizes; generated scenes when empty) and in a
+    few traps, or ``ParityError`` is raised and nothing is published. The verdict, or that there is none,
+    goes to the record beside the file.
     """
     if task not in TASKS:
         raise SettingsError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
@@ -79,62 +80,54 @@ def export_onnx(
         contract,
         task=task,
         max_batch=max_batch,
-        source={**contract.source, "exported_by": f"anchorline {__version__}"},
+        source={
+            **contract.source,
+            **({CANVAS_KEY: list(canvas)} if canvas else {}),
+            "exported_by": f"anchorline {__version__}",
+        },
     )
     proto = to_onnx(model, contract)
-    comparison = None
+    report = None
     with atomic_path(out) as temporary:
         onnx.save(proto, temporary)
         if verify:
-            comparison = compare_with_pytorch(model, temporary, images or check_images())
-            if not comparison.agrees:
+            report = verify_with_pytorch(checkpoint, model, temporary, images)
+            if not report.passed:
                 raise ParityError(
-                    f"{out}: onnxruntime and PyTorch disagree: {comparison.first_disagreement}; "
+                    f"{out}: onnxruntime and PyTorch disagree in {report.reason}; "
                     "the file was not published, --no-verify publishes it all the same"
                 )
-    return ExportResult(out, contract, comparison)
+    if report is None:
+        write_not_executed(out, "exported with --no-verify", checkpoint)
+    else:
+        write_record(out, report)
+    return ExportResult(out, contract, report)
 
 
 def trimmed_canvas(frame_size: tuple[int, int], contract: Contract) -> tuple[int, int]:
     """The smallest canvas that holds frames of ``frame_size`` at the scale they have on the model's own.
 
     Both are (height, width). Objects keep their size in pixels, and the empty part of the canvas,
-    which costs as much time as the full part, is gone.
+    which costs as much time as the full part, is gone. Frames of an imported model have the scale that
+    its source library gives them, whatever the model's canvas, and this is the size it pads them to.
     """
     if min(frame_size) < 1:
         raise SettingsError(f"frame size is {frame_size}; expected a height and a width of at least 1 pixel")
-    height, width = place(frame_size, contract.canvas, contract.resize).valid
-    return -(-height // CANVAS_STEP) * CANVAS_STEP, -(-width // CANVAS_STEP) * CANVAS_STEP
+    room = contract.canvas if contract.resize == ResizeRule() else (_NO_LIMIT, _NO_LIMIT)
+    return padded(place(frame_size, room, contract.resize).valid)
 
 
-def check_images() -> list[NDArray[np.uint8]]:
-    """Generated scenes of several sizes, and an empty image."""
-    scenes = [generate_scene(7, size, index)[0] for index, size in enumerate(_CHECK_SIZES) if min(size) >= 64]
-    crops = [scenes[0][:h, :w].copy() for h, w in _CHECK_SIZES if min(h, w) < 64]
-    return [*scenes, *crops, np.zeros((240, 320, 3), np.uint8)]
-
-
-def compare_with_pytorch(
-    model: FasterRCNN, path: Path, images: Sequence[NDArray[np.uint8]]
-) -> ComparisonSummary:
-    """Compare the ONNX file at ``path``, on onnxruntime's CPU provider, with ``model``.
-
-    Each image alone, then all of them in mixed batches of up to three.
-    """
-    with Detector(path, provider="cpu") as candidate:
-        reference = TorchDetector(model, candidate.contract)
-        expected = [reference(image) for image in images]
-        found = [candidate(image) for image in images]
-        size = min(3, candidate.contract.max_batch or 3)
-        for start in range(0, len(images), size):
-            found += candidate.batch(images[start : start + size])
-    thresholds, proposals = candidate.contract.thresholds, candidate.contract.task == "proposals"
-    return compare_all(
-        expected * 2,
-        found,
-        score_threshold=0.0 if proposals else thresholds.score,
-        nms_iou=thresholds.rpn_nms_iou if proposals else thresholds.nms_iou,
-        max_detections=thresholds.max_proposals if proposals else thresholds.max_detections,
-        box_tolerance_px=BOX_TOLERANCE,
-        score_tolerance=SCORE_TOLERANCE,
-    )
+def verify_with_pytorch(
+    checkpoint: Path, model: FasterRCNN, path: Path, images: Sequence[NDArray[np.uint8]] = ()
+) -> VerifyReport:
+    """Compare the ONNX file at ``path``, on onnxruntime's CPU provider, with ``model``: the quick set."""
+    candidate = onnx_subject(path)
+    detector = TorchDetector(model, candidate.detector.contract)
+    names = candidate.detector.contract.names
+    dataset = from_frames("the given images", names, images) if images else scenes(names, QUICK_SCENES)
+    try:
+        return verify_subjects(
+            Subject(checkpoint, detector, TorchStages(detector)), candidate, dataset, which_traps=QUICK_TRAPS
+        )
+    finally:
+        candidate.close()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from anchorline.export.functions import OPSET, attach_functions
+from anchorline.export.stage_names import name_stages
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.tasks import OUTPUTS, run_task
@@ -54,6 +55,7 @@ def to_onnx(model: FasterRCNN, contract: Contract) -> onnx.ModelProto:
         )
     assert program is not None
     proto = program.model_proto
+    name_stages(proto)
     attach_functions(proto)
     del proto.metadata_props[:]
     onnx.helper.set_model_props(proto, {CONTRACT_KEY: contract.to_json()})

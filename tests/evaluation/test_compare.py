@@ -162,3 +162,21 @@ def test_the_summary_adds_up_and_names_the_image() -> None:
     assert summary.describe().startswith("differs on 3 images: 6 detections matched, 1 missed")
     with pytest.raises(SettingsError, match="2 results to compare with 3"):
         compare_all(references, candidates[:2])
+
+
+def test_the_alignment_tells_which_detections_are_meant() -> None:
+    boxes = np.array([[x, 0, x + 30, 30] for x in (0, 100, 200, 300)], np.float32)
+    base = Detections(boxes, [0.9, 0.8, 0.7, 0.0500], [0, 0, 0, 0], NAMES)
+    moved = boxes[1] + np.float32(2)
+    other = Detections([moved, boxes[0], [400, 0, 430, 30]], [0.8, 0.9, 0.6], [0, 0, 0], NAMES)
+    result = compare_detections(base, other)
+    found = result.alignment
+    assert found is not None
+    assert found.pairs.tolist() == [[0, 1], [1, 0]]
+    assert found.differing.tolist() == [False, True]
+    assert found.box_errors.tolist() == [0.0, 2.0]
+    assert found.score_errors.tolist() == [0.0, 0.0]
+    assert (found.missed.tolist(), found.extra.tolist()) == ([2], [2])  # the fourth is at the threshold
+    summary = compare_all([base], [other])
+    assert summary.total.alignment is None
+    assert "alignment" not in summary.to_json()

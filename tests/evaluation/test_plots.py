@@ -107,7 +107,8 @@ def test_evaluation_imports_no_heavy_package() -> None:
     code = (
         "import sys, anchorline.evaluation.plots, anchorline.evaluation.specs, anchorline.evaluation.compare,"
         " anchorline.evaluation.synthetic_video, anchorline.evaluation.proposal_recall,"
-        " anchorline.evaluation.yolo, anchorline.evaluation.report_files, anchorline.evaluation.data_summary;"
+        " anchorline.evaluation.yolo, anchorline.evaluation.report_files, anchorline.evaluation.data_summary,"
+        " anchorline.evaluation.traps, anchorline.evaluation.side_by_side;"
         "heavy = {'torch', 'matplotlib', 'pycocotools', 'faster_coco_eval', 'onnx', 'onnxruntime', 'yaml'};"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -14,11 +14,12 @@ import pytest
 
 from anchorline.evaluation.dataset import Dataset
 from anchorline.evaluation.evaluate import EvaluationReport, report_detections
+from anchorline.evaluation.panels import PANEL
 from anchorline.evaluation.plots import plot_pr_curves
 from anchorline.evaluation.proposal_recall import proposal_recall
 from anchorline.evaluation.report_files import write_report_files
 from anchorline.evaluation.report_plots import plot_class_table, plot_recall
-from anchorline.evaluation.worst_images import PANEL, rank_images, worst_images_sheet
+from anchorline.evaluation.worst_images import rank_images, worst_images_sheet
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.errors import OutputError, SettingsError
 

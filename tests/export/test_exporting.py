@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import resource
 from collections.abc import Callable, Iterator
@@ -19,8 +20,11 @@ from onnx import numpy_helper
 from anchorline.evaluation.evaluate import evaluate
 from anchorline.evaluation.proposal_recall import evaluate_proposals
 from anchorline.evaluation.synthetic import CLASS_NAMES, synthetic_dataset
+from anchorline.evaluation.verify.material import scenes
+from anchorline.evaluation.verify.record import record_path
+from anchorline.evaluation.verify.stages import ORDER
 from anchorline.export import exporting
-from anchorline.export.exporting import ExportResult, check_images, export_onnx
+from anchorline.export.exporting import ExportResult, export_onnx
 from anchorline.runtime.canvas import place
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.detector import Detector
@@ -132,12 +136,16 @@ def a_class_score_slightly_off(proto: onnx.ModelProto) -> None:
 
 def test_what_agrees_is_published(exported: Exported) -> None:
     result = exported.result
-    assert result.comparison is not None
-    assert result.comparison.agrees
-    assert result.comparison.images == 2 * len(check_images())  # alone, and in mixed batches
-    assert result.comparison.total.matched > 1000
-    assert result.comparison.total.max_box_error < 0.05
-    assert {path.name for path in result.path.parent.iterdir()} == {"model.safetensors", "model.onnx"}
+    report = result.verification
+    assert report is not None
+    assert report.passed
+    assert [stage.name for stage in report.stages or ()] == [stage for stage in ORDER if stage != "fpn"]
+    assert report.detections.summary.images == exporting.QUICK_SCENES
+    assert report.detections.summary.total.matched > 300
+    assert report.detections.summary.total.max_box_error < 0.05
+    assert [trap.name for trap in report.traps] == list(exporting.QUICK_TRAPS)
+    left = {path.name for path in result.path.parent.iterdir()}
+    assert left == {"model.safetensors", "model.onnx", "model.onnx.verify.json"}
     assert onnx.load(result.path) == exported.proto
 
 
@@ -151,14 +159,13 @@ def test_the_file_carries_the_checkpoint_s_contract(exported: Exported) -> None:
     assert json.loads(exported.result.contract.to_json()) == json.loads(entry.value)
 
 
-def test_the_images_compared_have_many_sizes_and_one_is_empty() -> None:
-    images = check_images()
-    sizes = {image.shape[:2] for image in images}
-    assert len(sizes) >= 5
-    assert any(height > 4 * width for height, width in sizes)
-    assert any(width > 4 * height for height, width in sizes)
-    assert not images[-1].any()
-    assert all(image.any() for image in images[:-1])
+def test_the_record_beside_the_file_says_what_it_was_compared_with(exported: Exported) -> None:
+    record = json.loads(record_path(exported.result.path).read_text(encoding="utf-8"))
+    assert record["passed"] is True
+    assert record["not_executed"] is None
+    for side, path in (("artefact", exported.result.path), ("reference", exported.checkpoint)):
+        assert record[side]["name"] == path.name
+        assert record[side]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -194,7 +201,10 @@ def test_without_verification_it_is_published_all_the_same(
     a_class_score_slightly_off(wrong)
     exporter_gives(wrong)
     result = export_onnx(exported.checkpoint, tmp_path / "new" / "model.onnx", verify=False)
-    assert result.comparison is None
+    assert result.verification is None
+    record = json.loads(record_path(result.path).read_text(encoding="utf-8"))
+    assert record["passed"] is None
+    assert "--no-verify" in record["not_executed"]
     assert onnx.load(result.path) == wrong
 
 
@@ -204,11 +214,11 @@ def test_the_verification_looks_at_the_images_given(
     exporter_gives(exported.proto)
     image = np.full((40, 30, 3), 90, np.uint8)
     result = export_onnx(exported.checkpoint, tmp_path / "model.onnx", images=[image])
-    assert result.comparison is not None
-    assert result.comparison.images == 2
+    assert result.verification is not None
+    assert result.verification.detections.summary.images == 1
     with pytest.raises(FrameError):
         export_onnx(exported.checkpoint, tmp_path / "other.onnx", images=[image.astype(np.float32)])
-    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.verify.json"]
 
 
 def test_an_interrupted_verification_leaves_nothing(
@@ -222,7 +232,7 @@ def test_an_interrupted_verification_leaves_nothing(
         raise KeyboardInterrupt
 
     exporter_gives(exported.proto)
-    monkeypatch.setattr(exporting, "compare_with_pytorch", interrupted)
+    monkeypatch.setattr(exporting, "verify_with_pytorch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_onnx(exported.checkpoint, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -296,9 +306,9 @@ def test_a_model_that_finds_nothing_agrees(
     change(tensor, model.state_dict()[SCORE_BIAS].numpy())
     exporter_gives(proto)
     result = export_onnx(checkpoint, tmp_path / "nothing.onnx")
-    assert result.comparison is not None
-    assert result.comparison.agrees
-    assert result.comparison.total.matched == 0
+    assert result.verification is not None
+    assert result.verification.passed
+    assert result.verification.detections.summary.total.matched == 0
 
     data = synthetic_dataset(2, size=CANVAS)
     with Detector(result.path) as detector:
@@ -335,7 +345,7 @@ def test_another_canvas(proposing: Path) -> None:
 
 
 def test_batches_are_no_larger_than_asked_for(proposing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = check_images()[:5]
+    images = [image.load() for image in scenes(("object",), 5)]
     with Detector(proposing) as detector:
         alone = [detector(image) for image in images]
         seen: list[int] = []

@@ -1,0 +1,179 @@
+"""Which detections of two results belong together, and which differences rounding excuses.
+
+Near-equal scores swap places, a score at the threshold falls on either side, an overlap at the NMS
+threshold is decided either way: detections meet by class and overlap, never by slot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.evaluation.boxes import iou_matrix
+from anchorline.runtime.detections import Detections
+
+MATCH_IOU = 0.5
+NMS_TIE_IOU = 1e-3
+"""How near to the NMS threshold an overlap counts as undecided."""
+
+# Among this many detections of one class whose scores lie this near together (a network that has learnt
+# nothing) rounding alone decides which are kept: their boxes are not compared.
+MANY_ALIKE = 10
+ALIKE_SCORES = 1e-4
+
+_BORDERLINE, _NMS_TIE = "borderline", "nms tie"
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """The tolerances of a comparison and the cuts that both results went through.
+
+    ``order_ties`` excuses a pair of equal scores whose boxes suppress each other: of two such boxes
+    either may come first and win. Only for networks whose stages were seen to agree, since a box that
+    is simply in the wrong place would be excused as well.
+    """
+
+    score_threshold: float
+    box_tolerance_px: float
+    score_tolerance: float
+    nms_iou: float | None
+    max_detections: int | None
+    tie_iou: float = NMS_TIE_IOU
+    order_ties: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """Which detections of two results belong together, as indices into each.
+
+    ``pairs`` int64 [K, 2] are (reference, candidate) with the largest difference of an edge in
+    ``box_errors`` [K], in pixels, and of the score in ``score_errors`` [K]; ``differing`` bool [K]
+    marks the pairs beyond the tolerances. ``missed`` int64 [M] index the reference, ``extra`` int64
+    [E] the candidate. What is in none of these is excused: ``borderline`` ones at a score cut and
+    ``nms_ties``, on both sides together.
+    """
+
+    pairs: NDArray[np.int64]
+    box_errors: NDArray[np.float32]
+    score_errors: NDArray[np.float32]
+    differing: NDArray[np.bool_]
+    missed: NDArray[np.int64]
+    extra: NDArray[np.int64]
+    borderline: int
+    nms_ties: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """One result with its classes as numbers that mean the same on both sides."""
+
+    detections: Detections
+    classes: NDArray[np.int64]
+
+
+def align(reference: Detections, candidate: Detections, cuts: Cuts) -> Alignment:
+    """Match the candidate's detections one to one with the reference's of the same class."""
+    ours, theirs = _sides(reference, candidate)
+    pairs = _match(ours, theirs, cuts.box_tolerance_px)
+    box_errors = np.abs(reference.boxes[pairs[:, 0]] - candidate.boxes[pairs[:, 1]]).max(axis=1, initial=0.0)
+    score_errors = np.abs(reference.scores[pairs[:, 0]] - candidate.scores[pairs[:, 1]])
+    missed, missed_excuses = _unmatched(ours, theirs, pairs[:, 0], cuts)
+    extra, extra_excuses = _unmatched(theirs, ours, pairs[:, 1], cuts)
+    excuses = missed_excuses + extra_excuses
+    moved, rescored = box_errors > cuts.box_tolerance_px, score_errors > cuts.score_tolerance
+    tied = moved & ~rescored & _suppress_each_other(reference, candidate, pairs, cuts)
+    tied |= moved & ~rescored & _among_many_alike(ours)[pairs[:, 0]]
+    return Alignment(
+        pairs,
+        box_errors,
+        score_errors,
+        differing=(moved | rescored) & ~tied,
+        missed=np.array(missed, np.int64),
+        extra=np.array(extra, np.int64),
+        borderline=excuses.count(_BORDERLINE),
+        nms_ties=excuses.count(_NMS_TIE) + int(tied.sum()),
+    )
+
+
+def _among_many_alike(side: _Side) -> NDArray[np.bool_]:
+    """Bool [N]: detections whose score many others of their class have as well."""
+    scores = side.detections.scores
+    near = np.abs(scores[:, None] - scores[None]) <= ALIKE_SCORES
+    near &= side.classes[:, None] == side.classes[None]
+    return np.asarray(near.sum(axis=1) >= MANY_ALIKE, np.bool_)
+
+
+def _suppress_each_other(
+    reference: Detections, candidate: Detections, pairs: NDArray[np.int64], cuts: Cuts
+) -> NDArray[np.bool_]:
+    """Bool [K]: pairs of which each box would have suppressed the other, where such ties are excused."""
+    if not cuts.order_ties or cuts.nms_iou is None:
+        return np.zeros(len(pairs), np.bool_)
+    overlaps = iou_matrix(reference.boxes[pairs[:, 0]], candidate.boxes[pairs[:, 1]]).diagonal()
+    return np.asarray(overlaps > cuts.nms_iou, np.bool_)
+
+
+def _sides(a: Detections, b: Detections) -> tuple[_Side, _Side]:
+    """Both results with comparable classes: by name where both have names, else by label."""
+    if not (a.class_names and b.class_names):
+        return _Side(a, a.labels), _Side(b, b.labels)
+    number = {name: index for index, name in enumerate(dict.fromkeys([*a.class_names, *b.class_names]))}
+    own, other = (np.array([number[name] for name in each.names], dtype=np.int64) for each in (a, b))
+    return _Side(a, own), _Side(b, other)
+
+
+def _match(ours: _Side, theirs: _Side, box_tolerance_px: float) -> NDArray[np.int64]:
+    """Pairs of indices [K, 2] into both sides, each used once; the nearest pair is taken first."""
+    a, b = ours.detections, theirs.detections
+    distance = np.abs(a.boxes[:, None] - b.boxes[None]).max(axis=2, initial=0.0)
+    # Boxes within the tolerance count as equal: also those without area, whose IoU is 0.
+    overlap = np.maximum(iou_matrix(a.boxes, b.boxes), distance <= box_tolerance_px)
+    cost = (1.0 - overlap) + np.abs(a.scores[:, None] - b.scores[None])
+    same_class = ours.classes[:, None] == theirs.classes[None]
+    rows, columns = np.nonzero(same_class & (overlap >= MATCH_IOU))
+    free_a, free_b = np.ones(len(a), dtype=np.bool_), np.ones(len(b), dtype=np.bool_)
+    pairs = []
+    for index in np.argsort(cost[rows, columns], kind="stable"):
+        row, column = rows[index], columns[index]
+        if free_a[row] and free_b[column]:
+            free_a[row] = free_b[column] = False
+            pairs.append((row, column))
+    return np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)
+
+
+def _unmatched(
+    own: _Side, other: _Side, matched: NDArray[np.int64], cuts: Cuts
+) -> tuple[list[int], list[str]]:
+    """Detections of ``own`` without a partner: the indices of those without excuse, and the excuses."""
+    without_excuse, excuses = [], []
+    undecided = _among_many_alike(own)
+    for index in np.setdiff1d(np.arange(len(own.detections)), matched):
+        excuse = _NMS_TIE if undecided[index] else _excuse(own, other, int(index), cuts)
+        if excuse is None:
+            without_excuse.append(int(index))
+        else:
+            excuses.append(excuse)
+    return without_excuse, excuses
+
+
+def _excuse(own: _Side, other: _Side, index: int, cuts: Cuts) -> str | None:
+    """Why rounding alone may have kept a detection in one result and not in the other."""
+    score = own.detections.scores[index]
+    if score <= cuts.score_threshold + cuts.score_tolerance:
+        return _BORDERLINE
+    full = cuts.max_detections is not None and len(other.detections) >= cuts.max_detections
+    if full and score <= other.detections.scores.min() + cuts.score_tolerance:
+        return _BORDERLINE
+    if cuts.nms_iou is not None:
+        # Whatever could have suppressed it stands in either result, with a score at least as high.
+        box = own.detections.boxes[index : index + 1]
+        for side in (own, other):
+            rival = (side.classes == own.classes[index]) & (
+                side.detections.scores >= score - cuts.score_tolerance
+            )
+            overlaps = iou_matrix(box, side.detections.boxes[rival])
+            if (np.abs(overlaps - cuts.nms_iou) <= cuts.tie_iou).any():
+                return _NMS_TIE
+    return None

@@ -1,0 +1,200 @@
+"""The cases that ``verify`` always tries, because they break detectors that are right on photographs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.evaluation import trap_images
+from anchorline.evaluation.compare import ComparisonSummary
+from anchorline.evaluation.evaluate import Progress
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.errors import AnchorlineError, SettingsError
+
+LARGEST_BATCH = 8
+"""The largest batch that is tried on a model whose contract sets no bound."""
+
+Frame = NDArray[np.uint8]
+Compare = Callable[[list[Detections], list[Detections]], ComparisonSummary]
+
+
+class BatchDetector(Protocol):
+    """What is tried: one ``Detections`` for each frame, whatever the batch."""
+
+    def batch(self, frames: Sequence[Frame]) -> list[Detections]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Trap:
+    """Frames (uint8 BGR [H, W, 3]) that go to the detectors, and what else is asked of the candidate.
+
+    The ``batches`` are given one after the other. ``repeated``: all of them twice, with results equal
+    to the bit. ``alone``: each frame's result must agree with its result in a batch of one.
+    """
+
+    name: str
+    batches: tuple[tuple[Frame, ...], ...]
+    repeated: bool = False
+    alone: bool = False
+
+    @property
+    def frames(self) -> list[Frame]:
+        """The frames of all batches in turn."""
+        return [frame for batch in self.batches for frame in batch]
+
+
+@dataclass(frozen=True)
+class TrapResult:
+    """How a trap ended: ``detail`` is one line, ``comparison`` None where a detector failed before it."""
+
+    name: str
+    passed: bool
+    detail: str
+    images: int
+    comparison: ComparisonSummary | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for ``files.write_json``."""
+        return {
+            "name": self.name,
+            "passed": self.passed,
+            "detail": self.detail,
+            "images": self.images,
+            "comparison": None if self.comparison is None else self.comparison.to_json(),
+        }
+
+
+class OncePerFrame:
+    """A detector that sees each frame once, in a batch of one, and remembers what it found.
+
+    Several traps share frames; the reference, and the candidate where it is asked for a frame alone,
+    need not run again. Frames are known by identity and must not change.
+    """
+
+    def __init__(self, detector: BatchDetector) -> None:
+        self._detector = detector
+        self._known: dict[int, tuple[Frame, Detections]] = {}  # the frame is kept, so its id stays its own
+
+    def batch(self, frames: Sequence[Frame]) -> list[Detections]:
+        """The result of each frame."""
+        for frame in frames:
+            if id(frame) not in self._known:
+                self._known[id(frame)] = (frame, _detect(self._detector, [frame])[0])
+        return [self._known[id(frame)][1] for frame in frames]
+
+
+def traps(max_batch: int | None, seed: int = 0) -> list[Trap]:
+    """All traps; ``max_batch`` is the contract's, ``LARGEST_BATCH`` where it is None.
+
+    Through ``run_traps`` the candidate runs 20 times on 29 images (with the default batch), the
+    reference on 13 images. Raises ``SettingsError`` for a batch under 1.
+    """
+    if max_batch is not None and max_batch < 1:
+        raise SettingsError(f"max batch is {max_batch}; expected at least 1")
+    mixed = trap_images.mixed_images(seed)
+    plain, crowded = mixed[0], trap_images.crowd(seed)
+    full = tuple(mixed[index % len(mixed)] for index in range(max_batch or LARGEST_BATCH))
+    lying, standing = trap_images.thin_images(seed)
+    return [
+        Trap("empty image", ((trap_images.empty_image(seed),),)),
+        Trap("one object", ((trap_images.one_object(seed),),)),
+        Trap("crowd", ((crowded,),)),
+        Trap("batch of 1", ((plain,),)),
+        Trap("mixed sizes in a batch", (mixed,), alone=True),
+        Trap("largest batch", (full,), alone=True),
+        # The second call comes after another frame than the first: what a buffer kept of it shows.
+        Trap("repeated calls", ((plain,), (crowded,)), repeated=True),
+        Trap("smallest image", ((trap_images.smallest_image(),),)),
+        Trap("largest image", ((trap_images.largest_image(seed),),)),
+        Trap("very thin image", ((lying,), (standing,))),
+        Trap("all 0", ((trap_images.uniform_image(0),),)),
+        Trap("all 255", ((trap_images.uniform_image(255),),)),
+        Trap("noise", ((trap_images.noise_image(seed),),)),
+    ]
+
+
+def run_traps(
+    each: Sequence[Trap],
+    reference: BatchDetector,
+    candidate: BatchDetector,
+    compare: Compare,
+    progress: Progress | None = None,
+) -> list[TrapResult]:
+    """``run_trap`` for each; a frame that several of them share goes through the reference once."""
+    known, alone = OncePerFrame(reference), OncePerFrame(candidate)
+    results = []
+    for trap in each:
+        results.append(_run(trap, known, candidate, alone, compare))
+        if progress is not None:
+            progress(len(results), len(each))
+    return results
+
+
+def run_trap(trap: Trap, reference: BatchDetector, candidate: BatchDetector, compare: Compare) -> TrapResult:
+    """Give the trap's batches to the candidate and compare with the reference, frame by frame.
+
+    The reference sees its frames one at a time, so that nothing can leak between them there. An
+    ``AnchorlineError`` of either is a failed trap; anything else is a bug and goes on.
+    """
+    return _run(trap, OncePerFrame(reference), candidate, OncePerFrame(candidate), compare)
+
+
+def _run(
+    trap: Trap, reference: OncePerFrame, candidate: BatchDetector, alone: OncePerFrame, compare: Compare
+) -> TrapResult:
+    images = len(trap.frames)
+    try:
+        expected = reference.batch(trap.frames)
+    except AnchorlineError as error:
+        return TrapResult(trap.name, False, f"the reference failed: {error}", images)
+    try:
+        found = _detect_all(candidate, trap)
+        again = _detect_all(candidate, trap) if trap.repeated else found
+        single = alone.batch(trap.frames) if trap.alone else None
+    except AnchorlineError as error:
+        return TrapResult(trap.name, False, f"the candidate failed: {error}", images)
+    summary = compare(expected, found)
+    fault = _unstable(found, again) or _leak(single, found, compare)
+    if fault is None and not summary.agrees:
+        fault = summary.first_disagreement
+    if fault is not None:
+        return TrapResult(trap.name, False, fault, images, summary)
+    return TrapResult(trap.name, True, summary.describe(), images, summary)
+
+
+def _detect_all(detector: BatchDetector, trap: Trap) -> list[Detections]:
+    return [found for batch in trap.batches for found in _detect(detector, batch)]
+
+
+def _detect(detector: BatchDetector, frames: Sequence[Frame]) -> list[Detections]:
+    found = detector.batch(frames)
+    if len(found) != len(frames):
+        raise SettingsError(f"{len(found)} results for {len(frames)} frames; expected one each")
+    return found
+
+
+def _unstable(first: list[Detections], again: list[Detections]) -> str | None:
+    """Where a second call did not give the same bits."""
+    for number, (one, other) in enumerate(zip(first, again, strict=True), start=1):
+        if len(one) != len(other):
+            return f"image {number}: {len(one)} detections, and {len(other)} when called again"
+        for name in ("labels", "scores", "boxes"):
+            before, after = getattr(one, name), getattr(other, name)
+            if before.tobytes() != after.tobytes():
+                error = float(np.abs(before - after).max())
+                return f"image {number}: {name} differ by up to {error:.2g} when called again"
+    return None
+
+
+def _leak(single: list[Detections] | None, found: list[Detections], compare: Compare) -> str | None:
+    """The first frame whose result in its batch is not its own."""
+    if single is None:
+        return None
+    summary = compare(single, found)
+    if summary.agrees:
+        return None
+    return f"the batch changes a result that the frame has alone: {summary.first_disagreement}"

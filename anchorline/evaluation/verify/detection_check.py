@@ -1,0 +1,207 @@
+"""Detection by detection: both artefacts, whole, on the same images, and what accuracy that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from anchorline.evaluation.compare import Comparison, ComparisonSummary, compare_detections, summarise
+from anchorline.evaluation.dataset import Dataset
+from anchorline.evaluation.evaluate import (
+    EvaluationReport,
+    Progress,
+    report_detections,
+    run_detector,
+    to_dataset_labels,
+)
+from anchorline.evaluation.side_by_side import severity
+from anchorline.evaluation.verify.cuts import detection_cuts, on_canvas
+from anchorline.evaluation.verify.material import has_labels
+from anchorline.evaluation.verify.subject import Subject
+from anchorline.evaluation.verify.tolerances import Tolerance
+from anchorline.runtime.detections import Detections
+
+_PERCENTILES = (50, 95, 99, 100)
+_CONFIDENT = 0.5
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What labelled data says of both sides, for one class or all: AP50 and the recall at IoU 0.5."""
+
+    ap50: tuple[float, float]
+    recall: tuple[float, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ap50": _pair(self.ap50), "recall": _pair(self.recall)}
+
+
+@dataclass(frozen=True)
+class DetectionCheck:
+    """The comparison on every image, with the results themselves for a picture of the worst.
+
+    ``accuracy`` by class name, and under ``mean``; None where the images carry no labels. ``loss`` says
+    what is lost beyond the tolerance: confident detections, or accuracy.
+    """
+
+    names: tuple[str, ...]
+    comparisons: tuple[Comparison, ...]
+    reference: tuple[Detections, ...]
+    candidate: tuple[Detections, ...]
+    summary: ComparisonSummary
+    accuracy: dict[str, Accuracy] | None
+    loss: str | None
+
+    @property
+    def passed(self) -> bool:
+        return self.summary.agrees and self.loss is None
+
+    @property
+    def detail(self) -> str:
+        """One line: the figures, and what is wrong."""
+        reason = self.loss or (None if self.summary.agrees else self.summary.first_disagreement)
+        return f"{self.summary.brief()}; {reason}" if reason else self.summary.brief()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self.summary.to_json(),
+            "passed": self.passed,
+            "box_error_px": self._percentiles("box_errors"),
+            "score_error": self._percentiles("score_errors"),
+            "per_class": self._per_class(),
+            "accuracy": self.accuracy and {name: each.to_json() for name, each in self.accuracy.items()},
+            "loss": self.loss,
+        }
+
+    def worst(self, count: int) -> list[int]:
+        """Indices of the images with the most disagreement, without those that agree."""
+        order = sorted(range(len(self.comparisons)), key=lambda index: severity(self.comparisons[index]))[
+            ::-1
+        ]
+        return [index for index in order[:count] if self.comparisons[index].wrong]
+
+    def _percentiles(self, field: str) -> dict[str, float]:
+        errors = [getattr(one.alignment, field) for one in self.comparisons if one.alignment is not None]
+        every = np.concatenate(errors) if errors else np.zeros(0)
+        return {f"p{p}" if p < 100 else "max": _percentile(every, p) for p in _PERCENTILES}
+
+    def _per_class(self) -> dict[str, dict[str, int]]:
+        counts: dict[str, dict[str, int]] = {}
+        for ours, theirs, one in zip(self.reference, self.candidate, self.comparisons, strict=True):
+            assert one.alignment is not None
+            parts = (
+                ("matched", ours, one.alignment.pairs[:, 0]),
+                ("differing", ours, one.alignment.pairs[one.alignment.differing, 0]),
+                ("missed", ours, one.alignment.missed),
+                ("extra", theirs, one.alignment.extra),
+            )
+            for kind, side, indices in parts:
+                for index in indices.tolist():
+                    row = counts.setdefault(
+                        side.names[index], dict.fromkeys(("matched", "differing", "missed", "extra"), 0)
+                    )
+                    row[kind] += 1
+        return counts
+
+
+def check_detections(
+    reference: Subject,
+    candidate: Subject,
+    dataset: Dataset,
+    tolerance: Tolerance,
+    progress: Progress | None = None,
+    order_ties: bool = False,
+) -> DetectionCheck:
+    """Run both on every image, one at a time, and compare; ``order_ties`` as in ``alignment.Cuts``."""
+    total = 2 * len(dataset)
+    ours = list(run_detector(reference.detector.batch, dataset, 1, _offset(progress, 0, total)))
+    theirs = list(run_detector(candidate.detector.batch, dataset, 1, _offset(progress, len(dataset), total)))
+    contract = reference.detector.contract
+    cuts = detection_cuts(contract, tolerance, order_ties)
+    each = [
+        compare_detections(on_canvas(a, contract), on_canvas(b, contract), **cuts)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    names = tuple(image.id for image in dataset)
+    summary = summarise(zip(names, each, strict=True), tolerance.matched)
+    accuracy = None
+    if has_labels(dataset) and contract.task == "detections":
+        accuracy = _accuracy(dataset, ours, theirs)
+    loss = _confident_loss(each, ours, theirs, tolerance)
+    if loss is None and accuracy is not None:
+        loss = _loss(accuracy, tolerance)
+    return DetectionCheck(names, tuple(each), tuple(ours), tuple(theirs), summary, accuracy, loss)
+
+
+def _confident_loss(
+    each: Sequence[Comparison], ours: Sequence[Detections], theirs: Sequence[Detections], tolerance: Tolerance
+) -> str | None:
+    """Whether too many of the detections that an application would act on are not alike."""
+    total = wrong = 0
+    for one, reference, candidate in zip(each, ours, theirs, strict=True):
+        assert one.alignment is not None
+        differing = one.alignment.pairs[one.alignment.differing, 0]
+        lost = np.concatenate((reference.scores[differing], reference.scores[one.alignment.missed]))
+        wrong += int((lost >= _CONFIDENT).sum() + (candidate.scores[one.alignment.extra] >= _CONFIDENT).sum())
+        total += int((reference.scores >= _CONFIDENT).sum())
+    if wrong <= round((1.0 - tolerance.confident) * total):
+        return None
+    return f"{wrong} of {total} detections with a score of at least {_CONFIDENT} are not alike"
+
+
+def _accuracy(
+    dataset: Dataset, ours: Sequence[Detections], theirs: Sequence[Detections]
+) -> dict[str, Accuracy]:
+    a, b = (
+        report_detections([to_dataset_labels(each, dataset) for each in side], dataset, "")
+        for side in (ours, theirs)
+    )
+    per_class = {
+        name: Accuracy((a.per_class[name].ap50, b.per_class[name].ap50), (_recall(a, name), _recall(b, name)))
+        for name in dataset.names
+    }
+    recalls = [_mean_recall(side) for side in (a, b)]
+    return {"mean": Accuracy((a.map50, b.map50), (recalls[0], recalls[1])), **per_class}
+
+
+def _recall(report: EvaluationReport, name: str) -> float:
+    """The recall that all of the detections together reach."""
+    curve = report.curves[name]
+    if not curve.objects:
+        return float("nan")
+    return float(curve.recall[-1]) if len(curve.recall) else 0.0
+
+
+def _mean_recall(report: EvaluationReport) -> float:
+    values = [_recall(report, name) for name in report.curves]
+    finite = [value for value in values if not np.isnan(value)]
+    return float(np.mean(finite)) if finite else float("nan")
+
+
+def _loss(accuracy: dict[str, Accuracy], tolerance: Tolerance) -> str | None:
+    """What the candidate loses beyond the tolerance, over all classes; a gain is no loss."""
+    mean = accuracy["mean"]
+    for label, values, limit in (
+        ("mAP50", mean.ap50, tolerance.map50_drop),
+        ("recall", mean.recall, tolerance.recall_drop),
+    ):
+        if values[0] - values[1] > limit:
+            return f"{label} falls from {values[0]:.4f} to {values[1]:.4f}"
+    return None
+
+
+def _offset(progress: Progress | None, start: int, total: int) -> Progress | None:
+    return None if progress is None else lambda done, _: progress(start + done, total)
+
+
+def _percentile(values: Any, percent: int) -> float:
+    return float(np.percentile(values, percent)) if len(values) else 0.0
+
+
+def _pair(values: tuple[float, float]) -> dict[str, float | None]:
+    reference, candidate = (None if np.isnan(v) else float(v) for v in values)
+    delta = None if reference is None or candidate is None else candidate - reference
+    return {"reference": reference, "candidate": candidate, "delta": delta}

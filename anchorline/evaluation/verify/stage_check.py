@@ -1,0 +1,188 @@
+"""Stage by stage: each stage of the candidate, given the reference's inputs, must give its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.evaluation.compare import compare_detections
+from anchorline.evaluation.verify.cuts import detection_cuts, proposal_cuts
+from anchorline.evaluation.verify.stages import ORDER, TensorError, is_stage, stage_of, tensor_error, worst_of
+from anchorline.evaluation.verify.subject import Arrays, StageRunner, Subject
+from anchorline.evaluation.verify.tolerances import Tolerance
+from anchorline.runtime.canvas import Placement
+from anchorline.runtime.contract import Contract
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.postprocess import to_detections
+from anchorline.runtime.preprocess import check_frame
+
+# A canvas may round to the next grey level, on another processor or in another number format.
+_GREY_LEVELS = 1.0
+# Which of several candidates of equal score enter the RPN's NMS is any runtime's own choice.
+_PROPOSALS_MATCHED = 0.98
+
+Frames = Sequence[NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One stage: ``used`` is the share of the tolerance used up (above 1 it differs), infinite where no
+    number says how far apart the two are; ``detail`` is one line."""
+
+    name: str
+    passed: bool
+    used: float
+    detail: str
+
+    def to_json(self) -> dict[str, Any]:
+        used = self.used if np.isfinite(self.used) else None
+        return {"name": self.name, "passed": self.passed, "tolerance_used": used, "detail": self.detail}
+
+
+def canvas_inputs(subject: Subject, frames: Frames) -> tuple[dict[str, NDArray[Any]], list[Placement]]:
+    """The network's inputs for ``frames``, as the subject prepares them, and where each frame lies."""
+    assert subject.stages is not None
+    inputs, placements = subject.stages.prepare([check_frame(frame) for frame in frames])
+    return {name: value.copy() for name, value in inputs.items()}, placements
+
+
+def check_stages(
+    reference: Subject, candidate: Subject, batches: Sequence[Frames], tolerance: Tolerance
+) -> list[StageResult]:
+    """All stages that both sides have, in order, each with its worst case over the ``batches``.
+
+    Both subjects have ``stages``. Where the canvases themselves differ in size nothing else is compared.
+    """
+    assert reference.stages is not None
+    assert candidate.stages is not None
+    worst: dict[str, StageResult] = {}
+    for frames in batches:
+        for result in _check_batch(reference, candidate, frames, tolerance):
+            if result.name not in worst or result.used > worst[result.name].used:
+                worst[result.name] = result
+    return [worst[name] for name in ORDER if name in worst]
+
+
+def _check_batch(
+    reference: Subject, candidate: Subject, frames: Frames, tolerance: Tolerance
+) -> list[StageResult]:
+    ours, theirs = reference.detector.contract, candidate.detector.contract
+    inputs, placements = canvas_inputs(reference, frames)
+    other_inputs, _ = canvas_inputs(candidate, frames)
+    preprocess = _check_canvas(ours, theirs, inputs, other_inputs)
+    if ours.canvas != theirs.canvas:
+        return [preprocess]
+    expected = _run(reference.stages, inputs, {})
+    fed = {name: value for name, value in expected.items() if is_stage(name)}
+    found = _run(candidate.stages, _as_inputs(inputs, ours, theirs), fed)
+    results = [preprocess, *_check_tensors(expected, found, len(frames), tolerance)]
+    if "proposals" in expected and "proposals" in found:
+        results.append(_check_proposals(expected, found, ours, placements, tolerance))
+    results.append(_check_outputs(expected, found, ours, theirs, placements, tolerance))
+    return results
+
+
+def _run(stages: StageRunner | None, inputs: Arrays, feed: Arrays) -> dict[str, NDArray[Any]]:
+    assert stages is not None
+    return stages.run(inputs, feed)
+
+
+def _as_inputs(inputs: Arrays, ours: Contract, theirs: Contract) -> dict[str, NDArray[Any]]:
+    """The reference's inputs under the candidate's names and in its number format."""
+    images, sizes = (inputs[name] for name in ours.inputs)
+    dtype = np.dtype(theirs.input_dtype)
+    images = np.rint(images).astype(dtype) if dtype.kind == "u" else images.astype(dtype)
+    return dict(zip(theirs.inputs, (images, sizes), strict=True))
+
+
+def _check_canvas(ours: Contract, theirs: Contract, inputs: Arrays, other: Arrays) -> StageResult:
+    if ours.canvas != theirs.canvas:
+        shown = [f"{h}x{w}" for h, w in (theirs.canvas, ours.canvas)]
+        return StageResult(
+            "preprocess", False, float("inf"), f"the canvas is {shown[0]}, expected {shown[1]}"
+        )
+    sizes = inputs[ours.inputs[1]], other[theirs.inputs[1]]
+    if not np.array_equal(*sizes):
+        detail = (
+            f"a frame fills {other[theirs.inputs[1]].tolist()} of the canvas, expected {sizes[0].tolist()}"
+        )
+        return StageResult("preprocess", False, float("inf"), detail)
+    images = inputs[ours.inputs[0]].astype(np.float32), other[theirs.inputs[0]].astype(np.float32)
+    levels = float(np.abs(images[0] - images[1]).max(initial=0.0))
+    return StageResult(
+        "preprocess", levels <= _GREY_LEVELS, levels / _GREY_LEVELS, f"canvas within {levels:.2g} grey levels"
+    )
+
+
+def _check_tensors(expected: Arrays, found: Arrays, images: int, tolerance: Tolerance) -> list[StageResult]:
+    """Every stage that is a tensor, not a choice of boxes."""
+    errors: dict[str, TensorError] = {
+        name: tensor_error(name, value, found[name], images)
+        for name, value in expected.items()
+        if is_stage(name) and name in found and stage_of(name) not in ("proposals", "proposal_scores")
+    }
+    results = []
+    for stage, error in worst_of(errors, tolerance).items():
+        used = error.share_of(tolerance)
+        results.append(StageResult(stage, used <= 1.0, used, error.describe()))
+    return results
+
+
+def _check_proposals(
+    expected: Arrays, found: Arrays, contract: Contract, placements: Sequence[Placement], tolerance: Tolerance
+) -> StageResult:
+    cuts = proposal_cuts(contract, tolerance)
+    matched, total, worst, reason = 0, 0, 0.0, None
+    for index in range(len(placements)):
+        ours, theirs = (_as_detections(values, index) for values in (expected, found))
+        one = compare_detections(ours, theirs, **cuts)
+        matched += one.matched - one.differing
+        total += one.matched + one.missed + one.extra
+        worst, reason = max(worst, one.max_box_error), reason or one.first_disagreement
+    share = matched / total if total else 1.0
+    used = (1.0 - share) / (1.0 - _PROPOSALS_MATCHED)
+    detail = f"{share:.2%} of {total} proposals matched, boxes within {worst:.2g} px"
+    return StageResult(
+        "proposals", used <= 1.0, used, detail if used <= 1.0 or not reason else f"{detail}; {reason}"
+    )
+
+
+def _as_detections(values: Arrays, index: int) -> Detections:
+    """One image's proposals as detections of one class, on the canvas."""
+    scores = values["proposal_scores"][index]
+    there = scores > -1.0
+    boxes = values["proposals"][index][there]
+    return Detections(
+        boxes, np.clip(scores[there], 0.0, 1.0), np.zeros(int(there.sum()), np.int64), ("object",)
+    )
+
+
+def _check_outputs(
+    expected: Arrays,
+    found: Arrays,
+    ours: Contract,
+    theirs: Contract,
+    placements: Sequence[Placement],
+    tolerance: Tolerance,
+) -> StageResult:
+    """The graph's own outputs, made from the reference's class logits, box regression and proposals."""
+    reference, candidate = to_detections(expected, placements, ours), to_detections(found, placements, theirs)
+    each = [
+        compare_detections(a, b, **detection_cuts(ours, tolerance))
+        for a, b in zip(reference, candidate, strict=True)
+    ]
+    wrong = sum(one.differing + one.missed + one.extra for one in each)
+    total = sum(one.matched + one.missed + one.extra for one in each)
+    allowed = max(round((1.0 - tolerance.matched) * total), 0)
+    reason = next((one.first_disagreement for one in each if one.first_disagreement), None)
+    detail = f"{total - wrong} of {total} detections alike"
+    used = wrong / (allowed + 1) if wrong <= allowed else float(wrong + 1)
+    return StageResult("detections", wrong <= allowed, used, f"{detail}; {reason}" if reason else detail)
+
+
+def _broken(stage: str, detail: str) -> StageResult:
+    return StageResult(stage, False, float("inf"), detail)

@@ -1,0 +1,133 @@
+"""Verification, the whole of it: stages, detections, traps, verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.evaluation.compare import ComparisonSummary, compare_all
+from anchorline.evaluation.dataset import Dataset
+from anchorline.evaluation.evaluate import Progress
+from anchorline.evaluation.side_by_side import SideBySide, write_side_by_side
+from anchorline.evaluation.traps import Compare, run_traps, traps
+from anchorline.evaluation.verify.bisect import LayerResult, first_differing_layer
+from anchorline.evaluation.verify.cuts import detection_cuts, on_canvas
+from anchorline.evaluation.verify.detection_check import DetectionCheck, check_detections
+from anchorline.evaluation.verify.report import VerifyReport
+from anchorline.evaluation.verify.stage_check import Frames, StageResult, check_stages
+from anchorline.evaluation.verify.subject import Subject
+from anchorline.evaluation.verify.tolerances import Tolerance, tolerance_for
+from anchorline.runtime.contract import Contract
+from anchorline.runtime.detections import Detections
+
+# Images whose stages are compared: enough to see a fault, few enough to hold every map in memory.
+_STAGE_IMAGES = 3
+WORST_IMAGES = 8
+
+
+def verify(
+    reference: Subject,
+    candidate: Subject,
+    dataset: Dataset,
+    *,
+    bisect: bool = False,
+    which_traps: Sequence[str] | None = None,
+    tolerance: Tolerance | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Compare ``candidate`` with ``reference`` on the images of ``dataset``.
+
+    ``tolerance`` is by default that of the less exact precision of the two. With ``bisect`` the first
+    differing layer is looked for when a stage differs. ``which_traps`` (names) is for callers without the
+    time for all of them (``evaluation/traps.py``).
+    """
+    ours, theirs = reference.detector, candidate.detector
+    limits = tolerance or tolerance_for(ours.precision, theirs.precision)
+    batches = _stage_batches(dataset, theirs.contract)
+    stages, note, layer = _look_inside(reference, candidate, batches, limits, bisect)
+    # Where each stage does the same with the same inputs, the order of equal scores is left to rounding.
+    sound = stages is not None and all(stage.passed for stage in stages)
+    detections = check_detections(reference, candidate, dataset, limits, progress, sound)
+    results = run_traps(
+        [
+            trap
+            for trap in traps(theirs.contract.max_batch)
+            if which_traps is None or trap.name in which_traps
+        ],
+        *(ours, theirs, _trap_comparison(ours.contract, limits, sound)),
+    )
+    return VerifyReport(
+        reference=reference.identity(),
+        candidate=candidate.identity(),
+        data=dataset.spec,
+        tolerance=dataclasses.asdict(limits),
+        detections=detections,
+        traps=tuple(results),
+        stages=stages,
+        stages_note=note,
+        layer=layer,
+    )
+
+
+def _trap_comparison(contract: Contract, limits: Tolerance, order_ties: bool) -> Compare:
+    """How the traps compare two lists of results."""
+    cuts = detection_cuts(contract, limits, order_ties)
+    cuts["score_threshold"] = max(cuts["score_threshold"], limits.trap_score)
+
+    def prepared(side: list[Detections]) -> list[Detections]:
+        return [on_canvas(each[each.scores >= limits.trap_score], contract) for each in side]
+
+    def compare(ours: list[Detections], theirs: list[Detections]) -> ComparisonSummary:
+        return compare_all(prepared(ours), prepared(theirs), **cuts, required_share=limits.traps)
+
+    return compare
+
+
+def write_worst_images(report: DetectionCheck, dataset: Dataset, path: Path) -> bool:
+    """Write the images on which the two differ most side by side; False where none differ."""
+    rows = [
+        SideBySide(
+            report.names[index],
+            dataset.images[index].load(),
+            report.reference[index],
+            report.candidate[index],
+            report.comparisons[index],
+        )
+        for index in report.worst(WORST_IMAGES)
+    ]
+    if rows:
+        write_side_by_side(path, rows)
+    return bool(rows)
+
+
+def _look_inside(
+    reference: Subject, candidate: Subject, batches: Sequence[Frames], limits: Tolerance, bisect: bool
+) -> tuple[tuple[StageResult, ...] | None, str | None, LayerResult | None]:
+    for side in (reference, candidate):
+        if side.stages is None:
+            return None, f"{side.path.name} shows its outputs only; compared end to end", None
+    stages = tuple(check_stages(reference, candidate, batches, limits))
+    inside = [stage.name for stage in stages if not stage.passed and stage.name != "preprocess"]
+    layer = first_differing_layer(reference, candidate, batches[-1], limits) if bisect and inside else None
+    return stages, None, layer
+
+
+def _stage_batches(dataset: Dataset, contract: Contract) -> list[Frames]:
+    """One image alone, then, where the model takes batches, two of different shape together.
+
+    The second of them fills a part of the canvas only, so that what happens in the padding counts.
+    """
+    frames = [image.load() for image in dataset.images[:_STAGE_IMAGES]]
+    part = _narrow(frames[-1])
+    if contract.max_batch == 1:
+        return [[frames[0]], [part]]
+    return [[frames[0]], [frames[min(1, len(frames) - 1)], part]]
+
+
+def _narrow(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The left half of a frame, which leaves much of a canvas empty."""
+    return np.ascontiguousarray(frame[:, : max(1, frame.shape[1] // 2)])

@@ -1,0 +1,142 @@
+"""The verb ``verify``: two files, opened by what they are, compared and recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.evaluation.dataset import Dataset
+from anchorline.evaluation.evaluate import Progress
+from anchorline.evaluation.specs import load_datasets
+from anchorline.evaluation.verify.material import first_images, from_frames, images_or_video, scenes
+from anchorline.evaluation.verify.record import write_not_executed, write_record
+from anchorline.evaluation.verify.report import VerifyReport
+from anchorline.evaluation.verify.subject import Subject, onnx_subject
+from anchorline.evaluation.verify.verifying import verify, write_worst_images
+from anchorline.runtime.detector import Detector
+from anchorline.runtime.engine_manifest import manifest_path
+from anchorline.runtime.errors import GpuError, ParityError, SettingsError
+
+
+_TORCHVISION_NOTE = (
+    "torchvision's canvas is each image's own size in multiples of 32; on a larger one the features near the "
+    "border differ (docs/import.md)"
+)
+
+
+def verify_files(
+    reference: str | Path,
+    candidate: str | Path,
+    *,
+    data: Sequence[str] = (),
+    images: Sequence[str] = (),
+    limit: int | None = None,
+    bisect: bool = False,
+    worst: Path | None = None,
+    reference_by: str = "anchorline",
+    provider: str = "auto",
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Compare ``candidate`` with ``reference`` and write the record beside the candidate.
+
+    On the labelled ``data`` (specs), on ``images`` (files, folders, a video), or on generated scenes.
+    A checkpoint on one side is opened on the canvas the other was exported for. ``worst`` is a .png for
+    the images that differ most. With ``reference_by="torchvision"`` the weights of the checkpoint
+    ``reference`` run in torchvision's own detector, which shows its detections only. Raises ``AnchorlineError`` for what cannot be opened.
+    """
+    if data and images:
+        raise SettingsError("both --data and --images are given; expected one of them")
+    if worst is not None and worst.suffix.lower() != ".png":
+        raise SettingsError(f"the picture of the worst images is {str(worst)!r}; expected a .png file")
+    reference, candidate = Path(reference), Path(candidate)
+    try:
+        theirs = _open(candidate, provider, None)
+    except GpuError as error:
+        reason = str(error).removeprefix(f"{candidate}: ")
+        write_not_executed(candidate, reason, reference if reference.is_file() else None)
+        raise
+    ours = (
+        _open_in_torchvision(reference, theirs)
+        if reference_by == "torchvision"
+        else _open(reference, provider, theirs)
+    )
+    try:
+        dataset = first_images(_material(data, images, ours.detector.contract.names), limit)
+        # torchvision sizes its canvas by the image, so the traps' odd shapes would differ by design.
+        which = () if reference_by == "torchvision" else None
+        report = verify(ours, theirs, dataset, bisect=bisect, which_traps=which, progress=progress)
+    finally:
+        ours.close()
+        theirs.close()
+    if reference_by == "torchvision":
+        report = dataclasses.replace(report, notes=(_TORCHVISION_NOTE,))
+    if worst is not None and not write_worst_images(report.detections, dataset, worst):
+        report = dataclasses.replace(report, notes=(*report.notes, f"{worst}: not written, no image differs"))
+    write_record(candidate, report)
+    return report
+
+
+def verify_engine(model: Path, engine: Path, images: Sequence[NDArray[np.uint8]] = ()) -> str:
+    """Compare a new ``engine`` with the ONNX ``model`` it was built from, and record it; says how it went.
+
+    Where this machine cannot run it, that is recorded and said, and is no failure. An engine that differs
+    is removed with its manifest, and ``ParityError`` raised.
+    """
+    try:
+        theirs = _open(engine, "auto", None)
+    except GpuError as error:
+        reason = str(error).removeprefix(f"{engine}: ")
+        write_not_executed(engine, reason, model)
+        return f"not verified: {reason}"
+    ours = onnx_subject(model, "cpu")
+    names = ours.detector.contract.names
+    dataset = from_frames("the given images", names, images) if images else scenes(names)
+    try:
+        report = verify(ours, theirs, dataset)
+    finally:
+        ours.close()
+        theirs.close()
+    if not report.passed:
+        for path in (engine, manifest_path(engine)):
+            path.unlink(missing_ok=True)
+        raise ParityError(
+            f"{engine}: the engine and {model.name} disagree in {report.reason}; "
+            "it was removed, --no-verify keeps it all the same"
+        )
+    write_record(engine, report)
+    return report.describe()
+
+
+def _open(path: Path, provider: str, other: Subject | None) -> Subject:
+    """One side, by what the file is."""
+    suffix = path.suffix.lower()
+    if suffix == ".engine":  # the engine itself or nothing: not the ONNX file that "auto" would run instead
+        return Subject(path, Detector(path, "tensorrt" if provider == "auto" else provider))
+    if suffix != ".safetensors":
+        return onnx_subject(path, provider)
+    from anchorline.train.subject import checkpoint_subject
+
+    return checkpoint_subject(path, None if other is None else other.detector.contract)
+
+
+def _open_in_torchvision(path: Path, other: Subject) -> Subject:
+    """The weights of a checkpoint in torchvision's own detector."""
+    if path.suffix.lower() != ".safetensors" or other.detector.contract.task != "detections":
+        raise SettingsError(
+            f"--reference torchvision is for a model.safetensors and detections; got {path} and the task "
+            f"{other.detector.contract.task}"
+        )
+    from anchorline.export.torchvision_reference import TorchvisionDetector
+    from anchorline.train.checkpoint import load_checkpoint
+
+    return Subject(path, TorchvisionDetector.of(*load_checkpoint(path)))
+
+
+def _material(data: Sequence[str], images: Sequence[str], names: tuple[str, ...]) -> Dataset:
+    if data:
+        return load_datasets(data, names=names)
+    return images_or_video(images, names) if images else scenes(names)

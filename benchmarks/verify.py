@@ -1,0 +1,120 @@
+"""How long verifying an ONNX file against its checkpoint takes, in how much memory, and how near the limits.
+
+    python benchmarks/verify.py RUN/model.safetensors RUN/model.onnx --data voc:DIR@test --limit 50
+    python benchmarks/verify.py --preset resnet50-fpn --data synthetic:50
+
+With ``--preset`` an untrained model of the preset is made and exported first. ``--seeds N`` repeats on N
+sets of generated scenes instead: none may raise an alarm. One row goes to ``results/verify.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from record import append_row
+
+from anchorline.evaluation.verify.report import VerifyReport
+from anchorline.verifying import verify_files
+
+
+def main() -> None:
+    """Verify, print, append the row; exit code 1 when the two differ."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="a checkpoint and its ONNX file")
+    parser.add_argument("--preset", help="make an untrained model of this preset instead")
+    parser.add_argument("--data", default="synthetic:50")
+    parser.add_argument("--limit", type=int, default=50)
+    parser.add_argument("--seeds", type=int, default=0, help="repeat on this many sets of generated scenes")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        files = arguments.files or _made(arguments.preset, Path(folder))
+        specs = [f"synthetic:{arguments.limit}@{seed}" for seed in range(arguments.seeds)] or [arguments.data]
+        reports, start = [], time.perf_counter()
+        for spec in specs:
+            source = (
+                {"images": _pictures(spec, Path(folder))}
+                if spec.startswith("synthetic:")
+                else {"data": [spec]}
+            )
+            reports.append(verify_files(*files, limit=arguments.limit, **source))
+            print(f"{spec}: {reports[-1].describe()}", file=sys.stderr)
+        seconds = time.perf_counter() - start
+    append_row("verify", f"python benchmarks/verify.py {_shown(arguments)}", _figures(reports, seconds))
+    sys.exit(0 if all(report.passed for report in reports) else 1)
+
+
+def _shown(arguments: argparse.Namespace) -> str:
+    """The command without this machine's folders."""
+    model = f"--preset {arguments.preset}" if arguments.preset else " ".join(f.name for f in arguments.files)
+    data = arguments.data.replace(str(Path(arguments.data.partition(":")[2]).parent) + "/", "")
+    if arguments.seeds:
+        return f"{model} --seeds {arguments.seeds} --limit {arguments.limit}"
+    return f"{model} --data {data} --limit {arguments.limit}"
+
+
+def _made(preset: str, folder: Path) -> list[Path]:
+    """An untrained model of ``preset`` with detections to compare, and its ONNX file."""
+    import torch
+
+    from anchorline.evaluation.synthetic import CLASS_NAMES
+    from anchorline.export.exporting import export_onnx
+    from anchorline.train.checkpoint import contract_of, save_checkpoint
+    from anchorline.train.faster_rcnn import FasterRCNN
+    from anchorline.train.settings import load_preset
+
+    torch.manual_seed(0)
+    model = FasterRCNN(load_preset(preset).model, len(CLASS_NAMES)).eval()
+    with torch.no_grad():
+        model.rpn.head.cls_logits.weight.mul_(10)
+        model.roi_heads.box_predictor.cls_score.weight.mul_(10)
+    checkpoint, onnx = folder / "model.safetensors", folder / "model.onnx"
+    save_checkpoint(checkpoint, model.state_dict(), model.settings, contract_of(model.settings, CLASS_NAMES))
+    del model
+    start = time.perf_counter()
+    export_onnx(checkpoint, onnx)
+    print(f"exported and verified with the quick set in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    return [checkpoint, onnx]
+
+
+def _pictures(spec: str, folder: Path) -> list[str]:
+    """Generated scenes as files, since a model of other classes can look at them without their labels."""
+    import cv2
+
+    from anchorline.evaluation.specs import load_dataset
+
+    target = folder / spec.replace(":", "-")
+    target.mkdir(exist_ok=True)
+    for image in load_dataset(spec):
+        cv2.imwrite(str(target / f"{image.id}.png"), image.load())
+    return [str(target)]
+
+
+def _figures(reports: list[VerifyReport], seconds: float) -> dict[str, object]:
+    stages = [stage for report in reports for stage in report.stages or ()]
+    worst = max(stages, key=lambda stage: stage.used)
+    totals = [report.detections.summary.total for report in reports]
+    return {
+        "passed": sum(report.passed for report in reports),
+        "of": len(reports),
+        "images": sum(report.detections.summary.images for report in reports),
+        "seconds": round(seconds),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "matched": sum(total.matched for total in totals),
+        "not_alike": sum(total.wrong for total in totals),
+        "excused": sum(total.borderline + total.nms_ties for total in totals),
+        "max_box_px": f"{max(total.max_box_error for total in totals):.2g}",
+        "max_score": f"{max(total.max_score_error for total in totals):.2g}",
+        "worst_stage": worst.name,
+        "worst_stage_limit_used": f"{worst.used:.2g}",
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The verb verify: two files in, a verdict, an exit code and a record out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from anchorline.cli import main
+from anchorline.evaluation.synthetic import CLASS_NAMES, generate_scene
+from anchorline.evaluation.verify.record import record_path
+from anchorline.export.graph import to_onnx
+from anchorline.train.checkpoint import contract_of, save_checkpoint
+from anchorline.train.faster_rcnn import FasterRCNN
+
+TRAPS = 13
+
+
+@pytest.fixture(scope="module")
+def artefacts(
+    small_model: Callable[..., FasterRCNN], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, Path]:
+    """A checkpoint, its ONNX file, and one with a fault: a class score that is off."""
+    folder = tmp_path_factory.mktemp("artefacts")
+    model = small_model("single", len(CLASS_NAMES))
+    contract = contract_of(model.settings, CLASS_NAMES, source={"command": "test"})
+    checkpoint, sound, faulty = (folder / name for name in ("model.safetensors", "sound.onnx", "faulty.onnx"))
+    save_checkpoint(checkpoint, model.state_dict(), model.settings, contract)
+    proto = to_onnx(model, contract)
+    onnx.save(proto, sound)
+    (bias,) = [t for t in proto.graph.initializer if t.name.endswith("cls_score.bias")]
+    values = numpy_helper.to_array(bias).copy()
+    values[1] += 0.5
+    bias.CopyFrom(numpy_helper.from_array(values, bias.name))
+    onnx.save(proto, faulty)
+    return checkpoint, sound, faulty
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "scene.png"
+    cv2.imwrite(str(path), generate_scene(3, (120, 200), 0)[0])
+    return path
+
+
+def test_two_that_agree(
+    artefacts: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, sound, _ = artefacts
+    figures = tmp_path / "verify.json"
+    data = ["--data", "synthetic:2"]
+    assert main(["verify", str(checkpoint), str(sound), *data, "--json", str(figures)]) == 0
+    assert "the numbers held" in capsys.readouterr().out
+    report = json.loads(figures.read_text(encoding="utf-8"))
+    assert report["passed"] is True
+    assert report["first_divergence"] is None
+    assert [stage["passed"] for stage in report["stages"]] == [True] * 10
+    assert report["detections"]["matched"] > 0
+    assert report["detections"]["accuracy"]["mean"]["ap50"]["delta"] == pytest.approx(0.0, abs=1e-3)
+    assert set(report["detections"]["accuracy"]) == {"mean", *CLASS_NAMES}
+    assert len(report["traps"]) == TRAPS
+    assert all(trap["passed"] for trap in report["traps"])
+
+    record = json.loads(record_path(sound).read_text(encoding="utf-8"))
+    assert record["artefact"]["sha256"] == hashlib.sha256(sound.read_bytes()).hexdigest()
+    assert record["reference"]["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert record["passed"] is True
+    assert record["date"].startswith("20")
+
+
+def test_two_that_differ(
+    artefacts: tuple[Path, Path, Path], picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The exit code is 1, the layer at fault is named, the images are shown side by side."""
+    _, sound, faulty = artefacts
+    worst = tmp_path / "worst.png"
+    command = ["verify", str(sound), str(faulty), "--images", str(picture), "--bisect", "--worst", str(worst)]
+    assert main(command) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "they differ; class_logits" in shown
+    assert "roi_heads.box_predictor.cls_score" in shown
+    assert cv2.imread(str(worst)).shape[1] > 300
+    assert json.loads(record_path(faulty).read_text(encoding="utf-8"))["passed"] is False
+
+
+def test_a_detector_equals_itself(artefacts: tuple[Path, Path, Path], picture: Path, tmp_path: Path) -> None:
+    checkpoint = artefacts[0]
+    worst = tmp_path / "worst.png"
+    assert (
+        main(["verify", str(checkpoint), str(checkpoint), "--images", str(picture), "--worst", str(worst)])
+        == 0
+    )
+    assert not worst.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["missing.safetensors", "{sound}"], "missing.safetensors: no such file"),
+        (["{sound}", "missing.onnx"], "missing.onnx: no such file"),
+        (["{sound}", "{picture}"], "scene.png"),
+        (["{sound}", "{sound}", "--data", "synthetic:2", "--images", "{picture}"], "expected one of them"),
+        (["{sound}", "{sound}", "--images", "nowhere"], "nowhere: no such file or folder"),
+        (["{sound}", "{sound}", "--data", "voc:nowhere@test"], "nowhere"),
+        (["{sound}", "{sound}", "--worst", "worst.jpg"], "expected a .png"),
+    ],
+)
+def test_what_cannot_be_compared(
+    artefacts: tuple[Path, Path, Path],
+    picture: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    named: str,
+) -> None:
+    places = {"sound": artefacts[1], "picture": picture}
+    assert main(["verify", *(argument.format(**places) for argument in arguments)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert named in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_video_is_sampled_over_its_whole_length(tmp_path: Path) -> None:
+    from anchorline.evaluation.verify.material import VIDEO_FRAMES, images_or_video
+
+    path = tmp_path / "long.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 25, (64, 48))
+    for index in range(3 * VIDEO_FRAMES):
+        writer.write(np.full((48, 64, 3), index, np.uint8))
+    writer.release()
+    dataset = images_or_video([path], ("object",))
+    assert VIDEO_FRAMES // 2 <= len(dataset) <= VIDEO_FRAMES
+    shades = [float(image.load().mean()) for image in dataset]
+    assert shades == sorted(shades)
+    assert shades[0] < 3
+    assert shades[-1] > 2.7 * VIDEO_FRAMES
