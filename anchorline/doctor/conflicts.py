@@ -1,0 +1,224 @@
+"""What is wrong with a machine's packages and driver, each with its remedy. Judges facts, gathers none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+from anchorline.doctor.findings import Finding
+from anchorline.doctor.machine import Machine
+from anchorline.doctor.packages import numbers
+
+OPENCV = (
+    "opencv-python",
+    "opencv-python-headless",
+    "opencv-contrib-python",
+    "opencv-contrib-python-headless",
+)
+ONNXRUNTIMES = (
+    "onnxruntime",
+    "onnxruntime-directml",
+    "onnxruntime-gpu",
+    "onnxruntime-migraphx",
+    "onnxruntime-openvino",
+    "onnxruntime-qnn",
+    "onnxruntime-rocm",
+    "onnxruntime-training",
+)
+"""Distributions that all install the module ``onnxruntime``."""
+OLDEST_DRIVER = {12: "525", 13: "580"}
+"""The oldest driver for a CUDA major version, from NVIDIA's table of minor version compatibility."""
+
+_CUDA_SUFFIX = re.compile(r"-cu(1[1-9])(?:-|$)")
+_CUDA_LOCAL_VERSION = re.compile(r"\+cu(1[1-9])\d")
+# Packages whose name does not tell and whose version is CUDA's own.
+_CUDA_VERSIONED = ("cuda-bindings", "cuda-python", "cuda-toolkit", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime")
+_PLACEHOLDER = (0, 0)  # nvidia-cublas-cu13 0.0.1 and its like are empty
+
+
+def find_conflicts(machine: Machine) -> list[Finding]:
+    """All findings about a machine, problems first."""
+    found = [finding for check in _CHECKS for finding in check(machine)]
+    return sorted(found, key=lambda each: each.level != "problem")
+
+
+def _opencv_twice(machine: Machine) -> Iterator[Finding]:
+    there = _installed(machine, OPENCV)
+    if len(there) < 2:
+        return
+    culprits = [
+        f"{requirer} {machine.packages[requirer]} requires {name}"
+        for name in there
+        for requirer in machine.requirers.get(name, ())
+        if name != "opencv-python-headless"
+    ]
+    remedy = f"pip uninstall -y {' '.join(there)}, then pip install opencv-python-headless"
+    if culprits:
+        remedy += f"; it will come back, because {', '.join(culprits)}"
+        if any(culprit.startswith("supervision ") for culprit in culprits):
+            remedy += "; upgrade it first: pip install 'supervision>=0.30'"  # which no longer requires it
+    yield Finding(
+        "problem",
+        f"OpenCV is installed {len(there)} times: {_listed(machine, there)}; one overwrites the other",
+        remedy,
+    )
+
+
+def _onnxruntime_twice(machine: Machine) -> Iterator[Finding]:
+    there = _installed(machine, ONNXRUNTIMES)
+    if len(there) < 2:
+        return
+    wanted = next((name for name in there if name != "onnxruntime"), "onnxruntime")
+    keep = wanted if machine.gpu.gpus or "onnxruntime" not in there else "onnxruntime"
+    yield Finding(
+        "problem",
+        f"onnxruntime is installed {len(there)} times: {_listed(machine, there)}; they install the same "
+        "files, and the later one broke the earlier",
+        f"pip uninstall -y {' '.join(there)}, then pip install {keep}",
+    )
+
+
+def _broken_imports(machine: Machine) -> Iterator[Finding]:
+    for module, state, names in (
+        ("numpy", machine.numpy, ("numpy",)),
+        ("cv2", machine.opencv, OPENCV),
+        ("onnxruntime", machine.onnxruntime, ONNXRUNTIMES),
+    ):
+        package = next(iter(_installed(machine, names)), None)
+        optional = package is None and state.error is None and module == "onnxruntime"
+        if state.version is not None or optional:
+            continue
+        if package == "opencv-python" and ".so" in (state.error or ""):
+            remedy = (
+                "it links display libraries that are not here: pip uninstall -y opencv-python, then "
+                "pip install opencv-python-headless"
+            )
+        elif package is None:
+            remedy = f"pip install {'opencv-python-headless' if module == 'cv2' else module}"
+        else:
+            remedy = f"pip install --force-reinstall --no-deps {package}"
+        reason = state.error or "there is no such module"
+        yield Finding("problem", f"{module} cannot be imported: {reason}", remedy)
+
+
+def _cuda_mixed(machine: Machine) -> Iterator[Finding]:
+    by_major = cuda_packages(machine)
+    if len(by_major) < 2:
+        return
+    newest = max(by_major)
+    driver = machine.gpu.cuda
+    fitting = [major for major in by_major if driver is None or major <= driver[0]]
+    keep = max(fitting, default=newest)
+    others = [name for major, names in sorted(by_major.items()) if major != keep for name in names]
+    shown = "; ".join(
+        f"CUDA {major}: {_listed(machine, names, most=4)}" for major, names in sorted(by_major.items())
+    )
+    yield Finding(
+        "problem",
+        f"packages for different CUDA versions are installed ({shown})",
+        f"keep CUDA {keep}: pip uninstall -y {' '.join(others)}, then install what needs them in its "
+        f"build for CUDA {keep}",
+    )
+
+
+def cuda_packages(machine: Machine) -> dict[int, list[str]]:
+    """The installed packages that belong to one CUDA major version, by that version."""
+    found: dict[int, list[str]] = {}
+    for name, version in sorted(machine.packages.items()):
+        if numbers(version)[:2] == _PLACEHOLDER:
+            continue
+        suffix, local = _CUDA_SUFFIX.search(name), _CUDA_LOCAL_VERSION.search(version)
+        if suffix or local:
+            found.setdefault(int((suffix or local).group(1)), []).append(name)  # type: ignore[union-attr]
+        elif name in _CUDA_VERSIONED and numbers(version):
+            found.setdefault(numbers(version)[0], []).append(name)
+    built_for = numbers(machine.onnxruntime_cuda)
+    if built_for and "onnxruntime-gpu" in machine.packages:
+        found.setdefault(built_for[0], []).append("onnxruntime-gpu")
+    return found
+
+
+def _driver_fault(machine: Machine) -> Iterator[Finding]:
+    if machine.gpu.fault is not None:
+        yield Finding(
+            "note",
+            f"the NVIDIA driver does not work: {machine.gpu.fault}",
+            "to use the GPU, install the driver again and restart; in a container, start it with --gpus all "
+            "and the driver capabilities compute and utility",
+        )
+
+
+def _driver_too_old(machine: Machine) -> Iterator[Finding]:
+    gpu, majors = machine.gpu, cuda_packages(machine)
+    if not gpu.gpus or gpu.cuda is None or not majors or min(majors) <= gpu.cuda[0]:
+        return
+    needed = min(majors)
+    yield Finding(
+        "problem",
+        f"the NVIDIA driver {gpu.driver or ''} runs CUDA up to {gpu.cuda[0]}.{gpu.cuda[1]}, but these "
+        f"packages are for CUDA {needed}: {_listed(machine, majors[needed], most=4)}",
+        f"install a driver from {OLDEST_DRIVER.get(needed, 'a newer release')} on, or the packages' builds "
+        f"for CUDA {gpu.cuda[0]}",
+    )
+
+
+def _tensorrt_parts(machine: Machine) -> Iterator[Finding]:
+    for flavour, module in (("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt_rtx")):
+        parts = tensorrt_packages(machine, flavour)
+        if len({numbers(machine.packages[name])[:3] for name in parts}) > 1:
+            yield Finding(
+                "problem",
+                f"the parts of {flavour} have different versions: {_listed(machine, parts)}",
+                f"pip uninstall -y {' '.join(parts)}, then pip install {flavour}",
+            )
+        if parts and not machine.importable.get(module, False):
+            yield Finding(
+                "problem",
+                f"{_listed(machine, parts)} is installed, but there is no module {module}",
+                f"pip install {flavour}=={machine.packages[parts[0]]}",
+            )
+
+
+def tensorrt_packages(machine: Machine, flavour: str) -> list[str]:
+    """The installed distributions of a flavour: the meta package, the bindings, the libraries."""
+    form = re.compile(rf"{flavour}(?:-cu\d+(?:-bindings|-libs)?)?")
+    return [name for name in sorted(machine.packages) if form.fullmatch(name)]
+
+
+def _half_a_pair(machine: Machine) -> Iterator[Finding]:
+    bindings, core = ("cuda-bindings" in machine.packages), ("cuda-core" in machine.packages)
+    if machine.gpu.gpus and bindings != core:
+        missing = "cuda-core" if bindings else "cuda-bindings"
+        there = "cuda-bindings" if bindings else "cuda-core"
+        yield Finding(
+            "note",
+            f"{there} is installed without {missing}, and running engines needs both",
+            f"pip install {missing}",
+        )
+    if "pycuda" in machine.packages and machine.gpu.cuda is None:
+        yield Finding(
+            "note",
+            "pycuda is installed, but without the driver's libcuda it cannot be imported",
+            "install the NVIDIA driver, or leave pycuda alone: Anchorline needs it for nothing else",
+        )
+
+
+_CHECKS: tuple[Callable[[Machine], Iterator[Finding]], ...] = (
+    _broken_imports,
+    _opencv_twice,
+    _onnxruntime_twice,
+    _cuda_mixed,
+    _driver_too_old,
+    _driver_fault,
+    _tensorrt_parts,
+    _half_a_pair,
+)
+
+
+def _installed(machine: Machine, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name in machine.packages]
+
+
+def _listed(machine: Machine, names: list[str], most: int = 8) -> str:
+    shown = [f"{name} {machine.packages[name]}" for name in names[:most]]
+    return ", ".join([*shown, f"{len(names) - most} more"] if len(names) > most else shown)

@@ -1,0 +1,551 @@
+"""What the doctor reads from artefacts, and what it says of those that cannot run here."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import save_file
+
+from anchorline.doctor import runtimes
+from anchorline.doctor.artefact import Artefact, read_artefact
+from anchorline.doctor.gpu import GpuState, find_gpus
+from anchorline.doctor.machine import Imported, Machine
+from anchorline.doctor.onnx_header import read_onnx_header
+from anchorline.doctor.runtimes import Runtime, runtime_findings, runtimes_for
+from anchorline.doctor.verification import read_verification
+from anchorline.evaluation.verify.record import write_not_executed
+from anchorline.runtime.contract import CONTRACT_KEY, Contract
+from anchorline.runtime.detector import Detector
+from anchorline.runtime.errors import ArtefactError, GpuError
+from anchorline.runtime.files import sha256_of
+
+Make = Callable[..., Machine]
+SIDE = 64
+NAMES = tuple(f"class {number}" for number in range(20))
+CONTRACT = Contract(
+    "detections",
+    NAMES,
+    (SIDE, SIDE),
+    mean=(0.0,) * 3,
+    std=(1.0,) * 3,
+    max_batch=8,
+    source={"command": "anchorline train --data x", "data": "voc:x@train", "settings": {"lr": 1}},
+)
+MANIFEST = {
+    "contract": json.loads(CONTRACT.to_json()),
+    "onnx": {"name": "model.onnx", "sha256": "0" * 64},
+    "flavour": "tensorrt",
+    "flavour_version": "10.16.1.11",
+    "compute_capabilities": [86],
+    "precision": "fp16",
+    "profiles": [{"batch": [1, 4, 8]}],
+    "engine": {"sha256": hashlib.sha256(b"plan").hexdigest()},
+    "options_hash": "1" * 64,
+}
+DAMAGED = settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def write_onnx(path: Path, contract: Contract | None = CONTRACT) -> Path:
+    """A graph that loads, with outputs that are constant."""
+    outputs = {
+        "boxes": np.zeros((1, 1, 4), np.float32),
+        "scores": np.zeros((1, 1), np.float32),
+        "labels": np.zeros((1, 1), np.int32),
+        "num_detections": np.zeros(1, np.int32),
+    }
+    nodes = [
+        helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value))
+        for name, value in outputs.items()
+    ]
+    inputs = [
+        helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", SIDE, SIDE, 3]),
+        helper.make_tensor_value_info("image_sizes", TensorProto.FLOAT, ["B", 2]),
+    ]
+    values = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for name, value in outputs.items()
+    ]
+    imports = [helper.make_opsetid("anchorline", 1), helper.make_opsetid("", 18)]
+    graph = helper.make_graph(nodes, "constant", inputs, values)
+    model = helper.make_model(graph, opset_imports=imports, ir_version=10, producer_name="anchorline")
+    if contract is not None:
+        helper.set_model_props(model, {"other": "ü" * 300, CONTRACT_KEY: contract.to_json()})
+    onnx.save(model, path)
+    return path
+
+
+def write_checkpoint(path: Path, metadata: dict[str, str] | None = None) -> Path:
+    if metadata is None:
+        metadata = {CONTRACT_KEY: CONTRACT.to_json()}
+    save_file({"weight": np.arange(100, dtype=np.float32)}, path, metadata=metadata)
+    return path
+
+
+def write_engine(path: Path, **changes: Any) -> Path:
+    """An engine file with its manifest; a change to ``...`` takes a key away."""
+    manifest = {key: value for key, value in {**MANIFEST, **changes}.items() if value is not ...}
+    path.write_bytes(b"plan")
+    path.with_name(f"{path.name}.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return path
+
+
+def complaint(path: Path) -> str:
+    """The error that reading gives, or nothing."""
+    try:
+        read_artefact(path)
+    except ArtefactError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture
+def artefacts(tmp_path: Path) -> dict[str, Artefact]:
+    (tmp_path / "engine").mkdir()  # of its own, since an ONNX file beside it is taken for its source
+    files = (
+        write_checkpoint(tmp_path / "model.safetensors"),
+        write_onnx(tmp_path / "model.onnx"),
+        write_engine(tmp_path / "engine" / "model.engine"),
+    )
+    return {each.kind: each for each in map(read_artefact, files)}
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "onnx", "engine"])
+def test_every_artefact_tells_what_it_is_and_what_made_it(kind: str, artefacts: dict[str, Artefact]) -> None:
+    artefact = artefacts[kind]
+    assert artefact.contract == CONTRACT
+    rows = artefact.rows()
+    assert rows["command"] == "anchorline train --data x"
+    assert rows["data"] == "voc:x@train"
+    assert "settings" not in rows
+    assert rows["task"] == "detections"
+    assert rows["classes"].endswith("class 10, class 11, ... (20 in all)")
+    assert rows["canvas"].startswith("64x64 ")
+    assert rows["input"].startswith("uint8")
+    assert rows["largest batch"] == "8"
+    assert rows["precision"] == ("fp16" if kind == "engine" else "fp32")
+    assert json.loads(json.dumps(artefact.to_json()))["contract"]["names"] == list(NAMES)
+
+
+def test_the_kinds_are_named(artefacts: dict[str, Artefact]) -> None:
+    assert artefacts["onnx"].details == {"kind": "ONNX graph, opset 18, written by anchorline"}
+    assert artefacts["engine"].details == {
+        "kind": "engine of TensorRT 10.16.1.11",
+        "compute capability": "sm_86",
+        "built from": "model.onnx",
+    }
+    assert "safetensors" in artefacts["checkpoint"].details["kind"]
+
+
+def test_the_onnx_header_is_what_onnx_reads(tmp_path: Path) -> None:
+    path = write_onnx(tmp_path / "model.onnx")
+    header, model = read_onnx_header(path), onnx.load(path)
+    assert header.metadata == {each.key: each.value for each in model.metadata_props}
+    assert header.producer == model.producer_name
+    assert header.opset == 18
+
+
+def test_an_artefact_without_origin_says_so(tmp_path: Path) -> None:
+    plain = dataclasses.replace(CONTRACT, source={}, max_batch=None)
+    rows = read_artefact(write_onnx(tmp_path / "model.onnx", plain)).rows()
+    assert (rows["made by"], rows["largest batch"]) == ("not stated", "any")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("missing.onnx", "no such file"),
+        ("missing.engine", "no such file"),
+        ("missing.safetensors", "no such file"),
+        ("model.pt", "expected a file that ends in .safetensors, .onnx or .engine"),
+        (".", "is a folder"),
+    ],
+)
+def test_a_wrong_path_is_one_line(name: str, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match=expected):
+        read_artefact(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors"])
+@pytest.mark.parametrize("content", [b"", b"\0", b"\xff" * 40, b"<html>not found</html>", b"{}" * 20])
+def test_a_file_of_something_else_is_told(suffix: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ArtefactError, match=r"not an ONNX file|not a readable safetensors file"):
+        read_artefact(path)
+
+
+@pytest.mark.parametrize("write", [write_onnx, write_checkpoint])
+def test_every_file_cut_short_is_told(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    whole = write(tmp_path / ("model.onnx" if write is write_onnx else "model.safetensors"))
+    content = whole.read_bytes()
+    for length in range(0, len(content), 7):
+        whole.write_bytes(content[:length])
+        with pytest.raises(ArtefactError) as caught:
+            read_artefact(whole)
+        assert "\n" not in str(caught.value)
+
+
+@DAMAGED
+@given(data=st.data())
+def test_flipped_bytes_never_break_the_readers(data: st.DataObject, tmp_path: Path) -> None:
+    for write, name in ((write_onnx, "model.onnx"), (write_checkpoint, "model.safetensors")):
+        path = write(tmp_path / name)
+        content = bytearray(path.read_bytes())
+        for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
+            content[place] = data.draw(st.integers(0, 255))
+        path.write_bytes(content)
+        assert "\n" not in complaint(path)
+
+
+def test_foreign_files_are_told_from_damaged_ones(tmp_path: Path) -> None:
+    for path in (
+        write_onnx(tmp_path / "model.onnx", None),
+        write_checkpoint(tmp_path / "model.safetensors", {"format": "pt"}),
+    ):
+        with pytest.raises(ArtefactError, match="has no anchorline contract"):
+            read_artefact(path)
+
+
+def test_an_engine_without_manifest_is_told(tmp_path: Path) -> None:
+    path = write_engine(tmp_path / "model.engine")
+    path.with_name("model.engine.json").unlink()
+    with pytest.raises(
+        ArtefactError, match=r"model\.engine\.json: no such file; an engine needs its manifest"
+    ):
+        read_artefact(path)
+
+
+def test_an_engine_that_is_not_the_manifest_s_is_told(tmp_path: Path) -> None:
+    path = write_engine(tmp_path / "model.engine")
+    path.write_bytes(b"")
+    with pytest.raises(ArtefactError, match=r"is not the engine that model\.engine\.json describes"):
+        read_artefact(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"contract": ...}, "'contract'"),
+        ({"contract": None}, "the contract is a NoneType"),
+        ({"contract": {"version": 99}}, "newer than"),
+        ({"flavour": "openvino"}, "flavour is 'openvino'"),
+        ({"flavour_version": ...}, "'flavour_version'"),
+        ({"precision": ...}, "'precision'"),
+        ({"compute_capabilities": "sm_86"}, "damaged manifest"),
+    ],
+)
+def test_a_damaged_manifest_names_the_key(changes: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match=expected) as caught:
+        read_artefact(write_engine(tmp_path / "model.engine", **changes))
+    assert "model.engine.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000])
+def test_a_manifest_that_is_no_json_object_is_told(text: str, tmp_path: Path) -> None:
+    path = write_engine(tmp_path / "model.engine")
+    path.with_name("model.engine.json").write_text(text)
+    with pytest.raises(ArtefactError, match=r"model\.engine\.json: (the manifest is not JSON|holds a)"):
+        read_artefact(path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@DAMAGED
+@given(key=st.sampled_from(sorted(MANIFEST)), value=JSON)
+def test_any_value_in_the_manifest_is_read_or_told(key: str, value: Any, tmp_path: Path) -> None:
+    message = complaint(write_engine(tmp_path / "model.engine", **{key: value}))
+    assert not message or "model.engine.json" in message
+
+
+@pytest.mark.parametrize("onnx", [..., "model.onnx", {"name": "model.onnx"}, {"name": 3, "sha256": "0"}])
+def test_an_engine_whose_source_is_not_stated(onnx: Any, tmp_path: Path, make_machine: Make) -> None:
+    artefact = read_artefact(write_engine(tmp_path / "model.engine", onnx=onnx))
+    assert artefact.details["built from"] == "not stated"
+    (found,) = runtimes_for(artefact, make_machine({"tensorrt": "11.4.0"}))
+    assert found.reason.endswith("build it again here from its ONNX file")
+    assert len(runtime_findings(artefact, [found])) == 1
+
+
+# Which runtimes run it.
+
+
+def test_pytorch_runs_a_checkpoint_where_it_is_installed(
+    artefacts: dict[str, Artefact], make_machine: Make
+) -> None:
+    packages = {"torch": "2.15.0", "torchvision": "0.29.2", "safetensors": "0.8.0"}
+    (with_torch,) = runtimes_for(artefacts["checkpoint"], make_machine(packages))
+    assert with_torch.runs
+    assert with_torch.reason.startswith("torch 2.15.0, torchvision 0.29.2, safetensors 0.8.0")
+    packages.pop("torchvision")
+    (without,) = runtimes_for(artefacts["checkpoint"], make_machine(packages))
+    assert not without.runs
+    assert without.reason == "torchvision not installed: pip install 'anchorline[train]'"
+    (finding,) = runtime_findings(artefacts["checkpoint"], [without])
+    assert finding.level == "problem"
+    assert "model.safetensors cannot run here" in finding.text
+
+
+def test_onnxruntime_loads_the_file_itself(artefacts: dict[str, Artefact], make_machine: Make) -> None:
+    (cpu,) = runtimes_for(artefacts["onnx"], make_machine())
+    assert cpu == Runtime("onnxruntime, cpu", True, "onnxruntime 1.32.0 loads it")
+    assert runtime_findings(artefacts["onnx"], [cpu]) == []
+
+
+def test_a_file_that_onnxruntime_refuses_does_not_run(tmp_path: Path, make_machine: Make) -> None:
+    path = write_onnx(tmp_path / "model.onnx", dataclasses.replace(CONTRACT, canvas=(32, 32)))
+    (cpu,) = runtimes_for(read_artefact(path), make_machine())
+    assert not cpu.runs
+    assert "its contract expects uint8 [B, 32, 32, 3]" in cpu.reason
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"onnxruntime": Imported()}, "onnxruntime is not installed: pip install 'anchorline[cpu]'"),
+        (
+            {"onnxruntime": Imported(error="bad ELF")},
+            "onnxruntime is broken: it cannot be imported (bad ELF)",
+        ),
+        ({"providers": ()}, "onnxruntime has no CPUExecutionProvider: pip install onnxruntime"),
+    ],
+)
+def test_why_onnxruntime_cannot_run_a_file(
+    facts: dict[str, Any], expected: str, artefacts: dict[str, Artefact], make_machine: Make
+) -> None:
+    (cpu,) = runtimes_for(artefacts["onnx"], make_machine(**facts))
+    assert (cpu.runs, cpu.reason) == (False, expected)
+
+
+def test_a_provider_that_anchorline_does_not_offer(
+    artefacts: dict[str, Artefact],
+    make_machine: Make,
+    gpu_state: Callable[..., GpuState],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    providers = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    machine = make_machine(providers=providers)
+    monkeypatch.setattr(runtimes, "PROVIDERS", {"cpu": "CPUExecutionProvider"})
+    cpu, cuda = runtimes_for(artefacts["onnx"], machine)
+    assert cpu.runs
+    assert (cuda.runs, cuda.reason) == (False, "this version of anchorline does not offer it")
+    monkeypatch.setattr(runtimes, "PROVIDERS", {"cpu": "", "cuda": "", "openvino": ""})
+    reasons = {each.name: (each.runs, each.reason) for each in runtimes_for(artefacts["onnx"], machine)}
+    assert reasons["onnxruntime, cuda"] == (False, "there is no NVIDIA GPU here")
+    assert reasons["onnxruntime, openvino"] == (
+        False,
+        "onnxruntime has no OpenVINOExecutionProvider: pip install onnxruntime-ep-openvino",
+    )
+    with_gpu = make_machine(providers=providers, gpu=gpu_state())
+    assert {each.name for each in runtimes_for(artefacts["onnx"], with_gpu) if each.runs} == {
+        "onnxruntime, cpu",
+        "onnxruntime, cuda",
+    }
+
+
+def test_an_engine_runs_where_it_was_built_for(
+    artefacts: dict[str, Artefact], make_machine: Make, gpu_state: Callable[..., GpuState]
+) -> None:
+    machine = make_machine({"tensorrt": "10.16.1.11", "tensorrt-cu13": "10.16.1.11"}, gpu=gpu_state(86))
+    (found,) = runtimes_for(artefacts["engine"], machine)
+    assert found.runs
+    assert found.reason.startswith("TensorRT 10.16.1.11 on NVIDIA Test")
+    assert runtime_findings(artefacts["engine"], [found]) == []
+
+
+def test_what_is_said_of_an_engine_is_what_the_detector_does(tmp_path: Path, make_machine: Make) -> None:
+    """Without a GPU its ONNX file runs, if it lies beside it and is the very one."""
+    onnx = write_onnx(tmp_path / "model.onnx", CONTRACT)
+    stated = {"name": "model.onnx", "sha256": hashlib.sha256(onnx.read_bytes()).hexdigest()}
+    artefact = read_artefact(write_engine(tmp_path / "model.engine", onnx=stated))
+    engine, instead = runtimes_for(artefact, make_machine())
+    assert not engine.runs
+    assert instead == Runtime("onnxruntime, cpu, with model.onnx", True, "onnxruntime 1.32.0 loads it")
+    assert runtime_findings(artefact, [engine, instead]) == []
+    if not find_gpus().gpus:
+        with Detector(artefact.path, threads=1) as detector:
+            assert detector.provider == "cpu"
+        with pytest.raises(GpuError, match="cannot run here"):
+            Detector(artefact.path, provider="tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "said"),
+    [
+        ("11.4.0.106", 90, "this machine has sm_90 and TensorRT 11.4.0.106"),
+        ("10.16.0.72", 86, "this machine has sm_86 and TensorRT 10.16.0.72"),
+        ("10.16.1.11", 89, "this machine has sm_89 and TensorRT 10.16.1.11"),
+    ],
+)
+def test_an_engine_for_another_machine_says_which(
+    version: str,
+    capability: int,
+    said: str,
+    artefacts: dict[str, Artefact],
+    make_machine: Make,
+    gpu_state: Callable[..., GpuState],
+) -> None:
+    machine = make_machine({"tensorrt": version}, gpu=gpu_state(capability))
+    (found,) = runtimes_for(artefacts["engine"], machine)
+    assert not found.runs
+    assert found.reason == (
+        f"built for sm_86 with TensorRT 10.16.1.11; {said}: build it again here from model.onnx"
+    )
+    (finding,) = runtime_findings(artefacts["engine"], [found])
+    assert (finding.level, finding.text) == ("problem", "model.engine cannot run here")
+    assert found.reason in finding.remedy
+
+
+def test_an_engine_on_a_bare_machine_names_all_that_is_missing(
+    artefacts: dict[str, Artefact], make_machine: Make
+) -> None:
+    (found,) = runtimes_for(artefacts["engine"], make_machine())
+    assert found.reason == (
+        "TensorRT is not installed: pip install 'tensorrt==10.16.1.*'; there is no NVIDIA GPU here"
+    )
+    (broken,) = runtimes_for(
+        artefacts["engine"], make_machine({"tensorrt": "10.16.1.11"}, gpu=GpuState(fault="cuInit 803"))
+    )
+    assert broken.reason == "there is no NVIDIA GPU here (cuInit 803)"
+
+
+def test_the_flavours_do_not_stand_in_for_each_other(
+    tmp_path: Path, make_machine: Make, gpu_state: Callable[..., GpuState]
+) -> None:
+    facts = {"flavour": "tensorrt-rtx", "flavour_version": "1.7.1.116", "compute_capabilities": [86, 120]}
+    artefact = read_artefact(write_engine(tmp_path / "model.engine", **facts))
+    (full,) = runtimes_for(artefact, make_machine({"tensorrt": "1.7.1.116"}, gpu=gpu_state(120)))
+    assert full.reason == "TensorRT for RTX is not installed: pip install 'tensorrt-rtx-cu13==1.7.1.*'"
+    rtx = make_machine({"tensorrt-rtx-cu13": "1.7.1.116"}, gpu=gpu_state(120))
+    assert runtimes_for(artefact, rtx)[0].runs
+    assert not runtimes_for(artefact, dataclasses.replace(rtx, gpu=gpu_state(90)))[0].runs
+
+
+def test_an_engine_that_states_no_capability_is_not_held_against_the_gpu(
+    tmp_path: Path, make_machine: Make, gpu_state: Callable[..., GpuState]
+) -> None:
+    artefact = read_artefact(write_engine(tmp_path / "model.engine", compute_capabilities=[]))
+    assert artefact.details["compute capability"] == "not stated"
+    assert runtimes_for(artefact, make_machine({"tensorrt": "10.16.1.2"}, gpu=gpu_state(90)))[0].runs
+
+
+def test_an_onnx_file_that_is_no_longer_the_engine_s_own(
+    tmp_path: Path, make_machine: Make, gpu_state: Callable[..., GpuState]
+) -> None:
+    source = write_onnx(tmp_path / "model.onnx")
+    machine = make_machine({"tensorrt": "10.16.1.11"}, gpu=gpu_state(86))
+    own = {"name": source.name, "sha256": sha256_of(source)}
+    current = read_artefact(write_engine(tmp_path / "model.engine", onnx=own))
+    assert runtime_findings(current, runtimes_for(current, machine)) == []
+    write_onnx(source, dataclasses.replace(CONTRACT, max_batch=4))
+    (finding,) = runtime_findings(current, runtimes_for(current, machine))
+    assert (finding.level, "model.onnx has changed" in finding.text) == ("note", True)
+    assert finding.remedy == f"anchorline build {source} --out {current.path}"
+
+
+# Whether it was verified.
+
+
+def write_verified(artefact: Path, reference: Path, /, **changes: Any) -> None:
+    record = {
+        "artefact": {"name": artefact.name, "sha256": sha256_of(artefact)},
+        "reference": {"name": reference.name, "sha256": sha256_of(reference)},
+        "passed": True,
+        "not_executed": None,
+        "date": "2026-11-22T18:00:00+00:00",
+        **changes,
+    }
+    artefact.with_name(f"{artefact.name}.verify.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    return write_onnx(tmp_path / "model.onnx"), write_checkpoint(tmp_path / "model.safetensors")
+
+
+def test_a_verified_artefact(pair: tuple[Path, Path]) -> None:
+    write_verified(*pair)
+    found = read_verification(pair[0])
+    assert found.state == "verified"
+    assert found.text == "agrees with model.safetensors, verified on 2026-11-22T18:00:00+00:00"
+    assert found.findings(pair[0]) == []
+    pair[1].unlink()  # the reference need not be on this machine
+    assert read_verification(pair[0]).state == "verified"
+
+
+def test_a_failed_verification_is_a_problem(pair: tuple[Path, Path]) -> None:
+    write_verified(*pair, passed=False)
+    found = read_verification(pair[0])
+    (finding,) = found.findings(pair[0])
+    assert (found.state, finding.level) == ("failed", "problem")
+    assert "model.onnx: differs from model.safetensors" in finding.text
+    assert finding.remedy == f"anchorline verify model.safetensors {pair[0]}"
+
+
+def test_a_record_of_another_file_is_stale(pair: tuple[Path, Path]) -> None:
+    write_verified(*pair)
+    write_onnx(pair[0], dataclasses.replace(CONTRACT, max_batch=2))
+    found = read_verification(pair[0])
+    assert (found.state, "it has changed since 2026-11-22" in found.text) == ("stale", True)
+    assert found.findings(pair[0])[0].level == "note"
+
+
+def test_another_reference_makes_a_record_stale(pair: tuple[Path, Path]) -> None:
+    write_verified(*pair)
+    write_checkpoint(pair[1], {CONTRACT_KEY: CONTRACT.to_json(), "more": "1"})
+    found = read_verification(pair[0])
+    assert (found.state, "model.safetensors has changed" in found.text) == ("stale", True)
+
+
+def test_a_file_that_was_not_executed(pair: tuple[Path, Path]) -> None:
+    write_not_executed(pair[0], "there is no GPU here", pair[1])
+    found = read_verification(pair[0])
+    assert found.state == "not executed"
+    assert "there is no GPU here" in found.text
+    (finding,) = found.findings(pair[0])
+    assert finding.level == "note"
+    assert finding.remedy.endswith("on a machine that can run it")
+    write_not_executed(pair[0], "told not to")
+    assert read_verification(pair[0]).reference is None
+
+
+def test_no_record_is_a_note(pair: tuple[Path, Path]) -> None:
+    found = read_verification(pair[0])
+    assert found.state == "missing"
+    (finding,) = found.findings(pair[0])
+    assert (finding.level, finding.remedy) == ("note", f"anchorline verify REFERENCE {pair[0]}")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{}", '{"artefact": 1, "passed": true}', "\0", "[" * 99_999])
+def test_a_damaged_record_is_told(text: str, pair: tuple[Path, Path]) -> None:
+    pair[0].with_name("model.onnx.verify.json").write_text(text)
+    assert read_verification(pair[0]).state == "damaged"
+
+
+@DAMAGED
+@given(key=st.sampled_from(["artefact", "reference", "passed", "not_executed", "date"]), value=JSON)
+def test_any_value_in_a_record_is_read_or_told(key: str, value: Any, tmp_path: Path) -> None:
+    artefact, reference = tmp_path / "model.onnx", tmp_path / "model.safetensors"
+    artefact.write_bytes(b"1")
+    reference.write_bytes(b"2")
+    write_verified(artefact, reference, **{key: value})
+    found = read_verification(artefact)
+    assert found.text
+    assert "\n" not in found.text or isinstance(value, str)
