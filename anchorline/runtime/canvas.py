@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import cast
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.contract import ResizeRule
+from anchorline.runtime.float_resize import resize_float
+
+COARSEST_STRIDE = 32
 
 
 @dataclass(frozen=True)
@@ -37,23 +41,36 @@ class Placement:
 
 
 def place(source_size: tuple[int, int], canvas: tuple[int, int], resize: ResizeRule) -> Placement:
-    """Choose the largest scale at which a frame of ``source_size`` fits ``canvas`` and ``resize``.
+    """Scale a frame of ``source_size`` as ``resize`` says or, where that does not fit, to fit ``canvas``.
 
-    All sizes are (height, width) in pixels. Scaled sides are rounded down as torchvision does
-    (``GeneralizedRCNNTransform``), in exact arithmetic, so a frame that fits exactly fills the
-    canvas to the last pixel; no side falls below one pixel.
+    All sizes are (height, width) in pixels. Scaled sides are rounded down, and no side falls below one
+    pixel. To fit the canvas the arithmetic is exact, so such a frame fills the canvas to the last pixel.
     """
     height, width = source_size
-    bounds = [Fraction(canvas[0], height), Fraction(canvas[1], width)]
+    valid = _scaled_by_rule(height, width, resize)
+    if valid is None or valid[0] > canvas[0] or valid[1] > canvas[1]:
+        scale = min(Fraction(canvas[0], height), Fraction(canvas[1], width))
+        valid = (int(height * scale), int(width * scale))
+    return Placement(source=(height, width), valid=(max(1, valid[0]), max(1, valid[1])))
+
+
+def _scaled_by_rule(height: int, width: int, resize: ResizeRule) -> tuple[int, int] | None:
+    """The size that ``resize`` alone asks for; ``None`` when it sets no bound.
+
+    In double precision, as in torchvision's ``GeneralizedRCNNTransform`` and
+    ``torch.nn.functional.interpolate``: 97 x 97 at a shorter side of 800 becomes 799 x 799 there.
+    """
+    scales = []
     if resize.shorter_side is not None:
-        bounds.append(Fraction(resize.shorter_side, min(height, width)))
+        scales.append(resize.shorter_side / min(height, width))
     if resize.longer_side is not None:
-        bounds.append(Fraction(resize.longer_side, max(height, width)))
-    scale = min(bounds)
-    return Placement(
-        source=(height, width),
-        valid=(max(1, int(height * scale)), max(1, int(width * scale))),
-    )
+        scales.append(resize.longer_side / max(height, width))
+    return (int(height * min(scales)), int(width * min(scales))) if scales else None
+
+
+def padded(size: tuple[int, int]) -> tuple[int, int]:
+    """The smallest canvas for ``size``, (height, width): multiples of a backbone's coarsest stride."""
+    return -(-size[0] // COARSEST_STRIDE) * COARSEST_STRIDE, -(-size[1] // COARSEST_STRIDE) * COARSEST_STRIDE
 
 
 def to_canvas(
@@ -61,8 +78,8 @@ def to_canvas(
 ) -> None:
     """Resize ``frame`` (uint8 [H, W, 3]) bilinearly into the top left of ``out`` and zero the rest.
 
-    ``out`` is the canvas [CH, CW, 3], uint8 or float32, and may hold anything before. For float32
-    the frame is converted first, so the resize does not round to whole grey levels.
+    ``out`` is the canvas [CH, CW, 3], uint8 or float32, and may hold anything before. A float32 canvas
+    is filled as PyTorch resizes (see ``float_resize``), without rounding to whole grey levels.
     """
     height, width = placement.valid
     if frame.strides[1:] != (3, 1) or frame.strides[0] < 0:
@@ -70,9 +87,10 @@ def to_canvas(
     inner = out[:height, :width]
     if placement.valid == placement.source:
         inner[...] = frame
+    elif out.dtype == np.float32:
+        resize_float(frame, cast("NDArray[np.float32]", inner))
     else:
-        pixels = frame if out.dtype == np.uint8 else frame.astype(np.float32)
-        cv2.resize(pixels, (width, height), dst=inner, interpolation=cv2.INTER_LINEAR)
+        cv2.resize(frame, (width, height), dst=inner, interpolation=cv2.INTER_LINEAR)
     out[height:] = 0
     out[:height, width:] = 0
 

@@ -19,6 +19,9 @@ from anchorline.runtime.errors import ArtefactError
 CONTRACT_KEY = "anchorline.contract"
 CONTRACT_VERSION = 1
 
+# In ``Contract.source``: the canvas that an export was told to use instead of the checkpoint's.
+CANVAS_KEY = "canvas"
+
 TASKS = ("detections", "proposals")
 INPUT_DTYPES = ("uint8", "float32")
 CHANNEL_ORDERS = ("rgb", "bgr")
@@ -30,7 +33,7 @@ class ResizeRule:
 
     The scale is the largest one for which the frame fits the canvas, its shorter side is at most
     ``shorter_side`` and its longer side at most ``longer_side`` (both in pixels; ``None`` sets no
-    bound). The aspect ratio is kept.
+    bound). The aspect ratio is kept. Sizes are rounded as torchvision does (see ``canvas.place``).
     """
 
     shorter_side: int | None = None

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anchorline.runtime.canvas import Placement, boxes_to_canvas, boxes_to_source, place, to_canvas
+from anchorline.runtime.canvas import Placement, boxes_to_canvas, boxes_to_source, padded, place, to_canvas
 from anchorline.runtime.contract import ResizeRule
+from anchorline.runtime.float_resize import resize_float
 
 SIDES = st.integers(1, 6000)
 BOUNDS = st.none() | st.integers(1, 2000)
@@ -42,12 +43,11 @@ def test_a_placed_frame_fits_and_touches_a_bound(height, width, canvas_height, c
     assert 1 <= valid_height <= canvas_height
     assert 1 <= valid_width <= canvas_width
     short, long = sorted(placement.valid)
-    if rule.shorter_side is not None:
-        assert short <= rule.shorter_side
-    if rule.longer_side is not None:
-        assert long <= rule.longer_side
     touched = [valid_height == canvas_height, valid_width == canvas_width]
-    touched += [short == rule.shorter_side, long == rule.longer_side]
+    for side, bound in ((short, rule.shorter_side), (long, rule.longer_side)):
+        assert bound is None or side <= bound
+        # In double precision, as in torchvision, a side may come out one pixel short of its bound.
+        touched += [bound is not None and side >= bound - 1]
     assert any(touched)
 
 
@@ -60,11 +60,22 @@ def test_a_frame_of_the_canvas_size_is_not_resized(height, width):
 def test_the_scale_is_torchvisions(height, width):
     """GeneralizedRCNNTransform: floor of the side times min(min_size / shorter, max_size / longer)."""
     scale = min(800 / min(height, width), 1333 / max(height, width))
-    valid = place((height, width), (1333, 1333), ResizeRule(800, 1333)).valid
-    for side, placed in zip((height, width), valid, strict=True):
-        expected = side * scale
-        on_the_edge = abs(expected - round(expected)) < 1e-6  # float rounding decides there in torchvision
-        assert placed == (round(expected) if on_the_edge else max(1, int(expected)))
+    expected = (max(1, int(height * scale)), max(1, int(width * scale)))
+    assert place((height, width), (1344, 1344), ResizeRule(800, 1333)).valid == expected
+
+
+def test_a_rule_that_does_not_fit_the_canvas_gives_way() -> None:
+    rule = ResizeRule(800, 1333)
+    assert place((480, 640), (800, 1088), rule).valid == (800, 1066)
+    assert place((480, 640), (800, 1056), rule).valid == (792, 1056)
+    assert place((97, 97), (800, 800), rule).valid == (799, 799)
+
+
+@pytest.mark.parametrize(
+    ("size", "canvas"), [((1, 1), (32, 32)), ((32, 33), (32, 64)), ((800, 1066), (800, 1088))]
+)
+def test_the_smallest_canvas_is_a_multiple_of_32(size, canvas):
+    assert padded(size) == canvas
 
 
 @given(SIDES, SIDES, RULES, st.integers(0, 2**32 - 1))
@@ -100,7 +111,8 @@ def test_to_canvas_fills_the_corner_and_zeroes_the_rest(size, dtype):
     to_canvas(frame, placement, out)
     height, width = placement.valid
     expected = cv2.resize(frame.astype(dtype), (width, height), interpolation=cv2.INTER_LINEAR)
-    np.testing.assert_array_equal(out[:height, :width], expected)
+    # In float the sampling places are PyTorch's, computed in single precision.
+    np.testing.assert_allclose(out[:height, :width], expected, rtol=0, atol=0 if dtype == np.uint8 else 0.02)
     assert not out[height:].any()
     assert not out[:, width:].any()
 
@@ -146,3 +158,19 @@ def test_pixels_and_boxes_move_together():
     assert abs(rows.max() + 1 - y2) <= 0.5
     assert abs(columns.min() - x1) <= 0.5
     assert abs(columns.max() + 1 - x2) <= 0.5
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 90), st.integers(1, 90))
+def test_a_float_resize_mixes_the_nearest_pixels(height, width, rows, columns):
+    """Worked in double precision: half-pixel centres, edges repeated; nothing is rounded to grey levels."""
+    frame = np.random.default_rng(height * 41 + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    out = np.empty((rows, columns, 3), np.float32)
+    resize_float(frame, out)
+
+    def weights(source, target):
+        places = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
+        return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(source)))
+
+    tall = np.tensordot(weights(height, rows), frame.astype(np.float64), axes=(1, 0))
+    expected = np.tensordot(tall, weights(width, columns), axes=(1, 1)).transpose(0, 2, 1)
+    np.testing.assert_allclose(out, expected, atol=0.01)
