@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from anchorline.evaluation.dataset import Dataset
 
 Provider = Literal["auto", "cpu"]
+Policy = Literal["wait", "latest"]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as JSON.")]
 DataOption = Annotated[
     list[str],
@@ -60,11 +61,16 @@ def _anchorline(
 @app.command()
 def detect(
     sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE", help="Images, folders of images or videos.")
+        list[str],
+        typer.Argument(
+            metavar="SOURCE",
+            help="Images, folders, videos, webcam numbers, rtsp:// or http:// streams; NAME=... names it.",
+        ),
     ],
     model: Annotated[Path, typer.Option(help="An exported model.onnx.")],
     save: Annotated[
-        Path | None, typer.Option(help="Write annotated images into this folder, or a video to this .mp4.")
+        Path | None,
+        typer.Option(help="Write annotated copies into this folder, or a single one to this file."),
     ] = None,
     jsonl: Annotated[Path | None, typer.Option(help="Write one JSON line a frame to this file.")] = None,
     provider: ProviderOption = "auto",
@@ -77,15 +83,70 @@ def detect(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of the network (default: one a core).")
     ] = None,
+    policy: Annotated[
+        Policy | None,
+        typer.Option(help="wait: every frame (files); latest: drop what is late (cameras, streams)."),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Frames detected together at most (default: one a source).")
+    ] = None,
+    max_wait: Annotated[
+        float, typer.Option(min=0, help="Seconds that a frame waits at most for others of its batch.")
+    ] = 0.01,
+    classes: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Keep this class; may be repeated.")
+    ] = None,
+    min_score: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[CLASS=]SCORE", help="Keep scores from this on; may be repeated."),
+    ] = None,
+    region: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="X1,Y1,X2,Y2|X,Y X,Y X,Y",
+            help="Keep boxes whose centre lies in it, in fractions of the frame; may be repeated.",
+        ),
+    ] = None,
+    max_detections: Annotated[int | None, typer.Option(min=1, help="Keep the best N of a frame.")] = None,
+    stride: Annotated[int, typer.Option(min=1, help="Take one frame in N.")] = 1,
+    decoder: Annotated[
+        Literal["opencv", "pyav"], typer.Option(help="What reads videos and streams.")
+    ] = "opencv",
+    stall: Annotated[
+        float, typer.Option(min=0.1, help="Open a live source again that delivers nothing for N seconds.")
+    ] = 10.0,
+    report: Annotated[
+        Path | None, typer.Option(help="Draw the age of results over time and the stages to this .png.")
+    ] = None,
     json: JsonOption = None,
 ) -> None:
-    """Detect objects in images and videos."""
-    from anchorline.runtime import Detector
+    """Detect objects in images, videos, cameras and streams."""
+    from anchorline.runtime import Detector, Filters
     from anchorline.runtime import detect as detect_sources
+    from anchorline.runtime.pipeline.filters import parse_min_scores, parse_region
 
+    filters = Filters(
+        classes=tuple(classes or ()),
+        min_scores=parse_min_scores(min_score or ()),
+        regions=tuple(parse_region(each) for each in region or ()),
+        max_detections=max_detections,
+    )
     with Detector(model, provider, score_threshold, threads) as detector:
         summary = detect_sources(
-            sources, detector, save, jsonl, progress=sys.stderr.isatty(), shown_score=shown_score
+            sources,
+            detector,
+            save,
+            jsonl,
+            progress=sys.stderr.isatty(),
+            shown_score=shown_score,
+            policy=policy,
+            stride=stride,
+            batch=batch,
+            max_wait=max_wait,
+            filters=filters,
+            decoder=decoder,
+            stall=stall,
+            report=report,
         )
     warn(summary.warnings)
     show_report(summary, json)
@@ -138,7 +199,11 @@ def train(
         typer.Option(metavar="SPEC", help="Validation data; the best checkpoint by mAP50 is kept."),
     ] = None,
     backbone_weights: Annotated[
-        Path | None, typer.Option(help="ImageNet weights of the backbone (.pth or .safetensors).")
+        str | None,
+        typer.Option(
+            metavar="FILE|imagenet",
+            help="ImageNet weights of the backbone: a .pth or .safetensors, or torchvision's own.",
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -184,6 +249,64 @@ def train(
         raise KeyboardInterrupt
 
 
+@app.command("import")
+def import_(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A state dict (.pth, .pt, .safetensors), a training checkpoint, or the name of "
+            "torchvision's weights.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The model.safetensors to write.")],
+    arch: Annotated[
+        str | None, typer.Option(help="torchvision's name, such as fasterrcnn_resnet50_fpn.")
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="Class names without the background, one a line or a JSON list (default: COCO's)."),
+    ] = None,
+    canvas: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Another network input size, multiples of 32.")
+    ] = None,
+    resize: Annotated[
+        str | None, typer.Option(metavar="MINxMAX", help="The model's min_size and max_size, as 800x1333.")
+    ] = None,
+    batch_norm_eps: Annotated[
+        float | None, typer.Option(help="Eps of the backbone's batch norms, where it is not the usual one.")
+    ] = None,
+    fast_resize: Annotated[
+        bool, typer.Option("--fast-resize", help="Resize bytes instead of floats: faster, not exact.")
+    ] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting that was not the default when trained."),
+    ] = None,
+) -> None:
+    """Turn a torchvision detector's checkpoint into a model.safetensors with the same detections."""
+    from anchorline.export.importing import import_checkpoint
+    from anchorline.runtime.contract import ResizeRule
+
+    result = import_checkpoint(
+        checkpoint,
+        out,
+        arch=arch,
+        classes=classes,
+        canvas=None if canvas is None else _size(canvas, "--canvas", "HEIGHTxWIDTH"),
+        resize=None if resize is None else ResizeRule(*_size(resize, "--resize", "MINxMAX")),
+        batch_norm_eps=batch_norm_eps,
+        fast_resize=fast_resize,
+        overrides=set_ or (),
+    )
+    warn(result.warnings)
+    height, width = result.contract.canvas
+    print(
+        f"{result.path}: {result.contract.source['arch']}, {len(result.contract.names)} classes, "
+        f"canvas {height}x{width}, batch-norm eps {result.settings.backbone_norm_eps:g}"
+    )
+
+
 @app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A model.safetensors.")],
@@ -213,9 +336,134 @@ def export(
         max_batch=max_batch,
         verify=verify,
     )
-    verdict = "not verified" if result.comparison is None else result.comparison.describe()
+    verdict = "not verified" if result.verification is None else result.verification.describe()
     height, width = result.contract.canvas
     print(f"{result.path}: {result.contract.task}, canvas {height}x{width}, {verdict}")
+
+
+@app.command()
+def verify(
+    reference: Annotated[Path, typer.Argument(metavar="A", help="The reference: .safetensors or .onnx.")],
+    candidate: Annotated[Path, typer.Argument(metavar="B", help="What has to give the same numbers.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SPEC", help="Labelled images, as for evaluate; may be repeated."),
+    ] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="Images, folders or a video, without labels; may be repeated."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N images only.")] = None,
+    bisect: Annotated[bool, typer.Option("--bisect", help="Name the first layer that differs.")] = False,
+    worst: Annotated[
+        Path | None, typer.Option(help="Write the images that differ most side by side to this .png.")
+    ] = None,
+    reference_by: Annotated[
+        Literal["anchorline", "torchvision"],
+        typer.Option("--reference", help="Whose model runs the weights of A: ours, or torchvision's own."),
+    ] = "anchorline",
+    provider: ProviderOption = "auto",
+    json: JsonOption = None,
+) -> None:
+    """Compare two artefacts stage by stage and detection by detection; exit code 1 when they differ."""
+    from anchorline.verifying import verify_files
+
+    with progress_bar("verifying") as progress:
+        report = verify_files(
+            *(reference, candidate),
+            data=data or (),
+            images=images or (),
+            limit=limit,
+            bisect=bisect,
+            worst=worst,
+            reference_by=reference_by,
+            provider=provider,
+            progress=progress,
+        )
+    show_report(report, json)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def build(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An exported model.onnx.")],
+    out: Annotated[Path, typer.Option(help="The .engine file to write; its manifest goes beside it.")],
+    target: Annotated[
+        Literal["tensorrt", "tensorrt-rtx"],
+        typer.Option(help="tensorrt builds for the GPU at hand, tensorrt-rtx for any GeForce, without one."),
+    ] = "tensorrt",
+    precision: Annotated[
+        Literal["fp16", "fp32"], typer.Option(help="Of convolutions and fully connected layers.")
+    ] = "fp16",
+    batch: Annotated[
+        str | None,
+        typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes (default: 1:1:MAX of the exported batch)."),
+    ] = None,
+    compute_capability: Annotated[
+        str | None, typer.Option(metavar="86,89,120", help="GPUs to build for (tensorrt-rtx; default: all).")
+    ] = None,
+    nms: Annotated[
+        Literal["plugin", "fixed-point"],
+        typer.Option(help="Our plugin, or standard operators that any loader runs."),
+    ] = "plugin",
+    workspace: Annotated[int | None, typer.Option(min=1, help="Scratch memory of the builder, MiB.")] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(min=0, max=5, help="How hard TensorRT searches (its default: 3).")
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="A folder that keeps TensorRT's timings for the next build.")
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Let later versions of TensorRT load it.")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="Let other GPUs, from Ampere on, load it.")
+    ] = False,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Images, folders or a video: some of them to check the range of fp16 on; may be repeated.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build even what has been built before.")] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Compare the engine with the ONNX file, where it can run here.")
+    ] = True,
+) -> None:
+    """Compile an exported model into a TensorRT engine."""
+    from anchorline.engine.builder import build_engine
+    from anchorline.engine.samples import sample_inputs
+
+    samples = sample_inputs(model, images) if images else ()
+    with progress_bar("building") as progress:
+        result = build_engine(
+            model,
+            out,
+            target=target,
+            precision=precision,
+            batch=None if batch is None else _batch(batch),
+            compute_capabilities=_capabilities(compute_capability),
+            nms=nms,
+            workspace=workspace,
+            optimization_level=optimization_level,
+            timing_cache=timing_cache,
+            version_compatible=version_compatible,
+            hardware_compatible=hardware_compatible,
+            samples=samples,
+            force=force,
+            progress=progress,
+        )
+    warn(result.warnings)
+    for line in result.notes:
+        print(line, file=sys.stderr)
+    verdict = ""
+    if verify and result.built:
+        from anchorline.verifying import verify_engine
+
+        verdict = f"; {verify_engine(model, out)}"
+    print(f"{result.path}: {result.describe()}{verdict}")
 
 
 @app.command()
@@ -233,6 +481,42 @@ def demo(
     from anchorline.demo import demo as run_demo
 
     show_report(run_demo(out, backbone_weights=backbone_weights), json)
+
+
+@app.command()
+def doctor(
+    artefact: Annotated[
+        Path | None, typer.Argument(metavar="ARTEFACT", help="A .safetensors, .onnx or .engine file.")
+    ] = None,
+    json: JsonOption = None,
+) -> None:
+    """Say what this machine can run, what stands in the way, and why an artefact does or does not run."""
+    from anchorline.doctor.diagnosis import doctor as examine
+
+    report = examine(artefact)
+    show_report(report, json)
+    raise typer.Exit(0 if report.healthy else 1)
+
+
+def _batch(text: str) -> tuple[int, int, int]:
+    """The three numbers of ``1:4:8``."""
+    from anchorline.runtime.errors import SettingsError
+
+    parts = text.split(":")
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+        raise SettingsError(f"--batch is {text!r}; expected MIN:OPT:MAX, such as 1:4:8")
+    low, best, high = (int(part) for part in parts)
+    return low, best, high
+
+
+def _capabilities(text: str | None) -> tuple[int, ...]:
+    """The numbers of ``86,89``."""
+    from anchorline.runtime.errors import SettingsError
+
+    parts = [] if text is None else text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise SettingsError(f"--compute-capability is {text!r}; expected numbers such as 86,89,120")
+    return tuple(int(part) for part in parts)
 
 
 def _size(text: str, option: str, form: str) -> tuple[int, int]:

@@ -1,0 +1,241 @@
+"""Lowering: a copy of the exported graph made fit for one target, its custom ops resolved.
+
+| target | BatchedNMS | RoIAlign |
+|---|---|---|
+| onnxruntime | the file's own function | the file's own function |
+| tensorrt | plugin | the file's own function: TensorRT imports RoiAlign |
+| tensorrt-rtx | plugin | ``bodies/grid_sample_align.py`` |
+| either TensorRT with ``nms="fixed-point"`` | ``bodies/fixed_point_nms.py`` | as above |
+
+Everything that is not a plugin is inlined, and then no node of our domain remains that a registered
+plugin could take. Works on graphs of either precision.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx.inliner
+from onnx import TensorProto, helper
+
+from anchorline.engine.bodies.fixed_point_nms import fixed_point_nms
+from anchorline.engine.bodies.grid_sample_align import grid_sample_align
+from anchorline.engine.bodies.naming import BODY_DOMAIN
+from anchorline.engine.graph_tools import (
+    copy_of,
+    drop_unused_constants,
+    fresh_name,
+    known_values,
+    tensor_names,
+)
+from anchorline.engine.model_file import DOMAIN, OPSET, check_exported
+from anchorline.engine.tensorrt_rules import bake_casts, cast_bytes_first, check_rules
+from anchorline.engine.topk_pieces import split_large_topk
+from anchorline.runtime.errors import ArtefactError, SettingsError
+
+TARGETS = ("tensorrt", "tensorrt-rtx", "onnxruntime")
+NMS_FORMS = ("plugin", "fixed-point")
+PLUGIN_VERSION = "1"
+CONVERGED = "nms_converged"
+
+_PLUGIN_OPS = ("BatchedNMS", "RoIPool")
+_KNOWN_OPS = (*_PLUGIN_OPS, "RoIAlign")
+# Typical images need 6 to 13 rounds.
+ROUNDS = 16
+# Entries of a class in the head, which bounds the overlap matrix; the RPN's are all needed.
+LIMIT = 512
+
+
+def lower(
+    model: onnx.ModelProto,
+    target: str,
+    nms: str = "plugin",
+    *,
+    fixed_point_rounds: int = ROUNDS,
+    fixed_point_limit: int | None = LIMIT,
+    report_convergence: bool = False,
+) -> onnx.ModelProto:
+    """A copy of ``model`` (exported, possibly after ``to_precision``) for ``target``.
+
+    ``nms`` "plugin" keeps ``BatchedNMS`` a node for the plugin, "fixed-point" needs none: T =
+    ``fixed_point_rounds`` (even) rounds over at most the best ``fixed_point_limit`` entries of each
+    group that has a score threshold (None: all). ``report_convergence`` adds the output
+    ``nms_converged`` bool [1], false when that was not enough. onnxruntime takes neither: its form is
+    the file's own. Raises ``SettingsError`` and ``ArtefactError``.
+    """
+    _check_settings(target, nms, fixed_point_rounds, fixed_point_limit, report_convergence)
+    check_exported(model)
+    _check_custom_ops(model)
+    lowered = copy_of(model)
+    if target == "onnxruntime":
+        return _inlined(lowered)
+    plugins = set(_PLUGIN_OPS) if nms == "plugin" else set()
+    _resolve(lowered, target, plugins, fixed_point_rounds, fixed_point_limit, report_convergence)
+    lowered = _inlined(lowered)
+    cast_bytes_first(lowered)
+    bake_casts(lowered)
+    split_large_topk(lowered)
+    drop_unused_constants(lowered.graph)
+    check_rules(lowered, target, plugins)
+    onnx.checker.check_model(lowered)
+    return lowered
+
+
+def _check_settings(target: str, nms: str, rounds: int, limit: int | None, report: bool) -> None:
+    if target not in TARGETS:
+        raise SettingsError(f"target is {target!r}; expected one of {', '.join(TARGETS)}")
+    if nms not in NMS_FORMS:
+        raise SettingsError(f"nms is {nms!r}; expected one of {', '.join(NMS_FORMS)}")
+    if target == "onnxruntime" and nms == "fixed-point":
+        raise SettingsError(
+            "nms is 'fixed-point', which takes seconds and gigabytes in onnxruntime; leave it out"
+        )
+    if rounds < 2 or rounds % 2:
+        raise SettingsError(
+            f"fixed-point rounds is {rounds}; expected an even number of at least 2 "
+            "(an odd one drops boxes that should stay)"
+        )
+    if limit is not None and limit < 1:
+        raise SettingsError(f"fixed-point limit is {limit}; expected at least 1, or None for all")
+    if report and nms != "fixed-point":
+        raise SettingsError("convergence is reported by the fixed-point NMS only; the plugin is exact")
+
+
+def _check_custom_ops(model: onnx.ModelProto) -> None:
+    """Every custom node must be known and have its function in the file."""
+    used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
+    functions = {function.name for function in model.functions if function.domain == DOMAIN}
+    if "BatchedNMS" not in used:
+        raise ArtefactError(
+            "the graph has no anchorline::BatchedNMS node, so nothing can be chosen for a target; "
+            "give the file that anchorline export wrote"
+        )
+    for name in sorted(used):
+        if name not in _KNOWN_OPS:
+            raise ArtefactError(
+                f"the graph has the node anchorline::{name}, which is not known here; upgrade anchorline"
+            )
+        if name not in functions:
+            raise ArtefactError(
+                f"the file lacks the function anchorline::{name}; give the file that anchorline export wrote"
+            )
+
+
+def _resolve(
+    model: onnx.ModelProto,
+    target: str,
+    plugins: set[str],
+    rounds: int,
+    limit: int | None,
+    report: bool,
+) -> None:
+    """Give every custom node its form for ``target``, in place: a plugin's attributes or a body."""
+    values = known_values(model)
+    unsettled = []
+    for number, node in enumerate(model.graph.node):
+        if node.domain != DOMAIN:
+            continue
+        if node.op_type in plugins:
+            _mark_for_plugin(node)
+        elif node.op_type == "BatchedNMS":
+            body = _nms_body(number, node, values, rounds, limit, report)
+            _use_body(model, node, body)
+            if report:
+                unsettled.append(fresh_name(f"{node.output[0]}_unsettled", tensor_names(model.graph)))
+                node.output.append(unsettled[-1])
+        elif node.op_type == "RoIAlign" and target == "tensorrt-rtx":
+            _use_body(model, node, _align_body(number, node, values))
+        elif node.op_type == "RoIPool":
+            raise ArtefactError("RoIPool runs as a plugin only in TensorRT; build with the plugins")
+    if report:
+        _report_convergence(model, unsettled)
+    functions = [f for f in model.functions if not (f.domain == DOMAIN and f.name in plugins)]
+    del model.functions[:]
+    model.functions.extend(functions)
+
+
+def _mark_for_plugin(node: onnx.NodeProto) -> None:
+    """TensorRT >= 10.15 prefers a plugin only where the node names its namespace and version."""
+    kept = [a for a in node.attribute if a.name not in ("plugin_namespace", "plugin_version")]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    node.attribute.append(helper.make_attribute("plugin_namespace", DOMAIN))
+    node.attribute.append(helper.make_attribute("plugin_version", PLUGIN_VERSION))
+
+
+def _use_body(model: onnx.ModelProto, node: onnx.NodeProto, body: onnx.FunctionProto) -> None:
+    """Let ``node`` call ``body``, whose constants are baked in, under a name that no plugin has."""
+    model.functions.append(body)
+    node.domain, node.op_type = body.domain, body.name
+    del node.attribute[:]
+    if BODY_DOMAIN not in {opset.domain for opset in model.opset_import}:
+        model.opset_import.append(helper.make_opsetid(BODY_DOMAIN, 1))
+
+
+def _nms_body(
+    number: int,
+    node: onnx.NodeProto,
+    values: dict[str, onnx.TypeProto.Tensor],
+    rounds: int,
+    limit: int | None,
+    report: bool,
+) -> onnx.FunctionProto:
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    # Without a score threshold every entry is valid (RPN), and a limit would drop what counts.
+    limited = limit if attributes["score_threshold"] >= 0 else None
+    return fixed_point_nms(
+        f"BatchedNMS_{number}",
+        count=_size(values, node.input[1], 1),
+        iou_threshold=attributes["iou_threshold"],
+        score_threshold=attributes["score_threshold"],
+        rounds=rounds,
+        limit=limited,
+        report=report,
+    )
+
+
+def _align_body(
+    number: int, node: onnx.NodeProto, values: dict[str, onnx.TypeProto.Tensor]
+) -> onnx.FunctionProto:
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    features, rois = node.input
+    return grid_sample_align(
+        f"RoIAlign_{number}",
+        map_shape=(_size(values, features, 1), _size(values, features, 2), _size(values, features, 3)),
+        rois=_size(values, rois, 1),
+        output_size=attributes["output_size"],
+        sampling_ratio=attributes["sampling_ratio"],
+        kind=values[features].elem_type,
+    )
+
+
+def _size(values: dict[str, onnx.TypeProto.Tensor], name: str, axis: int) -> int:
+    """A size that has to be fixed; only the batch is free."""
+    dims = values[name].shape.dim if name in values else []
+    size = dims[axis].dim_value if axis < len(dims) else 0
+    if size < 1:
+        raise ArtefactError(
+            f"{name}: size of axis {axis} is not fixed; only the batch may be free, export the model again"
+        )
+    return int(size)
+
+
+def _report_convergence(model: onnx.ModelProto, unsettled: list[str]) -> None:
+    """The output ``nms_converged`` bool [1]: no NMS of the graph was left unsettled."""
+    graph = model.graph
+    used = tensor_names(graph)
+    most, zero = fresh_name("nms_unsettled", used), fresh_name("nms_settled", used)
+    graph.node.append(helper.make_node("Max", unsettled, [most]))
+    graph.initializer.append(helper.make_tensor(zero, TensorProto.FLOAT, [1], [0.5]))
+    graph.node.append(helper.make_node("Less", [most, zero], [CONVERGED]))
+    graph.output.append(helper.make_tensor_value_info(CONVERGED, TensorProto.BOOL, [1]))
+
+
+def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """All functions inlined, and no domain imported that is no longer used."""
+    inlined = onnx.inliner.inline_local_functions(model)
+    used = {node.domain for node in inlined.graph.node} | {""}
+    opsets = [opset for opset in inlined.opset_import if opset.domain in used]
+    del inlined.opset_import[:]
+    inlined.opset_import.extend(opsets)
+    assert {o.domain: o.version for o in inlined.opset_import}[""] == OPSET
+    return inlined

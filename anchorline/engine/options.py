@@ -1,0 +1,96 @@
+"""What a build was asked for: checked, and as JSON whose hash tells two builds apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anchorline.engine.lowering import NMS_FORMS
+from anchorline.engine.precision import PRECISIONS
+from anchorline.runtime.contract import Contract
+from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.tensorrt_library import FLAVOURS
+
+Batch = tuple[int, int, int]
+_OPTIMIZATION_LEVELS = range(6)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Options of ``build_engine``. ``batch`` is (smallest, best, largest); ``workspace`` is in MiB.
+
+    ``compute_capabilities`` are numbers such as 86, for TensorRT for RTX only, whose engines are built for
+    GPUs that need not be at hand; none given means all it knows from 80 on.
+    """
+
+    target: str = "tensorrt"
+    precision: str = "fp16"
+    batch: Batch | None = None
+    compute_capabilities: tuple[int, ...] = ()
+    nms: str = "plugin"
+    workspace: int | None = None
+    optimization_level: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (("target", FLAVOURS), ("precision", PRECISIONS), ("nms", NMS_FORMS)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise SettingsError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+        if self.workspace is not None and self.workspace < 1:
+            raise SettingsError(f"workspace is {self.workspace} MiB; expected at least 1")
+        level = self.optimization_level
+        if level is not None and level not in _OPTIMIZATION_LEVELS:
+            raise SettingsError(f"optimization level is {level}; expected 0 to 5")
+        self._check_target()
+
+    def _check_target(self) -> None:
+        if self.target == "tensorrt" and self.compute_capabilities:
+            named = ", ".join(map(str, self.compute_capabilities))
+            raise SettingsError(
+                f"compute capability is {named}; TensorRT builds for the GPU at hand, so leave it out or "
+                "build with --target tensorrt-rtx"
+            )
+        if self.target == "tensorrt-rtx":
+            for name in ("version_compatible", "hardware_compatible"):
+                if getattr(self, name):
+                    raise SettingsError(
+                        f"{name.replace('_', ' ')} is set; TensorRT for RTX has no such engines, "
+                        "name the compute capabilities instead"
+                    )
+
+    def resolve_batch(self, contract: Contract) -> Batch:
+        """The batch profile, within what was exported; (1, 1, largest) when none was asked for."""
+        largest = contract.max_batch
+        low, best, high = self.batch or (1, 1, largest or 1)
+        if not 1 <= low <= best <= high:
+            raise SettingsError(
+                f"batch is {low}:{best}:{high}; expected MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX"
+            )
+        if largest is not None and high > largest:
+            raise SettingsError(
+                f"batch is {low}:{best}:{high}; the model was exported for at most {largest}: stay within it "
+                "or export with a larger --max-batch"
+            )
+        return low, best, high
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as JSON values."""
+        return dataclasses.asdict(self)
+
+
+def options_hash(parts: Mapping[str, Any]) -> str:
+    """The sha256 of everything that decides what is built: equal parts, equal engine."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{value!r} is no JSON value")

@@ -1,0 +1,63 @@
+"""Small exported models on disk, for the builder, and TensorRT for RTX where it is installed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from anchorline.engine.builder import BuildResult, build_engine
+from anchorline.engine.model_file import check_exported
+from anchorline.runtime.contract import CONTRACT_KEY
+from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.tensorrt_library import load_tensorrt
+
+CAPABILITIES = (86, 89, 120)
+
+
+@pytest.fixture(scope="session")
+def rtx() -> Any:
+    """The module of TensorRT for RTX, loaded as the builder loads it."""
+    try:
+        return load_tensorrt("tensorrt-rtx")
+    except SettingsError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def model_file(
+    exported: Callable[..., onnx.ModelProto], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """``model_file(task)``: a narrow MobileNetV2, exported for batches of 1 to 8; the detector has an FPN."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    def write(task: str = "detections") -> Path:
+        path = folder / f"{task}.onnx"
+        if not path.exists():
+            model = exported("fpn" if task == "detections" else "single", task)
+            contract = dataclasses.replace(check_exported(model), max_batch=8)
+            del model.metadata_props[:]
+            onnx.helper.set_model_props(model, {CONTRACT_KEY: contract.to_json()})
+            onnx.save(model, path)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def built(
+    rtx: Any, model_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> BuildResult:
+    """The engine that most tests look at: fp16, batches of 1 to 8, three GPUs, our plugin."""
+    out = tmp_path_factory.mktemp("built") / "model.engine"
+    return build_engine(
+        model_file("detections"),
+        out,
+        target="tensorrt-rtx",
+        batch=(1, 1, 8),
+        compute_capabilities=CAPABILITIES,
+    )

@@ -1,0 +1,223 @@
+"""Engines built for TensorRT for RTX, which needs no GPU for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from anchorline.doctor.artefact import read_artefact
+from anchorline.engine.builder import BuildResult, build_engine
+from anchorline.engine.layers import plugin_layers
+from anchorline.runtime.engine_manifest import manifest_path, read_manifest, sha256_of
+from anchorline.runtime.errors import ArtefactError
+from anchorline.runtime.plugins.images import source_hash
+
+RTX = "tensorrt-rtx"
+CAPABILITIES = (86, 89, 120)
+ModelFile = Callable[[str], Path]
+
+
+def build(model: Path, out: Path, **options: Any) -> BuildResult:
+    return build_engine(model, out, **{"target": RTX, "compute_capabilities": (86,), **options})
+
+
+def test_fp16_for_three_gpus_and_a_free_batch_has_two_plugin_layers(built: BuildResult) -> None:
+    raw = built.manifest.raw
+    assert built.built
+    plugins = plugin_layers(raw["layers"])
+    assert len(plugins) == 2
+    assert all(layer["precision"] == "fp32" for layer in plugins)
+    assert raw["compute_capabilities"] == [86, 89, 120]
+    assert built.manifest.batch == (1, 1, 8)
+    convolutions = [layer for layer in raw["layers"] if layer["type"] == "CONVOLUTION"]
+    assert len(convolutions) > 50
+    # A few stay float32: biases of random weights lie among half precision's subnormals.
+    kept = raw["precision_report"]["kept_fp32"]
+    assert sum(layer["precision"] == "fp16" for layer in convolutions) >= len(convolutions) - len(kept)
+    assert len(kept) < len(convolutions) / 2
+    assert convolutions[0]["shape"][0] == -1
+
+
+def test_the_fixed_point_body_needs_no_plugin_though_one_is_registered(
+    built: BuildResult, model_file: ModelFile, tmp_path: Path
+) -> None:
+    """In the same process: a registered plugin must not take the node."""
+    result = build(model_file("detections"), tmp_path / "m.engine", batch=(1, 1, 8), nms="fixed-point")
+    assert plugin_layers(result.manifest.raw["layers"]) == []
+    assert result.manifest.raw["plugins"] == {}
+
+
+@pytest.mark.parametrize(("task", "batch"), [("proposals", (2, 2, 2))])
+def test_float32_and_a_fixed_batch(
+    rtx: Any, model_file: ModelFile, tmp_path: Path, task: str, batch: tuple[int, int, int]
+) -> None:
+    result = build(model_file(task), tmp_path / "m.engine", precision="fp32", batch=batch)
+    raw = result.manifest.raw
+    assert {layer["precision"] for layer in raw["layers"]} <= {"fp32", "int64", "int32", "bool", "uint8"}
+    assert len(plugin_layers(raw["layers"])) == 1
+    assert all(-1 not in (layer["shape"] or ()) for layer in raw["layers"])
+    assert result.manifest.contract.task == task
+    assert result.manifest.contract.max_batch == 2
+
+
+def test_the_manifest_says_what_the_engine_is(built: BuildResult, model_file: ModelFile, rtx: Any) -> None:
+    raw = json.loads(manifest_path(built.path).read_text(encoding="utf-8"))
+    source = model_file("detections")
+    assert raw["onnx"] == {"name": source.name, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
+    content = built.path.read_bytes()
+    assert raw["engine"] == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    assert (raw["flavour"], raw["flavour_version"]) == (RTX, rtx.__version__)
+    assert raw["precision"] == raw["contract"]["precision"] == "fp16"
+    assert raw["precision_report"]["half_nodes"] > 50
+    assert raw["contract"]["names"] == ["cat", "dog", "bird"]
+    assert raw["activation_bytes"] > 1e6
+    assert raw["profiles"] == [{"batch": [1, 1, 8], "activation_bytes": raw["activation_bytes"]}]
+    assert raw["plugins"] == {
+        "BatchedNMS": {"namespace": "anchorline", "version": "1", "kernels_sha256": source_hash("nms")}
+    }
+    assert raw["options"]["nms"] == "plugin"
+
+
+def test_the_engine_is_a_plain_plan(built: BuildResult) -> None:
+    """Nothing is prepended, so that other loaders take it: TensorRT for RTX begins its plans like this."""
+    assert built.path.read_bytes()[:4] == b"vtrt"
+
+
+def test_doctor_reads_the_manifest(built: BuildResult) -> None:
+    artefact = read_artefact(built.path)
+    assert artefact.engine is not None
+    assert artefact.engine.compute_capabilities == CAPABILITIES
+
+
+def test_a_build_is_not_done_twice(built: BuildResult, model_file: ModelFile) -> None:
+    before = built.path.stat().st_mtime_ns
+    options = {"batch": (1, 1, 8), "compute_capabilities": CAPABILITIES}
+    again = build(model_file("detections"), built.path, **options)
+    assert not again.built
+    assert "the same model, options and versions" in again.describe()
+    assert built.path.stat().st_mtime_ns == before
+    assert again.manifest.raw == built.manifest.raw
+
+
+@pytest.fixture(scope="module")
+def small(rtx: Any, model_file: ModelFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with m.onnx and the engine of it that takes least time."""
+    folder = tmp_path_factory.mktemp("small")
+    source = folder / "m.onnx"
+    source.write_bytes(model_file("proposals").read_bytes())
+    build(source, folder / "m.engine", precision="fp32")
+    return folder
+
+
+@pytest.mark.parametrize("change", ["options", "model", "engine", "manifest", "force"])
+def test_what_makes_a_build_be_done_again(change: str, small: Path, tmp_path: Path) -> None:
+    for name in ("m.onnx", "m.engine", "m.engine.json"):
+        shutil.copyfile(small / name, tmp_path / name)
+    source, out, options = tmp_path / "m.onnx", tmp_path / "m.engine", {"precision": "fp32"}
+    if change == "options":
+        options["optimization_level"] = 0
+    elif change == "model":
+        model = onnx.load(source)
+        model.doc_string = "changed"
+        onnx.save(model, source)
+    elif change == "engine":
+        out.write_bytes(out.read_bytes()[:-1])
+    elif change == "manifest":
+        manifest_path(out).write_text("{", encoding="utf-8")
+    else:
+        options["force"] = True
+    assert build(source, out, **options).built
+    assert sha256_of(out) == read_manifest(out).engine_sha256
+
+
+def test_progress_rises_to_the_end(rtx: Any, model_file: ModelFile, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        assert total == 1000
+        seen.append(done)
+
+    build(model_file("proposals"), tmp_path / "m.engine", progress=progress)
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 20
+    assert seen[-1] >= 800
+
+
+CANCEL = """
+import os, signal, sys
+from pathlib import Path
+from anchorline.engine.builder import build_engine
+calls = 0
+def progress(done, total):
+    global calls
+    calls += 1
+    if calls == {call}:
+        os.kill(os.getpid(), signal.SIGINT)
+try:
+    build_engine(
+        Path({model!r}), Path({out!r}), target="tensorrt-rtx", compute_capabilities=(86,), progress=progress
+    )
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("call", [3, 700])
+def test_ctrl_c_ends_the_build_and_leaves_nothing(
+    call: int, rtx: Any, model_file: ModelFile, tmp_path: Path
+) -> None:
+    """In a process of its own, since cancelling has made TensorRT for RTX abort before."""
+    out = tmp_path / "made" / "m.engine"
+    code = CANCEL.format(call=call, model=str(model_file("detections")), out=str(out))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.returncode) == ("interrupted\n", 0), done.stderr
+    assert os.listdir(out.parent) == []
+
+
+def test_an_error_of_the_progress_bar_ends_the_build(rtx: Any, model_file: ModelFile, tmp_path: Path) -> None:
+    def progress(done: int, total: int) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        build(model_file("proposals"), tmp_path / "m.engine", progress=progress)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_exported_file_is_not_touched(built: BuildResult, model_file: ModelFile) -> None:
+    assert built.manifest.raw["onnx"]["sha256"] == sha256_of(model_file("detections"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("{", "not JSON"),
+        ("[1]", "holds a list"),
+        ("{}", "damaged manifest"),
+        ('{"contract": {}, "profiles": [{"batch": [1]}]}', "damaged manifest"),
+    ],
+)
+def test_damaged_manifests_are_named(content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "m.engine.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ArtefactError, match=rf"m\.engine\.json: .*{message}"):
+        read_manifest(tmp_path / "m.engine")
+
+
+def test_an_engine_that_is_not_the_manifest_s_is_refused(built: BuildResult, tmp_path: Path) -> None:
+    engine = tmp_path / "m.engine"
+    engine.write_bytes(b"another")
+    manifest_path(engine).write_bytes(manifest_path(built.path).read_bytes())
+    with pytest.raises(ArtefactError, match="another sha256"):
+        read_manifest(engine)
+    assert read_manifest(engine, check_engine=False).precision == "fp16"

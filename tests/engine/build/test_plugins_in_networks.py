@@ -1,0 +1,170 @@
+"""The plugins inside TensorRT for RTX: parsed, asked for shapes and memory, and built without CUDA."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from typing import Any
+
+import onnx.parser
+import pytest
+
+from anchorline.engine import flavours, parsing, serialising
+from anchorline.engine.options import BuildOptions
+from anchorline.runtime import tensorrt_library
+from anchorline.runtime.errors import AnchorlineError
+from anchorline.runtime.plugins import adapter, register_plugins
+
+PLUGIN = 'plugin_namespace = "anchorline", plugin_version = "1"'
+NMS = f"""<ir_version: 10, opset_import: ["": 18, "anchorline": 1]>
+suppress (float[G, 300, 4] boxes, float[G, 300] scores) => (float[G, 300] kept) {{
+    kept = anchorline.BatchedNMS <iou_threshold = 0.5, score_threshold = 0.05, {PLUGIN}> (boxes, scores)
+}}"""
+POOL = f"""<ir_version: 10, opset_import: ["": 18, "anchorline": 1]>
+pool (KIND[B, 8, 20, 30] features, float[B, 50, 4] rois) => (KIND[R, 8, 7, 7] pooled) {{
+    pooled = anchorline.RoIPool <output_size = 7, spatial_scale = 0.0625, {PLUGIN}> (features, rois)
+}}"""
+
+
+def network_of(text: str) -> tuple[Any, Any, Any, BuildOptions]:
+    options = BuildOptions(target="tensorrt-rtx", compute_capabilities=(86,))
+    toolkit = flavours.load_toolkit(options)
+    builder = toolkit.create_builder()
+    network = parsing.parse(toolkit, builder, onnx.parser.parse_model(text), (1, 2, 8))
+    return toolkit, builder, network, options
+
+
+def plugin_output(network: Any) -> Any:
+    (layer,) = [
+        network.get_layer(index)
+        for index in range(network.num_layers)
+        if network.get_layer(index).type.name == "PLUGIN_V3"
+    ]
+    return layer.get_output(0)
+
+
+def test_batched_nms_keeps_the_shape_of_the_scores(rtx: Any) -> None:
+    toolkit, builder, network, options = network_of(NMS)
+    output = plugin_output(network)
+    assert (tuple(output.shape), output.dtype) == ((-1, 300), rtx.float32)
+    plan = serialising.serialise(toolkit, builder, network, options, (1, 2, 8))
+    # Five words of 64 boxes: 15 tiles of 512 bytes for each of at most eight groups.
+    assert plan.activation_bytes is not None
+    assert 8 * 15 * 512 <= plan.activation_bytes < 8 * 15 * 512 + 8192
+    assert plan.warnings == ()
+
+
+@pytest.mark.parametrize(("kind", "name"), [("float", "FLOAT"), ("float16", "HALF")])
+def test_roi_pool_takes_either_precision(rtx: Any, kind: str, name: str) -> None:
+    toolkit, builder, network, options = network_of(POOL.replace("KIND", kind))
+    output = plugin_output(network)
+    assert (tuple(output.shape), output.dtype.name) == ((-1, 8, 7, 7), name)
+    assert len(serialising.serialise(toolkit, builder, network, options, (1, 2, 8)).content) > 1000
+
+
+def test_attributes_out_of_range_are_refused_with_their_name(
+    rtx: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        caplog.at_level(logging.ERROR, "anchorline.plugins"),
+        pytest.raises(AnchorlineError, match="the plugin is not registered or refused"),
+    ):
+        network_of(NMS.replace("iou_threshold = 0.5", "iou_threshold = 1.5"))
+    assert "iou_threshold is 1.5" in caplog.text
+
+
+def test_registering_twice_is_harmless(rtx: Any) -> None:
+    register_plugins(rtx)
+    register_plugins(rtx)
+    assert len(adapter._registered[rtx.__name__]) == 2
+
+
+def test_another_plugin_of_that_name_is_named(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    register_plugins(rtx)
+    monkeypatch.setattr(adapter, "_registered", {})
+    with pytest.raises(AnchorlineError, match="another plugin anchorline::BatchedNMS version 1"):
+        register_plugins(rtx)
+
+
+def test_a_plugin_that_fails_to_run_says_so_and_does_not_raise(
+    rtx: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TensorRT calls from C++, where an exception would end the process."""
+    plugin = adapter._plugin_class(rtx)(adapter.BatchedNMS(iou_threshold=0.5, score_threshold=0.0), False)
+    with caplog.at_level(logging.ERROR, "anchorline.plugins"):
+        assert plugin.enqueue([object()], [], [1], [2], 0, 0) == 1
+    assert "BatchedNMS.enqueue failed" in caplog.text
+
+
+def test_what_is_serialised_makes_the_same_plugin(rtx: Any) -> None:
+    """An engine holds the fields and gives them back when it is loaded."""
+    plugin_class = adapter._plugin_class(rtx)
+    plugin = plugin_class(adapter.RoIPool(output_size=14, spatial_scale=0.125), False)
+    creator = adapter._creator_class(rtx)(adapter.RoIPool, plugin_class)
+    loaded = creator.create_plugin("node", plugin.get_fields_to_serialize(), rtx.TensorRTPhase.RUNTIME)
+    assert loaded.loaded
+    assert (loaded.op.output_size, loaded.op.spatial_scale) == (14, 0.125)
+    assert vars(loaded.clone().op) == vars(plugin.op)
+
+
+def test_building_loads_no_cuda(rtx: Any) -> None:
+    code = (
+        "import sys; sys.modules['cuda'] = None\n"
+        "import onnx.parser\n"
+        "from anchorline.engine import flavours, parsing, serialising\n"
+        "from anchorline.engine.options import BuildOptions\n"
+        "options = BuildOptions(target='tensorrt-rtx', compute_capabilities=(86,))\n"
+        "toolkit = flavours.load_toolkit(options)\n"
+        "builder = toolkit.create_builder()\n"
+        f"network = parsing.parse(toolkit, builder, onnx.parser.parse_model('''{NMS}'''), (1, 2, 8))\n"
+        "print(len(serialising.serialise(toolkit, builder, network, options, (1, 2, 8)).content))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert int(done.stdout) > 1000, done.stderr
+
+
+def test_importing_the_plugins_brings_nothing_heavy_along() -> None:
+    code = (
+        "import sys, anchorline.runtime.plugins, anchorline.runtime.tensorrt_library\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"cuda", "tensorrt", "tensorrt_rtx", "onnx", "torch"}.isdisjoint(done.stdout.split())
+
+
+def test_the_log_goes_to_python_s_logging(rtx: Any) -> None:
+    logger = tensorrt_library.tensorrt_logger("tensorrt-rtx")
+    with tensorrt_library.captured_log() as records:
+        logger.log(rtx.ILogger.Severity.WARNING, " something odd \n")
+        logger.log(rtx.ILogger.Severity.VERBOSE, "chatter")
+    assert [(record.name, record.levelname, record.getMessage()) for record in records] == [
+        ("anchorline.tensorrt", "WARNING", "something odd")
+    ]
+
+
+def test_the_libraries_are_linked_in_a_cache_and_not_in_the_package(
+    rtx: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tensorrt_library._load_rtx_libraries()
+    (folder,) = (tmp_path / "cache" / "anchorline").iterdir()
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == sorted(f"{n}{e}" for n in tensorrt_library._RTX_LIBRARIES for e in ("", ".1"))
+    stale = folder / names[0]
+    stale.unlink()
+    stale.symlink_to(tmp_path / "gone")
+    tensorrt_library._load_rtx_libraries()
+    assert stale.exists()
+    assert len(list(folder.iterdir())) == 4
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    rtx: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    tensorrt_library._load_rtx_libraries()
+    (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert (folder / "libtensorrt_rtx.so").exists()

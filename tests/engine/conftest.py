@@ -1,0 +1,86 @@
+"""Exported models and onnxruntime sessions for the engine's tests.
+
+PyTorch is imported inside the fixtures: the stage itself never needs it, making a model to lower does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from anchorline.train.faster_rcnn import FasterRCNN
+
+Outputs = dict[str, NDArray[np.generic]]
+Run = Callable[[onnx.ModelProto, Mapping[str, NDArray[np.generic]]], Outputs]
+NAMES = ("cat", "dog", "bird")
+
+
+@pytest.fixture(scope="session")
+def exported(small_model: Callable[..., FasterRCNN]) -> Callable[..., onnx.ModelProto]:
+    """``exported(neck, task)``: the ONNX form of a small model on a canvas of 128x160, each made once.
+
+    A copy each time, so that a test may change it.
+    """
+    import torch
+
+    from anchorline.export.graph import to_onnx
+    from anchorline.train.checkpoint import contract_of
+
+    done: dict[tuple[str, str], bytes] = {}
+
+    def get(neck: str = "fpn", task: str = "detections") -> onnx.ModelProto:
+        if (neck, task) not in done:
+            torch.set_num_threads(1)
+            model = small_model(neck, len(NAMES))
+            contract = dataclasses.replace(contract_of(model.settings, NAMES, source={}), task=task)
+            done[neck, task] = to_onnx(model, contract).SerializeToString()
+        return onnx.load_model_from_string(done[neck, task])
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def run_onnx() -> Run:
+    """``run_onnx(model, inputs)``: its outputs by name, from onnxruntime's CPU provider on one thread."""
+
+    def run(model: onnx.ModelProto, inputs: Mapping[str, NDArray[np.generic]]) -> Outputs:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        names = [output.name for output in session.get_outputs()]
+        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def scenes() -> dict[str, NDArray[np.generic]]:
+    """Three canvases of random patches, of which the second image fills only a part."""
+    patches = np.random.default_rng(5).integers(0, 256, (3, 16, 20, 3), dtype=np.uint8)
+    images = patches.repeat(8, axis=1).repeat(8, axis=2)
+    return {"images": images, "image_sizes": np.array([(128, 160), (77, 101), (128, 160)], np.float32)}
+
+
+@pytest.fixture(scope="session")
+def rows_of() -> Callable[[Outputs, int], NDArray[np.float64]]:
+    """``rows_of(outputs, image)``: detections as rows (x1, y1, x2, y2, score[, label])."""
+
+    def rows(outputs: Outputs, image: int) -> NDArray[np.float64]:
+        count = int(outputs["num_detections" if "num_detections" in outputs else "num_proposals"][image])
+        columns = [outputs["boxes"][image], outputs["scores"][image][:, None]]
+        if "labels" in outputs:
+            columns.append(outputs["labels"][image][:, None])
+        return np.concatenate([column.astype(np.float64) for column in columns], axis=1)[:count]
+
+    return rows
