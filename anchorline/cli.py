@@ -21,6 +21,7 @@ from anchorline.console import progress_bar, show_report, tell, warn
 
 if TYPE_CHECKING:
     from anchorline.evaluation.dataset import Dataset
+    from anchorline.runtime.summary import DetectSummary
 
 Provider = Literal["auto", "cpu"]
 Policy = Literal["wait", "latest"]
@@ -131,8 +132,13 @@ def detect(
         regions=tuple(parse_region(each) for each in region or ()),
         max_detections=max_detections,
     )
+
+    def conclude(summary: DetectSummary) -> None:
+        warn(summary.warnings)
+        show_report(summary, json)
+
     with Detector(model, provider, score_threshold, threads) as detector:
-        summary = detect_sources(
+        detect_sources(
             sources,
             detector,
             save,
@@ -147,9 +153,8 @@ def detect(
             decoder=decoder,
             stall=stall,
             report=report,
+            conclude=conclude,
         )
-    warn(summary.warnings)
-    show_report(summary, json)
 
 
 @app.command()
@@ -283,6 +288,7 @@ def import_(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A setting that was not the default when trained."),
     ] = None,
+    verify: Annotated[bool, typer.Option(help="Compare with torchvision's own detector.")] = True,
 ) -> None:
     """Turn a torchvision detector's checkpoint into a model.safetensors with the same detections."""
     from anchorline.export.importing import import_checkpoint
@@ -300,10 +306,15 @@ def import_(
         overrides=set_ or (),
     )
     warn(result.warnings)
+    verdict = "not verified"
+    if verify:
+        from anchorline.verifying import verify_import
+
+        verdict = verify_import(out)
     height, width = result.contract.canvas
     print(
         f"{result.path}: {result.contract.source['arch']}, {len(result.contract.names)} classes, "
-        f"canvas {height}x{width}, batch-norm eps {result.settings.backbone_norm_eps:g}"
+        f"canvas {height}x{width}, batch-norm eps {result.settings.backbone_norm_eps:g}, {verdict}"
     )
 
 

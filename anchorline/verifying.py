@@ -12,15 +12,21 @@ from numpy.typing import NDArray
 from anchorline.evaluation.dataset import Dataset
 from anchorline.evaluation.evaluate import Progress
 from anchorline.evaluation.specs import load_datasets
+from anchorline.evaluation.synthetic import generate_scene
 from anchorline.evaluation.verify.material import first_images, from_frames, images_or_video, scenes
 from anchorline.evaluation.verify.record import write_not_executed, write_record
 from anchorline.evaluation.verify.report import VerifyReport
 from anchorline.evaluation.verify.subject import Subject, onnx_subject
+from anchorline.evaluation.verify.tolerances import TOLERANCES
 from anchorline.evaluation.verify.verifying import verify, write_worst_images
+from anchorline.runtime.canvas import padded, place
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.engine_manifest import manifest_path
 from anchorline.runtime.errors import GpuError, ParityError, SettingsError
 
+# torchvision computes the same in another order, and differs from itself by as much when only the memory
+# layout of its tensors changes.
+IMPORT_TOLERANCE = dataclasses.replace(TOLERANCES["fp32"], score=1e-3, matched=0.98, confident=0.98)
 
 _TORCHVISION_NOTE = (
     "torchvision's canvas is each image's own size in multiples of 32; on a larger one the features near the "
@@ -46,7 +52,8 @@ def verify_files(
     On the labelled ``data`` (specs), on ``images`` (files, folders, a video), or on generated scenes.
     A checkpoint on one side is opened on the canvas the other was exported for. ``worst`` is a .png for
     the images that differ most. With ``reference_by="torchvision"`` the weights of the checkpoint
-    ``reference`` run in torchvision's own detector, which shows its detections only. Raises ``AnchorlineError`` for what cannot be opened.
+    ``reference`` run in torchvision's own detector, which shows its detections only. Raises
+    ``AnchorlineError`` for what cannot be opened.
     """
     if data and images:
         raise SettingsError("both --data and --images are given; expected one of them")
@@ -108,6 +115,40 @@ def verify_engine(model: Path, engine: Path, images: Sequence[NDArray[np.uint8]]
             "it was removed, --no-verify keeps it all the same"
         )
     write_record(engine, report)
+    return report.describe()
+
+
+def verify_import(path: Path) -> str:
+    """Compare an imported checkpoint with torchvision's own detector, and record it; says how it went.
+
+    On one scene of the size for which torchvision's canvas is the model's. Where there is none, that is
+    recorded and said. A model that differs is removed, and ``ParityError`` raised.
+    """
+    theirs = _open(path, "auto", None)
+    contract = theirs.detector.contract
+    reason = None
+    if contract.input_dtype != "float32":
+        reason = "the fast resize is not torchvision's"
+    elif padded(place(contract.canvas, contract.canvas, contract.resize).valid) != contract.canvas:
+        reason = "the canvas is another than torchvision's for any frame of its shape"
+    if reason is not None:
+        write_not_executed(path, reason)
+        return f"not verified: {reason}"
+    scene = generate_scene(0, contract.canvas, 0)[0]
+    report = verify(
+        _open_in_torchvision(path, theirs),
+        theirs,
+        from_frames("a generated scene", contract.names, [scene]),
+        which_traps=(),
+        tolerance=IMPORT_TOLERANCE,
+    )
+    if not report.passed:
+        path.unlink(missing_ok=True)
+        raise ParityError(
+            f"{path}: the imported model and torchvision disagree in {report.reason}; "
+            "it was removed, --no-verify keeps it all the same"
+        )
+    write_record(path, report)
     return report.describe()
 
 

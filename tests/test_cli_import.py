@@ -44,8 +44,8 @@ def test_a_checkpoint_becomes_a_model(
         "model.max_detections=7",
     ]
     assert cli.main(["import", str(checkpoint), "--arch", SMALLEST, "--out", str(out), *options]) == 0
-    line = f"{out}: {SMALLEST}, 2 classes, canvas 64x96, batch-norm eps 0.001\n"
-    assert capsys.readouterr().out == line
+    line = f"{out}: {SMALLEST}, 2 classes, canvas 64x96, batch-norm eps 0.001, not verified: the fast resize"
+    assert capsys.readouterr().out.startswith(line)
     settings, contract = read_header(out)
     assert settings.backbone_norm_eps == 1e-3
     assert contract.names == ("cat", "dog")

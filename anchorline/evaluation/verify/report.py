@@ -67,7 +67,8 @@ class VerifyReport:
         if not self.passed:
             return f"differs in {self.reason}"
         inside = f"{len(self.stages)} stages hold, " if self.stages else ""
-        return f"{inside}{self.detections.summary.brief()}, {len(self.traps)} traps hold"
+        traps = f", {len(self.traps)} traps hold" if self.traps else ""
+        return f"{inside}{self.detections.summary.brief()}{traps}"
 
     def to_json(self) -> dict[str, Any]:
         """The plain dict that ``anchorline verify --json`` and the record beside the artefact hold."""
