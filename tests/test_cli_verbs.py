@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import threading
 from pathlib import Path
 
 import cv2
@@ -115,6 +117,69 @@ def test_detect_warns_of_a_source_it_had_to_skip(
     broken.write_bytes(image.read_bytes()[:40])
     assert cli.main(["detect", str(image), str(broken), "--model", str(model)]) == 0
     assert f"anchorline: warning: {broken}" in capsys.readouterr().err
+
+
+def test_detect_takes_videos_filters_and_a_policy(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video, lines, figures = tmp_path / "clip.mp4", tmp_path / "out.jsonl", tmp_path / "out.json"
+    writer = cv2.VideoWriter(str(video), cv2.VideoWriter.fourcc(*"mp4v"), 20.0, (2 * CANVAS, CANVAS))
+    for _ in range(9):
+        writer.write(np.full((CANVAS, 2 * CANVAS, 3), 90, np.uint8))
+    writer.release()
+    outputs = ["--jsonl", str(lines), "--json", str(figures), "--report", str(tmp_path / "latency.png")]
+    kept = ["--classes", CLASS_NAMES[1], "--min-score", f"{CLASS_NAMES[1]}=0.5", "--max-detections", "3"]
+    options = [
+        "--stride",
+        "2",
+        "--policy",
+        "wait",
+        "--batch",
+        "2",
+        "--max-wait",
+        "0.5",
+        "--region",
+        "0,0,1,1",
+    ]
+    assert cli.main(["detect", f"door={video}", "--model", str(model), *outputs, *kept, *options]) == 0
+    rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    assert [(row["source"], row["frame"], len(row["detections"])) for row in rows] == [
+        ("door", index, 1) for index in range(0, 9, 2)
+    ]
+    report = json.loads(figures.read_text(encoding="utf-8"))
+    assert (report["frames"], report["dropped"], report["reconnects"]) == (5, 0, 0)
+    assert report["sources"]["door"]["frames_in"] == 9
+    assert set(report["age"]) == {"p50", "p95", "p99"}
+    assert cv2.imread(str(tmp_path / "latency.png")) is not None
+    assert "door" in capsys.readouterr().out
+
+    nothing = ["--min-score", "0.8", "--policy", "latest"]
+    assert cli.main(["detect", str(video), "--model", str(model), "--jsonl", str(lines), *nothing]) == 0
+    rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    assert rows
+    assert not any(row["detections"] for row in rows)
+
+
+def test_ctrl_c_ends_detect_with_its_figures_and_files(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file played at its own rate stands for a camera, whose run always ends like this."""
+    video, lines, figures = tmp_path / "clip.mp4", tmp_path / "out.jsonl", tmp_path / "out.json"
+    writer = cv2.VideoWriter(str(video), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (2 * CANVAS, CANVAS))
+    for _ in range(100):
+        writer.write(np.full((CANVAS, 2 * CANVAS, 3), 90, np.uint8))
+    writer.release()
+    timer = threading.Timer(1.0, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    options = ["--policy", "latest", "--jsonl", str(lines), "--json", str(figures)]
+    assert cli.main(["detect", f"door={video}", "--model", str(model), *options]) == 130
+    timer.join()
+    count = len(lines.read_text(encoding="utf-8").splitlines())
+    assert 0 < count < 100
+    assert json.loads(figures.read_text(encoding="utf-8"))["frames"] == count
+    captured = capsys.readouterr()
+    assert "door" in captured.out
+    assert "interrupted" in captured.err
 
 
 @pytest.mark.parametrize("batch", ["1", "3"])
@@ -249,7 +314,18 @@ def test_a_class_that_the_model_does_not_know_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--score-threshold", "1.5"), ("--score-threshold", "nan"), ("--save", "out.txt")]
+    ("option", "value"),
+    [
+        ("--score-threshold", "1.5"),
+        ("--score-threshold", "nan"),
+        ("--save", "out.txt"),
+        ("--classes", "unicorn"),
+        ("--min-score", "much"),
+        ("--min-score", "2.0"),
+        ("--region", "0,0,1"),
+        ("--report", "latency.txt"),
+        ("--policy", "newest"),
+    ],
 )
 def test_an_option_out_of_range_is_one_line(
     option: str, value: str, model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -38,29 +38,33 @@ def class_colour(label: int) -> tuple[int, int, int]:
 
 
 def draw(
-    frame: NDArray[np.uint8], detections: Detections, *, labels: bool = True, scores: bool = True
+    frame: NDArray[np.uint8],
+    detections: Detections,
+    *,
+    labels: bool = True,
+    scores: bool = True,
+    colour: tuple[int, int, int] | None = None,
 ) -> NDArray[np.uint8]:
     """Return a copy of ``frame`` (uint8 BGR [H, W, 3]) with the detections drawn.
 
-    Line width and text grow with the frame. Text lies on its class's colour, black or white by
+    Line width and text grow with the frame. Text lies on its box's colour, black or white by
     contrast, above the box where there is room and always inside the frame. The strongest
-    detection is drawn last, on top.
+    detection is drawn last, on top. ``colour`` (BGR) replaces the colours of the classes.
     """
     canvas: NDArray[np.uint8] = check_frame(frame).copy()
     height, width = canvas.shape[:2]
     unit = float(np.sqrt(height * width)) / _REFERENCE_SIDE
     thickness = max(1, round(2.0 * unit))
     order = np.argsort(detections.scores, kind="stable")
+    colours = [colour or class_colour(label) for label in detections.labels.tolist()]
     for index in order:
-        colour = class_colour(int(detections.labels[index]))
-        cv2.rectangle(canvas, *_corners(detections.boxes[index], canvas), colour, thickness)
+        cv2.rectangle(canvas, *_corners(detections.boxes[index], canvas), colours[index], thickness)
     if not labels or min(height, width) < _MIN_LABEL_SIDE:
         return canvas
     names = detections.names
     for index in order:
         text = f"{names[index]} {detections.scores[index]:.2f}" if scores else names[index]
-        colour = class_colour(int(detections.labels[index]))
-        _draw_label(canvas, _printable(text), detections.boxes[index], colour, max(0.4, 0.6 * unit))
+        _draw_label(canvas, _printable(text), detections.boxes[index], colours[index], max(0.4, 0.6 * unit))
     return canvas
 
 

@@ -10,62 +10,121 @@ import threading
 from collections.abc import Iterator
 
 _STDERR = 2
-_lock = threading.Lock()  # the redirection is of the whole process: one block at a time
 
 
 class NativeLog:
     """Collects the lines of ``pattern`` that the process writes to stderr inside ``capture`` blocks.
 
-    Everything else that appears there meanwhile, such as another thread's progress bar, is passed
-    on to stderr afterwards. Where there is no stderr, and after ``close``, the blocks run without a
-    capture. Not reentrant: do not nest blocks.
+    stderr belongs to the whole process, so a block catches what every thread writes. Blocks of one
+    ``group`` therefore exclude each other, and a line is known to come from the one that runs; blocks
+    of different groups, such as reading and writing, overlap, and each sees the lines of its own
+    pattern. What no running block wants, such as another thread's progress bar, is passed on to
+    stderr. Where there is no stderr, and after ``close``, the blocks run without a capture. Not
+    reentrant: do not nest blocks.
     """
 
-    def __init__(self, pattern: bytes) -> None:
+    def __init__(self, pattern: bytes, group: str = "default") -> None:
         self._pattern = re.compile(rb"^(?:" + pattern + rb").*\n?", re.MULTILINE)
-        self._scratch = _scratch_file()
+        with _redirection.lock:
+            self._group = _groups.setdefault(group, threading.Lock())
+        self._open = True
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[list[str]]:
         """Run the block with stderr caught; the list holds the matching lines when it has ended."""
         lines: list[str] = []
-        with _lock:
-            try:
-                saved = os.dup(_STDERR) if self._scratch >= 0 else -1
-            except OSError:
-                saved = -1
-            if saved < 0:
-                yield lines
-                return
-            os.dup2(self._scratch, _STDERR)
+        if not self._open:
+            yield lines
+            return
+        with self._group:
+            _redirection.enter(lines, self._pattern)
             try:
                 yield lines
             finally:
-                os.dup2(saved, _STDERR)
-                os.close(saved)
-                lines.extend(self._sort())
+                _redirection.leave(lines)
 
     def close(self) -> None:
-        """Release the scratch file. Safe to call twice."""
-        if self._scratch >= 0:
-            os.close(self._scratch)
-            self._scratch = -1
+        """Catch nothing any more. Safe to call twice."""
+        self._open = False
 
-    def _sort(self) -> list[str]:
-        """Empty the scratch file: matching lines are returned, the rest goes on to stderr."""
-        length = os.lseek(self._scratch, 0, os.SEEK_CUR)
-        if length == 0:
-            return []
-        os.lseek(self._scratch, 0, os.SEEK_SET)
-        text = os.read(self._scratch, length)
-        os.ftruncate(self._scratch, 0)
-        os.lseek(self._scratch, 0, os.SEEK_SET)
-        matching = [line.decode("utf-8", "replace").strip() for line in self._pattern.findall(text)]
-        rest = self._pattern.sub(b"", text)
+
+class _Redirection:
+    """stderr pointed at a scratch file while at least one block runs.
+
+    Two scratch files take turns: the one to be read is no longer the one that is written to.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._running: list[tuple[list[str], re.Pattern[bytes]]] = []
+        self._scratch: list[int] = []
+        self._saved = -1
+        self._begun = b""  # a line that C code has not finished writing
+
+    def enter(self, lines: list[str], pattern: re.Pattern[bytes]) -> None:
+        with self.lock:
+            if not self._running:
+                self._redirect()
+            else:
+                self._drain()
+            self._running.append((lines, pattern))
+
+    def leave(self, lines: list[str]) -> None:
+        with self.lock:
+            last = len(self._running) == 1
+            self._drain(back=last)
+            self._running = [block for block in self._running if block[0] is not lines]
+
+    def _redirect(self) -> None:
+        try:
+            self._saved = os.dup(_STDERR)
+        except OSError:
+            return  # there is no stderr
+        if not self._scratch:
+            self._scratch = [_scratch_file(), _scratch_file()]
+        os.dup2(self._scratch[0], _STDERR)
+
+    def _drain(self, back: bool = False) -> None:
+        """Sort what has come so far: lines to the blocks that want them, the rest to stderr."""
+        if self._saved < 0:
+            return
+        os.dup2(self._saved if back else self._scratch[1], _STDERR)
+        self._scratch.reverse()
+        text = self._begun + _take(self._scratch[1])
+        text, self._begun = (text, b"") if back else _whole_lines(text)
+        rest = text
+        if text:
+            for lines, pattern in self._running:
+                lines.extend(line.decode("utf-8", "replace").strip() for line in pattern.findall(text))
+                rest = pattern.sub(b"", rest)
         if rest:
             with contextlib.suppress(OSError):
-                os.write(_STDERR, rest)
-        return matching
+                os.write(self._saved, rest)
+        if back:
+            os.close(self._saved)
+            self._saved = -1
+
+
+_redirection = _Redirection()
+_groups: dict[str, threading.Lock] = {}
+
+
+def _whole_lines(text: bytes) -> tuple[bytes, bytes]:
+    """``text`` without the line that has only begun, and that line; what is not a log's stays."""
+    end = text.rfind(b"\n") + 1
+    return (text[:end], text[end:]) if text[end : end + 1] == b"[" else (text, b"")
+
+
+def _take(scratch: int) -> bytes:
+    """The content of a scratch file, which is emptied."""
+    length = os.lseek(scratch, 0, os.SEEK_CUR)
+    if length == 0:
+        return b""
+    os.lseek(scratch, 0, os.SEEK_SET)
+    text = os.read(scratch, length)
+    os.ftruncate(scratch, 0)
+    os.lseek(scratch, 0, os.SEEK_SET)
+    return text
 
 
 def _scratch_file() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ def plan_items(sources: Sequence[str | Path], save: str | Path | None = None) ->
         raise SettingsError("no sources given; name an image, a folder of images or a video")
     paths: list[Path] = []
     for source in map(Path, sources):
-        if not source.exists():
+        if not os.path.exists(source):  # unlike Path.exists, also False for a name that is too long
             raise DataError(f"{source}: no such file or folder; give an image, a folder of images or a video")
         if not source.is_dir() and not is_image(source) and not is_video(source):
             raise DataError(
@@ -39,10 +40,14 @@ def plan_items(sources: Sequence[str | Path], save: str | Path | None = None) ->
             )
         paths += find_images(source)
     single = len(sources) == 1 and not Path(sources[0]).is_dir()
-    return _with_targets(paths, None if save is None else Path(save), single)
+    return add_targets(paths, None if save is None else Path(save), single)
 
 
-def _with_targets(paths: list[Path], save: Path | None, single: bool) -> list[Item]:
+def add_targets(paths: list[Path], save: Path | None, single: bool) -> list[Item]:
+    """Where the annotated copy of each file goes; ``single`` allows ``save`` to be a file's name.
+
+    Raises ``OutputError`` and ``SettingsError`` where ``save`` does not go with the files.
+    """
     if save is None:
         return [Item(path, is_video(path), None) for path in paths]
     if single and not save.is_dir() and save.suffix:

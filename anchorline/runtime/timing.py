@@ -3,28 +3,81 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import threading
 import time
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from anchorline.runtime.errors import SettingsError
 
 STAGES = ("decode", "preprocess", "upload", "network", "download", "postprocess", "draw", "write")
 PERCENTILES = (50, 95, 99)
+_EXACT = 8192  # durations kept as they are; more than these are counted in bins
+_SHORTEST = 1e-7  # seconds; the first bin's lower edge
+_BIN_RATIO = 1.01
+_BIN_COUNT = math.ceil(math.log(1e5 / _SHORTEST) / math.log(_BIN_RATIO))  # the last bin ends past a day
+
+
+class Durations:
+    """Any number of durations in seconds, in bounded memory.
+
+    Percentiles are exact for the first 8192 durations; from then on all of them are counted in
+    bins 1 % wide.
+    """
+
+    def __init__(self) -> None:
+        self._exact: list[float] = []
+        self._bins: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self._exact) + (0 if self._bins is None else int(self._bins.sum()))
+
+    def add(self, seconds: float) -> None:
+        """Note one duration."""
+        self._exact.append(seconds)
+        if len(self._exact) >= _EXACT:
+            self._bins = self._counts()
+            self._exact = []
+
+    def percentiles(self) -> dict[str, float]:
+        """``{"p50", "p95", "p99"}`` in milliseconds; empty where nothing was noted."""
+        if self._bins is None:
+            if not self._exact:
+                return {}
+            return {f"p{p}": 1000.0 * float(np.percentile(self._exact, p)) for p in PERCENTILES}
+        cumulated = np.cumsum(self._counts())
+        found = {}
+        for p in PERCENTILES:
+            index = int(np.searchsorted(cumulated, p / 100.0 * cumulated[-1]))
+            found[f"p{p}"] = 1000.0 * _SHORTEST * _BIN_RATIO ** (index + 0.5)
+        return found
+
+    def _counts(self) -> NDArray[np.int64]:
+        """The bins with the durations that are still kept one by one."""
+        places = np.log(np.maximum(self._exact, _SHORTEST) / _SHORTEST) / math.log(_BIN_RATIO)
+        counts = np.bincount(places.astype(np.int64).clip(0, _BIN_COUNT - 1), minlength=_BIN_COUNT)
+        return counts if self._bins is None else self._bins + counts
 
 
 class StageTimes:
-    """Durations by stage, in seconds. The stages' names are those of ``STAGES``, in that order."""
+    """Durations by stage, in seconds. The stages' names are those of ``STAGES``, in that order.
+
+    Safe to be filled by several threads.
+    """
 
     def __init__(self) -> None:
-        self._seconds: dict[str, list[float]] = {stage: [] for stage in STAGES}
+        self._lock = threading.Lock()
+        self._durations = {stage: Durations() for stage in STAGES}
 
     def add(self, stage: str, seconds: float) -> None:
         """Note one duration."""
-        if stage not in self._seconds:
+        if stage not in self._durations:
             raise SettingsError(f"unknown stage {stage!r}; expected one of {', '.join(STAGES)}")
-        self._seconds[stage].append(seconds)
+        with self._lock:
+            self._durations[stage].add(seconds)
 
     def add_all(self, timings: Mapping[str, float]) -> None:
         """Note one duration for each stage of ``timings``, such as ``Detector.timings``."""
@@ -40,8 +93,6 @@ class StageTimes:
 
     def percentiles(self) -> dict[str, dict[str, float]]:
         """``{stage: {"p50", "p95", "p99"}}`` in milliseconds, for the stages that were seen."""
-        return {
-            stage: {f"p{p}": 1000.0 * float(np.percentile(seconds, p)) for p in PERCENTILES}
-            for stage, seconds in self._seconds.items()
-            if seconds
-        }
+        with self._lock:
+            found = {stage: durations.percentiles() for stage, durations in self._durations.items()}
+        return {stage: times for stage, times in found.items() if times}

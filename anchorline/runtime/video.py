@@ -20,6 +20,7 @@ from anchorline.runtime.preprocess import check_frame
 
 # What FFmpeg prints, and OpenCV's complaint that a frame could not be written (it raises nothing).
 _FFMPEG_LINE = rb"\[[^\]\n]+ @ 0x[0-9a-f]+\]|OpenCV: FFMPEG:|.*Failed to write frame"
+_READING, _WRITING = "video reading", "video writing"  # one file is read while another is written
 _WRITE_FAILED = "Failed to write frame"
 _FAILURES_AT_THE_END = 64  # grabs that fail in a row before the rest of a damaged video is given up
 _FALLBACK_FPS = 25.0
@@ -40,7 +41,7 @@ class VideoReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         _check_file(self.path)
-        self._log = NativeLog(_FFMPEG_LINE)
+        self._log = NativeLog(_FFMPEG_LINE, _READING)
         self._failures = 0  # grabs that failed before a later one went well
         self._delivered = 0
         self._damaged: list[int] = []
@@ -123,7 +124,7 @@ class VideoReader:
                 self._failures += failures
                 if messages:
                     self._damaged.append(self._delivered + self._failures)
-                return _three_channels(picture)
+                return three_channels(picture)
         return None
 
     def _at_first_size(self, frame: NDArray[np.uint8], index: int) -> NDArray[np.uint8]:
@@ -157,29 +158,29 @@ class VideoWriter:
         self.size = size
         self._padding = (size[0] % 2, size[1] % 2)
         self.frames = 0  # written so far
-        self._log = NativeLog(_FFMPEG_LINE)
+        self._log = NativeLog(_FFMPEG_LINE, _WRITING)
         self._temporary = temporary_sibling(self.path)
         with output_errors(self.path):
             self._temporary.touch()  # tells a folder without permission or space apart from a missing codec
-        self._writer = cv2.VideoWriter()
+        self._is_open = False
         self._open(fps)
 
     def _open(self, fps: float) -> None:
         padded = (self.size[1] + self._padding[1], self.size[0] + self._padding[0])
-        for codec in _CODECS:
-            with quiet_opencv(), self._log.capture():
-                fourcc = cv2.VideoWriter.fourcc(*codec)
-                opened = self._writer.open(str(self._temporary), cv2.CAP_FFMPEG, fourcc, fps, padded)
-            if opened:
-                return
-        self.abandon()
-        raise OutputError(
-            f"{self.path}: this OpenCV cannot write a {padded[0]}x{padded[1]} mp4 at {fps:g} frames/s "
-            f"(tried {', '.join(_CODECS)}); free space, or install opencv-python-headless from PyPI"
-        )
+        with quiet_opencv(), self._log.capture():
+            self._is_open = self._open_encoder(padded, fps)
+        if not self._is_open:
+            self.abandon()
+            raise OutputError(
+                f"{self.path}: this OpenCV cannot write a {padded[0]}x{padded[1]} mp4 at {fps:g} frames/s "
+                f"(tried {', '.join(_CODECS)}); free space, or install opencv-python-headless from PyPI"
+            )
 
-    def write(self, frame: NDArray[np.uint8]) -> None:
-        """Append a uint8 BGR [H, W, 3] frame of the writer's size; else ``FrameError``."""
+    def write(self, frame: NDArray[np.uint8], time_s: float | None = None) -> None:
+        """Append a uint8 BGR [H, W, 3] frame of the writer's size; else ``FrameError``.
+
+        Frames follow each other at the file's one rate: ``time_s`` is of no use here.
+        """
         frame = check_frame(frame)
         if frame.shape[:2] != self.size:
             raise FrameError(
@@ -190,20 +191,21 @@ class VideoWriter:
             bottom, right = self._padding
             frame = np.asarray(cv2.copyMakeBorder(frame, 0, bottom, 0, right, cv2.BORDER_REPLICATE), np.uint8)
         with self._log.capture() as messages:
-            self._writer.write(frame)
+            written = self._encode(frame, time_s)
         self.frames += 1
-        if any(_WRITE_FAILED in line for line in messages):
+        if not written or any(_WRITE_FAILED in line for line in messages):
             raise OutputError(
                 f"{self.path}: frame {self.frames} cannot be written; free space or choose another place"
             )
 
     def close(self) -> None:
         """Finish the file, check that it holds every frame, and give it its name. Safe to call twice."""
-        if not self._writer.isOpened():
+        if not self._is_open:
             return
         try:
             with self._log.capture():
-                self._writer.release()
+                self._is_open = False
+                self._release()
             self._check()
             with output_errors(self.path):
                 publish(self._temporary, self.path)
@@ -214,8 +216,26 @@ class VideoWriter:
     def abandon(self) -> None:
         """Drop what was written; the file under its name, if any, stays. Safe to call twice."""
         with self._log.capture():
-            self._writer.release()
+            self._is_open = False
+            self._release()
         discard(self._temporary)
+
+    def _open_encoder(self, size: tuple[int, int], fps: float) -> bool:
+        """Start the file for frames of this (width, height); ``False`` where no codec can."""
+        self._writer = cv2.VideoWriter()
+        return any(
+            self._writer.open(str(self._temporary), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), fps, size)
+            for codec in _CODECS
+        )
+
+    def _encode(self, frame: NDArray[np.uint8], time_s: float | None) -> bool:
+        """Append one frame; ``False`` where that is known to have failed."""
+        self._writer.write(frame)
+        return True
+
+    def _release(self) -> None:
+        """Complete the file. Safe to call twice."""
+        self._writer.release()
 
     def _check(self) -> None:
         if self.frames == 0:
@@ -257,7 +277,8 @@ def _check_file(path: Path) -> None:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
 
 
-def _three_channels(picture: NDArray[Any]) -> NDArray[np.uint8]:
+def three_channels(picture: NDArray[Any]) -> NDArray[np.uint8]:
+    """A decoded picture as uint8 [H, W, 3], grey ones included."""
     image = np.asarray(picture, np.uint8)
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_GRAY2BGR), np.uint8) if image.ndim == 2 else image
 

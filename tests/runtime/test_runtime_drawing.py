@@ -105,3 +105,9 @@ def test_a_name_beyond_ascii(monkeypatch, unicode_font):
 def test_what_is_no_frame_is_refused():
     with pytest.raises(FrameError, match="got None"):
         draw(None, Detections.empty())
+
+
+def test_one_colour_can_stand_for_all_classes():
+    drawn = draw(blank(), one([50, 60, 100, 120], label=3), colour=(1, 2, 3))
+    assert tuple(drawn[119, 75]) == (1, 2, 3)
+    assert not (drawn == class_colour(3)).all(axis=2).any()

@@ -315,6 +315,36 @@ def test_native_log_restores_stderr_after_an_error_and_serves_threads(capfd):
     assert capfd.readouterr().err == "visible\n"
 
 
+def test_native_logs_of_different_groups_run_side_by_side(capfd):
+    """One file is decoded while another is written: neither waits, each gets its own lines."""
+    reading, writing = NativeLog(rb"\[h264\]", "reading"), NativeLog(rb"\[mp4\]", "writing")
+    with reading.capture() as read_lines:
+        os.write(2, b"[h264] one\nother\n[h26")  # C code writes its lines in pieces
+        with writing.capture() as written_lines:
+            os.write(2, b"4] two\n[mp4] three\nanother\n")
+        assert written_lines == ["[mp4] three"]
+        assert capfd.readouterr().err == "other\nanother\n"
+    assert read_lines == ["[h264] one", "[h264] two"]
+    os.write(2, b"visible\n")
+    assert capfd.readouterr().err == "visible\n"
+
+
+def test_native_logs_of_one_group_exclude_each_other():
+    first, second = NativeLog(rb"x", "reading"), NativeLog(rb"x", "reading")
+    entered = threading.Event()
+
+    def work():
+        with second.capture():
+            entered.set()
+
+    thread = threading.Thread(target=work)
+    with first.capture():
+        thread.start()
+        assert not entered.wait(0.1)
+    thread.join(5.0)
+    assert entered.is_set()
+
+
 def test_a_picture_size_that_changes_is_reported(tmp_path, video_frames, write_raw_video, monkeypatch):
     path = write_raw_video(tmp_path / "a.mp4", video_frames)
     with VideoReader(path) as reader:

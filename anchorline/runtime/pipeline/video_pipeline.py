@@ -1,0 +1,300 @@
+"""Sources to sinks through one detector: the threads, and how they start, drain, stop and fail."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.pipeline.channel import Channel
+from anchorline.runtime.pipeline.feeding import Feeder
+from anchorline.runtime.pipeline.figures import Figures
+from anchorline.runtime.pipeline.filters import Filters
+from anchorline.runtime.pipeline.frames import Result
+from anchorline.runtime.pipeline.intake import Policy, SourceQueue
+from anchorline.runtime.pipeline.settings import PipelineSettings
+from anchorline.runtime.pipeline.signals import sigterm_as_exit
+from anchorline.runtime.pipeline.sinks import Sink
+from anchorline.runtime.pipeline.source import Decoder, Source, plan
+from anchorline.runtime.pipeline.watchdog import watch
+from anchorline.runtime.pipeline.workers import Workers
+from anchorline.runtime.summary import DetectSummary
+
+_JOIN_SECONDS = 2.0  # a reader that hangs in a camera's driver is left to its time limit
+
+
+class FrameDetector(Protocol):
+    """What the pipeline calls: ``Detector``, or anything of its shape.
+
+    ``timings``, where there, holds the seconds of this thread's last ``batch`` by stage; ``contract``
+    gives the class names and the largest batch; ``provider`` and ``precision`` go to the summary;
+    ``concurrent_calls`` is how many threads may usefully call ``batch`` at once (1 where not there).
+    """
+
+    def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]: ...
+
+
+class VideoPipeline:
+    """Detect in every source at once: an iterator of ``Result`` and a context manager.
+
+    >>> with VideoPipeline(detector, ["cam1=rtsp://camera/live", "clip.mp4"], save="out") as pipeline:
+    ...     for result in pipeline:
+    ...         print(result.source, result.index, len(result.detections), result.age)
+
+    ``sources`` are as on the command line, or ``Source`` objects. ``policy`` and ``stride`` hold for
+    those that are not ``Source`` objects. Up to ``batch`` frames (default: one of each source, within
+    the contract's limit) are detected together; the first waits for the others ``max_wait`` seconds
+    at most. ``workers`` threads call the detector side by side, so that preparing one batch overlaps
+    with computing another. By default it is one, which gives live sources the lowest age; where every
+    source waits, it is as many as the detector says in ``concurrent_calls``.
+
+    ``save``, ``jsonl`` and ``sinks`` receive every result before the caller does; ``callback`` is
+    called with each. Annotated copies show scores from ``shown_score`` on. A live source that
+    delivers nothing for ``stall`` seconds is reported and opened again; while no source has
+    delivered anything at all, ``patience`` seconds are waited for the first. ``decoder`` is
+    ``"opencv"`` or ``"pyav"``.
+
+    Leaving the loop or the block in any way, ``stop()``, Ctrl-C and SIGTERM end the reading; what was
+    read is still detected and written, and the files are completed. An exception in any thread of the
+    pipeline, a callback's included, ends everything, drops the unfinished files, and is raised once
+    to the caller. To be run once.
+    """
+
+    def __init__(
+        self,
+        detector: FrameDetector,
+        sources: Sequence[str | Path | int | Source],
+        *,
+        policy: Policy | None = None,
+        stride: int = 1,
+        batch: int | None = None,
+        max_wait: float = 0.01,
+        workers: int | None = None,
+        filters: Filters | None = None,
+        save: str | Path | None = None,
+        jsonl: str | Path | None = None,
+        sinks: Sequence[Sink] = (),
+        callback: Callable[[Result], object] | None = None,
+        shown_score: float = 0.5,
+        decoder: Decoder = "opencv",
+        stall: float = 10.0,
+        patience: float = 20.0,
+    ) -> None:
+        self.sources = plan(sources, save, policy=policy, stride=stride)
+        self.figures = Figures({source.name: bool(source.live) for source in self.sources})
+        self._settings = PipelineSettings(
+            batch=batch,
+            max_wait=max_wait,
+            workers=workers,
+            filters=filters or Filters(),
+            save=save,
+            jsonl=jsonl,
+            sinks=tuple(sinks),
+            callback=callback,
+            shown_score=shown_score,
+            decoder=decoder,
+            stall=stall,
+            patience=patience,
+        )
+        self._detector = detector
+        self._settings.filters.check_names(getattr(getattr(detector, "contract", None), "names", ()))
+        self._workers = self._settings.workers_for(self.sources, detector)
+        self._intake = self._settings.intake_for(self.sources, detector, self._workers)
+        self._sinks: list[Sink] = []
+        self._out: Channel[Result] = Channel()
+        self._stopped, self._ended = threading.Event(), threading.Event()
+        self._error: BaseException | None = None
+        self._error_lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._readers: list[threading.Thread] = []
+        self._started = self._running = self._finished = False
+        self._seconds = 0.0
+
+    def __iter__(self) -> Iterator[Result]:
+        """Each source's results in the order of its frames; ends when every source has ended."""
+        if self._started or self._finished:
+            raise SettingsError("this pipeline has run already; make a new VideoPipeline for another run")
+        self._started = True
+        with sigterm_as_exit():
+            try:
+                self._start()
+                while (result := self._out.get()) is not None:
+                    self._leave(result)
+                    yield result
+            except BaseException as error:
+                self._finish(error)
+                raise
+            self._finish(None)
+
+    def run(self) -> DetectSummary:
+        """Work through all results without handing them out."""
+        for _ in self:
+            pass
+        return self.summary()
+
+    def stop(self) -> None:
+        """End the reading, from any thread; what was read still comes out."""
+        self._stopped.set()
+        self._intake.stop()
+
+    def close(self) -> None:
+        """Stop, finish what was read, and complete the files. Safe to call twice."""
+        self.__exit__(None, None, None)
+
+    def __enter__(self) -> VideoPipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._started:
+            self._finish(None if error is None else GeneratorExit())  # an end like any other of the loop
+        self._finished = True
+
+    def summary(self) -> DetectSummary:
+        """The figures so far; complete when the iteration has ended."""
+        figures = self.figures
+        seconds = self._seconds or time.monotonic() - figures.start
+        frames = figures.frames()
+        sources = {name: each.snapshot() for name, each in figures.sources.items()}
+        return DetectSummary(
+            frames=frames,
+            fps=frames / seconds if seconds > 0 else 0.0,
+            stages=figures.stages.percentiles(),
+            detections=sum(each.detections for each in figures.sources.values()),
+            provider=str(getattr(self._detector, "provider", "unknown")),
+            precision=str(getattr(self._detector, "precision", "unknown")),
+            dropped=sum(each.dropped for each in figures.sources.values()),
+            reconnects=sum(each.reconnects for each in figures.sources.values()),
+            age=figures.age(),
+            sources=sources,
+            warnings=tuple(line for each in figures.sources.values() for line in each.warnings),
+        )
+
+    def _start(self) -> None:
+        self.figures.begin()
+        self._sinks = self._settings.open_sinks()
+        workers = Workers(
+            self._detector,
+            self._settings.filters,
+            self._intake,
+            self._out,
+            self._sinks,
+            self.figures,
+            self._settings.shown_score,
+            self._fail,
+        )
+        for name, work in workers.parts(self._workers):
+            self._begin(self._threads, name, work)
+        watched, stall = list(self.figures.sources.values()), self._settings.stall
+        self._begin(self._threads, "watchdog", lambda: watch(watched, stall, self._ended))
+        for source, queue in zip(self.sources, self._intake.queues, strict=True):
+            self._begin(self._readers, f"read {source.name}", self._feeder(source, queue).run)
+        self._running = True
+
+    def _feeder(self, source: Source, queue: SourceQueue) -> Feeder:
+        figures = self.figures.sources[source.name]
+        figures.queue = queue
+        return Feeder(
+            source=source,
+            queue=queue,
+            intake=self._intake,
+            figures=figures,
+            stopped=self._stopped,
+            fail=self._fail,
+            decoder=self._settings.decoder,
+            stall=self._settings.stall,
+            patience=self._settings.patience,
+            anything_came=self.figures.anything_came,
+        )
+
+    def _begin(self, threads: list[threading.Thread], name: str, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, name=f"anchorline {name}", daemon=True)
+        thread.start()
+        threads.append(thread)
+
+    def _leave(self, result: Result) -> None:
+        """The result reaches the caller: note its age, and let another frame in."""
+        result.age = time.monotonic() - result.captured
+        self.figures.left(result.source, result.age, len(result.detections))
+        self._intake.done()
+
+    def _fail(self, error: BaseException) -> None:
+        """Note the first error of any thread and let all of them end."""
+        with self._error_lock:
+            self._error = self._error or error
+        self._abort()
+
+    def _abort(self) -> None:
+        self._stopped.set()
+        self._intake.abort()
+        self._out.cut()
+
+    def _finish(self, error: BaseException | None) -> None:
+        """End everything once: drain after a stop or an interrupt, drop everything after an error."""
+        if self._finished:
+            return
+        self._finished = True
+        try:
+            if isinstance(error, Exception) or not self._running:
+                self._error = self._error or error
+                self._abort()
+            else:
+                self.stop()
+                while (result := self._out.get()) is not None:
+                    self._leave(result)
+        except BaseException:  # a second Ctrl-C: no more draining, but the files are completed
+            self._abort()
+            raise
+        finally:
+            try:
+                self._end_threads()
+            finally:
+                self._close_sinks()
+                self._seconds = time.monotonic() - self.figures.start
+        if self._error is not None and self._error is not error:
+            raise self._error
+        self._raise_unreadable(error)
+
+    def _end_threads(self) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+        until = time.monotonic() + _JOIN_SECONDS
+        for thread in self._readers:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _close_sinks(self) -> None:
+        failed = self._error is not None or self._nothing_read() is not None
+        sinks, self._sinks = self._sinks, []
+        first: BaseException | None = None
+        for sink in sinks:
+            try:
+                if failed or first is not None:
+                    sink.abandon()
+                else:
+                    sink.close()
+            except BaseException as error:
+                first = first or error
+        if first is not None and not failed:
+            raise first
+
+    def _nothing_read(self) -> Exception | None:
+        """The first source's complaint, where no source gave a single frame."""
+        if self.figures.frames():
+            return None
+        errors = [each.first_error for each in self.figures.sources.values()]
+        return next((error for error in errors if error is not None), None)
+
+    def _raise_unreadable(self, error: BaseException | None) -> None:
+        complaint = self._nothing_read()
+        if error is None and complaint is not None:
+            raise complaint

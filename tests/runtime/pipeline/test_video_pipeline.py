@@ -1,0 +1,386 @@
+"""What the pipeline promises, with a detector of fixed cost: order, bounds, errors, an orderly end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from anchorline.runtime.detector import Detector
+from anchorline.runtime.errors import DataError, OutputError, SettingsError
+from anchorline.runtime.pipeline.filters import Filters
+from anchorline.runtime.pipeline.sinks import LatestFrame
+from anchorline.runtime.pipeline.source import Source
+from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
+from anchorline.runtime.video import VideoReader
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def numbered(grey, count, first=0):
+    for index in range(count):
+        yield grey(first + index)
+
+
+def endless(grey, pause=0.0):
+    index = 0
+    while True:
+        yield grey(index)
+        index += 1
+        time.sleep(pause)
+
+
+# Under `wait` nothing is lost and nothing is reordered
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_waiting_loses_and_reorders_nothing(stub, grey, workers, batch):
+    class Uneven(stub):
+        def batch(self, frames):
+            time.sleep(0.004 * (len(self.batches) % 3))  # later batches overtake earlier ones
+            return super().batch(frames)
+
+    sources = [Source(numbered(grey, 50, s), name=f"s{s}") for s in range(3)]
+    seen = {f"s{s}": [] for s in range(3)}
+    with VideoPipeline(Uneven(), sources, batch=batch, workers=workers) as pipeline:
+        for result in pipeline:
+            seen[result.source].append(result.index)
+            offset = int(result.source[1:])
+            assert result.frame[0, 0, 0] == result.index + offset  # the frame belongs to the result
+            assert result.detections.scores[0] == pytest.approx((result.index + offset) / 255)
+    assert seen == {name: list(range(50)) for name in seen}
+    assert pipeline.summary().dropped == 0
+
+
+def test_frames_of_several_sources_share_a_batch(stub, grey):
+    detector = stub(cost=0.002)
+    sources = [Source((grey(i) for i in range(40)), name=f"s{s}") for s in range(4)]
+    VideoPipeline(detector, sources, max_wait=1.0).run()
+    assert sum(detector.batches) == 160
+    assert max(detector.batches) == 4
+    assert np.mean(detector.batches) > 3.5
+
+
+def test_a_batch_waits_no_longer_than_it_may(stub, grey):
+    """A slow source does not hold a quick one up for longer than ``max_wait``."""
+    quick = Source((grey(i) for i in range(20)), name="quick")
+    slow = Source(endless(grey, pause=0.5), name="slow")
+    pipeline = VideoPipeline(stub(), [quick, slow], max_wait=0.02)
+    times = []
+    for result in pipeline:
+        if result.source == "quick":
+            times.append(time.monotonic())
+            if len(times) == 20:
+                break
+    assert times[-1] - times[0] < 2.0
+
+
+def test_the_batch_is_bounded_by_the_contract(stub, grey, contract):
+    import dataclasses
+
+    detector = stub()
+    detector.contract = dataclasses.replace(contract, max_batch=2)
+    sources = [Source((grey(i) for i in range(9)), name=f"s{s}") for s in range(3)]
+    VideoPipeline(detector, sources, max_wait=0.2).run()
+    assert max(detector.batches) == 2
+    with pytest.raises(SettingsError, match="at most 2 frames at once"):
+        VideoPipeline(detector, ["0"], batch=3)
+
+
+# Under `latest` the latency is bounded and the losses are counted
+
+
+def test_the_newest_frame_is_next_and_the_others_are_counted(stub, grey):
+    """A camera five times as fast as the model: ages stay bounded, every frame is accounted for."""
+    camera = Source(endless(grey, pause=0.004), name="cam", live=True)
+    ages = []
+    pipeline = VideoPipeline(stub(cost=0.02), [camera])
+    for result in pipeline:
+        ages.append(result.age)
+        if len(ages) == 60:
+            break
+    found = pipeline.summary().sources["cam"]
+    assert found["dropped"] > 60
+    assert found["frames"] + found["dropped"] in (found["frames_in"], found["frames_in"] - 1)
+    assert np.percentile(ages, 95) < 0.1  # inference, its own and the one it waits for, and a busy machine
+    assert np.mean(ages[40:]) < 2 * np.mean(ages[:20]) + 0.02  # and they do not grow
+
+
+def test_a_consumer_slower_than_the_camera_gets_recent_frames(stub, grey):
+    camera = Source(endless(grey, pause=0.005), name="cam", live=True)
+    ages = []
+    with VideoPipeline(stub(cost=0.005), [camera]) as pipeline:
+        for result in pipeline:
+            time.sleep(0.05)
+            ages.append(result.age)
+            if len(ages) == 25:
+                break
+    assert max(ages[3:]) < 0.4  # what is under way is bounded: no queue of old frames builds up
+    assert pipeline.summary().dropped > 50
+
+
+def test_the_policy_can_be_chosen(stub, grey, tmp_path, video_frames, write_raw_video):
+    """A live source that waits loses nothing; a file under `latest` is played at its own rate."""
+    camera = Source((grey(i) for i in range(30)), name="cam", live=True, policy="wait")
+    assert [r.index for r in VideoPipeline(stub(cost=0.002), [camera])] == list(range(30))
+    video = write_raw_video(tmp_path / "a.mp4", video_frames, fps=40.0)
+    start = time.monotonic()
+    summary = VideoPipeline(stub(cost=0.06), [video], policy="latest").run()
+    assert time.monotonic() - start > 11 / 40
+    assert summary.dropped > 0
+    assert summary.frames + summary.dropped == 12
+
+
+# Errors reach the caller once, and everything ends
+
+
+def broken_source(grey):
+    yield grey(0)
+    raise ZeroDivisionError("the source fails")
+
+
+class BrokenSink:
+    wants_drawing = False
+
+    def __init__(self):
+        self.ended = []
+
+    def write(self, result):
+        raise OSError("the sink fails")
+
+    def close(self):
+        self.ended.append("close")
+
+    def abandon(self):
+        self.ended.append("abandon")
+
+
+def refuse(result):
+    raise KeyError("the callback fails")
+
+
+@pytest.mark.parametrize("where", ["source", "detector", "sink", "callback", "results"])
+def test_an_exception_reaches_the_caller_once(stub, grey, tmp_path, where):
+    frames = endless(grey)
+    detector, sink = stub(), BrokenSink()
+    options = {"jsonl": tmp_path / "a.jsonl", "save": tmp_path / "a.mp4"}
+    expected = RuntimeError
+    if where == "source":
+        frames, expected = broken_source(grey), ZeroDivisionError
+    elif where == "detector":
+        detector = stub(fail_at=3)
+    elif where == "sink":
+        options["sinks"], expected = [sink], OSError
+    elif where == "callback":
+        options["callback"], expected = refuse, KeyError
+    else:
+        detector.batch = lambda frames: []
+        expected = SettingsError
+    pipeline = VideoPipeline(detector, [Source(frames, name="a")], **options)
+    with pytest.raises(expected, match=r"fails|gave 0 results"):
+        pipeline.run()
+    pipeline.close()  # nothing is left to raise
+    assert os.listdir(tmp_path) == []
+    assert sink.ended == (["abandon"] if where == "sink" else [])
+
+
+def test_an_exception_of_the_caller_s_own_ends_everything_and_finishes_the_files(stub, grey, tmp_path):
+    def work():
+        with VideoPipeline(stub(), [Source(endless(grey), name="a")], jsonl=tmp_path / "a.jsonl") as pipeline:
+            for _ in pipeline:
+                raise LookupError("mine")
+
+    with pytest.raises(LookupError, match="mine"):
+        work()
+    assert len(lines_of(tmp_path / "a.jsonl")) > 0
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+def test_leaving_the_loop_finishes_the_files(stub, grey, tmp_path):
+    with VideoPipeline(
+        stub(), [Source(endless(grey), name="a")], save=tmp_path / "a.mp4", jsonl=tmp_path / "a.jsonl"
+    ) as pipeline:
+        for result in pipeline:
+            if result.index == 20:
+                break
+    frames = [line["frame"] for line in lines_of(tmp_path / "a.jsonl")]
+    assert frames == list(range(len(frames)))
+    assert len(frames) > 20
+    with VideoReader(tmp_path / "a.mp4") as reader:
+        assert len(list(reader)) == len(frames)
+
+
+def test_stopping_from_another_thread(stub, grey):
+    pipeline = VideoPipeline(stub(), [Source(endless(grey), name="a")])
+    threading.Timer(0.2, pipeline.stop).start()
+    indices = [result.index for result in pipeline]
+    assert indices == list(range(len(indices)))
+
+
+def test_a_pipeline_runs_once(stub, grey):
+    pipeline = VideoPipeline(stub(), [Source([grey(0)], name="a")])
+    pipeline.run()
+    with pytest.raises(SettingsError, match="has run already"):
+        pipeline.run()
+    with VideoPipeline(stub(), [Source([grey(0)], name="a")]):
+        pass  # never started
+
+
+def test_output_that_cannot_be_opened(stub, grey, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written"):
+        VideoPipeline(stub(), [Source(endless(grey), name="a")], jsonl=tmp_path / "file" / "a.jsonl").run()
+
+
+PROGRAM = """
+import sys, time
+import numpy as np
+from anchorline.runtime import Detections, Source, VideoPipeline
+class Stub:
+    def batch(self, frames):
+        time.sleep(0.005)
+        return [Detections.empty() for _ in frames]
+def frames():
+    while True:
+        yield np.zeros((48, 64, 3), np.uint8)
+folder = sys.argv[1]
+print("ready", flush=True)
+VideoPipeline(Stub(), [Source(frames(), name="a")], save=folder + "/a.mp4", jsonl=folder + "/a.jsonl").run()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_finish_the_files(tmp_path, number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    time.sleep(1.0)
+    process.send_signal(number)
+    code = process.wait(timeout=20)
+    assert code == (143 if number == signal.SIGTERM else -signal.SIGINT)
+    rows = lines_of(tmp_path / "a.jsonl")
+    assert [row["frame"] for row in rows] == list(range(len(rows)))
+    with VideoReader(tmp_path / "a.mp4") as reader:
+        assert len(list(reader)) == len(rows) > 0
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.mp4"]
+
+
+SLOW = PROGRAM.replace("time.sleep(0.005)", "time.sleep(1.0)")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_a_second_ctrl_c_does_not_wait_for_what_was_read_but_finishes_the_files(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    time.sleep(2.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    assert process.wait(timeout=20) == -signal.SIGINT
+    assert time.monotonic() - start < 3.0  # four frames were waiting, each of a second
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.mp4"]
+    with VideoReader(tmp_path / "a.mp4") as reader:
+        assert len(list(reader)) == len(lines_of(tmp_path / "a.jsonl")) > 0
+
+
+def test_the_detector_called_by_several_threads_gives_what_it_gives_alone(model_path):
+    pytest.importorskip("onnxruntime")
+    generator = np.random.default_rng(0)
+    frames = [generator.integers(0, 256, (48, 64, 3), dtype=np.uint8) for _ in range(40)]
+    with Detector(model_path, threads=1) as detector:
+        expected = [detector(frame).scores for frame in frames]
+        pipeline = VideoPipeline(detector, [Source(frames, name="a")], workers=3)
+        found = [result.detections.scores for result in pipeline]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+# Sinks, filters, figures
+
+
+def test_the_callback_and_the_latest_frame(stub, grey):
+    latest, called = LatestFrame(), []
+    assert latest.get() is None
+    assert latest.annotated() is None
+    source = Source((grey(i) for i in range(10)), name="a")
+    VideoPipeline(stub(), [source], sinks=[latest], callback=lambda result: called.append(result.index)).run()
+    assert called == list(range(10))
+    assert latest.get("a").index == latest.get().index == 9
+    assert latest.annotated("a").shape == (48, 64, 3)
+    assert latest.get("b") is None
+
+
+def test_filters_and_stride_reach_the_results(stub, grey):
+    frames = (grey(i * 20) for i in range(12))
+    source = Source(frames, name="a", stride=3)
+    results = list(VideoPipeline(stub(), [source], filters=Filters(min_scores={"": 0.5})))
+    assert [r.index for r in results] == [0, 3, 6, 9]
+    assert [len(r.detections) for r in results] == [0, 0, 0, 1]
+
+
+def test_a_class_that_the_model_does_not_know(stub, contract):
+    detector = stub()
+    detector.contract = contract
+    with pytest.raises(SettingsError, match="knows no class 'cat'; it knows whole, quarter"):
+        VideoPipeline(detector, ["0"], filters=Filters(classes=("cat",)))
+
+
+def test_the_figures_of_each_source(stub, grey, tmp_path):
+    sources = [Source((grey(i) for i in range(n)), name=name) for name, n in (("a", 20), ("b", 10))]
+    pipeline = VideoPipeline(stub(cost=0.002), sources, jsonl=tmp_path / "a.jsonl")
+    for result in pipeline:
+        assert {"decode", "network", "write"} <= set(result.times)
+        assert 0 < result.age < 10
+    plain = json.loads(json.dumps(pipeline.summary().to_json()))
+    assert plain["frames"] == 30
+    assert plain["age"]["p50"] >= 2.0  # milliseconds: the detector's own cost
+    assert {name: each["frames"] for name, each in plain["sources"].items()} == {"a": 20, "b": 10}
+    for each in plain["sources"].values():
+        assert each["stages"]["network"]["p50"] >= 2.0
+        assert each["age"]["p99"] >= each["age"]["p50"]
+        assert each["fps_in"] > 0
+        assert each["fps_out"] > 0
+        assert (each["dropped"], each["reconnects"], each["stalls"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 0}, "batch is 0"),
+        ({"max_wait": -1}, "max_wait is -1"),
+        ({"max_wait": float("nan")}, "max_wait is nan"),
+        ({"workers": 0}, "workers is 0"),
+        ({"stride": 0}, "stride is 0"),
+        ({"stall": 0}, "stall is 0"),
+        ({"policy": "newest"}, "policy is 'newest'"),
+        ({"decoder": "gstreamer"}, "decoder is 'gstreamer'"),
+    ],
+)
+def test_settings_that_cannot_be(stub, options, message):
+    with pytest.raises(SettingsError, match=message):
+        VideoPipeline(stub(), ["0"], **options)
+
+
+def test_nothing_readable_is_the_source_s_error(stub, tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        VideoPipeline(stub(), [tmp_path / "none.mp4"])
+    (tmp_path / "a.mp4").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match=r"a\.mp4"):
+        VideoPipeline(stub(), [tmp_path / "a.mp4"], jsonl=tmp_path / "a.jsonl").run()
+    assert os.listdir(tmp_path) == ["a.mp4"]
