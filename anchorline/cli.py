@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from anchorline.evaluation.dataset import Dataset
     from anchorline.runtime.summary import DetectSummary
 
-Provider = Literal["auto", "cpu"]
+Provider = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 Policy = Literal["wait", "latest"]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as JSON.")]
 DataOption = Annotated[
@@ -33,7 +33,7 @@ DataOption = Annotated[
         help="voc:DIR@split, coco:IMAGES,ANN.json, yolo:DIR@split or synthetic:N; may be repeated.",
     ),
 ]
-ProviderOption = Annotated[Provider, typer.Option(help="What runs an ONNX model.")]
+ProviderOption = Annotated[Provider, typer.Option(help="What runs the model; auto takes the best one here.")]
 
 app = typer.Typer(
     name="anchorline",

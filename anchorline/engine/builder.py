@@ -171,7 +171,8 @@ def _build_and_publish(
 def _build(job: _Job, timing_cache: Path | None, progress: Progress | None) -> _Made:
     """Precision, lowering, TensorRT's parser and its builder, in this order."""
     mixed, report = to_precision(job.model, job.options.precision, job.samples)
-    lowered = lower(mixed, job.options.target, job.options.nms)
+    report_convergence = job.options.nms == "fixed-point"
+    lowered = lower(mixed, job.options.target, job.options.nms, report_convergence=report_convergence)
     builder = job.toolkit.create_builder()
     network = parse(job.toolkit, builder, lowered, job.batch)
     layers = layer_report(network)

@@ -30,12 +30,13 @@ from anchorline.engine.graph_tools import (
 from anchorline.engine.model_file import DOMAIN, OPSET, check_exported
 from anchorline.engine.tensorrt_rules import bake_casts, cast_bytes_first, check_rules
 from anchorline.engine.topk_pieces import split_large_topk
+from anchorline.runtime.contract import NMS_CONVERGED
 from anchorline.runtime.errors import ArtefactError, SettingsError
 
 TARGETS = ("tensorrt", "tensorrt-rtx", "onnxruntime")
 NMS_FORMS = ("plugin", "fixed-point")
 PLUGIN_VERSION = "1"
-CONVERGED = "nms_converged"
+CONVERGED = NMS_CONVERGED
 
 _PLUGIN_OPS = ("BatchedNMS", "RoIPool")
 _KNOWN_OPS = (*_PLUGIN_OPS, "RoIAlign")

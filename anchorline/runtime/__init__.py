@@ -14,12 +14,20 @@ from anchorline.runtime.errors import (
     ArtefactError,
     DataError,
     FrameError,
+    GpuError,
     OutputError,
     ParityError,
     SettingsError,
     TrainingError,
 )
+from anchorline.runtime.gpu.device_frames import Nv12
+from anchorline.runtime.gpu.options import GpuOptions
 from anchorline.runtime.images import find_images, read_image, write_image
+from anchorline.runtime.pipeline.filters import Filters
+from anchorline.runtime.pipeline.frames import Result
+from anchorline.runtime.pipeline.sinks import LatestFrame
+from anchorline.runtime.pipeline.source import Source
+from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
 from anchorline.runtime.summary import DetectSummary
 from anchorline.runtime.video import VideoReader, VideoWriter
 
@@ -31,11 +39,19 @@ __all__ = [
     "DetectSummary",
     "Detections",
     "Detector",
+    "Filters",
     "FrameError",
+    "GpuError",
+    "GpuOptions",
+    "LatestFrame",
+    "Nv12",
     "OutputError",
     "ParityError",
+    "Result",
     "SettingsError",
+    "Source",
     "TrainingError",
+    "VideoPipeline",
     "VideoReader",
     "VideoWriter",
     "detect",

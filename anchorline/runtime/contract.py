@@ -19,6 +19,10 @@ from anchorline.runtime.errors import ArtefactError
 CONTRACT_KEY = "anchorline.contract"
 CONTRACT_VERSION = 1
 
+# The output that an engine with the fixed-point NMS has besides the contract's: bool [1], false when
+# suppression needed more rounds than the engine has, so that duplicates may be left.
+NMS_CONVERGED = "nms_converged"
+
 # In ``Contract.source``: the canvas that an export was told to use instead of the checkpoint's.
 CANVAS_KEY = "canvas"
 

@@ -3,39 +3,45 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.runtime.backend import Backend
+from anchorline.runtime.backend import Lane
+from anchorline.runtime.canvas import Placement
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.errors import ArtefactError, FrameError, SettingsError
-from anchorline.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from anchorline.runtime.gpu.device_frames import Nv12, check_host_nv12, is_device_frame
+from anchorline.runtime.gpu.options import GpuOptions
+from anchorline.runtime.lanes import LanePool
+from anchorline.runtime.opening import open_backend
 from anchorline.runtime.postprocess import to_detections
 from anchorline.runtime.preprocess import Preprocessor, check_frame
+from anchorline.runtime.streaming import stream_detections
 
-PROVIDERS = ("auto", "cpu")
 _INPUT_COUNT = 2
 _OUTPUT_COUNTS = {"detections": 4, "proposals": 3}
 _STAGES = ("preprocess", "upload", "network", "download", "postprocess")
 
-_NOT_HERE = {
-    ".engine": "TensorRT engines cannot be run by this version; give the ONNX file it was built from",
-    ".safetensors": "checkpoints are not run directly; first anchorline export {path} --out model.onnx",
-}
+Frame = Any  # uint8 BGR [H, W, 3] on the host, the same on the GPU, or an Nv12 of either
 
 
 class Detector:
-    """A model file, ready to be called with frames. A context manager; not for use by two threads at once.
+    """A model file, ready to be called with frames, from any number of threads. A context manager.
 
-    ``model`` is an ONNX file written by ``anchorline export``. ``provider`` is ``"auto"`` (the best
-    one here) or ``"cpu"``. Detections with a score under ``score_threshold`` are dropped; by default
-    all that the graph lets through (its own cut is ``contract.thresholds.score``) are returned.
-    ``threads`` bounds the CPU threads. Raises ``ArtefactError`` and ``SettingsError``.
+    ``model`` is an ONNX file written by ``anchorline export`` or an engine by ``anchorline build``.
+    ``provider`` is ``"auto"`` (the best one here: an engine runs on TensorRT or, where that cannot be, its
+    ONNX file on the CPU, and the log says why), ``"cpu"``, ``"cuda"``, ``"tensorrt"`` or
+    ``"tensorrt-rtx"``; one that is named and not to be had is an error. Detections with a score under
+    ``score_threshold`` are dropped; by default all that the graph lets through (its own cut is
+    ``contract.thresholds.score``) are returned. ``threads`` bounds the CPU threads, ``workers`` the calls
+    that run at once (on a GPU each takes memory of its own). ``gpu`` says how a GPU is used. Raises
+    ``ArtefactError``, ``SettingsError`` and ``GpuError``.
     """
 
     def __init__(
@@ -44,15 +50,21 @@ class Detector:
         provider: str = "auto",
         score_threshold: float | None = None,
         threads: int | None = None,
+        *,
+        workers: int = 2,
+        gpu: GpuOptions | None = None,
     ) -> None:
-        self._backend = _open_backend(Path(model), provider, threads)
+        _check_count("workers", workers)
+        self._backend = open_backend(Path(model), provider, threads, gpu or GpuOptions())
         try:
             _check_tensors(Path(model), self._backend.contract)
             self._score_threshold = _choose_threshold(score_threshold, self._backend.contract)
         except BaseException:
             self._backend.close()
             raise
+        self._lanes = LanePool(self._backend.create_lane, workers, str(model))
         self._preprocess = Preprocessor(self.contract)
+        # Seconds by stage of the call that ended last, in whichever thread.
         self.timings: dict[str, float] = dict.fromkeys(_STAGES, 0.0)
 
     @property
@@ -70,39 +82,84 @@ class Detector:
         """The network's arithmetic, such as ``"fp32"``."""
         return self._backend.precision
 
-    def __call__(self, frame: NDArray[np.uint8]) -> Detections:
-        """Detect in one frame: uint8 BGR [H, W, 3] of any size; else ``FrameError``."""
-        return self.batch([frame])[0]
+    def __call__(self, frame: Frame, stream: Any = None) -> Detections:
+        """Detect in one frame: uint8 BGR [H, W, 3] of any size, or ``Nv12``; else ``FrameError``.
 
-    def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        Where the network runs on an engine the frame may lie on its GPU (see docs/runtime.md);
+        ``stream`` is the CUDA stream it becomes ready on, if it does not say that itself.
+        """
+        return self.batch([frame], stream)[0]
+
+    def batch(self, frames: Sequence[Frame], stream: Any = None) -> list[Detections]:
         """Detect in several frames, whose sizes may differ, in runs of at most ``contract.max_batch``.
 
         Each frame's result is the one it has alone. ``timings`` holds the seconds of the whole call.
         """
-        checked = [_check_one(index, frame, len(frames)) for index, frame in enumerate(frames)]
+        self._lanes.check()
+        checked = self._checked(frames)
         timings = dict.fromkeys(_STAGES, 0.0)
         step = self.contract.max_batch or max(1, len(checked))
         found: list[Detections] = []
         for first in range(0, len(checked), step):
-            found += self._run(checked[first : first + step], timings)
+            with self._lanes.lane() as lane, lane.entered():
+                lane.submit(checked[first : first + step], stream)
+                found += self._collect(lane, timings)
         self.timings = timings
         return found
 
-    def _run(self, frames: list[NDArray[np.uint8]], timings: dict[str, float]) -> list[Detections]:
-        start = time.perf_counter()
+    def stream(self, frames: Iterable[Frame], batch: int = 1, in_flight: int = 2) -> Iterator[Detections]:
+        """Detect in a sequence of frames, one result a frame, in order.
+
+        ``batch`` frames go through the network at a time, and up to ``in_flight`` batches are under way at
+        once: on a GPU the next one is copied while this one computes, at the cost of its memory. A frame
+        is read ``batch * in_flight`` frames ahead of its result and must not be changed until that has
+        come.
+        """
+        _check_count("batch", batch)
+        _check_count("in_flight", in_flight)
+        most = self.contract.max_batch
+        if most is not None and batch > most:
+            raise SettingsError(f"batch is {batch}; the model takes at most {most} at a time")
+        self._lanes.check()
+        return stream_detections(frames, batch, in_flight, self._lanes, self._checked, self._finished)
+
+    def prepare(
+        self, frames: Sequence[NDArray[np.uint8]]
+    ) -> tuple[dict[str, NDArray[np.generic]], list[Placement]]:
+        """The network's inputs for checked frames, by the contract's names, and where each frame lies.
+
+        ``images`` [B, H, W, 3] is overwritten by the next call.
+        """
         images, image_sizes, placements = self._preprocess(frames)
-        timings["preprocess"] += time.perf_counter() - start
-        outputs = self._backend.infer(dict(zip(self.contract.inputs, (images, image_sizes), strict=True)))
-        for stage, seconds in self._backend.timings.items():
-            timings[stage] += seconds
+        return dict(zip(self.contract.inputs, (images, image_sizes), strict=True)), placements
+
+    def _finished(self, lane: Lane) -> list[Detections]:
+        """The detections of the batch in ``lane``; ``timings`` becomes that batch's."""
+        timings = dict.fromkeys(_STAGES, 0.0)
+        found = self._collect(lane, timings)
+        self.timings = timings
+        return found
+
+    def _collect(self, lane: Lane, timings: dict[str, float]) -> list[Detections]:
+        result = lane.collect()
         start = time.perf_counter()
-        found = to_detections(outputs, placements, self.contract, self._score_threshold)
+        found = to_detections(result.outputs, result.placements, self.contract, self._score_threshold)
+        for stage, seconds in result.timings.items():
+            timings[stage] += seconds
         timings["postprocess"] += time.perf_counter() - start
         return found
 
+    def _checked(self, frames: Sequence[Frame]) -> list[Frame]:
+        takes_device_frames = self._backend.device_frames
+        return [
+            _check_one(index, frame, len(frames), takes_device_frames, self.provider)
+            for index, frame in enumerate(frames)
+        ]
+
     def close(self) -> None:
-        """Release the model. Safe to call twice."""
-        self._backend.close()
+        """Release the model, once the calls of other threads have ended. Safe to call twice."""
+        if self._lanes.close():
+            self._backend.close()
 
     def __enter__(self) -> Detector:
         return self
@@ -111,15 +168,6 @@ class Detector:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _open_backend(path: Path, provider: str, threads: int | None) -> Backend:
-    if provider not in PROVIDERS:
-        raise SettingsError(f"provider is {provider!r}; available here: {', '.join(PROVIDERS)}")
-    remedy = _NOT_HERE.get(path.suffix.lower())
-    if remedy is not None:
-        raise ArtefactError(f"{path}: {remedy.format(path=path)}")
-    return OnnxRuntimeBackend(path, "cpu" if provider == "auto" else provider, threads)
 
 
 def _check_tensors(path: Path, contract: Contract) -> None:
@@ -148,8 +196,23 @@ def _choose_threshold(wanted: float | None, contract: Contract) -> float:
     return float(wanted)
 
 
-def _check_one(index: int, frame: object, count: int) -> NDArray[np.uint8]:
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SettingsError(f"{name} is {value!r}; expected a whole number of at least 1")
+
+
+def _check_one(index: int, frame: Frame, count: int, on_gpu: bool, provider: str) -> Frame:
     try:
+        if is_device_frame(frame):
+            if on_gpu:
+                return frame
+            raise FrameError(
+                f"the frame lies on a GPU, but this model runs on {provider}; copy the frame to the host, or "
+                "run an engine"
+            )
+        if isinstance(frame, Nv12):
+            check_host_nv12(frame)
+            return frame
         return check_frame(frame)
     except FrameError as error:
         if count == 1:

@@ -35,5 +35,9 @@ class TrainingError(AnchorlineError, RuntimeError):
     """A training run that cannot go on, such as a loss that is not finite."""
 
 
+class GpuError(AnchorlineError, RuntimeError):
+    """A GPU, its driver or its memory that is not there, does not suffice or has failed."""
+
+
 class ParityError(AnchorlineError, RuntimeError):
     """Two forms of one model that should agree and do not."""

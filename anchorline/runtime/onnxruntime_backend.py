@@ -1,7 +1,11 @@
-"""Running an exported ONNX file with onnxruntime, the only module that imports it."""
+"""Running an exported ONNX file with onnxruntime, on the CPU or on a GPU.
+
+With ``io_binding.py`` the only module that imports onnxruntime.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,52 +16,105 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
-from anchorline.runtime.errors import ArtefactError, SettingsError
+from anchorline.runtime.errors import ArtefactError, GpuError, SettingsError
+from anchorline.runtime.gpu.options import GpuOptions
+from anchorline.runtime.host_lane import HostLane
+from anchorline.runtime.io_binding import BoundNetwork
 
-PROVIDERS = {"cpu": "CPUExecutionProvider"}
+# By their names on the command line; those of a GPU come with onnxruntime-gpu.
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
+_GRAPH_OPTIONS = {
+    "cuda": "enable_cuda_graph",
+    "tensorrt": "trt_cuda_graph_enable",
+    "tensorrt-rtx": "enable_cuda_graph",
+}
 _FATAL_ONLY = 4  # onnxruntime's log severity: its errors come back as exceptions anyway
 _ONNX_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
 
 
+def available_providers() -> list[str]:
+    """The names in ``PROVIDERS`` that the installed onnxruntime was built with; ``cpu`` without any."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return ["cpu"]
+    there = onnxruntime.get_available_providers()
+    return [name for name, provider in PROVIDERS.items() if provider in there]
+
+
 class OnnxRuntimeBackend:
-    """A network in an ONNX file that carries its contract. A context manager.
+    """A network in an ONNX file that carries its contract. A context manager; for any number of threads.
 
     ``provider`` is one of ``PROVIDERS``; ``threads`` bounds the CPU threads, ``None`` leaves the
     choice to onnxruntime. Raises ``ArtefactError`` for a file that is missing, damaged, no ONNX,
-    without contract or at odds with it.
+    without contract or at odds with it, ``GpuError`` where the provider does not start.
     """
 
-    def __init__(self, path: str | Path, provider: str = "cpu", threads: int | None = None) -> None:
-        if provider not in PROVIDERS:
+    device_frames = False
+
+    def __init__(
+        self,
+        path: str | Path,
+        provider: str = "cpu",
+        threads: int | None = None,
+        options: GpuOptions | None = None,
+    ) -> None:
+        if provider not in available_providers():
             raise SettingsError(
-                f"provider is {provider!r}; available for ONNX files here: {', '.join(PROVIDERS)}"
+                f"provider is {provider!r}; available for ONNX files here: {', '.join(available_providers())}"
             )
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise SettingsError(f"threads is {threads!r}; expected a whole number of at least 1, or None")
         self.path = Path(path)
         self.provider = provider
-        self._session: Any = _open_session(self.path, PROVIDERS[provider], threads)
+        options = options or GpuOptions()
+        self._session: Any = _open_session(self.path, provider, threads, options)
         self.contract = _read_contract(self.path, self._session)
         _check_graph(self.path, self._session, self.contract)
         self.precision = self.contract.precision
-        self.timings = {"upload": 0.0, "network": 0.0, "download": 0.0}
+        self._thread = threading.local()
+        # On a GPU inputs and outputs stay bound to device memory. TensorRT's providers move them themselves.
+        self._bound = (
+            BoundNetwork(self._session, self.contract, "cuda", options.device, bool(options.graph))
+            if provider == "cuda"
+            else None
+        )
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Of this thread's last ``infer``."""
+        return dict(getattr(self._thread, "timings", {"upload": 0.0, "network": 0.0, "download": 0.0}))
 
     def infer(self, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
         """Run the network: ``images`` [B, H, W, 3] and ``image_sizes`` float32 [B, 2] by the
         contract's input names, to the contract's outputs by name."""
-        if self._session is None:
+        session, bound = self._session, self._bound
+        if session is None:
             raise SettingsError(f"{self.path}: the model is closed; open it again")
-        start = time.perf_counter()
         try:
-            values = self._session.run(list(self.contract.outputs), dict(inputs))
+            if bound is not None:
+                outputs, self._thread.timings = bound.infer(inputs)
+                return outputs
+            start = time.perf_counter()
+            values = session.run(list(self.contract.outputs), dict(inputs))
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
             raise ArtefactError(f"{self.path}: onnxruntime cannot run it ({_reason(error)})") from error
-        self.timings = {"upload": 0.0, "network": time.perf_counter() - start, "download": 0.0}
+        self._thread.timings = {"upload": 0.0, "network": time.perf_counter() - start, "download": 0.0}
         return dict(zip(self.contract.outputs, values, strict=True))
+
+    def create_lane(self) -> HostLane:
+        """A lane; any number of them may be at work."""
+        return HostLane(self)
 
     def close(self) -> None:
         """Release the session. Safe to call twice."""
         self._session = None
+        self._bound = None
 
     def __enter__(self) -> OnnxRuntimeBackend:
         return self
@@ -68,7 +125,7 @@ class OnnxRuntimeBackend:
         self.close()
 
 
-def _open_session(path: Path, provider: str, threads: int | None) -> Any:
+def _open_session(path: Path, provider: str, threads: int | None, gpu: GpuOptions) -> Any:
     _check_file(path)
     try:
         import onnxruntime
@@ -81,7 +138,7 @@ def _open_session(path: Path, provider: str, threads: int | None) -> Any:
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        session = onnxruntime.InferenceSession(str(path), options, providers=_provider_list(provider, gpu))
     except Exception as error:
         reason = _reason(error)
         if "Protobuf parsing failed" in reason or "No graph was found" in reason:
@@ -92,6 +149,23 @@ def _open_session(path: Path, provider: str, threads: int | None) -> Any:
             f"{path}: onnxruntime {onnxruntime.__version__} cannot load it ({reason}); "
             "upgrade onnxruntime or export the model again"
         ) from error
+    if PROVIDERS[provider] not in session.get_providers():  # it goes on without one that does not start
+        raise GpuError(
+            f"{path}: onnxruntime {onnxruntime.__version__} cannot start {PROVIDERS[provider]} here; it "
+            "needs an NVIDIA GPU and the CUDA it was built for, see anchorline doctor"
+        )
+    return session
+
+
+def _provider_list(provider: str, gpu: GpuOptions) -> list[Any]:
+    """The provider with its options, and for what it cannot run those below it."""
+    if provider == "cpu":
+        return [PROVIDERS["cpu"]]
+    options = {"device_id": str(gpu.device)}
+    if gpu.graph:
+        options[_GRAPH_OPTIONS[provider]] = "1"
+    below = [PROVIDERS["cpu"]] if provider == "cuda" else [PROVIDERS["cuda"], PROVIDERS["cpu"]]
+    return [(PROVIDERS[provider], options), *below]
 
 
 def _check_file(path: Path) -> None:

@@ -153,7 +153,7 @@ def test_frames_of_any_memory_layout(detector, picture):
 
 
 @pytest.mark.parametrize(
-    ("model", "remedy"), [("a.engine", "give the ONNX file"), ("a.safetensors", "anchorline export")]
+    ("model", "remedy"), [("a.engine", "needs its manifest"), ("a.safetensors", "anchorline export")]
 )
 def test_other_artefacts_name_the_way(tmp_path, model, remedy):
     with pytest.raises(ArtefactError, match=remedy):

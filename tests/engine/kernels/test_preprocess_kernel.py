@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.canvas import place, to_canvas
 from anchorline.runtime.contract import Contract, ResizeRule
-from anchorline.runtime.device_frames import DeviceFrame
-from anchorline.runtime.gpu_preprocess import KERNELS, SOURCE, canvas_launch
+from anchorline.runtime.gpu.device_frames import DeviceFrame
+from anchorline.runtime.gpu.preprocess import KERNELS, SOURCE, canvas_launch
 from anchorline.runtime.plugins import compile, images
 from anchorline.runtime.plugins.op import Launch
 

@@ -1,0 +1,118 @@
+"""What the runtime asks of CUDA. Addresses, streams, events and graphs are plain integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+LEGACY_STREAM = 1  # CU_STREAM_LEGACY: the default stream, which other blocking streams wait for
+
+
+@dataclass(frozen=True)
+class PinnedBuffer:
+    """Page-locked host memory, which is copied asynchronously: its address and its bytes as an array."""
+
+    address: int
+    array: NDArray[np.uint8]
+
+
+class Cuda(Protocol):
+    """One GPU and its primary context. Every call but ``current`` wants the context current.
+
+    Calls raise ``CudaError``. A stream is its handle; ``stream_handle`` accepts other libraries' streams.
+    """
+
+    package: str
+    device: int
+    has_graphs: bool
+    device_name: str
+    compute_capability: int  # 86 for 8.6
+
+    def current(self) -> AbstractContextManager[None]:
+        """Make the context the calling thread's, for the block."""
+        ...
+
+    def memory_info(self) -> tuple[int, int]:
+        """Free and total device memory, in bytes."""
+        ...
+
+    def allocate(self, size: int, what: str, remedy: str) -> int:
+        """Device memory of ``size`` bytes; ``what`` and ``remedy`` are for ``OutOfDeviceMemoryError``."""
+        ...
+
+    def free(self, address: int) -> None: ...
+
+    def allocate_pinned(self, size: int) -> PinnedBuffer: ...
+
+    def free_pinned(self, buffer: PinnedBuffer) -> None: ...
+
+    def device_of(self, address: int) -> int | None:
+        """The number of the device that the address belongs to; ``None`` for memory CUDA does not know."""
+        ...
+
+    def create_stream(self) -> int:
+        """A stream that does not wait for the legacy default stream."""
+        ...
+
+    def destroy_stream(self, stream: int) -> None: ...
+
+    def stream_handle(self, stream: Any) -> int:
+        """The handle of a stream of this or another library; ``SettingsError`` for what is none."""
+        ...
+
+    def synchronize(self, stream: int) -> None:
+        """Wait until all work on the stream is done."""
+        ...
+
+    def copy_in(self, target: int, source: PinnedBuffer, size: int, stream: int) -> None:
+        """Queue a copy of the first ``size`` bytes to the device."""
+        ...
+
+    def copy_out(self, target: PinnedBuffer, source: int, size: int, stream: int) -> None:
+        """Queue a copy of ``size`` bytes to the host."""
+        ...
+
+    def create_event(self, timing: bool = False) -> int: ...
+
+    def destroy_event(self, event: int) -> None: ...
+
+    def record(self, event: int, stream: int) -> None: ...
+
+    def wait(self, stream: int, event: int) -> None:
+        """Later work on ``stream`` waits for the event."""
+        ...
+
+    def seconds_between(self, start: int, end: int) -> float:
+        """Time between two recorded timing events that have happened."""
+        ...
+
+    def capture(self, stream: int, work: Callable[[], None]) -> int:
+        """Record what ``work`` queues on ``stream`` instead of running it; a graph to launch.
+
+        Thread-local: other threads may allocate and copy meanwhile. If ``work`` raises, the capture is
+        ended and nothing is left of it.
+        """
+        ...
+
+    def launch_graph(self, graph: int, stream: int) -> None: ...
+
+    def destroy_graph(self, graph: int) -> None: ...
+
+    def load_kernel(self, source: str, kernel: str) -> Any:
+        """A kernel of ``runtime/plugins/kernels``, ready to be launched."""
+        ...
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, int, int], threads: int, arguments: Sequence[Any], stream: int
+    ) -> None:
+        """Queue a kernel; ``arguments`` are ctypes values."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the context. Safe to call twice."""
+        ...

@@ -1,0 +1,177 @@
+"""A deserialised engine: its tensors, its contexts, and what TensorRT says when it refuses."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anchorline.runtime.contract import NMS_CONVERGED, Contract
+from anchorline.runtime.cuda.failures import OutOfDeviceMemoryError
+from anchorline.runtime.cuda.interface import Cuda
+from anchorline.runtime.engine_manifest import EngineManifest
+from anchorline.runtime.errors import ArtefactError, GpuError
+from anchorline.runtime.gpu.rtx_cache import RtxCache
+from anchorline.runtime.gpu.tensorrt_errors import errors
+from anchorline.runtime.plugins import register_plugins
+from anchorline.runtime.tensorrt_library import FLAVOURS, tensorrt_logger
+
+REMEDY = (
+    "close other programs on the GPU, build with a smaller --batch, or run less at once (workers, in_flight)"
+)
+_TYPES = {
+    "BOOL": np.bool_,
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "UINT8": np.uint8,
+}
+_MEMORY_WORDS = ("out of memory", "outofmemory", "cudamalloc", "cuda_error_out_of_memory")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the network for one image: the shape is without the batch."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def image_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class TensorRTEngine:
+    """The plan at ``path``, loaded by the module ``trt`` on the current CUDA context.
+
+    Plugins are registered before. Raises ``ArtefactError`` for a plan that cannot be loaded or is at odds
+    with its manifest, ``OutOfDeviceMemoryError`` where its weights do not fit.
+    """
+
+    def __init__(self, path: Path, manifest: EngineManifest, trt: Any, cuda: Cuda) -> None:
+        self.path, self.manifest = path, manifest
+        self.title = f"{FLAVOURS[manifest.flavour].title} {trt.__version__}"
+        self.is_rtx = manifest.flavour == "tensorrt-rtx"
+        self._trt, self._cuda = trt, cuda
+        self._lock = threading.Lock()  # contexts are made one at a time
+        register_plugins(trt)
+        self._runtime, self._engine = self._load()
+        self.inputs, self.outputs = self._tensors(manifest.contract)
+        self.activation_bytes = int(self._engine.device_memory_size_v2)
+        self._cache = RtxCache(manifest, trt, cuda.compute_capability) if self.is_rtx else None
+
+    def _load(self) -> tuple[Any, Any]:
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise ArtefactError(f"{self.path}: cannot be read ({error.strerror}); check the file") from None
+        mark = errors.mark()
+        try:
+            runtime = self._trt.Runtime(tensorrt_logger(self.manifest.flavour))
+        except TypeError:  # how the bindings say that there is none
+            runtime = None
+        engine = None if runtime is None else runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            complaints = " ".join(errors.since(mark)).lower()
+            if any(word in complaints for word in _MEMORY_WORDS):
+                free = self._cuda.memory_info()[0]
+                raise OutOfDeviceMemoryError(len(content), free, f"loading {self.path.name}", REMEDY)
+            raise ArtefactError(
+                f"{self.path}: {self.title} cannot load it ({errors.reason(mark)}); build it again on this "
+                "machine"
+            )
+        return runtime, engine
+
+    def _tensors(self, contract: Contract) -> tuple[list[Tensor], list[Tensor]]:
+        engine = self._engine
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        modes = {name: engine.get_tensor_mode(name).name for name in names}
+        for mode, promised in (("INPUT", contract.inputs), ("OUTPUT", contract.outputs)):
+            there = [name for name in names if modes[name] == mode and name != NMS_CONVERGED]
+            if sorted(there) != sorted(promised):
+                raise ArtefactError(
+                    f"{self.path}: its {mode.lower()}s are {', '.join(there)}; its manifest expects "
+                    f"{', '.join(promised)}; build it again"
+                )
+        inputs = [self._tensor(name) for name in contract.inputs]
+        expected = Tensor(contract.inputs[0], np.dtype(contract.input_dtype), (*contract.canvas, 3))
+        if inputs[0] != expected:
+            raise ArtefactError(
+                f"{self.path}: input {inputs[0].name} is {inputs[0].dtype} {list(inputs[0].shape)} for each "
+                f"image; its manifest expects {expected.dtype} {list(expected.shape)}; build it again"
+            )
+        reported = [NMS_CONVERGED] if NMS_CONVERGED in names else []
+        return inputs, [self._tensor(name) for name in (*contract.outputs, *reported)]
+
+    def _tensor(self, name: str) -> Tensor:
+        kind = self._engine.get_tensor_dtype(name).name
+        shape = tuple(self._engine.get_tensor_shape(name))
+        if kind not in _TYPES or any(side < 0 for side in shape[1:]):
+            raise ArtefactError(
+                f"{self.path}: tensor {name} is {kind} {list(shape)}; only the batch may vary; build it again"
+            )
+        return Tensor(name, np.dtype(_TYPES[kind]), shape[1:])
+
+    def create_context(
+        self, batch: int, addresses: dict[str, int], activations: int, graph: bool = True
+    ) -> Any:
+        """A context for batches of ``batch``, bound once and for all to the tensors' ``addresses``.
+
+        A captured graph holds the state of its context, so each batch size has a context of its own; they
+        share one block of activations, since a lane runs one at a time. With ``graph`` TensorRT for RTX
+        captures by itself.
+        """
+        mark = errors.mark()
+        with self._lock:
+            context = self._new_context(graph)
+        bound = context is not None
+        if bound and self.activation_bytes:
+            context.set_device_memory(activations, self.activation_bytes)
+        for tensor in self.inputs if bound else []:
+            bound = bound and context.set_input_shape(tensor.name, (batch, *tensor.shape))
+        for name, address in addresses.items() if bound else []:
+            bound = bound and context.set_tensor_address(name, address)
+        if not bound:
+            raise GpuError(
+                f"{self.path}: {self.title} cannot prepare batches of {batch} ({errors.reason(mark)})"
+            )
+        return context
+
+    def _new_context(self, graph: bool) -> Any:
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self.is_rtx:
+            return self._engine.create_execution_context(strategy)
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        # Kernels for the exact shape are compiled in the first run, not beside later ones.
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        strategies = self._trt.CudaGraphStrategy
+        config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if graph else strategies.DISABLED
+        if self._cache is not None:
+            self._cache.attach(config)
+        return self._engine.create_execution_context(config)
+
+    def execute(self, context: Any, stream: int) -> None:
+        """Queue the network; ``GpuError`` with TensorRT's reason when it refuses."""
+        mark = errors.mark()
+        if not context.execute_async_v3(stream):
+            self._cuda.synchronize(stream)  # brings a failure of CUDA itself to light
+            raise GpuError(f"{self.path}: {self.title} did not run it ({errors.reason(mark)})")
+
+    def save_cache(self) -> None:
+        """Keep the kernels that TensorRT for RTX compiled, for the next start."""
+        if self._cache is not None:
+            self._cache.save()
+
+    def close(self) -> None:
+        """Let go of engine and runtime, in this order; the contexts must be gone."""
+        self._cache = None
+        self._engine = None
+        self._runtime = None

@@ -1,0 +1,277 @@
+"""A lane of a TensorRT engine: pinned and device buffers, a stream, and a CUDA graph for each batch size.
+
+The life of a batch, all of it queued on one stream and waited for once:
+
+    frames -> pinned canvases ---one copy---> device canvases -> graph [network, copy out] -> pinned outputs
+    large frames -> pinned, as they are -> device -> kernel ->^
+    device frames ---------------------------------- kernel ->^
+
+Two lanes at work give the double buffering: while one computes, the other's frames are copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.runtime.backend import LaneResult
+from anchorline.runtime.canvas import Placement, place, to_canvas
+from anchorline.runtime.contract import NMS_CONVERGED
+from anchorline.runtime.cuda.failures import CudaError
+from anchorline.runtime.cuda.interface import Cuda
+from anchorline.runtime.errors import FrameError, GpuError, SettingsError
+from anchorline.runtime.gpu.frame_intake import FrameIntake
+from anchorline.runtime.gpu.lane_buffers import LaneBuffers
+from anchorline.runtime.gpu.lane_clock import LaneClock
+from anchorline.runtime.gpu.preprocess import GpuPreprocessor
+from anchorline.runtime.gpu.tensorrt_engine import TensorRTEngine
+
+log = logging.getLogger("anchorline.runtime")
+
+
+@dataclass(frozen=True)
+class LaneOptions:
+    """``graph``: capture CUDA graphs; ``timings``: measure by CUDA events."""
+
+    graph: bool = True
+    timings: bool = False
+
+
+@dataclass
+class _Execution:
+    """The network for one batch size: its context, and its graph once that is captured."""
+
+    context: Any
+    graph: int | None = None
+
+
+@dataclass(frozen=True)
+class _Running:
+    """What was submitted and not yet collected; ``frames`` keeps device frames alive meanwhile."""
+
+    placements: list[Placement]
+    stream: int
+    frames: Any
+
+
+class TensorRTLane:
+    """See ``backend.Lane``. To be made and closed with the CUDA context current or not."""
+
+    def __init__(self, engine: TensorRTEngine, cuda: Cuda, options: LaneOptions) -> None:
+        self._engine, self._cuda, self._options = engine, cuda, options
+        self._contract = engine.manifest.contract
+        self._lowest, _, self._most = engine.manifest.batch
+        # TensorRT for RTX captures by itself (its runtime settings say so); pycuda knows no graphs.
+        self._captures = options.graph and cuda.has_graphs and not engine.is_rtx
+        self._copy_in_graph = self._captures and not options.timings
+        self._executions: dict[int, _Execution] = {}
+        self._running: _Running | None = None
+        self._lock = threading.Lock()
+        self._closed = self._failed = self._said_unconverged = False
+        self._resources = contextlib.ExitStack()
+        with cuda.current(), self._resources:
+            self._stream = cuda.create_stream()
+            self._resources.callback(cuda.destroy_stream, self._stream)
+            self._clock = self._resources.enter_context(LaneClock(cuda, options.timings))
+            self._buffers = self._resources.enter_context(LaneBuffers(engine, cuda))
+            self._intake = self._resources.enter_context(FrameIntake(cuda))
+            self._resources.callback(self._destroy_executions)
+            self._resources = self._resources.pop_all()
+        self._preprocess = GpuPreprocessor(cuda, self._contract)
+
+    def entered(self) -> contextlib.AbstractContextManager[None]:
+        return self._cuda.current()
+
+    def submit(self, frames: Sequence[Any], stream: Any = None) -> None:
+        with self._at_work():
+            run_on = self._stream if stream is None else self._cuda.stream_handle(stream) or 1
+            self._clock.start()
+            device_frames, run_on = self._intake.read(frames, run_on, self._stream, self._captures)
+            sizes = [self._size(frame, found) for frame, found in zip(frames, device_frames, strict=True)]
+            placements = [place(size, self._contract.canvas, self._contract.resize) for size in sizes]
+            batch = max(len(frames), self._lowest)
+            execution = self._execution(batch)
+            self._running = _Running(placements, run_on, (frames, device_frames))
+            self._clock.mark(run_on, "preprocess")
+            self._fill(frames, device_frames, placements, batch, run_on)
+            self._run(execution, run_on)
+
+    def collect(self) -> LaneResult:
+        with self._at_work():
+            running = self._running
+            assert running is not None
+            self._cuda.synchronize(running.stream)
+            self._running = None
+            timings = self._clock.finish()
+            self._check_converged()
+            outputs = {
+                name: values[: len(running.placements)] for name, values in self._buffers.outputs.items()
+            }
+            return LaneResult(outputs, running.placements, timings)
+
+    def infer(
+        self, inputs: dict[str, NDArray[np.generic]]
+    ) -> tuple[dict[str, NDArray[np.generic]], dict[str, float]]:
+        """Prepared arrays of the host in, copies of the outputs and the seconds by stage out."""
+        images, image_sizes = (np.asarray(inputs[name]) for name in self._contract.inputs)
+        count = len(images)
+        if not 1 <= count <= self._most or len(image_sizes) != count:
+            raise SettingsError(
+                f"{self._engine.path}: a batch of {count} images; the engine takes 1 to {self._most}"
+            )
+        with self._at_work():
+            batch = max(count, self._lowest)
+            execution = self._execution(batch)
+            self._clock.start()
+            self._clock.mark(self._stream, "preprocess")
+            self._buffers.images[:count] = images
+            self._buffers.sizes[:count] = image_sizes
+            self._pad(count, batch)
+            self._clock.mark(self._stream, "upload")
+            self._buffers.copy_in(batch, self._stream)
+            self._run(execution, self._stream)
+            self._cuda.synchronize(self._stream)
+            self._check_converged()
+            outputs = {name: values[:count].copy() for name, values in self._buffers.outputs.items()}
+            return outputs, self._clock.finish()
+
+    def _check_converged(self) -> None:
+        """Say once, where a fixed-point NMS ran out of rounds."""
+        converged = self._buffers.outputs.get(NMS_CONVERGED)
+        if converged is None or converged[0] or self._said_unconverged:
+            return
+        self._said_unconverged = True
+        log.warning(
+            "%s: the fixed-point NMS was not finished after its rounds, duplicates may be left; build the "
+            "engine with --nms plugin for scenes with long rows of overlapping objects",
+            self._engine.path,
+        )
+
+    def drain(self) -> None:
+        with self._at_work():
+            if self._running is not None:
+                self._cuda.synchronize(self._running.stream)
+                self._running = None
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            with contextlib.suppress(CudaError), self._cuda.current():
+                self._wait_for_everything()
+                self._resources.close()
+            self._executions.clear()  # whatever became of the GPU, no context may outlive the engine
+
+    def _wait_for_everything(self) -> None:
+        """Nothing may be freed that the GPU still works with."""
+        for stream in {self._stream, self._running.stream if self._running else self._stream}:
+            with contextlib.suppress(CudaError):
+                self._cuda.synchronize(stream)
+
+    def _fill(
+        self,
+        frames: Sequence[Any],
+        device_frames: Sequence[Any],
+        placements: list[Placement],
+        batch: int,
+        stream: int,
+    ) -> None:
+        """Queue whatever puts the frames onto the device's canvases."""
+        on_gpu = {}
+        for index, (frame, found, placement) in enumerate(
+            zip(frames, device_frames, placements, strict=True)
+        ):
+            if found is None and not self._intake.is_large(frame, self._contract.canvas):
+                to_canvas(frame, placement, self._buffers.images[index])
+                self._buffers.sizes[index] = placement.valid
+            else:
+                on_gpu[index] = found
+        self._pad(len(frames), batch)
+        self._clock.mark(stream, "upload")
+        if len(on_gpu) < batch:
+            self._buffers.copy_in(batch, stream)
+        staged = {
+            index: found or self._intake.stage(index, frames[index], stream)
+            for index, found in on_gpu.items()
+        }
+        self._clock.mark(stream, "preprocess")
+        for index, found in staged.items():
+            canvas, size = self._buffers.input_addresses(index)
+            self._preprocess(found, placements[index], canvas, size, stream)
+
+    def _pad(self, count: int, batch: int) -> None:
+        """Fill a batch that is smaller than the engine's smallest with black images."""
+        self._buffers.images[count:batch] = 0
+        self._buffers.sizes[count:batch] = self._contract.canvas
+
+    def _execution(self, batch: int) -> _Execution:
+        """The execution for a batch size; the first time it is warmed up and captured, on black images."""
+        if batch not in self._executions:
+            buffers, stream = self._buffers, self._stream
+            context = self._engine.create_context(
+                batch, buffers.addresses, buffers.activations, self._options.graph
+            )
+            execution = self._executions[batch] = _Execution(context)
+            self._pad(0, batch)
+            buffers.copy_in(batch, stream)
+            self._engine.execute(context, stream)
+            self._cuda.synchronize(stream)
+            if self._captures:
+                execution.graph = self._cuda.capture(stream, lambda: self._record(context))
+            self._engine.save_cache()
+        return self._executions[batch]
+
+    def _record(self, context: Any) -> None:
+        self._engine.execute(context, self._stream)
+        if self._copy_in_graph:
+            self._buffers.copy_out(self._stream)
+
+    def _run(self, execution: _Execution, stream: int) -> None:
+        self._clock.mark(stream, "network")
+        if execution.graph is not None:
+            self._cuda.launch_graph(execution.graph, stream)
+        else:
+            self._engine.execute(execution.context, stream)
+        if execution.graph is None or not self._copy_in_graph:
+            self._clock.mark(stream, "download")
+            self._buffers.copy_out(stream)
+        self._clock.mark(stream, "end")
+
+    def _destroy_executions(self) -> None:
+        """Graphs first, then the contexts they were captured from."""
+        for execution in self._executions.values():
+            if execution.graph is not None:
+                with contextlib.suppress(CudaError):
+                    self._cuda.destroy_graph(execution.graph)
+            execution.context = None
+        self._executions.clear()
+
+    @staticmethod
+    def _size(frame: Any, found: Any) -> tuple[int, int]:
+        if found is not None:
+            return (found.size[0], found.size[1])
+        return FrameIntake.host_size(frame)
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """After anything but a refused frame the state is not known, and the lane takes no more work."""
+        with self._lock, self._cuda.current():
+            if self._closed:
+                raise SettingsError(f"{self._engine.path}: the model is closed; open it again")
+            if self._failed:
+                raise GpuError(f"{self._engine.path}: an earlier batch failed here; open it again")
+            try:
+                yield
+            except FrameError:
+                raise
+            except BaseException:
+                self._failed = True
+                raise

@@ -1,0 +1,105 @@
+"""The lanes of a detector: who may use the network now, from which thread and process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+from anchorline.runtime.backend import Lane
+from anchorline.runtime.errors import FrameError, GpuError, SettingsError
+
+
+class LanePool:
+    """Lanes made on demand and used again. Each belongs to one caller at a time.
+
+    At most ``workers`` calls run at once, others wait their turn. ``borrow`` does not wait, so that a
+    stream that is paused with its lanes in hand cannot hold up anybody.
+    """
+
+    def __init__(self, create: Callable[[], Lane], workers: int, name: str) -> None:
+        self._create, self._workers, self._name = create, workers, name
+        self._permits = threading.BoundedSemaphore(workers)
+        self._lock = threading.Lock()
+        self._idle: list[Lane] = []
+        self._all: list[Lane] = []
+        self._closed = False
+        self._failure: str | None = None  # not the exception: its traceback would keep buffers alive
+        self._process = os.getpid()
+
+    @contextlib.contextmanager
+    def lane(self) -> Iterator[Lane]:
+        """A lane for one call."""
+        self.check()
+        with self._permits:
+            lane = self.borrow()
+            try:
+                yield lane
+            except BaseException as error:
+                self.give_back(lane, error)
+                raise
+            self.give_back(lane)
+
+    def borrow(self) -> Lane:
+        """A lane, to be given back."""
+        with self._lock:
+            self.check()
+            if self._idle:
+                return self._idle.pop()
+            try:
+                lane = self._create()
+            except GpuError as error:
+                self._note(error)
+                raise
+            self._all.append(lane)
+            return lane
+
+    def give_back(self, lane: Lane, error: BaseException | None = None) -> None:
+        """After an ``error`` the lane's state is not known, so it is dropped; a refused frame did not get
+        that far."""
+        with self._lock:
+            self._note(error)
+            if lane not in self._all:  # the pool was closed meanwhile
+                return
+            if error is None or isinstance(error, FrameError):
+                self._idle.append(lane)
+                return
+            self._all.remove(lane)
+        lane.close()
+
+    def check(self) -> None:
+        """Raise ``SettingsError`` when closed or in a forked process, ``GpuError`` after the GPU was lost."""
+        if os.getpid() != self._process:
+            raise SettingsError(
+                f"{self._name}: was opened in process {self._process} and is used in its fork {os.getpid()}; "
+                "open it again there, or start processes with the spawn method"
+            )
+        if self._closed:
+            raise SettingsError(f"{self._name}: the model is closed; open it again")
+        if self._failure is not None:
+            raise GpuError(f"{self._name}: refused after an earlier failure: {self._failure}")
+
+    def close(self) -> bool:
+        """Let running calls finish, then release the lanes; whether that was to be done.
+
+        In a fork nothing is touched: what the lanes hold belongs to the other process.
+        """
+        with self._lock:
+            if self._closed or os.getpid() != self._process:
+                self._closed = True
+                return False
+            self._closed = True
+        for _ in range(self._workers):
+            self._permits.acquire()
+        for _ in range(self._workers):
+            self._permits.release()  # whoever waited learns that the pool is closed
+        with self._lock:
+            lanes, self._all, self._idle = self._all, [], []
+        for lane in lanes:
+            lane.close()
+        return True
+
+    def _note(self, error: BaseException | None) -> None:
+        if isinstance(error, GpuError) and getattr(error, "sticky", False):
+            self._failure = self._failure or str(error)

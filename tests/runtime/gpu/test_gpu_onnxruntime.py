@@ -1,0 +1,147 @@
+"""onnxruntime's providers: which is chosen, and the session with its memory bound."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from anchorline.runtime import onnxruntime_backend, opening
+from anchorline.runtime.contract import Contract
+from anchorline.runtime.detector import Detector
+from anchorline.runtime.errors import GpuError, SettingsError
+from anchorline.runtime.gpu.options import GpuOptions
+from anchorline.runtime.io_binding import BoundNetwork
+from anchorline.runtime.onnxruntime_backend import PROVIDERS, OnnxRuntimeBackend, available_providers
+
+FRAME = np.full((48, 64, 3), 102, np.uint8)
+
+
+@pytest.fixture
+def session(model_path: Path) -> Any:
+    return onnxruntime.InferenceSession(str(model_path), providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture
+def with_cuda(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """An onnxruntime that says it has the CUDA provider; what each session was asked for."""
+    asked: list[Any] = []
+    build = onnxruntime.InferenceSession
+
+    def make(path: str, options: Any, providers: list[Any]) -> Any:
+        asked.append(providers)
+        return build(path, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", make)
+    monkeypatch.setattr(opening, "_said", set())
+    return asked
+
+
+def bound_inputs(levels: list[int]) -> dict[str, np.ndarray]:
+    images = np.stack([np.full((48, 64, 3), level, np.uint8) for level in levels])
+    return {"images": images, "image_sizes": np.full((len(levels), 2), (48, 64), np.float32)}
+
+
+def test_bound_memory_gives_the_session_s_numbers(session: Any, contract: Contract) -> None:
+    """On the CPU's memory, by the calls that bind a GPU's."""
+    network = BoundNetwork(session, contract, "cpu", 0)
+    kept = []
+    for levels in ([10], [20, 30, 40], [50], [60, 70, 80]):
+        inputs = bound_inputs(levels)
+        outputs, seconds = network.infer(inputs)
+        expected = session.run(list(contract.outputs), inputs)
+        for name, value in zip(contract.outputs, expected, strict=True):
+            np.testing.assert_array_equal(outputs[name], value)
+        assert list(seconds) == ["upload", "network", "download"]
+        kept.append((outputs, expected))
+    assert len(network._sizes) == 2  # buffers are made once for a batch size
+    for outputs, expected in kept:
+        np.testing.assert_array_equal(outputs["scores"], expected[1])  # and results are nobody's buffer
+
+
+def test_each_batch_size_has_its_graph(
+    session: Any, contract: Contract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, str]] = []
+
+    class Options(onnxruntime.RunOptions):
+        def add_run_config_entry(self, key: str, value: str) -> None:
+            told.append((key, value))
+
+    monkeypatch.setattr(onnxruntime, "RunOptions", Options)
+    network = BoundNetwork(session, contract, "cpu", 0, graph=True)
+    for levels in ([1], [1, 2], [3]):
+        network.infer(bound_inputs(levels))
+    assert told == [("gpu_graph_id", "1"), ("gpu_graph_id", "2")]
+
+
+def test_the_options_of_the_gpu_providers(with_cuda: list[Any], model_path: Path) -> None:
+    cuda, cpu = PROVIDERS["cuda"], PROVIDERS["cpu"]
+    for provider, options in (
+        ("cuda", GpuOptions(device=1, graph=True)),
+        ("cuda", GpuOptions()),
+        ("tensorrt", GpuOptions(graph=True)),
+    ):
+        with pytest.raises(GpuError, match=f"cannot start {PROVIDERS[provider]} here"):
+            OnnxRuntimeBackend(model_path, provider, options=options)
+    assert with_cuda == [
+        [(cuda, {"device_id": "1", "enable_cuda_graph": "1"}), cpu],
+        [(cuda, {"device_id": "0"}), cpu],
+        [(PROVIDERS["tensorrt"], {"device_id": "0", "trt_cuda_graph_enable": "1"}), cuda, cpu],
+    ]
+
+
+def test_auto_goes_on_to_the_cpu_and_says_so_once(
+    with_cuda: list[Any], model_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        with Detector(model_path) as detector:
+            assert detector.provider == "cpu"
+            assert len(detector(FRAME)) == 2
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "cuda cannot run it here" in record.getMessage()
+
+
+def test_by_name_a_provider_that_does_not_start_is_an_error(with_cuda: list[Any], model_path: Path) -> None:
+    with pytest.raises(GpuError, match="cannot start CUDAExecutionProvider here"):
+        Detector(model_path, provider="cuda")
+
+
+def test_a_provider_that_is_not_there(model_path: Path) -> None:
+    if available_providers() != ["cpu"]:
+        pytest.skip("this onnxruntime has a GPU's providers")
+    for provider in ("cuda", "tensorrt", "tensorrt-rtx"):
+        with pytest.raises(SettingsError, match=r"onnxruntime-gpu\); available here: auto, cpu"):
+            Detector(model_path, provider=provider)
+
+
+def test_the_cuda_provider_takes_what_it_is_given(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, make_engine: Callable, gpu: Any
+) -> None:
+    """The way through the backend, with the CPU's memory in the place of the GPU's."""
+    monkeypatch.setattr(onnxruntime_backend, "available_providers", lambda: ["cpu", "cuda"])
+    monkeypatch.setattr(opening, "available_providers", lambda: ["cpu", "cuda"])
+    monkeypatch.setitem(PROVIDERS, "cuda", "CPUExecutionProvider")
+    monkeypatch.setattr(
+        onnxruntime_backend, "_provider_list", lambda provider, options: ["CPUExecutionProvider"]
+    )
+    build = BoundNetwork
+    monkeypatch.setattr(
+        onnxruntime_backend,
+        "BoundNetwork",
+        lambda session, contract, *rest: build(session, contract, "cpu", 0),
+    )
+    for model in (model_path, make_engine()):
+        with Detector(model, provider="cuda") as detector:
+            assert detector.provider == "cuda"
+            np.testing.assert_allclose(detector(FRAME).scores, [0.4, 0.2], rtol=1e-6)
+            assert detector.timings["network"] > 0
+    with Detector(model_path) as detector:
+        assert detector.provider == "cuda"
