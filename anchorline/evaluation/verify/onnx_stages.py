@@ -55,7 +55,7 @@ class OnnxStages:
         """All stages and outputs; a stage in ``feed`` is replaced for what follows it."""
         wanted = [*self.stages, *self.contract.outputs]
         values = self._infer(inputs, feed, wanted, keep=True)
-        return {n: v.astype(np.float32) if is_stage(n) else v for n, v in values.items()}
+        return {n: v.astype(np.float32, copy=False) if is_stage(n) else v for n, v in values.items()}
 
     def run_layers(
         self, inputs: Mapping[str, NDArray[Any]], feed: Mapping[str, NDArray[Any]], layers: Sequence[str]
@@ -75,14 +75,12 @@ class OnnxStages:
     ) -> dict[str, NDArray[Any]]:
         fed = {name: value for name, value in feed.items() if name in self.stages}
         key = (frozenset(fed), tuple(wanted))
-        session = self._sessions.get(key)
-        if session is None:
-            session = self._open(fed, wanted)
+        arrays = {name: inputs[name] for name in self.contract.inputs}
+        arrays.update({f"{_FED}{name}": value.astype(np.float32, copy=False) for name, value in fed.items()})
+        try:
+            session = self._sessions.get(key) or self._open(fed, wanted)
             if keep:
                 self._sessions[key] = session
-        arrays = {name: inputs[name] for name in self.contract.inputs}
-        arrays.update({f"{_FED}{name}": value.astype(np.float32) for name, value in fed.items()})
-        try:
             values = session.run(list(wanted), arrays)
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
             reason = " ".join(str(error).split())[:300]

@@ -71,32 +71,55 @@ def _check_batch(
     reference: Subject, candidate: Subject, frames: Frames, tolerance: Tolerance
 ) -> list[StageResult]:
     ours, theirs = reference.detector.contract, candidate.detector.contract
+    assert reference.stages is not None
+    assert candidate.stages is not None
     inputs, placements = canvas_inputs(reference, frames)
     other_inputs, _ = canvas_inputs(candidate, frames)
     preprocess = _check_canvas(ours, theirs, inputs, other_inputs)
     if ours.canvas != theirs.canvas:
         return [preprocess]
-    expected = _run(reference.stages, inputs, {})
+    inputs, other_inputs = same_inputs(inputs, ours, theirs)
+    expected = reference.stages.run(inputs, {})
     fed = {name: value for name, value in expected.items() if is_stage(name)}
-    found = _run(candidate.stages, _as_inputs(inputs, ours, theirs), fed)
+    found = _run_fed(candidate.stages, other_inputs, fed)
     results = [preprocess, *_check_tensors(expected, found, len(frames), tolerance)]
-    if "proposals" in expected and "proposals" in found:
+    if all(name in side for name in ("proposals", "proposal_scores") for side in (expected, found)):
         results.append(_check_proposals(expected, found, ours, placements, tolerance))
     results.append(_check_outputs(expected, found, ours, theirs, placements, tolerance))
     return results
 
 
-def _run(stages: StageRunner | None, inputs: Arrays, feed: Arrays) -> dict[str, NDArray[Any]]:
-    assert stages is not None
-    return stages.run(inputs, feed)
+def unshared_stages(reference: Arrays, candidate: Arrays) -> str | None:
+    """Which stages one side lacks and the other has, in one line; None where both have the same."""
 
 
-def _as_inputs(inputs: Arrays, ours: Contract, theirs: Contract) -> dict[str, NDArray[Any]]:
-    """The reference's inputs under the candidate's names and in its number format."""
+def _run_fed(stages: StageRunner, inputs: Arrays, feed: Arrays) -> dict[str, NDArray[Any]]:
+    """The stages given ``feed``, or as much of it as fits: a stage of another shape takes nothing in."""
+    try:
+        return stages.run(inputs, feed)
+    except ArtefactError:
+        shapes = {name: value.shape for name, value in stages.run(inputs, {}).items()}
+        fitting = {name: value for name, value in feed.items() if value.shape == shapes.get(name)}
+        if len(fitting) == len(feed):
+            raise
+        return stages.run(inputs, fitting)
+
+
+def same_inputs(
+    inputs: Arrays, ours: Contract, theirs: Contract
+) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    """The reference's inputs for both sides, each under its own names and in its own number format.
+
+    Where one side takes whole grey levels, the other gets them as well.
+    """
     images, sizes = (inputs[name] for name in ours.inputs)
-    dtype = np.dtype(theirs.input_dtype)
-    images = np.rint(images).astype(dtype) if dtype.kind == "u" else images.astype(dtype)
-    return dict(zip(theirs.inputs, (images, sizes), strict=True))
+    if "uint8" in (ours.input_dtype, theirs.input_dtype):
+        images = np.rint(images)
+    own, other = (
+        dict(zip(side.inputs, (images.astype(side.input_dtype), sizes), strict=True))
+        for side in (ours, theirs)
+    )
+    return own, other
 
 
 def _check_canvas(ours: Contract, theirs: Contract, inputs: Arrays, other: Arrays) -> StageResult:

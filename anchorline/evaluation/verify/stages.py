@@ -85,15 +85,20 @@ def worst_of(errors: Mapping[str, TensorError], tolerance: Tolerance) -> dict[st
 
 
 def _array_error(value: str, reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> TensorError:
-    broken = ~np.isfinite(candidate) & np.isfinite(reference)
-    if broken.any():
-        return _apart(value, f"{value} has {int(broken.sum())} values that are not finite (an overflow)")
+    for side, values in (("the reference's ", reference), ("", candidate)):
+        broken = values.size - int(np.isfinite(values).sum())
+        if broken:
+            return _apart(value, f"{side}{value} has {broken} values that are not finite (an overflow)")
     difference = candidate - reference
-    difference[~np.isfinite(reference)] = 0.0
-    scale, largest = float(np.sqrt(np.mean(np.square(reference)))), float(np.abs(reference).max(initial=0.0))
-    rms, peak = float(np.sqrt(np.mean(np.square(difference)))), float(np.abs(difference).max(initial=0.0))
+    scale, largest = _rms(reference), float(np.abs(reference).max(initial=0.0))
+    rms, peak = _rms(difference), float(np.abs(difference).max(initial=0.0))
     # Where the reference is all zero (a black image) nothing is there to be relative to.
     return TensorError(value, rms / (scale or 1.0), peak / (largest or 1.0))
+
+
+def _rms(values: NDArray[np.float32]) -> float:
+    """In float64, in which the squares of large values do not overflow; 0 for no values."""
+    return float(np.sqrt(np.square(values, dtype=np.float64).mean())) if values.size else 0.0
 
 
 def _apart(value: str, reason: str) -> TensorError:
