@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import importlib.metadata
 import os
 import re
@@ -157,3 +158,11 @@ def test_no_file_names_a_path_of_somebody_s_machine() -> None:
     for path in files:
         found = machine_path.search(path.read_bytes().decode("utf-8", errors="ignore"))
         assert found is None, f"{path.relative_to(ROOT)} names {found and found.group()}"
+
+
+def test_pytest_looks_into_every_folder_of_tests(pytestconfig: pytest.Config) -> None:
+    """It passes by folders named ``build``, ``dist`` and the like without a word."""
+    skipped = pytestconfig.getini("norecursedirs")
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for folder in path.relative_to(ROOT).parts[:-1]:
+            assert not any(fnmatch.fnmatch(folder, pattern) for pattern in skipped), f"{path} is never run"

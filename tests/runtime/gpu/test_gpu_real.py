@@ -1,6 +1,6 @@
 """On a real GPU: both CUDA layers, the preprocessing kernel, NMS in a graph, the CUDA provider.
 
-Engines are in tests/engine/build/test_engines_on_gpu.py, beside what builds them.
+Engines are in tests/engine/builder/test_engines_on_gpu.py, beside what builds them.
 """
 
 from __future__ import annotations

@@ -38,7 +38,9 @@ def tensorrt(request: pytest.FixtureRequest, rtx: Any, monkeypatch: pytest.Monke
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", module)
     monkeypatch.setattr(flavours, "current_gpu", lambda: ("NVIDIA L4", 89))
     # RoiAlign cannot be parsed without a driver; the calls do not depend on the graph.
-    monkeypatch.setattr(builder, "lower", lambda model, _, nms: lower(model, "tensorrt-rtx", nms))
+    monkeypatch.setattr(
+        builder, "lower", lambda model, _, *rest, **kw: lower(model, "tensorrt-rtx", *rest, **kw)
+    )
     # One library serves both modules here: the plugins are registered, and one logger is in use.
     monkeypatch.setitem(adapter._registered, "tensorrt", [])
     logger = tensorrt_library.tensorrt_logger("tensorrt-rtx")

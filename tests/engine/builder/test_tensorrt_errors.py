@@ -50,7 +50,7 @@ def test_a_build_that_tensorrt_gives_up_says_why(
     rtx: Any, model_file: ModelFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A graph that parses and that nothing runs: the reason is in TensorRT's log."""
-    monkeypatch.setattr(builder, "lower", lambda model, *_: half_nms(model))
+    monkeypatch.setattr(builder, "lower", lambda model, *_, **__: half_nms(model))
     with pytest.raises(AnchorlineError, match=r"could not build the engine: .*") as raised:
         build_engine(model_file("proposals"), tmp_path / "m.engine", target=RTX, compute_capabilities=(86,))
     assert "no reason given" not in str(raised.value)

@@ -55,6 +55,9 @@ def test_the_fixed_point_body_needs_no_plugin_though_one_is_registered(
     result = build(model_file("detections"), tmp_path / "m.engine", batch=(1, 1, 8), nms="fixed-point")
     assert plugin_layers(result.manifest.raw["layers"]) == []
     assert result.manifest.raw["plugins"] == {}
+    # Its output that tells whether the rounds sufficed; the plugin needs none.
+    assert b"nms_converged" in result.path.read_bytes()
+    assert b"nms_converged" not in built.path.read_bytes()
 
 
 @pytest.mark.parametrize(("task", "batch"), [("proposals", (2, 2, 2))])
