@@ -22,11 +22,13 @@ from anchorline.evaluation.verify.verifying import verify, write_worst_images
 from anchorline.runtime.canvas import padded, place
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.engine_manifest import manifest_path
-from anchorline.runtime.errors import GpuError, ParityError, SettingsError
+from anchorline.runtime.errors import GpuError, OutputError, ParityError, SettingsError
 
 # torchvision computes the same in another order, and differs from itself by as much when only the memory
 # layout of its tensors changes.
 IMPORT_TOLERANCE = dataclasses.replace(TOLERANCES["fp32"], score=1e-3, matched=0.98, confident=0.98)
+
+_ENGINE_PROVIDERS = ("tensorrt", "tensorrt-rtx")
 
 _TORCHVISION_NOTE = (
     "torchvision's canvas is each image's own size in multiples of 32; on a larger one the features near the "
@@ -50,27 +52,17 @@ def verify_files(
     """Compare ``candidate`` with ``reference`` and write the record beside the candidate.
 
     On the labelled ``data`` (specs), on ``images`` (files, folders, a video), or on generated scenes.
-    A checkpoint on one side is opened on the canvas the other was exported for. ``worst`` is a .png for
-    the images that differ most. With ``reference_by="torchvision"`` the weights of the checkpoint
-    ``reference`` run in torchvision's own detector, which shows its detections only. Raises
-    ``AnchorlineError`` for what cannot be opened.
+    A checkpoint on one side is opened on the canvas the other was exported for. ``provider`` is for the
+    candidate. ``worst`` is a .png for the images that differ most. With ``reference_by="torchvision"``
+    the weights of the checkpoint ``reference`` run in torchvision's own detector, which shows its
+    detections only. Raises ``AnchorlineError`` for what cannot be opened.
     """
     if data and images:
         raise SettingsError("both --data and --images are given; expected one of them")
     if worst is not None and worst.suffix.lower() != ".png":
         raise SettingsError(f"the picture of the worst images is {str(worst)!r}; expected a .png file")
     reference, candidate = Path(reference), Path(candidate)
-    try:
-        theirs = _open(candidate, provider, None)
-    except GpuError as error:
-        reason = str(error).removeprefix(f"{candidate}: ")
-        write_not_executed(candidate, reason, reference if reference.is_file() else None)
-        raise
-    ours = (
-        _open_in_torchvision(reference, theirs)
-        if reference_by == "torchvision"
-        else _open(reference, provider, theirs)
-    )
+    ours, theirs = _open_both(reference, candidate, provider, reference_by)
     try:
         dataset = first_images(_material(data, images, ours.detector.contract.names), limit)
         # torchvision sizes its canvas by the image, so the traps' odd shapes would differ by design.
@@ -80,10 +72,13 @@ def verify_files(
         ours.close()
         theirs.close()
     if reference_by == "torchvision":
-        report = dataclasses.replace(report, notes=(_TORCHVISION_NOTE,))
+        report = dataclasses.replace(report, notes=(*report.notes, _TORCHVISION_NOTE))
     if worst is not None and not write_worst_images(report.detections, dataset, worst):
         report = dataclasses.replace(report, notes=(*report.notes, f"{worst}: not written, no image differs"))
-    write_record(candidate, report)
+    try:
+        write_record(candidate, report)
+    except OutputError as error:  # a folder that cannot be written to takes nothing from the verdict
+        report = dataclasses.replace(report, notes=(*report.notes, f"not recorded: {error}"))
     return report
 
 
@@ -152,12 +147,42 @@ def verify_import(path: Path) -> str:
     return report.describe()
 
 
+def _open_both(reference: Path, candidate: Path, provider: str, reference_by: str) -> tuple[Subject, Subject]:
+    """Both sides, the candidate on ``provider``. An ONNX file as the reference runs on the CPU, since a
+    fault of a provider would be in both sides otherwise. A candidate that cannot run here is recorded."""
+    reference_provider = "auto" if _is_engine(reference) else "cpu"
+    # A checkpoint takes task and canvas from the other side, which is therefore opened first.
+    waits = _is_checkpoint(candidate) and not _is_checkpoint(reference)
+    first = _open(reference, reference_provider, None) if waits and reference_by == "anchorline" else None
+    try:
+        theirs = _open(candidate, provider, first)
+    except GpuError as error:
+        reason = str(error).removeprefix(f"{candidate}: ")
+        write_not_executed(candidate, reason, reference if reference.is_file() else None)
+        raise
+    if reference_by == "torchvision":
+        return _open_in_torchvision(reference, theirs), theirs
+    return first or _open(reference, reference_provider, theirs), theirs
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.suffix.lower() == ".safetensors"
+
+
+def _is_engine(path: Path) -> bool:
+    return path.suffix.lower() == ".engine"
+
+
 def _open(path: Path, provider: str, other: Subject | None) -> Subject:
     """One side, by what the file is."""
-    suffix = path.suffix.lower()
-    if suffix == ".engine":  # the engine itself or nothing: not the ONNX file that "auto" would run instead
+    if _is_engine(path):  # the engine itself or nothing: not the ONNX file that would run instead
+        if provider not in ("auto", *_ENGINE_PROVIDERS):
+            raise SettingsError(
+                f"{path}: on the provider {provider} not the engine would run but its ONNX file; expected "
+                f"auto or {' or '.join(_ENGINE_PROVIDERS)}"
+            )
         return Subject(path, Detector(path, "tensorrt" if provider == "auto" else provider))
-    if suffix != ".safetensors":
+    if not _is_checkpoint(path):
         return onnx_subject(path, provider)
     from anchorline.train.subject import checkpoint_subject
 
@@ -166,7 +191,7 @@ def _open(path: Path, provider: str, other: Subject | None) -> Subject:
 
 def _open_in_torchvision(path: Path, other: Subject) -> Subject:
     """The weights of a checkpoint in torchvision's own detector."""
-    if path.suffix.lower() != ".safetensors" or other.detector.contract.task != "detections":
+    if not _is_checkpoint(path) or other.detector.contract.task != "detections":
         raise SettingsError(
             f"--reference torchvision is for a model.safetensors and detections; got {path} and the task "
             f"{other.detector.contract.task}"

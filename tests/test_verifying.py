@@ -17,15 +17,16 @@ from onnx import numpy_helper
 from anchorline.cli import main
 from anchorline.evaluation.synthetic import CLASS_NAMES, generate_scene
 from anchorline.evaluation.verify.record import record_path
+from anchorline.export.exporting import export_onnx
 from anchorline.export.graph import to_onnx
 from anchorline.export.torchvision_reference import TorchvisionDetector
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.errors import GpuError, ParityError
+from anchorline.runtime.errors import GpuError, OutputError, ParityError, SettingsError
 from anchorline.train.checkpoint import contract_of, save_checkpoint
 from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.verifying import verify_engine, verify_import
+from anchorline.verifying import verify_engine, verify_files, verify_import
 
 TRAPS = 13
 
@@ -205,6 +206,78 @@ def test_an_engine_that_differs_is_removed(
     monkeypatch.setattr("anchorline.verifying.Detector", lambda *_: Detector(sound, "cpu"))
     assert "13 traps hold" in verify_engine(sound, engine)
     assert json.loads(record_path(engine).read_text(encoding="utf-8"))["passed"] is True
+
+
+def test_a_checkpoint_takes_task_and_canvas_from_the_other_side_whichever_it_is(
+    artefacts: tuple[Path, Path, Path], picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = artefacts[0]
+    out = tmp_path / "proposals.onnx"
+    export_onnx(checkpoint, out, task="proposals", canvas=(96, 128), verify=False)
+    for sides in ((out, checkpoint), (checkpoint, out)):
+        report = verify_files(*sides, images=[str(picture)])
+        assert report.passed, report.reason
+        assert report.detections.summary.total.matched > 0
+        record_path(sides[1]).unlink()
+    assert main(["verify", str(artefacts[1]), str(out)]) == 2  # two ONNX files keep their tasks
+    assert "expected one task" in capsys.readouterr().err
+
+
+def test_two_architectures_differ_and_nothing_breaks(
+    artefacts: tuple[Path, Path, Path],
+    small_model: Callable[..., FasterRCNN],
+    picture: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Stages of other shapes cannot be fed; what only one side has is said."""
+    model = small_model("fpn", len(CLASS_NAMES))
+    checkpoint = tmp_path / "model.safetensors"
+    save_checkpoint(checkpoint, model.state_dict(), model.settings, contract_of(model.settings, CLASS_NAMES))
+    for other in artefacts[:2]:
+        assert main(["verify", str(other), str(checkpoint), "--images", str(picture), "--bisect"]) == 1
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "they differ; backbone: backbone.0 has the shape" in shown
+        assert "only the candidate has fpn.0" in shown
+
+
+def test_an_engine_is_not_vouched_for_by_its_onnx_file(
+    artefacts: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = tmp_path / "model.engine"
+    engine.write_bytes(b"an engine")
+    assert main(["verify", str(artefacts[1]), str(engine), "--provider", "cpu"]) == 2
+    assert "expected auto or tensorrt or tensorrt-rtx" in capsys.readouterr().err
+    assert not record_path(engine).exists()
+
+
+def test_the_provider_is_the_candidate_s(
+    artefacts: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the same provider on both sides a fault of it would be in both."""
+    opened = []
+
+    def note(path: Path, provider: str) -> None:
+        opened.append((path.name, provider))
+        if path == artefacts[1]:
+            raise SettingsError("seen enough")
+
+    monkeypatch.setattr("anchorline.verifying.onnx_subject", note)
+    with pytest.raises(SettingsError, match="seen enough"):
+        verify_files(artefacts[1], artefacts[2], provider="cuda")
+    assert opened == [("faulty.onnx", "cuda"), ("sound.onnx", "cpu")]
+
+
+def test_a_record_that_cannot_be_written_takes_nothing_from_the_verdict(
+    artefacts: tuple[Path, Path, Path], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OutputError("model.verify.json: cannot be written (read-only)")
+
+    monkeypatch.setattr("anchorline.verifying.write_record", refused)
+    report = verify_files(artefacts[1], artefacts[1], images=[str(picture)])
+    assert report.passed
+    assert "not recorded: model.verify.json: cannot be written" in report.notes[0]
 
 
 def test_a_video_is_sampled_over_its_whole_length(tmp_path: Path) -> None:

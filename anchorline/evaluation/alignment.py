@@ -22,6 +22,7 @@ NMS_TIE_IOU = 1e-3
 # nothing) rounding alone decides which are kept: their boxes are not compared.
 MANY_ALIKE = 10
 ALIKE_SCORES = 1e-4
+SURE_SCORE = 0.9
 
 _BORDERLINE, _NMS_TIE = "borderline", "nms tie"
 
@@ -52,7 +53,7 @@ class Alignment:
     ``box_errors`` [K], in pixels, and of the score in ``score_errors`` [K]; ``differing`` bool [K]
     marks the pairs beyond the tolerances. ``missed`` int64 [M] index the reference, ``extra`` int64
     [E] the candidate. What is in none of these is excused: ``borderline`` ones at a score cut and
-    ``nms_ties``, on both sides together.
+    ``nms_ties``, on both sides together; ``excused`` bool [K] marks the pairs among the latter.
     """
 
     pairs: NDArray[np.int64]
@@ -63,6 +64,7 @@ class Alignment:
     extra: NDArray[np.int64]
     borderline: int
     nms_ties: int
+    excused: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +86,7 @@ def align(reference: Detections, candidate: Detections, cuts: Cuts) -> Alignment
     excuses = missed_excuses + extra_excuses
     moved, rescored = box_errors > cuts.box_tolerance_px, score_errors > cuts.score_tolerance
     tied = moved & ~rescored & _suppress_each_other(reference, candidate, pairs, cuts)
-    tied |= moved & ~rescored & _among_many_alike(ours)[pairs[:, 0]]
+    tied |= moved & ~rescored & _among_many_alike(ours, theirs, cuts)[pairs[:, 0]]
     return Alignment(
         pairs,
         box_errors,
@@ -94,15 +96,26 @@ def align(reference: Detections, candidate: Detections, cuts: Cuts) -> Alignment
         extra=np.array(extra, np.int64),
         borderline=excuses.count(_BORDERLINE),
         nms_ties=excuses.count(_NMS_TIE) + int(tied.sum()),
+        excused=tied,
     )
 
 
-def _among_many_alike(side: _Side) -> NDArray[np.bool_]:
-    """Bool [N]: detections whose score many others of their class have as well."""
-    scores = side.detections.scores
-    near = np.abs(scores[:, None] - scores[None]) <= ALIKE_SCORES
-    near &= side.classes[:, None] == side.classes[None]
-    return np.asarray(near.sum(axis=1) >= MANY_ALIKE, np.bool_)
+def _among_many_alike(own: _Side, other: _Side, cuts: Cuts) -> NDArray[np.bool_]:
+    """Bool [N]: detections of ``own`` whose score many others of their class have as well, on both sides.
+
+    None that is sure of itself: scores near 1 lie near together in a network that has learnt a lot.
+    """
+    scores = own.detections.scores
+    here = _near(own, own, ALIKE_SCORES) >= MANY_ALIKE
+    there = _near(own, other, ALIKE_SCORES + cuts.score_tolerance) >= MANY_ALIKE // 2
+    return np.asarray(here & there & (scores < SURE_SCORE), np.bool_)
+
+
+def _near(own: _Side, other: _Side, within: float) -> NDArray[np.int64]:
+    """Int [N]: how many of ``other`` have the class and, nearly, the score of each of ``own``."""
+    near = np.abs(own.detections.scores[:, None] - other.detections.scores[None]) <= within
+    near &= own.classes[:, None] == other.classes[None]
+    return np.asarray(near.sum(axis=1), np.int64)
 
 
 def _suppress_each_other(
@@ -148,7 +161,7 @@ def _unmatched(
 ) -> tuple[list[int], list[str]]:
     """Detections of ``own`` without a partner: the indices of those without excuse, and the excuses."""
     without_excuse, excuses = [], []
-    undecided = _among_many_alike(own)
+    undecided = _among_many_alike(own, other, cuts)
     for index in np.setdiff1d(np.arange(len(own.detections)), matched):
         excuse = _NMS_TIE if undecided[index] else _excuse(own, other, int(index), cuts)
         if excuse is None:

@@ -189,7 +189,7 @@ def summarise(
 ) -> ComparisonSummary:
     """Sum up comparisons given as (image name, comparison); ``required_share`` of all must agree.
 
-    Where it is below 1, one detection may always differ.
+    Where it is below 1, one detection may always differ, unless not a single one has its partner.
     """
     each = list(comparisons)
     disagreeing = [(name, one.first_disagreement) for name, one in each if not one.agrees]
@@ -208,7 +208,7 @@ def summarise(
         first_disagreement=f"{disagreeing[0][0]}: {disagreeing[0][1]}" if disagreeing else None,
     )
     share = round(1.0 - required_share, 9)  # 1 - 0.95 is a little more than 0.05
-    allowed = math.ceil(share * (total.matched + total.missed + total.extra))
+    allowed = math.ceil(share * (total.matched + total.missed + total.extra)) if total.matched else 0
     return ComparisonSummary(len(each), len(disagreeing), total, allowed)
 
 

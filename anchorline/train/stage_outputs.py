@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from anchorline.runtime.errors import ArtefactError
 from anchorline.train.prediction import TorchDetector
 from anchorline.train.stages import tapped
 from anchorline.train.tasks import run_task
@@ -37,10 +38,8 @@ class TorchStages:
         """Every layer in the order of execution, found by running an empty canvas once."""
         height, width = self._detector.contract.canvas
         dtype = np.dtype(self._detector.contract.input_dtype)
-        inputs = {
-            "images": np.zeros((1, height, width, 3), dtype),
-            "image_sizes": np.array([[height, width]], np.float32),
-        }
+        empty = np.zeros((1, height, width, 3), dtype), np.array([[height, width]], np.float32)
+        inputs = dict(zip(self._detector.contract.inputs, empty, strict=True))
         recorder = _LayerRecorder(self._names, None)
         with recorder:
             self.run(inputs, {})
@@ -50,13 +49,21 @@ class TorchStages:
     def run(
         self, inputs: Mapping[str, NDArray[Any]], feed: Mapping[str, NDArray[Any]]
     ) -> dict[str, NDArray[Any]]:
-        """All stages and outputs; a stage in ``feed`` is replaced for what follows it."""
+        """All stages and outputs; a stage in ``feed`` is replaced for what follows it.
+
+        Raises ``ArtefactError`` for a fed value of another shape than the stage's.
+        """
         detector, seen = self._detector, {}
 
         def visit(name: str, value: Tensor) -> Tensor:
             seen[name] = _kept(value)
             fed = feed.get(name)
-            return value if fed is None else torch.from_numpy(fed).to(value.device, value.dtype)
+            if fed is None:
+                return value
+            if fed.shape != value.shape:
+                raise ArtefactError(f"{name} is fed {list(fed.shape)}; expected {list(value.shape)}")
+            # A copy: what follows may work in place.
+            return torch.from_numpy(fed).to(value.device, value.dtype, copy=True)
 
         tensors = (
             torch.from_numpy(np.asarray(inputs[name])).to(detector.device)

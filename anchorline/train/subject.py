@@ -9,6 +9,7 @@ from anchorline.evaluation.verify.subject import Subject
 from anchorline.runtime.contract import CANVAS_KEY, Contract
 from anchorline.train.prediction import TorchDetector
 from anchorline.train.stage_outputs import TorchStages
+from anchorline.train.tasks import OUTPUTS
 
 
 def checkpoint_subject(path: Path, other: Contract | None = None, device: str = "cpu") -> Subject:
@@ -21,5 +22,5 @@ def checkpoint_subject(path: Path, other: Contract | None = None, device: str = 
     detector = TorchDetector.load(path, device, None if chosen is None else (int(chosen[0]), int(chosen[1])))
     if other is not None:
         own = detector.contract
-        detector.contract = dataclasses.replace(own, task=other.task, outputs=other.outputs)
+        detector.contract = dataclasses.replace(own, task=other.task, outputs=OUTPUTS[other.task])
     return Subject(path, detector, TorchStages(detector))

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from anchorline.evaluation.synthetic import CLASS_NAMES
 from anchorline.evaluation.verify.material import scenes
+from anchorline.evaluation.verify.onnx_stages import OnnxStages
 from anchorline.evaluation.verify.report import VerifyReport
 from anchorline.evaluation.verify.subject import Subject, onnx_subject
 from anchorline.evaluation.verify.verifying import verify
@@ -227,6 +228,28 @@ def test_a_sound_graph_raises_no_alarm(verified: Callable[[Plant], VerifyReport]
     assert report.passed, report.reason
     assert report.layer is None
     assert all(stage.used < 0.5 for stage in report.stages or ())
+
+
+def test_stages_that_onnxruntime_cannot_open_are_one_clear_line(
+    reference: tuple[Subject, onnx.ModelProto], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(reference[1], path)
+    stages = onnx_subject(path).stages
+    assert isinstance(stages, OnnxStages)
+    stages._model.graph.node[0].op_type = "NoSuchOperator"
+    inputs, _ = stages.prepare([np.zeros((20, 30, 3), np.uint8)])
+    with pytest.raises(ArtefactError, match=r"model\.onnx: onnxruntime cannot run its stages") as raised:
+        stages.run(inputs, {})
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_pytorch_refuses_a_fed_value_of_another_shape(reference: tuple[Subject, onnx.ModelProto]) -> None:
+    stages = reference[0].stages
+    assert stages is not None
+    inputs, _ = stages.prepare([np.full((20, 30, 3), 90, np.uint8)])
+    with pytest.raises(ArtefactError, match=r"fpn\.0 is fed \[1, 2\]; expected \[1, 16, 32, 40\]"):
+        stages.run(inputs, {"fpn.0": np.zeros((1, 2), np.float32)})
 
 
 def test_another_resize_is_a_fault_of_preprocessing(

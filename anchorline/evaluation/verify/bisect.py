@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from anchorline.evaluation.verify.stage_check import Frames, canvas_inputs
+from anchorline.evaluation.verify.stage_check import Frames, canvas_inputs, same_inputs
 from anchorline.evaluation.verify.stages import is_stage, tensor_error
 from anchorline.evaluation.verify.subject import Subject
 from anchorline.evaluation.verify.tolerances import Tolerance
+from anchorline.runtime.errors import ArtefactError
 
 # Layers whose outputs are held in memory at one time, on both sides.
 CHUNK = 8
@@ -35,14 +36,21 @@ def first_differing_layer(
     """
     assert reference.stages is not None
     assert candidate.stages is not None
-    inputs, _ = canvas_inputs(reference, frames)
+    inputs, other_inputs = same_inputs(
+        canvas_inputs(reference, frames)[0], reference.detector.contract, candidate.detector.contract
+    )
     feed = {name: value for name, value in reference.stages.run(inputs, {}).items() if is_stage(name)}
     there = set(candidate.stages.layers)
     shared = [layer for layer in reference.stages.layers if layer in there]
     for start in range(0, len(shared), CHUNK):
         chunk = shared[start : start + CHUNK]
         expected = reference.stages.run_layers(inputs, {}, chunk)
-        found = candidate.stages.run_layers(inputs, feed, chunk)
+        try:
+            found = candidate.stages.run_layers(other_inputs, feed, chunk)
+        except ArtefactError as failure:
+            return LayerResult(
+                None, f"its layers cannot be run with the reference's stages: {failure}", start
+            )
         for number, layer in enumerate(chunk, start=start + 1):
             error = tensor_error(layer, expected[layer], found[layer], len(frames))
             if error.share_of(tolerance) > 1.0:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from anchorline.evaluation.compare import Comparison, ComparisonSummary, compare_detections, summarise
 from anchorline.evaluation.dataset import Dataset
@@ -17,12 +18,16 @@ from anchorline.evaluation.evaluate import (
     run_detector,
     to_dataset_labels,
 )
+from anchorline.evaluation.names import list_names
 from anchorline.evaluation.side_by_side import severity
 from anchorline.evaluation.verify.cuts import detection_cuts, on_canvas
 from anchorline.evaluation.verify.material import has_labels
-from anchorline.evaluation.verify.subject import Subject
+from anchorline.evaluation.verify.subject import BatchDetector, Subject
 from anchorline.evaluation.verify.tolerances import Tolerance
+from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
+from anchorline.runtime.errors import ArtefactError
+from anchorline.runtime.postprocess import PROPOSAL_NAMES
 
 _PERCENTILES = (50, 95, 99, 100)
 _CONFIDENT = 0.5
@@ -115,10 +120,14 @@ def check_detections(
     progress: Progress | None = None,
     order_ties: bool = False,
 ) -> DetectionCheck:
-    """Run both on every image, one at a time, and compare; ``order_ties`` as in ``alignment.Cuts``."""
+    """Run both on every image, one at a time, and compare; ``order_ties`` as in ``alignment.Cuts``.
+
+    An image on which the candidate fails counts as one without detections, and as a loss.
+    """
     total = 2 * len(dataset)
+    guarded = _Guarded(candidate.detector)
     ours = list(run_detector(reference.detector.batch, dataset, 1, _offset(progress, 0, total)))
-    theirs = list(run_detector(candidate.detector.batch, dataset, 1, _offset(progress, len(dataset), total)))
+    theirs = list(run_detector(guarded.batch, dataset, 1, _offset(progress, len(dataset), total)))
     contract = reference.detector.contract
     cuts = detection_cuts(contract, tolerance, order_ties)
     each = [
@@ -128,12 +137,38 @@ def check_detections(
     names = tuple(image.id for image in dataset)
     summary = summarise(zip(names, each, strict=True), tolerance.matched)
     accuracy = None
-    if has_labels(dataset) and contract.task == "detections":
+    loss = guarded.failure or _other_names(contract, candidate.detector.contract)
+    if loss is None and has_labels(dataset) and contract.task == "detections":
         accuracy = _accuracy(dataset, ours, theirs)
-    loss = _confident_loss(each, ours, theirs, tolerance)
+    loss = loss or _confident_loss(each, ours, theirs, tolerance)
     if loss is None and accuracy is not None:
         loss = _loss(accuracy, tolerance)
     return DetectionCheck(names, tuple(each), tuple(ours), tuple(theirs), summary, accuracy, loss)
+
+
+class _Guarded:
+    """A detector whose ``ArtefactError`` is kept in ``failure``, the first one, and ends nothing."""
+
+    def __init__(self, detector: BatchDetector) -> None:
+        self._detector = detector
+        self.failure: str | None = None
+
+    def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        try:
+            return self._detector.batch(frames)
+        except ArtefactError as error:
+            self.failure = self.failure or f"the candidate failed: {error}"
+            contract = self._detector.contract
+            names = contract.names if contract.task == "detections" else PROPOSAL_NAMES
+            return [Detections.empty(names, size=(frame.shape[0], frame.shape[1])) for frame in frames]
+
+
+def _other_names(ours: Contract, theirs: Contract) -> str | None:
+    """What the candidate calls otherwise: classes meet by name, whatever their order."""
+    differing = sorted(set(ours.names) ^ set(theirs.names))
+    if not differing or ours.task == "proposals":
+        return None
+    return f"the class names differ: only one side has {list_names(differing)}"
 
 
 def _confident_loss(

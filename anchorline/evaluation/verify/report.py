@@ -66,7 +66,8 @@ class VerifyReport:
         """The verdict in one line."""
         if not self.passed:
             return f"differs in {self.reason}"
-        inside = f"{len(self.stages)} stages hold, " if self.stages else ""
+        compared = sum(stage.compared for stage in self.stages or ())
+        inside = f"{compared} stages hold, " if compared else ""
         traps = f", {len(self.traps)} traps hold" if self.traps else ""
         return f"{inside}{self.detections.summary.brief()}{traps}"
 
@@ -89,6 +90,7 @@ class VerifyReport:
 
     def render(self) -> Table:
         """One row for each stage, the detections, and each trap."""
+        from rich.markup import escape
         from rich.table import Table
 
         sides = [
@@ -96,25 +98,30 @@ class VerifyReport:
             for side in (self.reference, self.candidate)
         ]
         table = Table(
-            title=f"{sides[0]} and {sides[1]} on {self.data}", caption=self._caption(), caption_justify="left"
+            title=escape(f"{sides[0]} and {sides[1]} on {self.data}"),
+            caption=escape(self._caption()),
+            caption_justify="left",
         )
         for column in ("", "", "what was found"):
             table.add_column(column)
         for stage in self.stages or ():
-            table.add_row(stage.name, _mark(stage.passed), stage.detail)
+            mark = _mark(stage.passed) if stage.compared else "-"
+            table.add_row(stage.name, mark, escape(stage.detail))
         if self.stages is None:
-            table.add_row("stages", "-", self.stages_note or "not compared")
+            table.add_row("stages", "-", escape(self.stages_note or "not compared"))
         table.add_section()
         table.add_row(
-            f"{self.detections.summary.images} images", _mark(self.detections.passed), self.detections.detail
+            f"{self.detections.summary.images} images",
+            _mark(self.detections.passed),
+            escape(self.detections.detail),
         )
         for name, each in (self.detections.accuracy or {}).items():
             ap50, recall = ("{:.4f} and {:.4f}".format(*pair) for pair in (each.ap50, each.recall))
-            table.add_row(f"  {name}", "", f"AP50 {ap50}, recall {recall}")
+            table.add_row(f"  {escape(name)}", "", f"AP50 {ap50}, recall {recall}")
         table.add_section()
         for trap in self.traps:
             detail = trap.comparison.brief() if trap.passed and trap.comparison else trap.detail
-            table.add_row(trap.name, _mark(trap.passed), detail)
+            table.add_row(trap.name, _mark(trap.passed), escape(detail))
         return table
 
     def _caption(self) -> str:

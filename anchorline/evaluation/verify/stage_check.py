@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.evaluation.compare import compare_detections
-from anchorline.evaluation.verify.cuts import detection_cuts, proposal_cuts
+from anchorline.evaluation.compare import Comparison, compare_detections, summarise
+from anchorline.evaluation.verify.cuts import detection_cuts, on_canvas, proposal_cuts
 from anchorline.evaluation.verify.stages import ORDER, TensorError, is_stage, stage_of, tensor_error, worst_of
 from anchorline.evaluation.verify.subject import Arrays, StageRunner, Subject
 from anchorline.evaluation.verify.tolerances import Tolerance
 from anchorline.runtime.canvas import Placement
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
+from anchorline.runtime.errors import ArtefactError, DataError
 from anchorline.runtime.postprocess import to_detections
 from anchorline.runtime.preprocess import check_frame
 
@@ -31,16 +33,23 @@ Frames = Sequence[NDArray[np.uint8]]
 @dataclass(frozen=True)
 class StageResult:
     """One stage: ``used`` is the share of the tolerance used up (above 1 it differs), infinite where no
-    number says how far apart the two are; ``detail`` is one line."""
+    number says how far apart the two are; ``detail`` is one line. A stage that only one side has is not
+    ``compared``, and passes."""
 
     name: str
     passed: bool
     used: float
     detail: str
+    compared: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        used = self.used if np.isfinite(self.used) else None
-        return {"name": self.name, "passed": self.passed, "tolerance_used": used, "detail": self.detail}
+        return {
+            "name": self.name,
+            "passed": self.passed,
+            "compared": self.compared,
+            "tolerance_used": self.used if np.isfinite(self.used) else None,
+            "detail": self.detail,
+        }
 
 
 def canvas_inputs(subject: Subject, frames: Frames) -> tuple[dict[str, NDArray[Any]], list[Placement]]:
@@ -53,7 +62,7 @@ def canvas_inputs(subject: Subject, frames: Frames) -> tuple[dict[str, NDArray[A
 def check_stages(
     reference: Subject, candidate: Subject, batches: Sequence[Frames], tolerance: Tolerance
 ) -> list[StageResult]:
-    """All stages that both sides have, in order, each with its worst case over the ``batches``.
+    """All stages in order, each with its worst case over the ``batches``; what only one side has is said.
 
     Both subjects have ``stages``. Where the canvases themselves differ in size nothing else is compared.
     """
@@ -86,11 +95,24 @@ def _check_batch(
     if all(name in side for name in ("proposals", "proposal_scores") for side in (expected, found)):
         results.append(_check_proposals(expected, found, ours, placements, tolerance))
     results.append(_check_outputs(expected, found, ours, theirs, placements, tolerance))
-    return results
+    return _with_unshared(results, expected, found)
 
 
-def unshared_stages(reference: Arrays, candidate: Arrays) -> str | None:
-    """Which stages one side lacks and the other has, in one line; None where both have the same."""
+def _with_unshared(results: Sequence[StageResult], expected: Arrays, found: Arrays) -> list[StageResult]:
+    """``results`` and, said in words, what one side has and the other lacks."""
+    rows = {result.name: result for result in results}
+    for side, own, other in (("reference", expected, found), ("candidate", found, expected)):
+        for value in own:
+            if not is_stage(value) or value in other:
+                continue
+            stage, text = stage_of(value), f"only the {side} has {value}"
+            row = rows.get(stage)
+            rows[stage] = (
+                StageResult(stage, True, 0.0, text, compared=False)
+                if row is None
+                else dataclasses.replace(row, detail=f"{row.detail}; {text}")
+            )
+    return list(rows.values())
 
 
 def _run_fed(stages: StageRunner, inputs: Arrays, feed: Arrays) -> dict[str, NDArray[Any]]:
@@ -125,16 +147,16 @@ def same_inputs(
 def _check_canvas(ours: Contract, theirs: Contract, inputs: Arrays, other: Arrays) -> StageResult:
     if ours.canvas != theirs.canvas:
         shown = [f"{h}x{w}" for h, w in (theirs.canvas, ours.canvas)]
-        return StageResult(
-            "preprocess", False, float("inf"), f"the canvas is {shown[0]}, expected {shown[1]}"
-        )
+        return _broken("preprocess", f"the canvas is {shown[0]}, expected {shown[1]}")
     sizes = inputs[ours.inputs[1]], other[theirs.inputs[1]]
     if not np.array_equal(*sizes):
         detail = (
             f"a frame fills {other[theirs.inputs[1]].tolist()} of the canvas, expected {sizes[0].tolist()}"
         )
-        return StageResult("preprocess", False, float("inf"), detail)
+        return _broken("preprocess", detail)
     images = inputs[ours.inputs[0]].astype(np.float32), other[theirs.inputs[0]].astype(np.float32)
+    if not np.isfinite(images[1]).all():
+        return _broken("preprocess", "the canvas has values that are not finite")
     levels = float(np.abs(images[0] - images[1]).max(initial=0.0))
     return StageResult(
         "preprocess", levels <= _GREY_LEVELS, levels / _GREY_LEVELS, f"canvas within {levels:.2g} grey levels"
@@ -146,7 +168,7 @@ def _check_tensors(expected: Arrays, found: Arrays, images: int, tolerance: Tole
     errors: dict[str, TensorError] = {
         name: tensor_error(name, value, found[name], images)
         for name, value in expected.items()
-        if is_stage(name) and name in found and stage_of(name) not in ("proposals", "proposal_scores")
+        if is_stage(name) and name in found and stage_of(name) != "proposals"
     }
     results = []
     for stage, error in worst_of(errors, tolerance).items():
@@ -159,19 +181,33 @@ def _check_proposals(
     expected: Arrays, found: Arrays, contract: Contract, placements: Sequence[Placement], tolerance: Tolerance
 ) -> StageResult:
     cuts = proposal_cuts(contract, tolerance)
-    matched, total, worst, reason = 0, 0, 0.0, None
+    matched, total, excused, worst, reason = 0, 0, 0, 0.0, None
     for index in range(len(placements)):
-        ours, theirs = (_as_detections(values, index) for values in (expected, found))
+        try:
+            ours, theirs = (_as_detections(values, index) for values in (expected, found))
+        except DataError as error:  # such as a box that is NaN
+            return _broken("proposals", str(error))
         one = compare_detections(ours, theirs, **cuts)
-        matched += one.matched - one.differing
-        total += one.matched + one.missed + one.extra
+        alike = _alike(one)
+        matched, total = matched + alike, total + alike + one.wrong
+        excused += one.borderline + one.nms_ties
         worst, reason = max(worst, one.max_box_error), reason or one.first_disagreement
     share = matched / total if total else 1.0
     used = (1.0 - share) / (1.0 - _PROPOSALS_MATCHED)
     detail = f"{share:.2%} of {total} proposals matched, boxes within {worst:.2g} px"
+    if excused:
+        detail += f", {excused} excused as ties"
     return StageResult(
         "proposals", used <= 1.0, used, detail if used <= 1.0 or not reason else f"{detail}; {reason}"
     )
+
+
+def _alike(comparison: Comparison) -> int:
+    """Pairs within the tolerances. Those that moved and were excused say nothing: where most scores are
+    nearly 0 they would outnumber, and hide, the ones that differ."""
+    found = comparison.alignment
+    assert found is not None
+    return int((~found.differing & ~found.excused).sum())
 
 
 def _as_detections(values: Arrays, index: int) -> Detections:
@@ -193,18 +229,24 @@ def _check_outputs(
     tolerance: Tolerance,
 ) -> StageResult:
     """The graph's own outputs, made from the reference's class logits, box regression and proposals."""
-    reference, candidate = to_detections(expected, placements, ours), to_detections(found, placements, theirs)
+    try:
+        reference, candidate = (
+            to_detections(values, placements, contract)
+            for values, contract in ((expected, ours), (found, theirs))
+        )
+    except ArtefactError as error:  # such as a label without a name
+        return _broken("detections", str(error))
+    cuts = detection_cuts(ours, tolerance)
     each = [
-        compare_detections(a, b, **detection_cuts(ours, tolerance))
+        compare_detections(on_canvas(a, ours), on_canvas(b, ours), **cuts)
         for a, b in zip(reference, candidate, strict=True)
     ]
-    wrong = sum(one.differing + one.missed + one.extra for one in each)
-    total = sum(one.matched + one.missed + one.extra for one in each)
-    allowed = max(round((1.0 - tolerance.matched) * total), 0)
-    reason = next((one.first_disagreement for one in each if one.first_disagreement), None)
+    summary = summarise(((f"image {n}", one) for n, one in enumerate(each, start=1)), tolerance.matched)
+    wrong, allowed, reason = summary.total.wrong, summary.allowed, summary.first_disagreement
+    total = summary.total.matched + summary.total.missed + summary.total.extra
     detail = f"{total - wrong} of {total} detections alike"
-    used = wrong / (allowed + 1) if wrong <= allowed else float(wrong + 1)
-    return StageResult("detections", wrong <= allowed, used, f"{detail}; {reason}" if reason else detail)
+    used = wrong / (allowed + 1) if summary.agrees else float(wrong + 1)
+    return StageResult("detections", summary.agrees, used, f"{detail}; {reason}" if reason else detail)
 
 
 def _broken(stage: str, detail: str) -> StageResult:

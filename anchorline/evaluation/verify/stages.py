@@ -36,8 +36,8 @@ def is_stage(value: str) -> bool:
 
 
 def stage_of(value: str) -> str:
-    """The stage a value belongs to: ``fpn`` for ``fpn.2``."""
-    return value.partition(".")[0]
+    """The stage a value belongs to: ``fpn`` for ``fpn.2``, ``proposals`` for ``proposal_scores``."""
+    return "proposals" if value == "proposal_scores" else value.partition(".")[0]
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,13 @@ from anchorline.evaluation.verify.subject import Subject
 from anchorline.evaluation.verify.tolerances import Tolerance, tolerance_for
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
+from anchorline.runtime.errors import DataError, SettingsError
 
 # Images whose stages are compared: enough to see a fault, few enough to hold every map in memory.
 _STAGE_IMAGES = 3
 WORST_IMAGES = 8
+# Those of an ONNX file; its stages always run on onnxruntime's CPU provider.
+_GPU_PROVIDERS = ("cuda", "tensorrt", "tensorrt-rtx")
 
 
 def verify(
@@ -43,22 +46,24 @@ def verify(
 
     ``tolerance`` is by default that of the less exact precision of the two. With ``bisect`` the first
     differing layer is looked for when a stage differs. ``which_traps`` (names) is for callers without the
-    time for all of them (``evaluation/traps.py``).
+    time for all of them (``evaluation/traps.py``). ``progress`` counts each image twice, and the traps.
+    Raises ``SettingsError`` for two different tasks, ``DataError`` for data without images.
     """
     ours, theirs = reference.detector, candidate.detector
+    _check_comparable(reference, candidate, dataset)
     limits = tolerance or tolerance_for(ours.precision, theirs.precision)
-    batches = _stage_batches(dataset, theirs.contract)
+    batches = _stage_batches(dataset, (ours.contract, theirs.contract))
     stages, note, layer = _look_inside(reference, candidate, batches, limits, bisect)
     # Where each stage does the same with the same inputs, the order of equal scores is left to rounding.
     sound = stages is not None and all(stage.passed for stage in stages)
-    detections = check_detections(reference, candidate, dataset, limits, progress, sound)
+    chosen = [t for t in traps(theirs.contract.max_batch) if which_traps is None or t.name in which_traps]
+    runs = 2 * len(dataset)
+    detections = check_detections(
+        reference, candidate, dataset, limits, _part(progress, 0, runs + len(chosen)), sound
+    )
     results = run_traps(
-        [
-            trap
-            for trap in traps(theirs.contract.max_batch)
-            if which_traps is None or trap.name in which_traps
-        ],
-        *(ours, theirs, _trap_comparison(ours.contract, limits, sound)),
+        *(chosen, ours, theirs, _trap_comparison(ours.contract, limits, sound)),
+        progress=_part(progress, runs, runs + len(chosen)),
     )
     return VerifyReport(
         reference=reference.identity(),
@@ -70,7 +75,33 @@ def verify(
         stages=stages,
         stages_note=note,
         layer=layer,
+        notes=() if stages is None else _elsewhere(reference, candidate),
     )
+
+
+def _check_comparable(reference: Subject, candidate: Subject, dataset: Dataset) -> None:
+    tasks = [side.detector.contract.task for side in (reference, candidate)]
+    if tasks[0] != tasks[1]:
+        raise SettingsError(
+            f"{reference.path} gives {tasks[0]}, {candidate.path} gives {tasks[1]}; expected one task, "
+            "export one of them again with --task"
+        )
+    if not len(dataset):
+        raise DataError(f"{dataset.spec}: has no images; expected at least one to compare on")
+
+
+def _elsewhere(*sides: Subject) -> tuple[str, ...]:
+    """What to know where the detections come from another processor than the stages."""
+    return tuple(
+        f"{side.path.name}: its stages ran on the CPU, its detections and traps on {side.detector.provider}"
+        for side in sides
+        if side.detector.provider in _GPU_PROVIDERS
+    )
+
+
+def _part(progress: Progress | None, start: int, total: int) -> Progress | None:
+    """``progress`` for a part of the work that begins at ``start`` of ``total``."""
+    return None if progress is None else lambda done, _: progress(start + done, total)
 
 
 def _trap_comparison(contract: Contract, limits: Tolerance, order_ties: bool) -> Compare:
@@ -116,14 +147,14 @@ def _look_inside(
     return stages, None, layer
 
 
-def _stage_batches(dataset: Dataset, contract: Contract) -> list[Frames]:
-    """One image alone, then, where the model takes batches, two of different shape together.
+def _stage_batches(dataset: Dataset, contracts: Sequence[Contract]) -> list[Frames]:
+    """One image alone, then, where both models take batches, two of different shape together.
 
     The second of them fills a part of the canvas only, so that what happens in the padding counts.
     """
     frames = [image.load() for image in dataset.images[:_STAGE_IMAGES]]
     part = _narrow(frames[-1])
-    if contract.max_batch == 1:
+    if any(contract.max_batch == 1 for contract in contracts):
         return [[frames[0]], [part]]
     return [[frames[0]], [frames[min(1, len(frames) - 1)], part]]
 
