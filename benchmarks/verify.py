@@ -1,10 +1,11 @@
 """How long verifying an ONNX file against its checkpoint takes, in how much memory, and how near the limits.
 
     python benchmarks/verify.py RUN/model.safetensors RUN/model.onnx --data voc:DIR@test --limit 50
-    python benchmarks/verify.py --preset resnet50-fpn --data synthetic:50
+    python benchmarks/verify.py --torchvision fasterrcnn_resnet50_fpn --data synthetic:50
 
-With ``--preset`` an untrained model of the preset is made and exported first. ``--seeds N`` repeats on N
-sets of generated scenes instead: none may raise an alarm. One row goes to ``results/verify.csv``.
+With ``--torchvision`` a model of that name is made with drawn weights, imported and exported first.
+``--seeds N`` repeats on N sets of generated scenes instead: none may raise an alarm. One row goes to
+``results/verify.csv``.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="a checkpoint and its ONNX file")
-    parser.add_argument("--preset", help="make an untrained model of this preset instead")
+    parser.add_argument("--torchvision", metavar="NAME", help="make a model of torchvision's instead")
     parser.add_argument("--data", default="synthetic:50")
     parser.add_argument("--limit", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=0, help="repeat on this many sets of generated scenes")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        files = arguments.files or _made(arguments.preset, Path(folder))
+        files = arguments.files or _made(arguments.torchvision, Path(folder))
         specs = [f"synthetic:{arguments.limit}@{seed}" for seed in range(arguments.seeds)] or [arguments.data]
         reports, start = [], time.perf_counter()
         for spec in specs:
@@ -52,31 +53,36 @@ def main() -> None:
 
 def _shown(arguments: argparse.Namespace) -> str:
     """The command without this machine's folders."""
-    model = f"--preset {arguments.preset}" if arguments.preset else " ".join(f.name for f in arguments.files)
+    model = (
+        f"--torchvision {arguments.torchvision}"
+        if arguments.torchvision
+        else " ".join(f.name for f in arguments.files)
+    )
     data = arguments.data.replace(str(Path(arguments.data.partition(":")[2]).parent) + "/", "")
     if arguments.seeds:
         return f"{model} --seeds {arguments.seeds} --limit {arguments.limit}"
     return f"{model} --data {data} --limit {arguments.limit}"
 
 
-def _made(preset: str, folder: Path) -> list[Path]:
-    """An untrained model of ``preset`` with detections to compare, and its ONNX file."""
+def _made(name: str, folder: Path) -> list[Path]:
+    """torchvision's model ``name`` with drawn weights that detect things, imported, and its ONNX file."""
     import torch
+    import torchvision
+    from drawn_weights import draw_weights
 
-    from anchorline.evaluation.synthetic import CLASS_NAMES
+    from anchorline.evaluation.synthetic import CLASS_NAMES, generate_scene
     from anchorline.export.exporting import export_onnx
-    from anchorline.train.checkpoint import contract_of, save_checkpoint
-    from anchorline.train.faster_rcnn import FasterRCNN
-    from anchorline.train.settings import load_preset
+    from anchorline.export.importing import import_checkpoint
 
-    torch.manual_seed(0)
-    model = FasterRCNN(load_preset(preset).model, len(CLASS_NAMES)).eval()
-    with torch.no_grad():
-        model.rpn.head.cls_logits.weight.mul_(10)
-        model.roi_heads.box_predictor.cls_score.weight.mul_(10)
-    checkpoint, onnx = folder / "model.safetensors", folder / "model.onnx"
-    save_checkpoint(checkpoint, model.state_dict(), model.settings, contract_of(model.settings, CLASS_NAMES))
+    builder = getattr(torchvision.models.detection, name)
+    model = builder(weights=None, weights_backbone=None, num_classes=len(CLASS_NAMES) + 1)
+    scenes = [generate_scene(3, (480, 640), index)[0] for index in range(3)]
+    torch.save(draw_weights(model, scenes, seed=0).state_dict(), folder / "model.pth")
     del model
+    classes = folder / "classes.txt"
+    classes.write_text("\n".join(CLASS_NAMES), encoding="utf-8")
+    checkpoint, onnx = folder / "model.safetensors", folder / "model.onnx"
+    import_checkpoint(folder / "model.pth", checkpoint, arch=name, classes=classes, canvas=(800, 1088))
     start = time.perf_counter()
     export_onnx(checkpoint, onnx)
     print(f"exported and verified with the quick set in {time.perf_counter() - start:.0f} s", file=sys.stderr)

@@ -34,6 +34,7 @@ from anchorline.runtime.detector import Detector
 from anchorline.runtime.errors import AnchorlineError
 from anchorline.train.checkpoint import load_checkpoint
 from anchorline.train.prediction import TorchDetector
+from anchorline.train.tasks import run_task
 
 SMALLEST = "fasterrcnn_mobilenet_v3_large_320_fpn"
 LARGE = ("fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2")
@@ -96,7 +97,14 @@ def check_same(expected: Sequence[Detections], found: Sequence[Detections], box:
     assert excused <= 0.005 * summary.total.matched + 1
 
 
-def check_import(source: Source, arch: str, frames: Sequence[Frame], folder: Path, **options: object) -> None:
+def check_import(
+    source: Source,
+    arch: str,
+    frames: Sequence[Frame],
+    folder: Path,
+    score: float = 2e-5,
+    **options: object,
+) -> None:
     """Import ``source`` and compare in PyTorch, each frame on the size that torchvision pads it to."""
     out = folder / "model.safetensors"
     contract = import_checkpoint(source.path, out, arch=arch, **options).contract  # type: ignore[arg-type]
@@ -105,7 +113,38 @@ def check_import(source: Source, arch: str, frames: Sequence[Frame], folder: Pat
     found = [
         TorchDetector.load(out, canvas=trimmed_canvas((f.shape[0], f.shape[1]), contract))(f) for f in frames
     ]
-    check_same(expected, found, box=0.02, score=2e-5)
+    check_same(expected, found, box=0.02, score=score)
+
+
+def check_in_double(source: Source, imported: Path, frame: Frame, patch: pytest.MonkeyPatch) -> None:
+    """The same two networks on the same pixels in double precision: what remains is not rounding."""
+    contract = TorchDetector.load(imported).contract
+    ours = TorchDetector.load(imported, canvas=trimmed_canvas((frame.shape[0], frame.shape[1]), contract))
+    inputs, placements = ours.prepare([frame])
+    height, width = placements[0].valid
+    resized = inputs["images"][0, :height, :width]
+    nms = torchvision.ops.nms
+    patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    patch.setattr(torchvision.ops, "nms", lambda boxes, ranks, iou: nms(boxes, ranks.to(boxes.dtype), iou))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode():
+            rgb = torch.from_numpy(np.ascontiguousarray(resized[:, :, ::-1])).permute(2, 0, 1).double() / 255
+            expected = source.model.double()([rgb])[0]
+            tensors = [torch.from_numpy(inputs[name]).double() for name in contract.inputs]
+            found = run_task(ours.model.double(), "detections", *tensors)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        patch.undo()
+    count = int(found["num_detections"][0])
+    sides = [
+        Detections(boxes.float().numpy(), scores.float().numpy(), labels.long().numpy(), contract.names)
+        for boxes, scores, labels in (
+            (expected["boxes"], expected["scores"], expected["labels"] - 1),
+            (found["boxes"][0, :count], found["scores"][0, :count], found["labels"][0, :count]),
+        )
+    ]
+    check_same(sides[:1], sides[1:], box=1e-3, score=5e-6)
 
 
 def test_detections_are_torchvisions(smallest: Source, frames: list[Frame], tmp_path: Path) -> None:
@@ -129,9 +168,14 @@ def test_detections_through_onnxruntime_are_torchvisions(
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", LARGE)
 def test_detections_of_the_large_models_are_torchvisions(
-    drawing: ModuleType, frames: list[Frame], tmp_path: Path, arch: str
+    drawing: ModuleType, frames: list[Frame], tmp_path: Path, arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_import(drawn(arch, drawing, frames, tmp_path), arch, frames, tmp_path)
+    """In single precision deep networks of drawn weights enlarge rounding to more than 2e-5 in a score now
+    and then, as torchvision's does against itself in another memory layout; so double precision decides.
+    """
+    source = drawn(arch, drawing, frames, tmp_path)
+    check_import(source, arch, frames, tmp_path, score=2e-4)
+    check_in_double(source, tmp_path / "model.safetensors", frames[0], monkeypatch)
 
 
 @pytest.mark.parametrize("live", [False, True])
