@@ -49,6 +49,7 @@ class BindingsCuda:
             self._call("cuDevicePrimaryCtxRetain", self._handle, doing="opening the GPU's primary context")
         )
         self._libraries: dict[str, Any] = {}
+        self._loading = threading.Lock()  # lanes are made by many threads; each source is loaded once
         self._inside = threading.local()  # .yes while this thread is in a block of ``current``
 
     def _open(self, device: int) -> Any:
@@ -216,11 +217,12 @@ class BindingsCuda:
         self._call("cuGraphExecDestroy", graph, doing="destroying a graph")
 
     def load_kernel(self, source: str, kernel: str) -> Any:
-        if source not in self._libraries:
-            none: list[Any] = []  # no options, for compiler or library
-            loaded = (image(source, self.compute_capability), none, none, 0, none, none, 0)
-            self._libraries[source] = self._call("cuLibraryLoadData", *loaded, doing=f"loading {source}")
-        library = self._libraries[source]
+        with self._loading:
+            if source not in self._libraries:
+                none: list[Any] = []  # no options, for compiler or library
+                loaded = (image(source, self.compute_capability), none, none, 0, none, none, 0)
+                self._libraries[source] = self._call("cuLibraryLoadData", *loaded, doing=f"loading {source}")
+            library = self._libraries[source]
         found = self._call("cuLibraryGetKernel", library, kernel.encode(), doing=f"finding {kernel}")
         return self._call("cuKernelGetFunction", found, doing=f"loading {kernel}")  # else at the first launch
 

@@ -60,6 +60,7 @@ class PyCuda:
         self._events: dict[int, Any] = {}
         self._numbers = itertools.count(1)
         self._modules: dict[str, Any] = {}
+        self._loading = threading.Lock()  # lanes are made by many threads; each source is loaded once
         self._inside = threading.local()
 
     @contextlib.contextmanager
@@ -179,7 +180,7 @@ class PyCuda:
         raise NotImplementedError("pycuda has no CUDA graphs: ask has_graphs")
 
     def load_kernel(self, source: str, kernel: str) -> Any:
-        with self._errors(f"loading {kernel}"):
+        with self._loading, self._errors(f"loading {kernel}"):
             if source not in self._modules:
                 code = image(source, self.compute_capability)
                 self._modules[source] = self._pycuda.module_from_buffer(code)

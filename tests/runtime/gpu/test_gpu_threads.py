@@ -5,14 +5,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
+from anchorline.runtime.cuda import bindings, open_cuda, pycuda_driver
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.errors import AnchorlineError, FrameError, GpuError, SettingsError
 
@@ -45,6 +48,34 @@ def test_many_threads_get_their_own_results(detector: Detector) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(call, range(300)))
+
+
+@pytest.mark.parametrize("package", ["cuda-bindings", "pycuda"])
+def test_threads_that_need_a_kernel_at_once_load_it_once(
+    package: str, gpu: Any, pycuda_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = pycuda_driver if package == "pycuda" else bindings
+    monkeypatch.setattr(pycuda_driver, "_load", lambda: pycuda_module.make_pycuda(gpu.driver))
+    read = module.image
+
+    def read_slowly(source: str, capability: int) -> bytes:
+        time.sleep(0.05)  # long enough for every thread to find the kernel missing
+        return read(source, capability)
+
+    monkeypatch.setattr(module, "image", read_slowly)
+    cuda = open_cuda(package)
+    started = threading.Barrier(4)
+
+    def load_kernel(_: int) -> None:
+        started.wait()
+        with cuda.current():
+            cuda.load_kernel("preprocess", "bgr_to_uint8")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(load_kernel, range(4)))
+    loads = gpu.driver.names().count("cuLibraryLoadData")
+    cuda.close()
+    assert loads == 1
 
 
 def test_workers_bound_the_memory(gpu: Any, make_engine: Callable) -> None:
