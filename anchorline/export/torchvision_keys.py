@@ -17,6 +17,7 @@ from torch import Tensor
 
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.errors import ArtefactError
+from anchorline.train.backbones import BACKBONES
 from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.settings import ModelSettings
 
@@ -24,17 +25,8 @@ CLASSIFIER = "roi_heads.box_predictor.cls_score.weight"
 _STEP_COUNTER = "num_batches_tracked"  # no result depends on it, and frozen batch norms have none
 _SHOWN = 3
 
-_RESNETS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-)
+_NOT_TORCHVISIONS = ("resnet10",)
+_RESNETS = tuple(name for name in BACKBONES if "resne" in name and name not in _NOT_TORCHVISIONS)
 
 
 @dataclass(frozen=True)
