@@ -11,10 +11,12 @@ With ``--torchvision`` a model of that name is made with drawn weights, imported
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import resource
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from record import append_row
@@ -35,7 +37,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=0, help="repeat on this many sets of generated scenes")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        files = arguments.files or _made(arguments.torchvision, Path(folder))
+        files = arguments.files or _made_apart(arguments.torchvision, Path(folder))
         specs = [f"synthetic:{arguments.limit}@{seed}" for seed in range(arguments.seeds)] or [arguments.data]
         reports, start = [], time.perf_counter()
         for spec in specs:
@@ -62,6 +64,12 @@ def _shown(arguments: argparse.Namespace) -> str:
     if arguments.seeds:
         return f"{model} --seeds {arguments.seeds} --limit {arguments.limit}"
     return f"{model} --data {data} --limit {arguments.limit}"
+
+
+def _made_apart(name: str, folder: Path) -> list[Path]:
+    """``_made`` in a process of its own, whose memory does not count here."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_made, name, folder).result()
 
 
 def _made(name: str, folder: Path) -> list[Path]:

@@ -82,6 +82,9 @@ class TorchStages:
             self.run(inputs, feed)
         return {name: value for name, value in recorder.values.items() if name in layers}
 
+    def release(self) -> None:
+        """Nothing is kept."""
+
 
 class _LayerRecorder:
     """Forward hooks on the layers; keeps the values of the ``wanted`` ones (None: the order alone)."""

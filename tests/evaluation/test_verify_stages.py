@@ -75,6 +75,9 @@ class Network:
         known = {"first": values["pixels"], "second": values["fpn.0"]}
         return {layer: known[layer] for layer in layers}
 
+    def release(self) -> None:
+        pass
+
     def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:
         return [Detections.empty(self.contract.names, size=frame.shape[:2]) for frame in frames]
 
@@ -226,6 +229,26 @@ def test_boxes_are_compared_on_the_canvas() -> None:
     assert rows(subject(), subject(shift), large)["detections"].passed
 
 
+@pytest.mark.parametrize("anchors", [1, 3])
+def test_a_choice_among_anchors_of_one_score_is_excused(anchors: int) -> None:
+    """Several anchors have a score to the bit, and the two sides chose another of them."""
+
+    def chosen(left: float) -> Change:
+        def change(values: Arrays) -> None:
+            score = np.float32(values["proposal_scores"][0, 0])
+            logits = np.full((1, 50), -7.0, np.float32)
+            logits[0, :anchors] = np.log(score / (1 - score))
+            values["objectness.0"] = logits
+            values["proposals"] = values["proposals"] + np.float32([left, 0, left, 0]) * [[[1], [0], [0]]]
+            values["proposals"] = values["proposals"].astype(np.float32)
+
+        return change
+
+    found = rows(subject(chosen(0.0)), subject(chosen(60.0)))["proposals"]
+    assert found.passed is (anchors > 1)
+    assert ("excused as ties" in found.detail) is (anchors > 1)
+
+
 def test_proposals_with_nearly_the_same_score_do_not_hide_those_that_differ() -> None:
     """Of 203 proposals the 200 of no score move as well; what is left to compare moves."""
     corners = np.stack(np.meshgrid(np.arange(20), np.arange(10)), axis=-1).reshape(-1, 2) * 4.0
@@ -295,6 +318,33 @@ def test_progress_goes_to_the_end_once() -> None:
     progress = lambda done, total: seen.append((done, total))  # noqa: E731
     verify(subject(), subject(), dataset, which_traps=("all 0", "noise"), progress=progress)
     assert seen == [(done, 6) for done in range(1, 7)]
+
+
+@pytest.mark.parametrize("stage", [None, "proposals", "fpn.0"])
+def test_on_a_blank_frame_choices_are_left_to_rounding_and_stages_are_not(stage: str | None) -> None:
+    """The candidate finds something where the reference finds nothing, and ``stage`` differs there."""
+
+    def spoil(values: Arrays) -> None:
+        if stage is not None and set(np.unique(values["pixels"])) in ({1.0}, {0.0, 1.0}):
+            values[stage] = values[stage] + 5.0
+
+    candidate = subject(spoil)
+    box = ([[3.0, 3.0, 30.0, 30.0]], [0.9], [0], CONTRACT.names)
+    candidate.detector.batch = (
+        lambda frames: [  # type: ignore[method-assign]
+            Detections(*box, size=frame.shape[:2])
+            if frame.min() == 255
+            else Detections.empty(CONTRACT.names, size=frame.shape[:2])
+            for frame in frames
+        ]
+    )
+    picture = np.random.default_rng(0).integers(0, 256, FRAME.shape, dtype=np.uint8)
+    data = from_frames("one", CONTRACT.names, [picture])
+    report = verify(subject(), candidate, data, which_traps=("all 0", "all 255"))
+    assert [(trap.name, trap.passed) for trap in report.traps] == [
+        ("all 0", True),
+        ("all 255", stage != "fpn.0"),
+    ]
 
 
 def test_stages_on_another_processor_than_the_detections_are_noted() -> None:

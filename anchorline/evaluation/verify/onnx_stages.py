@@ -65,6 +65,10 @@ class OnnxStages:
         values = self._infer(inputs, feed, list(dict.fromkeys(value_of.values())), keep=False)
         return {layer: values[value].astype(np.float32) for layer, value in value_of.items()}
 
+    def release(self) -> None:
+        """Close the sessions that were kept: each holds all weights and the largest batch's maps."""
+        self._sessions.clear()
+
     def _infer(
         self,
         inputs: Mapping[str, NDArray[Any]],
@@ -92,6 +96,8 @@ class OnnxStages:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _FATAL_ONLY
+        # An arena grows in doublings and keeps them; every stage of a large canvas is an output here.
+        options.enable_cpu_mem_arena = False
         model = opened_up(self._model, sorted(fed), wanted)
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[self._provider])
 

@@ -48,7 +48,7 @@ class StageRunner(Protocol):
     returned, but what follows it is computed from the fed value, so an error is seen where it arises and
     nowhere else.
     ``layers`` names the layers with weights in the order of execution, and ``run_layers`` returns the
-    outputs of some of them.
+    outputs of some of them. ``release`` gives back what was kept for the next run.
     """
 
     @property
@@ -63,6 +63,8 @@ class StageRunner(Protocol):
     def run_layers(
         self, inputs: Arrays, feed: Arrays, layers: Sequence[str]
     ) -> dict[str, NDArray[np.float32]]: ...
+
+    def release(self) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from anchorline.evaluation.compare import ComparisonSummary, compare_all
 from anchorline.evaluation.dataset import Dataset
 from anchorline.evaluation.evaluate import Progress
 from anchorline.evaluation.side_by_side import SideBySide, write_side_by_side
-from anchorline.evaluation.traps import Compare, run_traps, traps
+from anchorline.evaluation.traps import Compare, largest_batch, run_traps, traps
 from anchorline.evaluation.verify.bisect import LayerResult, first_differing_layer
 from anchorline.evaluation.verify.cuts import detection_cuts, on_canvas
 from anchorline.evaluation.verify.detection_check import DetectionCheck, check_detections
@@ -27,6 +27,7 @@ from anchorline.runtime.errors import DataError, SettingsError
 
 # Images whose stages are compared: enough to see a fault, few enough to hold every map in memory.
 _STAGE_IMAGES = 3
+_CHOICES = ("proposals", "detections")
 WORST_IMAGES = 8
 
 # Of the detections of a network whose stages all agree: a near-tie among the proposals can give one of them
@@ -62,7 +63,9 @@ def verify(
     sound = stages is not None and all(stage.passed for stage in stages)
     if sound:
         limits = _with_ties(limits)
-    chosen = [t for t in traps(theirs.contract.max_batch) if which_traps is None or t.name in which_traps]
+    chosen = [
+        t for t in traps(largest_batch(theirs.contract)) if which_traps is None or t.name in which_traps
+    ]
     runs = 2 * len(dataset)
     detections = check_detections(
         reference, candidate, dataset, limits, _part(progress, 0, runs + len(chosen)), sound
@@ -70,6 +73,7 @@ def verify(
     results = run_traps(
         *(chosen, ours, theirs, _trap_comparison(ours.contract, limits, sound)),
         progress=_part(progress, runs, runs + len(chosen)),
+        settle=_same_stages(reference, candidate, limits) if sound else None,
     )
     return VerifyReport(
         reference=reference.identity(),
@@ -83,6 +87,30 @@ def verify(
         layer=layer,
         notes=() if stages is None else _elsewhere(reference, candidate),
     )
+
+
+def _same_stages(
+    reference: Subject, candidate: Subject, limits: Tolerance
+) -> Callable[[NDArray[np.uint8]], bool]:
+    """Whether every stage does the same for a frame, each given what the reference's gave it.
+
+    The choices, of proposals and detections, are left out on a frame of one colour: the maps are constant
+    there, so whole rows of anchors share a score, and the images have shown how the candidate chooses.
+    """
+
+    def same(frame: NDArray[np.uint8]) -> bool:
+        stages = check_stages(reference, candidate, [[frame]], limits)
+        _release(reference, candidate)
+        blank = bool((frame == frame[0, 0]).all())
+        return all(stage.passed or (blank and stage.name in _CHOICES) for stage in stages)
+
+    return same
+
+
+def _release(*sides: Subject) -> None:
+    for side in sides:
+        if side.stages is not None:
+            side.stages.release()
 
 
 def _with_ties(limits: Tolerance) -> Tolerance:
@@ -161,18 +189,22 @@ def _look_inside(
     stages = tuple(check_stages(reference, candidate, batches, limits))
     inside = [stage.name for stage in stages if not stage.passed and stage.name != "preprocess"]
     layer = first_differing_layer(reference, candidate, batches[-1], limits) if bisect and inside else None
+    _release(reference, candidate)
     return stages, None, layer
 
 
 def _stage_batches(dataset: Dataset, contracts: Sequence[Contract]) -> list[Frames]:
     """One image alone, then, where both models take batches, two of different shape together.
 
-    The second of them fills a part of the canvas only, so that what happens in the padding counts.
+    The second of them fills a part of the canvas only, so that what happens in the padding counts. Of a
+    single image, which may be all there is time for, the two together.
     """
     frames = [image.load() for image in dataset.images[:_STAGE_IMAGES]]
     part = _narrow(frames[-1])
     if any(contract.max_batch == 1 for contract in contracts):
         return [[frames[0]], [part]]
+    if len(frames) == 1:
+        return [[frames[0], part]]
     return [[frames[0]], [frames[min(1, len(frames) - 1)], part]]
 
 
