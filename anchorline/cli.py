@@ -73,7 +73,10 @@ def detect(
         Path | None,
         typer.Option(help="Write annotated copies into this folder, or a single one to this file."),
     ] = None,
-    jsonl: Annotated[Path | None, typer.Option(help="Write one JSON line a frame to this file.")] = None,
+    jsonl: Annotated[
+        Path | None,
+        typer.Option(help="Write one JSON line a frame to this file; - is stdout, without tables."),
+    ] = None,
     provider: ProviderOption = "auto",
     score_threshold: Annotated[
         float | None, typer.Option(help="Leave out detections below this score (default: the model's own).")
@@ -122,21 +125,13 @@ def detect(
     json: JsonOption = None,
 ) -> None:
     """Detect objects in images, videos, cameras and streams."""
-    from anchorline.runtime import Detector, Filters
+    from anchorline.runtime import Detector
     from anchorline.runtime import detect as detect_sources
-    from anchorline.runtime.pipeline.filters import parse_min_scores, parse_region
+    from anchorline.runtime.pipeline.filters import parse_filters
+    from anchorline.runtime.pipeline.settings import check_files
 
-    filters = Filters(
-        classes=tuple(classes or ()),
-        min_scores=parse_min_scores(min_score or ()),
-        regions=tuple(parse_region(each) for each in region or ()),
-        max_detections=max_detections,
-    )
-
-    def conclude(summary: DetectSummary) -> None:
-        warn(summary.warnings)
-        show_report(summary, json)
-
+    check_files((jsonl, report, json), (model, *sources))
+    filters = parse_filters(classes, min_score, region, max_detections)
     with Detector(model, provider, score_threshold, threads) as detector:
         detect_sources(
             sources,
@@ -153,7 +148,7 @@ def detect(
             decoder=decoder,
             stall=stall,
             report=report,
-            conclude=conclude,
+            conclude=lambda summary: _tell_detected(summary, jsonl, json),
         )
 
 
@@ -551,6 +546,20 @@ def _tell_dropped(dataset: Dataset | None) -> None:
             "they count as images without objects",
             file=sys.stderr,
         )
+
+
+def _tell_detected(summary: DetectSummary, jsonl: Path | None, json: Path | None) -> None:
+    """The figures go to stdout, or to stderr where that takes the JSON lines."""
+    from anchorline.runtime.files import write_json
+    from anchorline.runtime.pipeline.sinks import is_stdout
+
+    warn(summary.warnings)
+    if not is_stdout(jsonl):
+        show_report(summary, json)
+        return
+    tell(summary)
+    if json is not None:
+        write_json(json, summary.to_json())
 
 
 def _command_line() -> str:

@@ -4,8 +4,10 @@
 >>> detections = detector(frame)  # BGR uint8 [H, W, 3]
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from anchorline.runtime.contract import Contract
-from anchorline.runtime.detecting import detect
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.drawing import draw
@@ -23,13 +25,26 @@ from anchorline.runtime.errors import (
 from anchorline.runtime.gpu.device_frames import Nv12
 from anchorline.runtime.gpu.options import GpuOptions
 from anchorline.runtime.images import find_images, read_image, write_image
-from anchorline.runtime.pipeline.filters import Filters
-from anchorline.runtime.pipeline.frames import Result
-from anchorline.runtime.pipeline.sinks import LatestFrame
-from anchorline.runtime.pipeline.source import Source
-from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
 from anchorline.runtime.summary import DetectSummary
 from anchorline.runtime.video import VideoReader, VideoWriter
+
+if TYPE_CHECKING:
+    from anchorline.runtime.detecting import detect
+    from anchorline.runtime.pipeline.filters import Filters
+    from anchorline.runtime.pipeline.frames import Result
+    from anchorline.runtime.pipeline.sinks import LatestFrame
+    from anchorline.runtime.pipeline.source import Source
+    from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
+
+# The video pipeline is loaded when one of its names is first used: half of the import's time.
+_ON_DEMAND = {
+    "Filters": "pipeline.filters",
+    "LatestFrame": "pipeline.sinks",
+    "Result": "pipeline.frames",
+    "Source": "pipeline.source",
+    "VideoPipeline": "pipeline.video_pipeline",
+    "detect": "detecting",
+}
 
 __all__ = [
     "AnchorlineError",
@@ -60,3 +75,15 @@ __all__ = [
     "read_image",
     "write_image",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_ON_DEMAND[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

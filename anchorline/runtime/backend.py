@@ -18,7 +18,7 @@ Outputs = Mapping[str, NDArray[np.generic]]
 
 @dataclass(frozen=True)
 class LaneResult:
-    """The network's ``outputs`` by name, valid until the lane's next batch; seconds by stage."""
+    """The network's ``outputs`` by name, no views of the lane's buffers; seconds by stage."""
 
     outputs: Outputs
     placements: list[Placement]

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from anchorline.runtime.pipeline.filters import Filters
+from anchorline.runtime.pipeline.frame_detector import FrameDetector
 from anchorline.runtime.pipeline.intake import Policy
 from anchorline.runtime.pipeline.latency_plot import check_report, plot_latency
 from anchorline.runtime.pipeline.live_display import run_with_display
+from anchorline.runtime.pipeline.settings import check_outputs_of
 from anchorline.runtime.pipeline.source import Decoder, Source
-from anchorline.runtime.pipeline.video_pipeline import FrameDetector, VideoPipeline
+from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
 from anchorline.runtime.summary import DetectSummary
 
 
@@ -59,6 +61,7 @@ def detect(
         decoder=decoder,
         stall=stall,
     )
+    check_outputs_of(pipeline.sources, jsonl, report)
     run = run_with_display if progress else VideoPipeline.run
     try:
         run(pipeline)

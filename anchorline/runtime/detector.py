@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -160,6 +161,11 @@ class Detector:
         """Release the model, once the calls of other threads have ended. Safe to call twice."""
         if self._lanes.close():
             self._backend.close()
+
+    def __del__(self) -> None:
+        """Whoever forgets to close it gets the GPU's memory back all the same."""
+        with contextlib.suppress(Exception):  # it may be half made, or Python at its end
+            self.close()
 
     def __enter__(self) -> Detector:
         return self

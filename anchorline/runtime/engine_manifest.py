@@ -36,6 +36,12 @@ class EngineManifest:
     options_hash: str
     raw: dict[str, Any]
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the engine was built with; empty where the manifest does not say."""
+        told = self.raw.get("options")
+        return told if isinstance(told, dict) else {}
+
 
 def manifest_path(engine: Path) -> Path:
     """Where the manifest of ``engine`` stands."""
@@ -52,6 +58,8 @@ def read_manifest(engine: Path, *, check_engine: bool = True) -> EngineManifest:
     try:
         contract = raw["contract"]
         low, best, high = (int(size) for size in raw["profiles"][0]["batch"])
+        if not 1 <= low <= best <= high:
+            raise ValueError(f"batch is {[low, best, high]}, not rising from 1")
         manifest = EngineManifest(
             path=path,
             contract=Contract.from_json(json.dumps(contract), where=str(path)),

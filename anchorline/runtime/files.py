@@ -16,6 +16,7 @@ import numpy as np
 
 from anchorline.runtime.errors import AnchorlineError, OutputError
 
+_OPEN_FILES = ("/dev", "/dev/fd", "/proc/self/fd")
 _KEPT_NAME_LENGTH = 60  # of the target's name in the temporary one, well under the 255 bytes of a file name
 
 
@@ -68,8 +69,14 @@ def discard(temporary: Path) -> None:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether ``path`` is a device or a pipe, which is written to directly and never renamed over."""
-    return path.exists() and not path.is_file() and not path.is_dir()
+    """Whether ``path`` is a device or a pipe, which is written to directly and never renamed over.
+
+    So is a name for an open file, such as ``/dev/stdout``, even where that is an ordinary file just now:
+    what would be replaced is the name, for every program on the machine.
+    """
+    if path.is_dir():
+        return False
+    return str(path.absolute().parent) in _OPEN_FILES or (path.exists() and not path.is_file())
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ class LanePool:
 
     def borrow(self) -> Lane:
         """A lane, to be given back."""
+        self.check()  # before the lock, which a fork may have inherited locked
         with self._lock:
             self.check()
             if self._idle:
@@ -56,21 +57,31 @@ class LanePool:
             return lane
 
     def give_back(self, lane: Lane, error: BaseException | None = None) -> None:
-        """After an ``error`` the lane's state is not known, so it is dropped; a refused frame did not get
-        that far."""
+        """After an ``error`` the lane's state is not known, so it is dropped; a refused frame or argument
+        did not get that far."""
         with self._lock:
             self._note(error)
             if lane not in self._all:  # the pool was closed meanwhile
                 return
-            if error is None or isinstance(error, FrameError):
+            if error is None or isinstance(error, (FrameError, SettingsError)):
                 self._idle.append(lane)
                 return
+            lane.close()  # still under the lock: closing the pool must not overtake it
             self._all.remove(lane)
-        lane.close()
+
+    def note(self, error: BaseException) -> None:
+        """Remember an error that loses the GPU, after which no lane is lent any more."""
+        with self._lock:
+            self._note(error)
+
+    @property
+    def in_fork(self) -> bool:
+        """Whether this is another process than the one that made the lanes: nothing may be touched."""
+        return os.getpid() != self._process
 
     def check(self) -> None:
         """Raise ``SettingsError`` when closed or in a forked process, ``GpuError`` after the GPU was lost."""
-        if os.getpid() != self._process:
+        if self.in_fork:
             raise SettingsError(
                 f"{self._name}: was opened in process {self._process} and is used in its fork {os.getpid()}; "
                 "open it again there, or start processes with the spawn method"
@@ -83,11 +94,13 @@ class LanePool:
     def close(self) -> bool:
         """Let running calls finish, then release the lanes; whether that was to be done.
 
-        In a fork nothing is touched: what the lanes hold belongs to the other process.
+        In a fork nothing is touched: what the lanes hold belongs to the other process, whose threads may
+        have held the lock when it forked.
         """
+        if self.in_fork:
+            return False
         with self._lock:
-            if self._closed or os.getpid() != self._process:
-                self._closed = True
+            if self._closed:
                 return False
             self._closed = True
         for _ in range(self._workers):

@@ -5,6 +5,7 @@ With ``io_binding.py`` the only module that imports onnxruntime.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
+from anchorline.runtime.cuda.failures import CudaError
 from anchorline.runtime.errors import ArtefactError, GpuError, SettingsError
 from anchorline.runtime.gpu.options import GpuOptions
 from anchorline.runtime.host_lane import HostLane
@@ -33,6 +35,7 @@ _GRAPH_OPTIONS = {
     "tensorrt": "trt_cuda_graph_enable",
     "tensorrt-rtx": "enable_cuda_graph",
 }
+_LOST = range(700, 721)  # cudaError_t from an illegal address to a failed launch
 _FATAL_ONLY = 4  # onnxruntime's log severity: its errors come back as exceptions anyway
 _ONNX_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
 
@@ -103,6 +106,8 @@ class OnnxRuntimeBackend:
             start = time.perf_counter()
             values = session.run(list(self.contract.outputs), dict(inputs))
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
+            if self.provider != "cpu":
+                raise _gpu_failure(self.path, self.provider, error) from None
             raise ArtefactError(f"{self.path}: onnxruntime cannot run it ({_reason(error)})") from error
         self._thread.timings = {"upload": 0.0, "network": time.perf_counter() - start, "download": 0.0}
         return dict(zip(self.contract.outputs, values, strict=True))
@@ -138,13 +143,21 @@ def _open_session(path: Path, provider: str, threads: int | None, gpu: GpuOption
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=_provider_list(provider, gpu))
+        # Without its own fallback, which says so on stdout and forgets the options: the GPU's number, too.
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=_provider_list(provider, gpu), enable_fallback=0
+        )
     except Exception as error:
         reason = _reason(error)
         if "Protobuf parsing failed" in reason or "No graph was found" in reason:
             raise ArtefactError(
                 f"{path}: not an ONNX file, or one that was cut off; export or copy it again"
             ) from error
+        if provider != "cpu":  # a file that is at fault fails on the CPU as well
+            raise GpuError(
+                f"{path}: onnxruntime {onnxruntime.__version__} cannot start {PROVIDERS[provider]} here "
+                f"({reason}); see anchorline doctor, or use the provider cpu"
+            ) from None
         raise ArtefactError(
             f"{path}: onnxruntime {onnxruntime.__version__} cannot load it ({reason}); "
             "upgrade onnxruntime or export the model again"
@@ -166,6 +179,18 @@ def _provider_list(provider: str, gpu: GpuOptions) -> list[Any]:
         options[_GRAPH_OPTIONS[provider]] = "1"
     below = [PROVIDERS["cpu"]] if provider == "cuda" else [PROVIDERS["cuda"], PROVIDERS["cpu"]]
     return [(PROVIDERS[provider], options), *below]
+
+
+def _gpu_failure(path: Path, provider: str, error: Exception) -> GpuError:
+    """The error for a run that failed on a GPU; sticky where the text says that the context is lost."""
+    reason = _reason(error)
+    number = re.search(r"CUDA failure (\d+)", reason)
+    if number is not None and int(number[1]) in _LOST:
+        return CudaError(f"running {path} in onnxruntime", f"CUDA failure {number[1]}", reason, sticky=True)
+    return GpuError(
+        f"{path}: onnxruntime cannot run it on {provider} ({reason}); close other programs on the GPU, lower "
+        "the batch or the workers, or use the provider cpu"
+    )
 
 
 def _check_file(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 
 from anchorline.runtime.backend import Backend
@@ -10,7 +11,6 @@ from anchorline.runtime.engine_manifest import EngineManifest, read_manifest
 from anchorline.runtime.errors import ArtefactError, GpuError, SettingsError
 from anchorline.runtime.gpu.engine_fit import CannotRunHereError, check_flavour, onnx_of
 from anchorline.runtime.gpu.options import GpuOptions
-from anchorline.runtime.gpu.tensorrt_backend import TensorRTBackend
 from anchorline.runtime.onnxruntime_backend import PROVIDERS, OnnxRuntimeBackend, available_providers
 
 _ENGINE_PROVIDERS = ("tensorrt", "tensorrt-rtx")
@@ -18,10 +18,12 @@ _BEST_FIRST = ("cuda",)  # what "auto" tries for an ONNX file before the CPU
 
 log = logging.getLogger("anchorline.runtime")
 _said: set[tuple[str, str]] = set()  # what was logged once already in this process
+_saying = threading.Lock()
 
 
 def open_backend(path: Path, provider: str, threads: int | None, options: GpuOptions) -> Backend:
     """Load ``path``; see ``Detector`` for the arguments."""
+    options.check()
     if provider != "auto" and provider not in PROVIDERS:
         raise SettingsError(f"provider is {provider!r}; available here: {', '.join(_offered())}")
     if path.suffix.lower() == ".safetensors":
@@ -40,6 +42,9 @@ def _open_engine(path: Path, provider: str, threads: int | None, options: GpuOpt
         raise SettingsError(f"provider is {provider!r}, but {path} is an engine of {manifest.flavour}")
     if provider != "auto" and provider not in _ENGINE_PROVIDERS:
         return _open_onnx(onnx_of(path, manifest), provider, threads, options)
+    # Here, not above: who runs ONNX files need not wait for the GPU's modules.
+    from anchorline.runtime.gpu.tensorrt_backend import TensorRTBackend
+
     try:
         return TensorRTBackend(path, manifest, options)
     except CannotRunHereError as error:
@@ -69,13 +74,17 @@ def _open_onnx(path: Path, provider: str, threads: int | None, options: GpuOptio
                 f"onnxruntime-gpu); available here: {', '.join(_offered())}"
             )
         return OnnxRuntimeBackend(path, provider, threads, options)
+    refused = []
     for name in _BEST_FIRST:
         if name in available_providers():
             try:
                 return OnnxRuntimeBackend(path, name, threads, options)
             except GpuError as error:
-                _say_once(path, f"{name} cannot run it here ({error}); it runs on the CPU instead")
-    return OnnxRuntimeBackend(path, "cpu", threads, options)
+                refused.append(f"{name} cannot run it here ({error}); it runs on the CPU instead")
+    backend = OnnxRuntimeBackend(path, "cpu", threads, options)
+    for text in refused:  # now that it does run there
+        _say_once(path, text)
+    return backend
 
 
 def _offered() -> list[str]:
@@ -83,6 +92,8 @@ def _offered() -> list[str]:
 
 
 def _say_once(path: Path, text: str) -> None:
-    if (str(path), text) not in _said:
+    with _saying:
+        if (str(path), text) in _said:
+            return
         _said.add((str(path), text))
-        log.warning("%s: %s", path, text)
+    log.warning("%s: %s", path, text)

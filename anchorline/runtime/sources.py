@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from anchorline.runtime.errors import DataError, OutputError, SettingsError
+from anchorline.runtime.files import is_stream
 from anchorline.runtime.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_images, is_image, is_video
 
 
@@ -59,10 +60,23 @@ def add_targets(paths: list[Path], save: Path | None, single: bool) -> list[Item
         if is_image(save) or is_video(save):
             raise SettingsError(f"save is {save}, one file; several results need a folder to be saved in")
         targets = _targets_in(save, paths)
-    for path, target in zip(paths, targets, strict=True):
-        if target.exists() and target.resolve() == path.resolve():
+    sources = {os.path.realpath(path) for path in paths}
+    for target in targets:
+        if os.path.realpath(target) in sources:
             raise SettingsError(f"saving to {target} would overwrite the source; choose another place")
     return [Item(path, is_video(path), target) for path, target in zip(paths, targets, strict=True)]
+
+
+def check_outputs(outputs: Iterable[str | Path | None], kept: Iterable[str | Path]) -> None:
+    """Raise ``SettingsError`` where an output is one of the ``kept`` files, or two outputs are one file."""
+    taken = {os.path.realpath(path) for path in kept}
+    for output in outputs:
+        if output is None or is_stream(Path(output)):
+            continue
+        place = os.path.realpath(output)
+        if place in taken:
+            raise SettingsError(f"{output} is a source, the model or another output; choose another place")
+        taken.add(place)
 
 
 def _check_single(path: Path, save: Path) -> None:

@@ -41,8 +41,12 @@ def stream_detections(
                 yield from oldest()
         while pending:
             yield from oldest()
+    except BaseException as error:
+        if not lanes.in_fork:
+            lanes.note(error)
+        raise
     finally:
-        while pending:
+        while pending and not lanes.in_fork:
             _abandon(pending.popleft(), lanes)
 
 

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,9 @@ _LEVELS = {
     "VERBOSE": logging.DEBUG,
 }
 
+_loggers: dict[str, Any] = {}
+_loading = threading.Lock()
+
 log = logging.getLogger("anchorline.tensorrt")
 log.addHandler(logging.NullHandler())  # otherwise Python prints warnings on stderr by itself
 
@@ -82,10 +86,15 @@ def load_tensorrt(name: str) -> Any:
     return module
 
 
-@functools.cache
 def tensorrt_logger(name: str) -> Any:
-    """The process's one logger of flavour ``name``, which every builder, parser and runtime is given."""
-    return _logger_class(load_tensorrt(name))()
+    """The process's one logger of flavour ``name``, which every builder, parser and runtime is given.
+
+    TensorRT goes on to use the first that it was given, so there must not be a second for a moment.
+    """
+    with _loading:
+        if name not in _loggers:
+            _loggers[name] = _logger_class(load_tensorrt(name))()
+        return _loggers[name]
 
 
 def _logger_class(trt: Any) -> type:

@@ -25,6 +25,7 @@ _WRITE_FAILED = "Failed to write frame"
 _FAILURES_AT_THE_END = 64  # grabs that fail in a row before the rest of a damaged video is given up
 _FALLBACK_FPS = 25.0
 _MAX_FPS = 1000.0
+_COUNTED = (".mp4", ".m4v", ".mov", ".avi")  # files that state how many frames they hold
 _CODECS = ("avc1", "mp4v")  # H.264 where this OpenCV can encode it, else MPEG-4 part 2
 
 
@@ -83,10 +84,7 @@ class VideoReader:
         """What is wrong with the part of the video read so far, one line each."""
         found = []
         if self._ended and self.frame_count is not None and self._delivered < self.frame_count:
-            found.append(
-                f"{self.path}: {self._delivered} of the {self.frame_count} frames that its header promises "
-                "could be read; the video is cut off or damaged"
-            )
+            found.append(self._shortfall())
         if self._damaged:
             found.append(
                 f"{self.path}: damaged frames: {len(self._damaged)}, the first near frame "
@@ -100,6 +98,17 @@ class VideoReader:
         if not self._fps_is_stated:
             found.append(f"{self.path}: states no usable frame rate; {_FALLBACK_FPS:g} frames/s are assumed")
         return found
+
+    def _shortfall(self) -> str:
+        if self.path.suffix.lower() in _COUNTED:
+            return (
+                f"{self.path}: {self._delivered} of the {self.frame_count} frames that its header promises "
+                "could be read; the video is cut off or damaged"
+            )
+        return (
+            f"{self.path}: {self._delivered} frames could be read, where its length and rate make "
+            f"{self.frame_count}; the video is cut off or damaged, or its rate varies"
+        )
 
     def close(self) -> None:
         """Close the file. Safe to call twice."""

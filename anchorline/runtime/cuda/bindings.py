@@ -50,7 +50,8 @@ class BindingsCuda:
         )
         self._libraries: dict[str, Any] = {}
         self._loading = threading.Lock()  # lanes are made by many threads; each source is loaded once
-        self._inside = threading.local()  # .yes while this thread is in a block of ``current``
+        # .yes while this thread is in a block of ``current``; .kept once it had no context and kept ours
+        self._inside = threading.local()
 
     def _open(self, device: int) -> Any:
         try:
@@ -115,6 +116,7 @@ class BindingsCuda:
             yield
         elif there == 0:
             self._call("cuCtxSetCurrent", self._context, doing="entering the GPU's context")
+            self._inside.kept = True
             yield
         else:
             self._call("cuCtxPushCurrent", self._context, doing="entering the GPU's context")
@@ -156,6 +158,8 @@ class BindingsCuda:
         names = self._driver.CUpointer_attribute
         wanted = [names.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, names.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL]
         kind, device = self._call("cuPointerGetAttributes", 2, wanted, address, doing="asking about a frame")
+        if int(kind) == int(self._driver.CUmemorytype.CU_MEMORYTYPE_HOST):
+            return self.device
         return int(device) if int(kind) else None
 
     def create_stream(self) -> int:
@@ -242,9 +246,17 @@ class BindingsCuda:
             for library in self._libraries.values():
                 self._call("cuLibraryUnload", library, doing="unloading kernels")
         self._libraries.clear()
+        with contextlib.suppress(CudaError):
+            self._leave()
         self._context = 0
         with contextlib.suppress(CudaError):
             self._call("cuDevicePrimaryCtxRelease", self._handle, doing="closing the GPU's primary context")
+
+    def _leave(self) -> None:
+        """Where this thread kept our context, which may be gone at once, it has none again."""
+        there = int(self._call("cuCtxGetCurrent", doing="asking for the current context"))
+        if getattr(self._inside, "kept", False) and there == self._context:
+            self._call("cuCtxSetCurrent", 0, doing="leaving the GPU's context")
 
 
 def stream_handle(stream: Any) -> int:

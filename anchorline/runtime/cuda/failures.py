@@ -21,6 +21,7 @@ _STICKY = {
     "CUDA_ERROR_LAUNCH_FAILED",
     "CUDA_ERROR_LAUNCH_TIMEOUT",
     "CUDA_ERROR_MISALIGNED_ADDRESS",
+    "CUDA_ERROR_MPS_CLIENT_TERMINATED",
     "CUDA_ERROR_NVLINK_UNCORRECTABLE",
     "CUDA_ERROR_TENSOR_MEMORY_LEAK",
 }
@@ -42,6 +43,8 @@ class CudaError(GpuError):
         self.sticky = sticky or name in _STICKY
         if self.sticky:
             remedy = "the GPU's context is lost: nothing more runs on it, start the process again"
+        elif name == OUT_OF_MEMORY and not remedy:  # in another call than for device memory
+            remedy = "close other programs, or run less at once (workers, in_flight)"
         reason = f"{name}: {text}" if text else name
         super().__init__(f"CUDA: {doing} failed ({reason}); {remedy or 'check the GPU and its driver'}")
 

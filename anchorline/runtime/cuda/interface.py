@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEGACY_STREAM = 1  # CU_STREAM_LEGACY: the default stream, which other blocking streams wait for
+PER_THREAD_STREAM = 2  # CU_STREAM_PER_THREAD: the calling thread's default stream, another one in each
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Cuda(Protocol):
     def free_pinned(self, buffer: PinnedBuffer) -> None: ...
 
     def device_of(self, address: int) -> int | None:
-        """The number of the device that the address belongs to; ``None`` for memory CUDA does not know."""
+        """The number of the device that the address belongs to, this one for pinned memory, which each GPU
+        reads; ``None`` for memory CUDA does not know."""
         ...
 
     def create_stream(self) -> int:

@@ -31,6 +31,7 @@ _LOST = {
     "device-side assert triggered": "CUDA_ERROR_ASSERT",
     "invalid/unknown error code": "CUDA_ERROR_UNKNOWN",
 }
+_REMEMBERED = 64
 
 
 class PyCuda:
@@ -57,6 +58,7 @@ class PyCuda:
         self._memory: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
         self._streams: dict[int, Any] = {0: None, LEGACY_STREAM: None}
+        self._foreign: dict[int, Any] = {}  # the latest streams of the program's own
         self._events: dict[int, Any] = {}
         self._numbers = itertools.count(1)
         self._modules: dict[str, Any] = {}
@@ -76,7 +78,8 @@ class PyCuda:
             yield
         finally:
             self._inside.yes = False
-            self._context.pop()
+            with self._errors("leaving the GPU's context"):
+                self._context.pop()
 
     def memory_info(self) -> tuple[int, int]:
         with self._errors("asking for free memory"):
@@ -116,15 +119,17 @@ class PyCuda:
 
     def create_stream(self) -> int:
         with self._errors("creating a stream"):
-            return self._keep_stream(self._pycuda.Stream())
+            made = self._pycuda.Stream()
+        self._streams[int(made.handle)] = made
+        return int(made.handle)
 
     def destroy_stream(self, stream: int) -> None:
         del self._streams[stream]
 
     def stream_handle(self, stream: Any) -> int:
         if isinstance(stream, self._pycuda.Stream):
-            return self._keep_stream(stream)
-        if isinstance(stream, int) and stream in self._streams:
+            return self._remember(stream)
+        if isinstance(stream, int) and (stream in self._streams or stream in self._foreign):
             return stream
         raise SettingsError(f"stream is {stream!r}; with cuda='pycuda' expected a pycuda.driver.Stream")
 
@@ -200,23 +205,31 @@ class PyCuda:
             for table in (self._modules, self._events, self._memory, self._pinned):
                 table.clear()
             self._streams.clear()
+            self._foreign.clear()
         with contextlib.suppress(self._pycuda.Error):
             self._context.detach()
         self._context = None
 
-    def _keep_stream(self, stream: Any) -> int:
+    def _remember(self, stream: Any) -> int:
+        """Its handle; a program may make a stream for each frame, so only the latest are kept."""
         handle = int(stream.handle)
-        self._streams[handle] = stream
+        with self._loading:
+            self._foreign[handle] = stream
+            if len(self._foreign) > _REMEMBERED:
+                del self._foreign[next(iter(self._foreign))]
         return handle
 
     def _stream(self, handle: int) -> Any:
         """pycuda's object; ``None`` is its default stream."""
-        if handle not in self._streams:
+        if handle in self._streams:
+            return self._streams[handle]
+        found = self._foreign.get(handle)
+        if found is None:
             raise SettingsError(
                 f"the frame comes from CUDA stream {handle:#x}, which pycuda cannot work with; hand over a "
                 "pycuda.driver.Stream, or use cuda='cuda-bindings'"
             )
-        return self._streams[handle]
+        return found
 
     @contextlib.contextmanager
     def _errors(self, doing: str) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """Frames that lie on the GPU already, and NV12 frames as video decoders deliver them.
 
 A device frame is anything with ``__dlpack__`` or ``__cuda_array_interface__``: tensors and arrays of
-PyTorch, CuPy, Numba, pycuda, cuda.core. It is read where it lies and must not be changed until its
-detections have come.
+PyTorch, CuPy, Numba, pycuda, cuda.core, on the GPU or in pinned memory. It is read where it lies and must not
+be changed until its detections have come.
 """
 
 from __future__ import annotations
@@ -77,6 +77,11 @@ def read_device_frame(frame: Any, stream: int) -> DeviceFrame:
     address, shape, strides, dtype, device, ready_on, owner = (
         _from_dlpack(pixels, stream) if on_cuda(pixels) else _from_interface(pixels)
     )
+    # A side of 1 has no next one, so libraries write any step there; rows and pixels are never nearer.
+    strides = tuple(
+        dense if side == 1 else step
+        for side, step, dense in zip(shape, strides, _dense(shape, np.dtype(np.uint8)), strict=True)
+    )
     if isinstance(frame, Nv12):
         _check_nv12(shape, dtype)
         height, width = shape[0] * 2 // 3, shape[1]
@@ -114,9 +119,19 @@ def _from_interface(pixels: Any) -> Read:
         steps = tuple(int(step) for step in (strides if strides is not None else _dense(shape, dtype)))
         address = int(told["data"][0])
         stream = told["stream"] if int(told.get("version", 2)) >= 3 and "stream" in told else LEGACY_STREAM
+        ready_on = None if stream is None else int(stream)
+        if len(steps) != len(shape):
+            raise ValueError(f"{len(steps)} strides for {len(shape)} sides")
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise FrameError(f"the frame's __cuda_array_interface__ cannot be read ({error!r})") from None
-    return address, shape, steps, str(dtype), None, None if stream is None else int(stream), pixels
+        raise FrameError(
+            f"the frame's __cuda_array_interface__ cannot be read ({error!r}); hand over DLPack, or mend it"
+        ) from None
+    if ready_on is not None and ready_on < 1:
+        raise FrameError(
+            f"the frame's __cuda_array_interface__ says stream {ready_on}, which is ambiguous; expected None "
+            "(ready), 1 (legacy default), 2 (the thread's default) or a stream's handle"
+        )
+    return address, shape, steps, str(dtype), None, ready_on, pixels
 
 
 def _dense(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, ...]:

@@ -29,8 +29,7 @@ def check_flavour(manifest: EngineManifest) -> None:
 def check_fit(manifest: EngineManifest, version: str, capability: int, gpu: str) -> None:
     """Raise ``CannotRunHereError`` where TensorRT ``version`` on a GPU of ``capability`` cannot run it."""
     title = FLAVOURS[manifest.flavour].title
-    options = manifest.raw.get("options")
-    options = options if isinstance(options, dict) else {}
+    options = manifest.options
     numbers = 1 if options.get("version_compatible") else _RELEASE_NUMBERS
     if _release(version, numbers) != _release(manifest.flavour_version, numbers):
         raise CannotRunHereError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from anchorline.runtime.cuda.interface import Cuda, PinnedBuffer
+from anchorline.runtime.cuda.interface import PER_THREAD_STREAM, Cuda, PinnedBuffer
 from anchorline.runtime.errors import FrameError
 from anchorline.runtime.gpu.device_frames import (
     DeviceFrame,
@@ -42,24 +42,27 @@ class FrameIntake:
         self._event: int | None = None
 
     def read(
-        self, frames: Sequence[Any], stream: int, own: int, follow: bool
+        self, frames: Sequence[Any], own: int, named: int | None, follow: bool
     ) -> tuple[list[DeviceFrame | None], int]:
         """The device frames among ``frames`` (``None`` for others), and the stream to work on.
 
-        That is ``stream``, made to wait for the frames; with ``follow``, where the caller named none and all
-        frames come from one other stream, it is theirs, and nobody waits. Raises ``FrameError``.
+        With ``follow`` that is the stream ``named`` by the caller, or else the one that all device frames
+        come from, so that nobody has to wait. Otherwise it is ``own``, made to wait for those streams. Never
+        a thread's own default stream, which no other thread could wait for. Raises ``FrameError``.
         """
+        stream = named if follow and named is not None and named != PER_THREAD_STREAM else own
         found = [read_device_frame(frame, stream) if is_device_frame(frame) else None for frame in frames]
         there = [frame for frame in found if frame is not None]
         for frame in there:
             self._check_device(frame)
-        origins = {frame.stream for frame in there} - {stream}
-        if follow and stream == own and len(origins) == 1 and None not in origins:
+        origins = {frame.stream for frame in there}
+        if follow and named is None and len(origins) == 1:
             (only,) = origins
-            if all(frame.stream == only for frame in there):
-                return found, int(only or 0)
-        for origin in origins - {None}:
-            self._wait(stream, int(origin or 0))
+            if only is not None and only != PER_THREAD_STREAM:
+                return found, only
+        for origin in origins | {named}:
+            if origin is not None and origin != stream:
+                self._wait(stream, origin)
         return found, stream
 
     def stage(self, index: int, frame: Any, stream: int) -> DeviceFrame:

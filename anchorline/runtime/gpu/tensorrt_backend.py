@@ -81,23 +81,27 @@ class TensorRTBackend:
                     self._infer_lane = self.create_lane()
                 outputs, self._thread.timings = self._infer_lane.infer(dict(inputs))
                 return outputs
-            except GpuError as error:
+            except SettingsError:
+                raise
+            except BaseException as error:
                 if getattr(error, "sticky", False):
                     self._failure = str(error)
-                if self._infer_lane is not None:
-                    self._infer_lane.close()
-                    self._infer_lane = None
+                self._close_infer_lane()
                 raise
 
     def close(self) -> None:
         """Release lane, engine and runtime, then the GPU. Other lanes must be closed before."""
         with self._lock:
-            if self._infer_lane is not None:
-                self._infer_lane.close()
-                self._infer_lane = None
+            self._close_infer_lane()
             if self._engine is not None:
                 with contextlib.suppress(GpuError), self._cuda.current():
                     self._engine.save_cache()
                     self._engine.close()
+                self._engine.close()  # whatever became of the GPU: it must not outlive it
                 self._engine = None
             self._cuda.close()
+
+    def _close_infer_lane(self) -> None:
+        if self._infer_lane is not None:
+            self._infer_lane.close()
+            self._infer_lane = None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from anchorline.runtime.contract import NMS_CONVERGED, Contract
-from anchorline.runtime.cuda.failures import OutOfDeviceMemoryError
+from anchorline.runtime.cuda.failures import CudaError, OutOfDeviceMemoryError
 from anchorline.runtime.cuda.interface import Cuda
 from anchorline.runtime.engine_manifest import EngineManifest
 from anchorline.runtime.errors import ArtefactError, GpuError
@@ -46,6 +46,18 @@ class Tensor:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
+@dataclass
+class Execution:
+    """The network for one batch size: its context, and its graph once that is captured.
+
+    Everybody else holds this and never the context itself: the traceback of an exception keeps variables
+    alive, and a context must be gone before the engine and the GPU are.
+    """
+
+    context: Any
+    graph: int | None = None
+
+
 class TensorRTEngine:
     """The plan at ``path``, loaded by the module ``trt`` on the current CUDA context.
 
@@ -61,7 +73,11 @@ class TensorRTEngine:
         self._lock = threading.Lock()  # contexts are made one at a time
         register_plugins(trt)
         self._runtime, self._engine = self._load()
-        self.inputs, self.outputs = self._tensors(manifest.contract)
+        try:
+            self.inputs, self.outputs = self._tensors(manifest.contract)
+        except BaseException:
+            self.close()  # the traceback would keep it, beyond the GPU
+            raise
         self.activation_bytes = int(self._engine.device_memory_size_v2)
         self._cache = RtxCache(manifest, trt, cuda.compute_capability) if self.is_rtx else None
 
@@ -75,6 +91,8 @@ class TensorRTEngine:
             runtime = self._trt.Runtime(tensorrt_logger(self.manifest.flavour))
         except TypeError:  # how the bindings say that there is none
             runtime = None
+        if runtime is not None and self.manifest.options.get("version_compatible"):
+            runtime.engine_host_code_allowed = True  # such a plan brings the runtime that it runs on
         engine = None if runtime is None else runtime.deserialize_cuda_engine(content)
         if engine is None:
             complaints = " ".join(errors.since(mark)).lower()
@@ -88,9 +106,8 @@ class TensorRTEngine:
         return runtime, engine
 
     def _tensors(self, contract: Contract) -> tuple[list[Tensor], list[Tensor]]:
-        engine = self._engine
-        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        modes = {name: engine.get_tensor_mode(name).name for name in names}
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        modes = {name: self._engine.get_tensor_mode(name).name for name in names}
         for mode, promised in (("INPUT", contract.inputs), ("OUTPUT", contract.outputs)):
             there = [name for name in names if modes[name] == mode and name != NMS_CONVERGED]
             if sorted(there) != sorted(promised):
@@ -105,6 +122,12 @@ class TensorRTEngine:
                 f"{self.path}: input {inputs[0].name} is {inputs[0].dtype} {list(inputs[0].shape)} for each "
                 f"image; its manifest expects {expected.dtype} {list(expected.shape)}; build it again"
             )
+        profile = [shape[0] for shape in self._engine.get_tensor_profile_shape(inputs[0].name, 0)]
+        if profile != list(self.manifest.batch):
+            raise ArtefactError(
+                f"{self.path}: its batches are {profile} (smallest, best, largest); its manifest says "
+                f"{list(self.manifest.batch)}; build it again"
+            )
         reported = [NMS_CONVERGED] if NMS_CONVERGED in names else []
         return inputs, [self._tensor(name) for name in (*contract.outputs, *reported)]
 
@@ -117,10 +140,10 @@ class TensorRTEngine:
             )
         return Tensor(name, np.dtype(_TYPES[kind]), shape[1:])
 
-    def create_context(
+    def create_execution(
         self, batch: int, addresses: dict[str, int], activations: int, graph: bool = True
-    ) -> Any:
-        """A context for batches of ``batch``, bound once and for all to the tensors' ``addresses``.
+    ) -> Execution:
+        """An execution for batches of ``batch``, bound once and for all to the tensors' ``addresses``.
 
         A captured graph holds the state of its context, so each batch size has a context of its own; they
         share one block of activations, since a lane runs one at a time. With ``graph`` TensorRT for RTX
@@ -128,19 +151,29 @@ class TensorRTEngine:
         """
         mark = errors.mark()
         with self._lock:
-            context = self._new_context(graph)
-        bound = context is not None
-        if bound and self.activation_bytes:
+            execution = Execution(self._new_context(graph))
+        if not self._bind(execution.context, batch, addresses, activations):
+            execution.context = None
+            raise self._failure(f"cannot prepare batches of {batch}", mark)
+        return execution
+
+    def _bind(self, context: Any, batch: int, addresses: dict[str, int], activations: int) -> bool:
+        """Whether TensorRT took it all; a context that it did not make is ``None``."""
+        if context is None:
+            return False
+        if self.activation_bytes:
             context.set_device_memory(activations, self.activation_bytes)
-        for tensor in self.inputs if bound else []:
-            bound = bound and context.set_input_shape(tensor.name, (batch, *tensor.shape))
-        for name, address in addresses.items() if bound else []:
-            bound = bound and context.set_tensor_address(name, address)
-        if not bound:
-            raise GpuError(
-                f"{self.path}: {self.title} cannot prepare batches of {batch} ({errors.reason(mark)})"
-            )
-        return context
+        return all(
+            context.set_input_shape(tensor.name, (batch, *tensor.shape)) for tensor in self.inputs
+        ) and all(context.set_tensor_address(name, address) for name, address in addresses.items())
+
+    def _failure(self, what: str, mark: int) -> GpuError:
+        """The error for what TensorRT refused, with its reason since ``mark``."""
+        text = f"{self.path}: {self.title} {what} ({errors.reason(mark)})"
+        complaints = " ".join(errors.since(mark)).lower()
+        if any(word in complaints for word in _MEMORY_WORDS):
+            return GpuError(f"{text}; {REMEDY}")
+        return GpuError(f"{text}; build it again on this machine, or try GpuOptions(graph=False)")
 
     def _new_context(self, graph: bool) -> Any:
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -158,20 +191,26 @@ class TensorRTEngine:
             self._cache.attach(config)
         return self._engine.create_execution_context(config)
 
-    def execute(self, context: Any, stream: int) -> None:
+    def execute(self, execution: Execution, stream: int) -> None:
         """Queue the network; ``GpuError`` with TensorRT's reason when it refuses."""
         mark = errors.mark()
-        if not context.execute_async_v3(stream):
-            self._cuda.synchronize(stream)  # brings a failure of CUDA itself to light
-            raise GpuError(f"{self.path}: {self.title} did not run it ({errors.reason(mark)})")
+        if execution.context.execute_async_v3(stream):
+            return
+        try:
+            self._cuda.synchronize(stream)  # brings to light whether the GPU itself is lost
+        except CudaError as error:
+            if error.sticky:
+                raise
+        raise self._failure("did not run it", mark)
 
     def save_cache(self) -> None:
         """Keep the kernels that TensorRT for RTX compiled, for the next start."""
-        if self._cache is not None:
-            self._cache.save()
+        with self._lock:  # lanes that are made at once share it
+            if self._cache is not None:
+                self._cache.save()
 
     def close(self) -> None:
-        """Let go of engine and runtime, in this order; the contexts must be gone."""
+        """Let go of engine and runtime, in this order; the contexts must be gone. Safe to call twice."""
         self._cache = None
         self._engine = None
         self._runtime = None

@@ -25,13 +25,13 @@ from anchorline.runtime.backend import LaneResult
 from anchorline.runtime.canvas import Placement, place, to_canvas
 from anchorline.runtime.contract import NMS_CONVERGED
 from anchorline.runtime.cuda.failures import CudaError
-from anchorline.runtime.cuda.interface import Cuda
+from anchorline.runtime.cuda.interface import LEGACY_STREAM, Cuda
 from anchorline.runtime.errors import FrameError, GpuError, SettingsError
 from anchorline.runtime.gpu.frame_intake import FrameIntake
 from anchorline.runtime.gpu.lane_buffers import LaneBuffers
 from anchorline.runtime.gpu.lane_clock import LaneClock
 from anchorline.runtime.gpu.preprocess import GpuPreprocessor
-from anchorline.runtime.gpu.tensorrt_engine import TensorRTEngine
+from anchorline.runtime.gpu.tensorrt_engine import Execution, Tensor, TensorRTEngine
 
 log = logging.getLogger("anchorline.runtime")
 
@@ -42,14 +42,6 @@ class LaneOptions:
 
     graph: bool = True
     timings: bool = False
-
-
-@dataclass
-class _Execution:
-    """The network for one batch size: its context, and its graph once that is captured."""
-
-    context: Any
-    graph: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,7 @@ class TensorRTLane:
         # TensorRT for RTX captures by itself (its runtime settings say so); pycuda knows no graphs.
         self._captures = options.graph and cuda.has_graphs and not engine.is_rtx
         self._copy_in_graph = self._captures and not options.timings
-        self._executions: dict[int, _Execution] = {}
+        self._executions: dict[int, Execution] = {}
         self._running: _Running | None = None
         self._lock = threading.Lock()
         self._closed = self._failed = self._said_unconverged = False
@@ -91,9 +83,9 @@ class TensorRTLane:
 
     def submit(self, frames: Sequence[Any], stream: Any = None) -> None:
         with self._at_work():
-            run_on = self._stream if stream is None else self._cuda.stream_handle(stream) or 1
+            named = None if stream is None else self._cuda.stream_handle(stream) or LEGACY_STREAM
             self._clock.start()
-            device_frames, run_on = self._intake.read(frames, run_on, self._stream, self._captures)
+            device_frames, run_on = self._intake.read(frames, self._stream, named, self._captures)
             sizes = [self._size(frame, found) for frame, found in zip(frames, device_frames, strict=True)]
             placements = [place(size, self._contract.canvas, self._contract.resize) for size in sizes]
             batch = max(len(frames), self._lowest)
@@ -110,21 +102,18 @@ class TensorRTLane:
             self._cuda.synchronize(running.stream)
             self._running = None
             timings = self._clock.finish()
-            self._check_converged()
-            outputs = {
-                name: values[: len(running.placements)] for name, values in self._buffers.outputs.items()
-            }
-            return LaneResult(outputs, running.placements, timings)
+            return LaneResult(self._outputs(len(running.placements)), running.placements, timings)
 
     def infer(
         self, inputs: dict[str, NDArray[np.generic]]
     ) -> tuple[dict[str, NDArray[np.generic]], dict[str, float]]:
         """Prepared arrays of the host in, copies of the outputs and the seconds by stage out."""
-        images, image_sizes = (np.asarray(inputs[name]) for name in self._contract.inputs)
+        images, image_sizes = (self._checked(tensor, inputs[tensor.name]) for tensor in self._engine.inputs)
         count = len(images)
         if not 1 <= count <= self._most or len(image_sizes) != count:
             raise SettingsError(
-                f"{self._engine.path}: a batch of {count} images; the engine takes 1 to {self._most}"
+                f"{self._engine.path}: a batch of {count} images and {len(image_sizes)} sizes; the engine "
+                f"takes 1 to {self._most} of both"
             )
         with self._at_work():
             batch = max(count, self._lowest)
@@ -138,9 +127,22 @@ class TensorRTLane:
             self._buffers.copy_in(batch, self._stream)
             self._run(execution, self._stream)
             self._cuda.synchronize(self._stream)
-            self._check_converged()
-            outputs = {name: values[:count].copy() for name, values in self._buffers.outputs.items()}
-            return outputs, self._clock.finish()
+            return self._outputs(count), self._clock.finish()
+
+    def _checked(self, tensor: Tensor, values: NDArray[np.generic]) -> NDArray[np.generic]:
+        found = np.asarray(values)
+        if found.dtype != tensor.dtype or found.shape[1:] != tensor.shape:
+            sides = ", ".join(map(str, tensor.shape))
+            raise SettingsError(
+                f"{self._engine.path}: {tensor.name} is {found.dtype} {list(found.shape)}; expected "
+                f"{tensor.dtype} [B, {sides}]"
+            )
+        return found
+
+    def _outputs(self, count: int) -> dict[str, NDArray[np.generic]]:
+        """Copies of the first ``count`` images' outputs: the buffers may be freed or filled at any time."""
+        self._check_converged()
+        return {name: values[:count].copy() for name, values in self._buffers.outputs.items()}
 
     def _check_converged(self) -> None:
         """Say once, where a fixed-point NMS ran out of rounds."""
@@ -168,7 +170,8 @@ class TensorRTLane:
             with contextlib.suppress(CudaError), self._cuda.current():
                 self._wait_for_everything()
                 self._resources.close()
-            self._executions.clear()  # whatever became of the GPU, no context may outlive the engine
+            for execution in self._executions.values():
+                execution.context = None  # whatever became of the GPU, none may outlive the engine
 
     def _wait_for_everything(self) -> None:
         """Nothing may be freed that the GPU still works with."""
@@ -212,34 +215,33 @@ class TensorRTLane:
         self._buffers.images[count:batch] = 0
         self._buffers.sizes[count:batch] = self._contract.canvas
 
-    def _execution(self, batch: int) -> _Execution:
+    def _execution(self, batch: int) -> Execution:
         """The execution for a batch size; the first time it is warmed up and captured, on black images."""
         if batch not in self._executions:
             buffers, stream = self._buffers, self._stream
-            context = self._engine.create_context(
+            execution = self._executions[batch] = self._engine.create_execution(
                 batch, buffers.addresses, buffers.activations, self._options.graph
             )
-            execution = self._executions[batch] = _Execution(context)
             self._pad(0, batch)
             buffers.copy_in(batch, stream)
-            self._engine.execute(context, stream)
+            self._engine.execute(execution, stream)
             self._cuda.synchronize(stream)
             if self._captures:
-                execution.graph = self._cuda.capture(stream, lambda: self._record(context))
+                execution.graph = self._cuda.capture(stream, lambda: self._record(execution))
             self._engine.save_cache()
         return self._executions[batch]
 
-    def _record(self, context: Any) -> None:
-        self._engine.execute(context, self._stream)
+    def _record(self, execution: Execution) -> None:
+        self._engine.execute(execution, self._stream)
         if self._copy_in_graph:
             self._buffers.copy_out(self._stream)
 
-    def _run(self, execution: _Execution, stream: int) -> None:
+    def _run(self, execution: Execution, stream: int) -> None:
         self._clock.mark(stream, "network")
         if execution.graph is not None:
             self._cuda.launch_graph(execution.graph, stream)
         else:
-            self._engine.execute(execution.context, stream)
+            self._engine.execute(execution, stream)
         if execution.graph is None or not self._copy_in_graph:
             self._clock.mark(stream, "download")
             self._buffers.copy_out(stream)
@@ -252,7 +254,6 @@ class TensorRTLane:
                 with contextlib.suppress(CudaError):
                     self._cuda.destroy_graph(execution.graph)
             execution.context = None
-        self._executions.clear()
 
     @staticmethod
     def _size(frame: Any, found: Any) -> tuple[int, int]:
@@ -262,7 +263,7 @@ class TensorRTLane:
 
     @contextlib.contextmanager
     def _at_work(self) -> Iterator[None]:
-        """After anything but a refused frame the state is not known, and the lane takes no more work."""
+        """After anything but a refused frame or argument the state is not known: it takes no more work."""
         with self._lock, self._cuda.current():
             if self._closed:
                 raise SettingsError(f"{self._engine.path}: the model is closed; open it again")
@@ -270,7 +271,7 @@ class TensorRTLane:
                 raise GpuError(f"{self._engine.path}: an earlier batch failed here; open it again")
             try:
                 yield
-            except FrameError:
+            except (FrameError, SettingsError):
                 raise
             except BaseException:
                 self._failed = True

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import cv2
 import numpy as np
@@ -47,7 +49,7 @@ class AvReader:
     ) -> None:
         av = _pyav()
         self._name = name or str(where)
-        self._live = live
+        self._live, self._stall = live, math.inf if stall is None else stall
         self._errors = av.FFmpegError
         options = {"rtsp_transport": "tcp"} if str(where).startswith("rtsp") else {}
         try:
@@ -69,6 +71,8 @@ class AvReader:
         self.frame_count: int | None = stream.frames or None
         rate = stream.average_rate or stream.guessed_rate
         self.fps: float = float(rate) if rate else FALLBACK_FPS
+        # Where the video begins: not at 0 in a transport stream, or in what was cut out of a longer one.
+        self._begin = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
         self._frames = self._decoded()
         self._first = next(self._frames, None)
         if self._first is None:
@@ -108,27 +112,38 @@ class AvReader:
         self._container.close()
 
     def _decoded(self) -> Iterator[tuple[float | None, NDArray[np.uint8]]]:
-        """Each frame's time and pixels, past damaged packets."""
-        bad = 0
-        packets = self._container.demux(video=0)
-        while bad < _BAD_PACKETS:
+        """Each frame's time and pixels, past damaged packets: a camera's may lack what came before."""
+        good, bad = time.monotonic(), 0
+        for packet in self._packets():
             try:
-                packet = next(packets, None)
-                if packet is None:
-                    return
                 frames = packet.decode()
             except EOFError:
                 return
             except self._errors:
-                if self._live:
-                    return
+                frames = []
                 bad += 1
                 self._damaged += 1
-                continue
-            bad = 0
+            else:
+                bad = 0
             for frame in frames:
                 self._damaged += bool(frame.is_corrupt)
-                yield frame.time, self._upright(frame)
+                yield self._place(frame), self._upright(frame)
+                good = time.monotonic()
+            if time.monotonic() - good > self._stall if self._live else bad >= _BAD_PACKETS:
+                return
+
+    def _packets(self) -> Iterator[Any]:
+        """Packets until the end, or until the file or connection fails."""
+        try:
+            yield from self._container.demux(video=0)
+        except EOFError:
+            return
+        except self._errors:
+            self._damaged += not self._live
+
+    def _place(self, frame: Any) -> float | None:
+        """The frame's time from the video's beginning, where it has one."""
+        return None if frame.time is None else float(frame.time) - self._begin
 
     def _upright(self, frame: object) -> NDArray[np.uint8]:
         pixels = np.asarray(frame.to_ndarray(format="bgr24"), np.uint8)  # type: ignore[attr-defined]

@@ -79,7 +79,8 @@ class Feeder:
         opened = 0.0 if item.is_video else time.perf_counter() - start
         alone = item.is_video and len(self.source.items) == 1
         origin = self.source.name if alone else str(item.path)
-        stream = Stream(self.source.name, origin, reader.size, reader.fps, item.is_video, item.target)
+        fps = reader.fps / self.source.stride
+        stream = Stream(self.source.name, origin, reader.size, fps, item.is_video, target=item.target)
         self._pump(reader, stream, opened)
 
     def _remote_file(self, url: str) -> None:
@@ -93,6 +94,7 @@ class Feeder:
     def _iterable(self) -> None:
         frames = self.source.where
         assert not isinstance(frames, str | int | Path)
+        self.figures.asked()
         reader = IterableReader(frames)
         self._pump(reader, self._stream(reader))
 
@@ -101,6 +103,7 @@ class Feeder:
         while not self.stopped.is_set():
             before = self.delivered
             try:
+                self.figures.asked()
                 reader = open_stream(where, self.decoder, self.stall, self.source.describe())
                 if before:
                     self.figures.reconnected()
@@ -110,7 +113,7 @@ class Feeder:
                 error = caught
             if self.stopped.is_set():
                 return
-            if time.monotonic() - self.figures.last_came > _NEARLY * self.stall:
+            if self.figures.silent_for() > _NEARLY * self.stall:
                 self.figures.stalled(self.stall)  # before the watchdog looks: the reader's limit is the same
             self.figures.lost(error)
             if error and not self.anything_came() and time.monotonic() - began > self.patience:
@@ -121,7 +124,8 @@ class Feeder:
 
     def _stream(self, reader: Reader) -> Stream:
         name = self.source.name
-        return Stream(name, name, reader.size, reader.fps, True, self.source.target)
+        fps, live = reader.fps / self.source.stride, bool(self.source.live)
+        return Stream(name, name, reader.size, fps, is_live=live, target=self.source.target)
 
     def _pump(self, reader: Reader, stream: Stream, opened: float = 0.0) -> None:
         """Hand the reader's frames on until it ends; ``opened`` seconds went into its first frame."""
@@ -131,6 +135,7 @@ class Feeder:
             pace = _Pace(self.stopped) if self._plays_back(stream) else None
             while not self.stopped.is_set():
                 start = time.perf_counter()
+                self.figures.asked()
                 numbered = next(frames, None)
                 if numbered is None:
                     break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from anchorline.runtime.errors import DataError
 from anchorline.runtime.pipeline.intake import SourceQueue
 from anchorline.runtime.timing import Durations, StageTimes
 
+_log = logging.getLogger("anchorline.video")
 _TRACE_LENGTH = 2048
 _MOST_WARNINGS = 20  # of each source, however often it is lost
 
@@ -47,7 +49,8 @@ class SourceFigures:
     """One source's figures. Safe to be filled by several threads and read at any time.
 
     ``frames_in`` were delivered by the source, ``frames_out`` answered; ``dropped`` made way for
-    newer ones. ``events`` are (seconds since the start, ``"lost"``, ``"stalled"`` or ``"reconnected"``).
+    newer ones. ``events`` are (seconds since the start, ``"lost"``, ``"stalled"`` or ``"reconnected"``);
+    they are logged as they happen, since a camera's run may take weeks.
     """
 
     def __init__(self, name: str, live: bool, all_stages: StageTimes) -> None:
@@ -70,10 +73,20 @@ class SourceFigures:
         self._first_left: float | None = None
         self._last_left = 0.0
         self._is_lost = False
+        self._asked: float | None = None
 
     def begin(self, start: float) -> None:
         """The pipeline starts now."""
         self._start = self.last_came = start
+
+    def asked(self) -> None:
+        """The reader waits for the source from now on."""
+        self._asked = time.monotonic()
+
+    def silent_for(self) -> float:
+        """For how many seconds the reader has waited in vain; 0 while the source is not what it waits for."""
+        asked = self._asked
+        return 0.0 if asked is None else time.monotonic() - asked
 
     def came(self, decode: float) -> None:
         """The source delivered a frame, which took ``decode`` seconds to read."""
@@ -84,7 +97,7 @@ class SourceFigures:
             if self._first_came is None:
                 self._first_came = self.last_came
             self.frames_in += 1
-            self.state, self._is_lost = "playing", False
+            self.state, self._is_lost, self._asked = "playing", False, None
 
     def left(self, age: float, detections: int) -> None:
         """A result of this source reached the caller, ``age`` seconds after its capture."""
@@ -101,7 +114,7 @@ class SourceFigures:
     def lost(self, error: DataError | None) -> None:
         """A live source broke off or could not be opened."""
         with self._lock:
-            self.state = "lost"
+            self.state, self._asked = "lost", None
             if not self._is_lost:
                 self._event("lost")
                 reason = str(error) if error else f"{self.name}: broke off"
@@ -113,11 +126,12 @@ class SourceFigures:
         with self._lock:
             self.reconnects += 1
             self._event("reconnected")
+            _log.warning("%s: is back", self.name)
 
     def stalled(self, seconds: float) -> None:
         """A source has delivered nothing for this long."""
         with self._lock:
-            if self.state != "playing":
+            if self.state not in ("opening", "playing"):
                 return
             self.state = "stalled"
             self.stalls += 1
@@ -165,6 +179,7 @@ class SourceFigures:
             self.events.append((time.monotonic() - self._start, kind))
 
     def _warn(self, line: str) -> None:
+        _log.warning("%s", line)
         if len(self.warnings) < _MOST_WARNINGS:
             self.warnings.append(line)
         elif len(self.warnings) == _MOST_WARNINGS:

@@ -82,6 +82,21 @@ def _in_regions(
     )
 
 
+def parse_filters(
+    classes: Iterable[str] | None,
+    min_score: Iterable[str] | None,
+    region: Iterable[str] | None,
+    max_detections: int | None,
+) -> Filters:
+    """The filters as the command line writes them. Raises ``SettingsError``."""
+    return Filters(
+        classes=tuple(classes or ()),
+        min_scores=parse_min_scores(min_score or ()),
+        regions=tuple(parse_region(each) for each in region or ()),
+        max_detections=max_detections,
+    )
+
+
 def parse_min_scores(texts: Iterable[str]) -> dict[str, float]:
     """``["0.3", "person=0.6"]`` as ``{"": 0.3, "person": 0.6}``; else ``SettingsError``."""
     found: dict[str, float] = {}

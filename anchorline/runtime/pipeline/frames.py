@@ -17,8 +17,8 @@ class Stream:
     """One opening of a source: a file, or one connection to a camera with one size of picture.
 
     ``origin`` is what the JSON lines call it: the file's path, or the source's name. ``size`` is the
-    frames' (height, width), ``fps`` the rate that the stream states, ``target`` where its annotated
-    copy goes.
+    frames' (height, width), ``fps`` the rate that the stream states, over the stride, ``target`` where
+    its annotated copy goes.
     """
 
     source: str
@@ -26,6 +26,7 @@ class Stream:
     size: tuple[int, int]
     fps: float
     is_video: bool = True
+    is_live: bool = False
     target: Path | None = None
 
 
@@ -52,7 +53,8 @@ class Result:
     """A frame and what was found in it.
 
     ``frame`` is uint8 BGR [H, W, 3]. ``times`` holds the seconds of each stage so far (those of the
-    network are of the whole batch the frame was in), ``age`` the seconds from capture to the caller.
+    network are of the whole batch the frame was in), ``age`` the seconds from capture to the caller, or
+    in a callback and a sink until then.
     ``annotated`` is the drawn copy where a sink asked for one.
     """
 

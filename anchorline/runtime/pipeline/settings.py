@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +11,9 @@ from anchorline.runtime.pipeline.filters import Filters
 from anchorline.runtime.pipeline.frames import Result
 from anchorline.runtime.pipeline.intake import Intake
 from anchorline.runtime.pipeline.readers import check_decoder
-from anchorline.runtime.pipeline.sinks import AnnotatedFiles, Callback, JsonLines, Sink
+from anchorline.runtime.pipeline.sinks import AnnotatedFiles, Callback, JsonLines, Sink, is_stdout
 from anchorline.runtime.pipeline.source import Decoder, Source
+from anchorline.runtime.sources import check_outputs
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class PipelineSettings:
         _check_seconds("max_wait", self.max_wait, 0.0)
         _check_seconds("stall", self.stall, 0.1)
         _check_seconds("patience", self.patience, 0.0)
+        _check_score(self.shown_score)
         _check_count("batch", self.batch)
         _check_count("workers", self.workers)
 
@@ -57,11 +59,11 @@ class PipelineSettings:
         under_way = batch * (workers + (3 if _all_wait(sources) else 2))
         return Intake([source.chosen_policy for source in sources], batch, self.max_wait, under_way)
 
-    def open_sinks(self) -> list[Sink]:
+    def open_sinks(self, sources: Sequence[Source]) -> list[Sink]:
         """All sinks, opened only when the pipeline starts, so that a mistake before leaves no file."""
         opened: list[Sink] = [] if self.jsonl is None else [JsonLines(self.jsonl)]
         if self.save is not None:
-            opened.append(AnnotatedFiles())
+            opened.append(AnnotatedFiles(_targets(sources)))
         opened += self.sinks
         if self.callback is not None:
             opened.append(Callback(self.callback))
@@ -70,6 +72,31 @@ class PipelineSettings:
 
 def _all_wait(sources: Sequence[Source]) -> bool:
     return all(source.chosen_policy == "wait" for source in sources)
+
+
+def _targets(sources: Sequence[Source]) -> list[Path]:
+    """Where the copies of all sources go."""
+    places = [source.target for source in sources]
+    places += [item.target for source in sources for item in source.items]
+    return [place for place in places if place is not None]
+
+
+def check_outputs_of(
+    sources: Sequence[Source], jsonl: str | Path | None, report: str | Path | None = None
+) -> None:
+    """Raise ``SettingsError`` where lines or report would overwrite a source, a copy, or each other."""
+    read = [item.path for source in sources for item in source.items]
+    check_files([jsonl, report], [*read, *_targets(sources)])
+
+
+def check_files(outputs: Iterable[str | Path | None], kept: Iterable[str | Path]) -> None:
+    """``sources.check_outputs`` where an output may be stdout."""
+    check_outputs([None if is_stdout(output) else output for output in outputs], kept)
+
+
+def _check_score(value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise SettingsError(f"shown_score is {value!r}; expected a number from 0 to 1")
 
 
 def _check_seconds(name: str, value: float, lowest: float) -> None:

@@ -27,7 +27,9 @@ def sigterm_as_exit() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # A generator that nobody holds any more may be ended by another thread, which must not do this.
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -18,6 +20,9 @@ from anchorline.runtime.images import write_image
 from anchorline.runtime.pipeline.av_writer import open_writer
 from anchorline.runtime.pipeline.frames import Result, Stream
 from anchorline.runtime.video import VideoWriter
+
+LONGEST_PART = 90_000  # frames of a live source in one file
+_STDOUT = 1
 
 
 class Sink(Protocol):
@@ -40,25 +45,34 @@ class Sink(Protocol):
 class JsonLines:
     """One line a frame: ``{"source", "frame", "time_s", "size": [h, w], "detections": [...]}``.
 
-    The file appears under its name when it is complete. To a pipe or a device each line is written
-    at once.
+    The file appears under its name when it is complete. To a pipe, a device or stdout (``-``) each
+    line is written at once; where whoever read stdout has gone, ``BrokenPipeError`` is raised.
     """
 
     wants_drawing = False
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._direct = is_stream(self.path)
+        self._to_stdout = is_stdout(self.path)
+        self._direct = self._to_stdout or is_stream(self.path)
         self._temporary = self.path if self._direct else temporary_sibling(self.path)
         with output_errors(self.path):
-            self._file: IO[str] = self._temporary.open("w", encoding="utf-8")
+            # Opening /dev/stdout by name would empty the file that it may be redirected to.
+            place = os.dup(_STDOUT) if self._to_stdout else self._temporary
+            self._file: IO[str] = open(place, "w", encoding="utf-8")  # noqa: SIM115 - closed with the sink
 
     def write(self, result: Result) -> None:
         """Append the result's line."""
-        with output_errors(self.path):
-            self._file.write(line_of(result))
-            if self._direct:
-                self._file.flush()
+        line = line_of(result)
+        try:
+            with output_errors(self.path):
+                self._file.write(line)
+                if self._direct:
+                    self._file.flush()
+        except OutputError as error:
+            if self._to_stdout and isinstance(error.__cause__, BrokenPipeError):
+                raise error.__cause__ from None  # as in `... --jsonl - | head`, which is nobody's mistake
+            raise
 
     def close(self) -> None:
         """Give the file its name."""
@@ -79,6 +93,11 @@ class JsonLines:
             discard(self._temporary)
 
 
+def is_stdout(path: str | Path | None) -> bool:
+    """Whether lines for ``path`` go to stdout."""
+    return str(path) in ("-", "/dev/stdout")
+
+
 def line_of(result: Result) -> str:
     """The result as a line of the detections JSON lines."""
     height, width = result.frame.shape[:2]
@@ -96,15 +115,18 @@ class AnnotatedFiles:
     """Annotated images and mp4 files at the targets that the streams name.
 
     A file is complete when the next one of its source begins, or at the end. When a camera comes back
-    with another size of picture, a new file is begun: ``cam1.mp4``, then ``cam1-2.mp4``. ``rate_of``
-    gives the frames a second that a source really delivers, for files without time stamps.
+    with another size of picture, a new file is begun: ``cam1.mp4``, then ``cam1-2.mp4``, or the next
+    number where that is one of the ``targets`` of all sources. A live source's file is followed by
+    another after 90 000 frames, an hour at 25 a second: an mp4's index is held in memory until its
+    end, and a process that is killed loses no more than that.
     """
 
     wants_drawing = True
 
-    def __init__(self) -> None:
+    def __init__(self, targets: Iterable[Path] = ()) -> None:
         self._open: dict[str, tuple[Stream, VideoWriter]] = {}  # by source
-        self._parts: dict[Path, int] = {}
+        self._begun: set[Path] = set()
+        self._taken = set(targets)
 
     def write(self, result: Result) -> None:
         """Append the annotated frame to its file."""
@@ -117,7 +139,7 @@ class AnnotatedFiles:
             write_image(stream.target, result.annotated)
             return
         held = self._open.get(stream.source)
-        if held is None or not _goes_on(held[0], stream):
+        if held is None or not _goes_on(*held, stream):
             self._finish(stream.source)
             held = (stream, open_writer(self._next_part(stream.target), stream.size, stream.fps))
             self._open[stream.source] = held
@@ -146,12 +168,20 @@ class AnnotatedFiles:
             held[1].close()
 
     def _next_part(self, target: Path) -> Path:
-        number = self._parts[target] = self._parts.get(target, 0) + 1
-        return target if number == 1 else target.with_name(f"{target.stem}-{number}{target.suffix}")
+        if target in self._begun:
+            names = (target.with_name(f"{target.stem}-{n}{target.suffix}") for n in itertools.count(2))
+            part = next(name for name in names if name not in self._taken)
+        else:
+            part = target
+        self._begun.add(part)
+        self._taken.add(part)
+        return part
 
 
-def _goes_on(held: Stream, stream: Stream) -> bool:
+def _goes_on(held: Stream, writer: VideoWriter, stream: Stream) -> bool:
     """Whether a stream's frames belong into the file of another one, as after a reconnection."""
+    if stream.is_live and writer.frames >= LONGEST_PART:
+        return False
     same_file = held.target == stream.target and held.origin == stream.origin
     return held is stream or (same_file and held.size == stream.size)
 

@@ -20,7 +20,9 @@ from anchorline.runtime.sources import Item, add_targets, plan_items
 
 Decoder = Literal["opencv", "pyav"]
 DECODERS = ("opencv", "pyav")
-_NAMED = re.compile(r"([A-Za-z_][\w.-]*)=(.+)", re.DOTALL)
+_LAST_WEBCAM = 99  # OpenCV takes hundreds for the ways to reach a camera
+_LONGEST_NUMBER = 10  # digits; Python refuses to read thousands
+_NAMED = re.compile(r"([^\W\d][\w.-]*)=(.+)", re.DOTALL)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.+", re.DOTALL)
 
 
@@ -50,8 +52,10 @@ class Source:
             raise SettingsError(f"policy is {self.policy!r}; expected one of {', '.join(POLICIES)}")
         if isinstance(self.stride, bool) or not isinstance(self.stride, int) or self.stride < 1:
             raise SettingsError(f"stride is {self.stride!r}; expected a whole number of at least 1")
-        if isinstance(self.where, int) and self.where < 0:
-            raise SettingsError(f"webcam {self.where}; expected a number from 0")
+        if isinstance(self.where, int) and not 0 <= self.where <= _LAST_WEBCAM:
+            raise SettingsError(f"webcam {self.where}; expected a number from 0 to {_LAST_WEBCAM}")
+        if isinstance(self.where, str) and _URL.fullmatch(self.where):
+            _check_url(self.where)
         if self.live is None:
             object.__setattr__(self, "live", _is_live(self.where))
         if self.policy is None:
@@ -70,9 +74,22 @@ class Source:
     def describe(self) -> str:
         """What to call the source in a message; passwords in URLs are left out."""
         if isinstance(self.where, str | Path):
-            shown = re.sub(r"//[^/@]*@", "//", str(self.where))
+            shown = _without_password(str(self.where))
             return self.name if shown == self.name else f"{self.name} ({shown})" if self.name else shown
         return self.name
+
+
+def _without_password(where: str) -> str:
+    return re.sub(r"//[^/]*@", "//", where)
+
+
+def _check_url(where: str) -> None:
+    try:
+        urlsplit(where)
+    except ValueError as error:
+        raise SettingsError(
+            f"{_without_password(where)}: no address ({error}); expected SCHEME://HOST:PORT/PATH"
+        ) from None
 
 
 def parse_source(text: str | Path) -> Source:
@@ -81,7 +98,7 @@ def parse_source(text: str | Path) -> Source:
         return Source(text)
     named = _NAMED.fullmatch(text)
     name, where = named.groups() if named else ("", text)
-    return Source(int(where) if where.isdecimal() else where, name=name)
+    return Source(int(where) if where.isdecimal() and len(where) < _LONGEST_NUMBER else where, name=name)
 
 
 def plan(

@@ -7,20 +7,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from anchorline.runtime.detections import Detections
 from anchorline.runtime.errors import SettingsError
 from anchorline.runtime.pipeline.channel import Channel
 from anchorline.runtime.pipeline.feeding import Feeder
 from anchorline.runtime.pipeline.figures import Figures
 from anchorline.runtime.pipeline.filters import Filters
+from anchorline.runtime.pipeline.frame_detector import FrameDetector
 from anchorline.runtime.pipeline.frames import Result
 from anchorline.runtime.pipeline.intake import Policy, SourceQueue
-from anchorline.runtime.pipeline.settings import PipelineSettings
+from anchorline.runtime.pipeline.settings import PipelineSettings, check_outputs_of
 from anchorline.runtime.pipeline.signals import sigterm_as_exit
 from anchorline.runtime.pipeline.sinks import Sink
 from anchorline.runtime.pipeline.source import Decoder, Source, plan
@@ -29,17 +25,6 @@ from anchorline.runtime.pipeline.workers import Workers
 from anchorline.runtime.summary import DetectSummary
 
 _JOIN_SECONDS = 2.0  # a reader that hangs in a camera's driver is left to its time limit
-
-
-class FrameDetector(Protocol):
-    """What the pipeline calls: ``Detector``, or anything of its shape.
-
-    ``timings``, where there, holds the seconds of this thread's last ``batch`` by stage; ``contract``
-    gives the class names and the largest batch; ``provider`` and ``precision`` go to the summary;
-    ``concurrent_calls`` is how many threads may usefully call ``batch`` at once (1 where not there).
-    """
-
-    def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]: ...
 
 
 class VideoPipeline:
@@ -89,6 +74,7 @@ class VideoPipeline:
         patience: float = 20.0,
     ) -> None:
         self.sources = plan(sources, save, policy=policy, stride=stride)
+        check_outputs_of(self.sources, jsonl)
         self.figures = Figures({source.name: bool(source.live) for source in self.sources})
         self._settings = PipelineSettings(
             batch=batch,
@@ -115,7 +101,10 @@ class VideoPipeline:
         self._error_lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._readers: list[threading.Thread] = []
-        self._started = self._running = self._finished = False
+        self._started = self._running = self._finished = self._in_block = False
+        self._late_error: BaseException | None = (
+            None  # which came as the loop was left, for the block to raise
+        )
         self._seconds = 0.0
 
     def __iter__(self) -> Iterator[Result]:
@@ -130,7 +119,7 @@ class VideoPipeline:
                     self._leave(result)
                     yield result
             except BaseException as error:
-                self._finish(error)
+                self._leave_loop(error)
                 raise
             self._finish(None)
 
@@ -150,6 +139,7 @@ class VideoPipeline:
         self.__exit__(None, None, None)
 
     def __enter__(self) -> VideoPipeline:
+        self._in_block = True
         return self
 
     def __exit__(
@@ -158,6 +148,9 @@ class VideoPipeline:
         if self._started:
             self._finish(None if error is None else GeneratorExit())  # an end like any other of the loop
         self._finished = True
+        if (late := self._late_error) is not None:
+            self._late_error = None
+            raise late
 
     def summary(self) -> DetectSummary:
         """The figures so far; complete when the iteration has ended."""
@@ -181,7 +174,7 @@ class VideoPipeline:
 
     def _start(self) -> None:
         self.figures.begin()
-        self._sinks = self._settings.open_sinks()
+        self._sinks = self._settings.open_sinks(self.sources)
         workers = Workers(
             self._detector,
             self._settings.filters,
@@ -194,8 +187,8 @@ class VideoPipeline:
         )
         for name, work in workers.parts(self._workers):
             self._begin(self._threads, name, work)
-        watched, stall = list(self.figures.sources.values()), self._settings.stall
-        self._begin(self._threads, "watchdog", lambda: watch(watched, stall, self._ended))
+        watched = list(self.figures.sources.values())
+        self._begin(self._threads, "watchdog", lambda: watch(watched, self._settings.stall, self._ended))
         for source, queue in zip(self.sources, self._intake.queues, strict=True):
             self._begin(self._readers, f"read {source.name}", self._feeder(source, queue).run)
         self._running = True
@@ -238,6 +231,15 @@ class VideoPipeline:
         self._intake.abort()
         self._out.cut()
 
+    def _leave_loop(self, reason: BaseException) -> None:
+        """Finish. Python swallows what is raised while a generator is dropped, so the block raises that."""
+        try:
+            self._finish(reason)
+        except BaseException as error:
+            if not (self._in_block and isinstance(reason, GeneratorExit)):
+                raise
+            self._late_error = error
+
     def _finish(self, error: BaseException | None) -> None:
         """End everything once: drain after a stop or an interrupt, drop everything after an error."""
         if self._finished:
@@ -262,7 +264,9 @@ class VideoPipeline:
                 self._seconds = time.monotonic() - self.figures.start
         if self._error is not None and self._error is not error:
             raise self._error
-        self._raise_unreadable(error)
+        complaint = self._nothing_read() if error is None else None
+        if complaint is not None:
+            raise complaint
 
     def _end_threads(self) -> None:
         self._ended.set()
@@ -293,8 +297,3 @@ class VideoPipeline:
             return None
         errors = [each.first_error for each in self.figures.sources.values()]
         return next((error for error in errors if error is not None), None)
-
-    def _raise_unreadable(self, error: BaseException | None) -> None:
-        complaint = self._nothing_read()
-        if error is None and complaint is not None:
-            raise complaint

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 
 from anchorline.runtime.pipeline.figures import SourceFigures
@@ -18,7 +17,6 @@ def watch(sources: Sequence[SourceFigures], stall: float, ended: threading.Event
     that cannot, such as a webcam's driver or an iterator of the caller's.
     """
     while not ended.wait(min(1.0, stall / _LOOKS)):
-        now = time.monotonic()
         for source in sources:
-            if source.live and now - source.last_came > stall:
+            if source.live and source.silent_for() > stall:
                 source.stalled(stall)

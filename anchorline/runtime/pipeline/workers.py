@@ -5,19 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.errors import SettingsError
 from anchorline.runtime.pipeline.channel import Channel, OrderedChannel
 from anchorline.runtime.pipeline.figures import Figures
 from anchorline.runtime.pipeline.filters import Filters
+from anchorline.runtime.pipeline.frame_detector import FrameDetector
 from anchorline.runtime.pipeline.frames import Frame, Result
 from anchorline.runtime.pipeline.intake import Intake
 from anchorline.runtime.pipeline.sinks import Callback, Sink
-
-if TYPE_CHECKING:
-    from anchorline.runtime.pipeline.video_pipeline import FrameDetector
 
 Work = Callable[[], None]
 
@@ -123,11 +120,13 @@ class Workers:
         files = [sink for sink in self._sinks if not isinstance(sink, Callback)]
         callbacks = [sink for sink in self._sinks if isinstance(sink, Callback)]
         while (result := self._drawn.get()) is not None:
+            result.age = time.monotonic() - result.captured
             if files:
                 start = time.perf_counter()
                 for sink in files:
                     sink.write(result)
                 self._took(result, "write", start)
+                result.age = time.monotonic() - result.captured
             for callback in callbacks:
                 callback.write(result)
             self._out.put(result)

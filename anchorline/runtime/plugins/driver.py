@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterable
 from typing import Any
 
 from anchorline.runtime.errors import ArtefactError
 from anchorline.runtime.plugins.images import image
 from anchorline.runtime.plugins.op import Launch
+
+_libraries: dict[tuple[str, int], Any] = {}
+_loading = threading.Lock()
 
 
 def launch(launches: Iterable[Launch], stream: int) -> None:
@@ -79,13 +83,15 @@ def _kernel(source: str, kernel: str, device: int) -> Any:
     return handle
 
 
-@functools.cache
 def _library(source: str, architecture: int) -> Any:
-    """An image loaded for all contexts of the process."""
+    """An image loaded for all contexts of the process, once: TensorRT calls from many threads."""
     from cuda.bindings import driver
 
-    loaded = driver.cuLibraryLoadData(image(source, architecture), [], [], 0, [], [], 0)
-    return _checked(loaded, f"loading the image of {source}")[0]
+    with _loading:
+        if (source, architecture) not in _libraries:
+            loaded = driver.cuLibraryLoadData(image(source, architecture), [], [], 0, [], [], 0)
+            (_libraries[source, architecture],) = _checked(loaded, f"loading the image of {source}")
+        return _libraries[source, architecture]
 
 
 def _checked(result: tuple[Any, ...], doing: str) -> tuple[Any, ...]:

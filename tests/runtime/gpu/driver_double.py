@@ -14,6 +14,7 @@ import itertools
 import re
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,9 @@ from numpy.typing import NDArray
 from anchorline.runtime.canvas import Placement, to_canvas
 
 OK = real.CUresult.CUDA_SUCCESS
-LEGACY = (0, 1)
+LEGACY = (0, 1)  # two names of one stream
+PER_THREAD = 2  # another one in each thread
+PRIMARY = 77  # the primary context
 _PAGE = 4096
 _FREE_OF_CONTEXT = re.compile(r"cu(Init|Device|Ctx|GetError|DriverGet)")
 
@@ -55,14 +58,16 @@ class DriverDouble:
         self.foreign_device_memory: dict[int, int] = {}  # address -> device of another library
         self.device: dict[int, NDArray[np.uint8]] = {}
         self.pinned: dict[int, NDArray[np.uint8]] = {}
-        self.streams: dict[int, Stream] = {handle: Stream() for handle in LEGACY}
+        self.streams: dict[int, Stream] = dict.fromkeys(LEGACY, Stream())
         self.events: dict[int, dict[str, Any]] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.executables: dict[int, list[Callable[[], None]]] = {}
         self.libraries: dict[int, bytes] = {}
         self.functions: dict[int, str] = {}
         self.retained = 0
+        self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # what is bound to device memory
         self._sorted: list[int] = []
+        self._foreign: set[int] = set()
         self._handles = itertools.count(1000)
         self._next_address = 0x7F00_0000_0000
         self._contexts = threading.local()
@@ -89,14 +94,22 @@ class DriverDouble:
             code = self.sticky if self.sticky is not None else self.fail.pop(name, None)
             if code is not None:
                 return (code, None)
-            if not _FREE_OF_CONTEXT.match(name) and not self._stack():
-                raise self._refuse(f"{name} without a current context")
+            if not _FREE_OF_CONTEXT.match(name):
+                self._check_context(name)
             result = implementation(self, *arguments)
             if self.sticky is not None:  # the work itself broke the context
                 return (self.sticky, None)
             if isinstance(result, real.CUresult):
                 return (result, None)
             return (OK,) if result is None else (OK, *result) if isinstance(result, tuple) else (OK, result)
+
+    def _check_context(self, name: str) -> None:
+        if not self._stack():
+            raise self._refuse(f"{name} without a current context")
+        if self._stack()[-1] != PRIMARY:
+            raise self._refuse(f"{name} in somebody else's context")
+        if not self.retained:
+            raise self._refuse(f"{name} after the primary context was released")
 
     def _check_count(self, name: str, arguments: tuple[Any, ...]) -> None:
         signature = getattr(real, name).__doc__.strip().splitlines()[0]
@@ -135,10 +148,16 @@ class DriverDouble:
     def put(self, values: NDArray[Any]) -> int:
         """Device memory of another library with these bytes; it does not count as a leak when removed."""
         address = self._allocate(values.nbytes)
+        self._foreign.add(address)
         self.device[address][:] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         return address
 
+    def foreign_blocks(self) -> set[int]:
+        """The device memory of other libraries that is there."""
+        return set(self._foreign)
+
     def remove(self, address: int) -> None:
+        self._foreign.remove(address)
         del self.device[address]
         self._sorted.remove(address)
 
@@ -160,6 +179,10 @@ class DriverDouble:
         return self._stream(stream).capture is not None
 
     def _stream(self, handle: Any) -> Stream:
+        if int(handle) == PER_THREAD:
+            if not hasattr(self._contexts, "stream"):
+                self._contexts.stream = Stream()
+            return self._contexts.stream
         if int(handle) not in self.streams:
             raise self._refuse(f"stream {int(handle)} does not exist (any more)")
         return self.streams[int(handle)]
@@ -211,7 +234,7 @@ class DriverDouble:
 
     def do_cuDevicePrimaryCtxRetain(self, device: int) -> int:
         self.retained += 1
-        return 77
+        return PRIMARY
 
     def do_cuDevicePrimaryCtxRelease(self, device: int) -> None:
         self.retained -= 1
@@ -225,7 +248,7 @@ class DriverDouble:
         return 0
 
     def do_cuCtxSetCurrent(self, context: int) -> None:
-        self._stack()[-1:] = [int(context)]
+        self._stack()[-1:] = [int(context)] if int(context) else []
 
     def do_cuCtxPushCurrent(self, context: int) -> None:
         self._stack().append(int(context))
@@ -260,6 +283,9 @@ class DriverDouble:
     def do_cuMemFree(self, address: int) -> None:
         for stream in self.streams.values():
             self._drain(stream)  # cuMemFree waits for the device
+        end = int(address) + len(self.device.get(int(address), ()))
+        if any(int(address) <= used < end for user in self.users for used in user.used_addresses()):
+            raise self._refuse("memory freed before the context of TensorRT that is bound to it")
         self._take(self.device, address, "device memory")
         self._sorted.remove(int(address))
 
@@ -272,12 +298,14 @@ class DriverDouble:
         return block.ctypes.data
 
     def do_cuMemFreeHost(self, address: int) -> None:
-        # Work that is still queued for it is refused when it runs.
-        self._take(self.pinned, address, "pinned memory")
+        # Work that is still queued for it is refused when it runs; whoever still looks at it sees nonsense.
+        self._take(self.pinned, address, "pinned memory")[:] = 0xDD
 
     def do_cuPointerGetAttributes(self, count: int, attributes: list[Any], address: int) -> list[int]:
         if address in self.foreign_device_memory:
             return [2, self.foreign_device_memory[address]]
+        if self._pinned_at(address, 1) is not None:
+            return [1, 0]
         on_device = any(base <= address < base + len(block) for base, block in self.device.items())
         return [2, 0] if on_device else [0, -2]
 
@@ -433,4 +461,9 @@ class DriverDouble:
         self.at(size, 8).view(np.float32)[:] = (valid_h, valid_w)
 
     def _rows(self, address: int, pitch: int, rows: int, width: int) -> NDArray[np.uint8]:
-        return np.stack([self.at(address + row * pitch, width) for row in range(rows)])
+        return np.stack([self._readable(address + row * pitch, width) for row in range(rows)])
+
+    def _readable(self, address: int, size: int) -> NDArray[np.uint8]:
+        """What a kernel can read: device memory, and pinned memory by unified addressing."""
+        found = self._pinned_at(address, size)
+        return self.at(address, size) if found is None else found

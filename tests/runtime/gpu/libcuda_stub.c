@@ -52,8 +52,8 @@ int cuMemcpyDtoHAsync(void *to, Handle from, size_t size, Handle stream) {
 }
 int cuPointerGetAttributes(unsigned count, int *attributes, void **data, Handle address) {
   if (count != 2 || attributes[0] != 2 || attributes[1] != 9) return INVALID_VALUE;  // memory type, device ordinal
-  *(unsigned *)data[0] = address == 12345 ? 0 : 2;
-  *(int *)data[1] = address == 54321 ? 3 : 0;
+  *(unsigned *)data[0] = address == 12345 ? 0 : address == 54322 ? 1 : 2;
+  *(int *)data[1] = address == 54321 || address == 54322 ? 3 : 0;
   return OK;
 }
 

@@ -51,7 +51,7 @@ with cuda.current(), cuda.current():
     cuda.synchronize(stream)
     assert (back.array[:900] == there.array[:900]).all()
     assert not back.array[900:].any()
-    assert [cuda.device_of(address) for address in (device, 54321, 12345)] == [0, 3, None]
+    assert [cuda.device_of(address) for address in (device, 54321, 54322, 12345)] == [0, 3, 0, None]
 
     start, end = cuda.create_event(timing=True), cuda.create_event()
     cuda.record(start, stream)

@@ -169,7 +169,7 @@ def make_pycuda(driver: Any, devices: int = 1) -> Any:
         call("cuMemcpyDtoHAsync", dest.ctypes.data, src, dest.nbytes, handle_of(stream))
 
     def mem_get_address_range(address: int) -> tuple[int, int]:
-        if call("cuPointerGetAttributes", 2, [], address)[0] == 0:
+        if call("cuPointerGetAttributes", 2, [], address)[0] != 2:
             raise LogicError("cuMemGetAddressRange failed: not found")
         return address, 1
 

@@ -38,7 +38,7 @@ class TensorRTDouble:
     @staticmethod
     def check_names(double: type, real: type) -> None:
         for name in vars(double):
-            if not name.startswith("_"):
+            if not name.startswith("_") and name != "used_addresses":
                 assert hasattr(real, name), f"{real.__name__} has no {name}"
 
     def __getattr__(self, name: str) -> Any:
@@ -61,8 +61,11 @@ class TensorRTDouble:
 class Runtime:
     def __init__(self, trt: TensorRTDouble, logger: Any) -> None:
         self._trt = trt
+        self.engine_host_code_allowed = False
         trt.life.append("runtime")
         weakref.finalize(self, trt.life.append, "runtime destroyed")
+
+    engine_host_code_allowed: bool
 
     def deserialize_cuda_engine(self, content: bytes) -> Engine | None:
         trt = self._trt
@@ -73,6 +76,9 @@ class Runtime:
             plan = json.loads(content)
         except ValueError:
             trt.failed("Serialization assertion magicTag failed")
+            return None
+        if plan.get("version_compatible") and not self.engine_host_code_allowed:
+            trt.failed("Engine host code is not allowed")
             return None
         missing = set(plan["plugins"]) - set(trt.registered)
         if missing:
@@ -91,7 +97,13 @@ class Engine:
         self.num_io_tensors = len(self._tensors)
         self.device_memory_size_v2 = plan["activation_bytes"]
         trt.life.append("engine")
-        weakref.finalize(self, trt.life.append, "engine destroyed")
+        weakref.finalize(self, Engine._gone, trt)
+
+    @staticmethod
+    def _gone(trt: TensorRTDouble) -> None:
+        trt.life.append("engine destroyed")
+        if not trt.driver.retained:
+            trt.driver.misuse.append("a GPU released before an engine of TensorRT")
 
     num_io_tensors: int
     device_memory_size_v2: int
@@ -117,6 +129,11 @@ class Engine:
             "tensor(uint8)": types.UINT8,
             "tensor(bool)": types.BOOL,
         }[self._find(name)[1].type]
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[Any]:
+        assert profile == 0
+        sides = list(self._find(name)[1].shape[1:])
+        return [self._trt.real.Dims([batch, *sides]) for batch in self._plan["batch"]]
 
     def get_tensor_shape(self, name: str) -> Any:
         sides = [side if isinstance(side, int) else -1 for side in self._find(name)[1].shape]
@@ -187,14 +204,27 @@ class Context:
         self._addresses: dict[str, int] = {}
         self._scratch: tuple[int, int] | None = None
         self._warm = False
+        self._token = object()  # of the work that it queued or that was captured from it
         trt.life.append("context")
-        weakref.finalize(self, Context._gone, trt, engine)
+        trt.driver.users.add(self)
+        weakref.finalize(self, Context._gone, trt, engine, self._token)
 
     @staticmethod
-    def _gone(trt: TensorRTDouble, engine: weakref.ref[Engine]) -> None:
+    def _gone(trt: TensorRTDouble, engine: weakref.ref[Engine], token: object) -> None:
+        driver = trt.driver
         trt.life.append("context destroyed")
         if engine() is None:
-            trt.driver.misuse.append("an engine destroyed before its context")
+            driver.misuse.append("an engine destroyed before its context")
+        if not driver.retained:
+            driver.misuse.append("a GPU released before a context of TensorRT")
+        work = [stream.queue for stream in driver.streams.values()]
+        work += [*driver.graphs.values(), *driver.executables.values()]
+        lost = driver.sticky is not None  # then nothing can be destroyed
+        if not lost and any(getattr(item, "token", None) is token for queue in work for item in queue):
+            driver.misuse.append("a context destroyed before its graph, or with work queued")
+
+    def used_addresses(self) -> list[int]:
+        return [*self._addresses.values(), *(self._scratch or ())[:1]]
 
     def set_device_memory(self, address: int, size: int) -> None:
         assert address % 256 == 0
@@ -239,8 +269,16 @@ class Context:
             return False
         self._warm = True
         shapes, addresses = dict(self._shapes), dict(self._addresses)
-        scratch = self._scratch
-        driver.enqueue(stream, lambda: _run(engine, trt, shapes, addresses, scratch))
+        scratch, inside = self._scratch, weakref.ref(engine)  # a graph keeps no engine alive
+
+        def work() -> None:
+            there = inside()
+            if there is None:
+                raise driver._refuse("a graph launched after its engine")
+            _run(there, trt, shapes, addresses, scratch)
+
+        work.token = self._token  # type: ignore[attr-defined]
+        driver.enqueue(stream, work)
         return True
 
 

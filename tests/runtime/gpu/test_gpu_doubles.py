@@ -66,6 +66,27 @@ def test_a_call_without_a_context(gpu: Any) -> None:
     gpu.driver.misuse.clear()
 
 
+def test_a_call_in_another_context_or_after_ours(opened: Any) -> None:
+    driver = opened.driver
+    driver.cuCtxPushCurrent(5)
+    with pytest.raises(opened.misuse, match="cuMemAlloc in somebody else's context"):
+        driver.cuMemAlloc(100)
+    driver.cuCtxPopCurrent()
+    driver.cuDevicePrimaryCtxRelease(0)
+    with pytest.raises(opened.misuse, match="after the primary context was released"):
+        driver.cuMemFree(opened.device)
+    driver.cuDevicePrimaryCtxRetain(0)
+
+
+def test_pinned_memory_that_was_freed_is_nonsense(opened: Any) -> None:
+    driver = opened.driver
+    other = driver.cuMemHostAlloc(100, 0)[1]
+    seen = driver.pinned[other]
+    seen[:] = 7
+    driver.cuMemFreeHost(other)
+    assert not (seen == 7).any()
+
+
 def test_work_is_done_when_it_is_waited_for(opened: Any) -> None:
     """What reads results earlier gets nonsense."""
     driver = opened.driver

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,18 @@ def test_a_large_host_frame_is_resized_on_the_gpu(gpu: Any, make_engine: Callabl
         assert gpu.driver.names() == one * 2
         sizes = [arguments[2] for name, arguments in gpu.driver.calls if name == "cuMemcpyHtoDAsync"]
         assert sizes == [100 * 200 * 3, 90 * 150 * 3]  # the frame as it is, and no canvas
+
+
+def test_large_frames_of_a_batch_have_a_place_each(
+    gpu: Any, make_engine: Callable, on_cpu: Callable, check_same: Callable
+) -> None:
+    """The copies are only queued when the next frame is laid out."""
+    large = [np.full((100, 100 + 10 * k, 3), 60 * k, np.uint8) for k in (4, 3, 2, 1)]
+    engine = make_engine()
+    expected = on_cpu(engine, large)
+    with Detector(engine) as detector:
+        for _ in range(2):
+            check_same(detector.batch(large), expected)
 
 
 def test_each_batch_size_is_captured_once(gpu: Any, make_engine: Callable, frames: list) -> None:
@@ -227,15 +240,20 @@ def test_ten_thousand_inferences(gpu: Any, make_engine: Callable, frames: list) 
         detector(frames[1])
         tables = (gpu.driver.device, gpu.driver.pinned, gpu.driver.executables, gpu.driver.functions)
         held = [len(table) for table in tables]
+        objects = 0
         for number in range(10_000):
             gpu.driver.calls.clear()
+            if number == 1000:
+                objects = len(gc.get_objects())
             if number % 100 == 0:
                 assert [len(found) for found in detector.batch([on_gpu] * 3)] == [1, 1, 1]
             else:
                 found = detector(on_gpu)
                 assert abs(found.scores[0] - 0.2) < 1e-6
-        assert not ALLOCATIONS & set(gpu.driver.names())
+                assert len(gpu.driver.calls) == 4
+            assert not ALLOCATIONS & set(gpu.driver.names())
         assert held == [len(table) for table in tables]
+        assert len(gc.get_objects()) < objects + 100
     on_gpu.free()
 
 

@@ -306,7 +306,8 @@ def test_an_engine_on_the_cpu_by_name_is_its_onnx_file(gpu: Any, make_engine: Ca
 
 def test_compatible_engines_run_elsewhere(gpu: Any, make_engine: Callable) -> None:
     gpu.driver.capability = 120
-    engine = make_engine(manifest={"options": {"hardware_compatible": True, "version_compatible": True}})
+    options = {"hardware_compatible": True, "version_compatible": True}
+    engine = make_engine(plan={"version_compatible": True}, manifest={"options": options})
     gpu.trt["tensorrt"].__version__ = "11.9.1"
     with Detector(engine, provider="tensorrt") as detector:
         check_works(detector)
@@ -337,6 +338,9 @@ def test_a_damaged_plan(gpu: Any, make_engine: Callable, log: Any) -> None:
         ({"contract": {}}, "contract version is None"),
         ({"profiles": []}, "damaged manifest"),
         ({"profiles": [{"batch": [1, 2]}]}, "damaged manifest"),
+        ({"profiles": [{"batch": [0, 1, 4]}]}, r"damaged manifest .*batch is \[0, 1, 4\]"),
+        ({"profiles": [{"batch": [2, 1, 4]}]}, "not rising from 1"),
+        ({"profiles": [{"batch": [1, 1, 8]}]}, r"its batches are \[1, 1, 4\].*manifest says \[1, 1, 8\]"),
         ({"compute_capabilities": "x"}, "damaged manifest"),
     ],
 )
@@ -383,6 +387,8 @@ def test_a_manifest_at_odds_with_its_engine(
         (GpuOptions(device=-1), "device is -1; expected the number of a GPU"),
         (GpuOptions(device="0"), "device is '0'"),  # type: ignore[arg-type]
         (GpuOptions(device=True), "device is True"),
+        (GpuOptions(graph="no"), "graph is 'no'; expected True, False or None"),  # type: ignore[arg-type]
+        (GpuOptions(timings=2), "timings is 2; expected True or False"),  # type: ignore[arg-type]
     ],
 )
 def test_options_that_make_no_sense(
@@ -411,7 +417,9 @@ def test_absurd_workers(workers: Any, gpu: Any, make_engine: Callable) -> None:
 def test_a_batch_that_infer_cannot_take(gpu: Any, make_engine: Callable) -> None:
     with Detector(make_engine()) as detector:
         inputs = {"images": np.zeros((5, 48, 64, 3), np.uint8), "image_sizes": np.ones((5, 2), np.float32)}
-        with pytest.raises(SettingsError, match="a batch of 5 images; the engine takes 1 to 4"):
+        with pytest.raises(
+            SettingsError, match="a batch of 5 images and 5 sizes; the engine takes 1 to 4 of both"
+        ):
             detector._backend.infer(inputs)
         check_works(detector)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from anchorline.runtime import onnxruntime_backend, opening
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.errors import GpuError, SettingsError
+from anchorline.runtime.errors import ArtefactError, GpuError, SettingsError
 from anchorline.runtime.gpu.options import GpuOptions
 from anchorline.runtime.io_binding import BoundNetwork
 from anchorline.runtime.onnxruntime_backend import PROVIDERS, OnnxRuntimeBackend, available_providers
@@ -33,8 +35,9 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     asked: list[Any] = []
     build = onnxruntime.InferenceSession
 
-    def make(path: str, options: Any, providers: list[Any]) -> Any:
+    def make(path: str, options: Any, providers: list[Any], **more: Any) -> Any:
         asked.append(providers)
+        assert more == {"enable_fallback": 0}
         return build(path, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
@@ -63,6 +66,26 @@ def test_bound_memory_gives_the_session_s_numbers(session: Any, contract: Contra
     assert len(network._sizes) == 2  # buffers are made once for a batch size
     for outputs, expected in kept:
         np.testing.assert_array_equal(outputs["scores"], expected[1])  # and results are nobody's buffer
+
+
+def test_threads_share_the_bound_memory_in_turn(
+    session: Any, contract: Contract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = session.run_with_iobinding
+
+    def run_late(*arguments: Any) -> None:
+        time.sleep(0.002)  # long enough for another thread to fill the inputs again
+        run(*arguments)
+
+    monkeypatch.setattr(session, "run_with_iobinding", run_late)
+    network = BoundNetwork(session, contract, "cpu", 0)
+
+    def infer(level: int) -> bool:
+        outputs, _ = network.infer(bound_inputs([level]))
+        return round(float(outputs["scores"][0, 0]) * 255) == level
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(infer, range(0, 240, 10)))
 
 
 def test_each_batch_size_has_its_graph(
@@ -107,6 +130,83 @@ def test_auto_goes_on_to_the_cpu_and_says_so_once(
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "cuda cannot run it here" in record.getMessage()
+
+
+def test_a_damaged_file_is_no_fault_of_the_gpu_s(
+    with_cuda: list[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"no ONNX at all")
+    for provider in ("auto", "cuda"):
+        with pytest.raises(ArtefactError, match="not an ONNX file"):
+            Detector(path, provider=provider)
+    assert caplog.records == []
+
+
+def test_a_file_that_no_provider_runs_is_not_said_to_run(
+    with_cuda: list[Any], model_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **more: Any) -> None:
+        raise RuntimeError("This is an invalid model")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    with pytest.raises(ArtefactError, match=r"cannot load it \(This is an invalid model\)"):
+        Detector(model_path)
+    assert caplog.records == []
+
+
+def test_onnxruntime_s_own_fallback_is_off(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """It prints on stdout and starts again without options, on another GPU than was asked for."""
+    create = onnxruntime.InferenceSession._create_inference_session
+    tries = []
+
+    def fail(self: Any, providers: Any, *rest: Any) -> None:
+        tries.append(providers)
+        if providers and providers[0] != "CPUExecutionProvider":
+            raise RuntimeError("CUDA failure 101: invalid device ordinal ; GPU=7")
+        create(self, providers, *rest)
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
+    monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", fail)
+    monkeypatch.setattr(opening, "_said", set())
+    with pytest.raises(
+        GpuError, match=r"cannot start CUDAExecutionProvider here \(CUDA failure 101.*provider cpu"
+    ):
+        Detector(model_path, provider="cuda", gpu=GpuOptions(device=7))
+    assert len(tries) == 1
+    with Detector(model_path, gpu=GpuOptions(device=7)) as detector:
+        assert detector.provider == "cpu"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("code", "sticky"), [(2, False), (700, True), (719, True)])
+def test_a_run_that_fails_on_the_gpu(
+    code: int, sticky: bool, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the GPU's fault and not the file's; after a lost context nothing more is tried."""
+    monkeypatch.setattr(onnxruntime_backend, "available_providers", lambda: ["cpu", "cuda"])
+    monkeypatch.setattr(opening, "available_providers", lambda: ["cpu", "cuda"])
+    monkeypatch.setitem(PROVIDERS, "cuda", "CPUExecutionProvider")
+    monkeypatch.setattr(
+        onnxruntime_backend, "_provider_list", lambda provider, options: ["CPUExecutionProvider"]
+    )
+    tries = []
+
+    def infer(self: Any, inputs: Any) -> Any:
+        tries.append(inputs)
+        raise RuntimeError(f"CUDA failure {code}: some text ; GPU=0")
+
+    monkeypatch.setattr(BoundNetwork, "infer", infer)
+    detector = Detector(model_path, provider="cuda")
+    with pytest.raises(GpuError, match=f"CUDA failure {code}.*; .*"):
+        detector(FRAME)
+    with pytest.raises(
+        GpuError, match="refused after an earlier failure" if sticky else "cannot run it on cuda"
+    ):
+        detector(FRAME)
+    assert len(tries) == (1 if sticky else 2)
 
 
 def test_by_name_a_provider_that_does_not_start_is_an_error(with_cuda: list[Any], model_path: Path) -> None:

@@ -60,6 +60,7 @@ def test_a_thousand_frames_leave_nothing(gpu: Any, pycuda: Any, make_engine: Cal
 
 
 def test_a_stream_of_pycuda(gpu: Any, pycuda: Any, make_engine: Callable) -> None:
+    theirs = pycuda.Device(0).retain_primary_context()  # as pycuda.autoprimaryctx does
     with Detector(make_engine(), gpu=PYCUDA) as detector:
         with detector._backend._cuda.current():
             stream = pycuda.Stream()
@@ -73,9 +74,16 @@ def test_a_stream_of_pycuda(gpu: Any, pycuda: Any, make_engine: Callable) -> Non
             detector(foreign)
         second = gpu.frame(SHORT, version=2)
         assert len(detector.batch([second, frame])) == 2  # one waits for the default stream
+        for _ in range(200):  # a program with a stream for each frame
+            with detector._backend._cuda.current():
+                detector(frame, stream=pycuda.Stream())
+        gc.collect()
+        assert len(gpu.driver.streams) < 120
     for each in (frame, foreign, second):
         each.free()
     del stream
+    gc.collect()
+    theirs.detach()
 
 
 def test_timings_by_events(gpu: Any, pycuda: Any, make_engine: Callable) -> None:

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from anchorline.runtime import opening, tensorrt_library
 from anchorline.runtime.cuda import bindings, open_cuda, pycuda_driver
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.errors import AnchorlineError, FrameError, GpuError, SettingsError
+from anchorline.runtime.plugins import driver as plugin_driver
 
 
 def level_frame(level: int, size: tuple[int, int] = (48, 64)) -> np.ndarray:
@@ -76,6 +78,57 @@ def test_threads_that_need_a_kernel_at_once_load_it_once(
     loads = gpu.driver.names().count("cuLibraryLoadData")
     cuda.close()
     assert loads == 1
+
+
+def test_there_is_one_logger_of_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps the address of the first; a second one that replaces it would leave that dangling."""
+
+    def make_slowly(trt: Any) -> Callable[[], object]:
+        time.sleep(0.05)
+        return object
+
+    monkeypatch.setattr(tensorrt_library, "load_tensorrt", lambda name: None)
+    monkeypatch.setattr(tensorrt_library, "_logger_class", make_slowly)
+    monkeypatch.setattr(tensorrt_library, "_loggers", {})
+    with ThreadPoolExecutor(4) as pool:
+        loggers = set(pool.map(tensorrt_library.tensorrt_logger, ["tensorrt"] * 4))
+    assert len(loggers) == 1
+
+
+def test_the_plugins_load_their_kernels_once(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = plugin_driver.image
+
+    def read_slowly(source: str, architecture: int) -> bytes:
+        time.sleep(0.05)
+        return read(source, architecture)
+
+    monkeypatch.setattr(plugin_driver, "image", read_slowly)
+    monkeypatch.setattr(plugin_driver, "_libraries", {})
+    monkeypatch.setattr("cuda.bindings.driver", gpu.driver)
+    cuda = open_cuda()
+
+    def load(_: int) -> Any:
+        with cuda.current():
+            return plugin_driver._library("nms", 86)
+
+    with ThreadPoolExecutor(4) as pool:
+        (library,) = set(pool.map(load, range(4)))
+    with cuda.current():
+        gpu.driver.cuLibraryUnload(library)
+    cuda.close()
+
+
+def test_what_happens_to_many_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    class Slow(set):
+        def __contains__(self, item: object) -> bool:
+            there = super().__contains__(item)
+            time.sleep(0.02)
+            return there
+
+    monkeypatch.setattr(opening, "_said", Slow())
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: opening._say_once(Path("model.engine"), "no GPU"), range(4)))
+    assert len(caplog.records) == 1
 
 
 def test_workers_bound_the_memory(gpu: Any, make_engine: Callable) -> None:

@@ -66,8 +66,9 @@ class MjpegServer:
     """Frames of one grey level each at ``fps``, for every client that asks, whatever the path.
 
     ``size`` is (height, width). Setting ``mode`` lets a connection do something once: ``"die"`` closes
-    it; ``"stall"`` keeps it open and sends nothing more; ``"garbage"`` sends noise and closes it. The
-    next one plays again. ``port`` stays the same over ``down`` and ``up``. A context manager.
+    it; ``"stall"`` keeps it open and sends nothing more; ``"garbage"`` sends noise and closes it;
+    ``"damage"`` sends three pictures that cannot be decoded and goes on. The next one plays again.
+    ``port`` stays the same over ``down`` and ``up``. A context manager.
     """
 
     def __init__(self, size: tuple[int, int] = (48, 64), fps: float = 50.0) -> None:
@@ -130,21 +131,27 @@ class MjpegServer:
             if mode == "stall":
                 closing.wait(60.0)
                 return
+            for _ in range(3 if mode == "damage" else 0):
+                handler.wfile.write(part(b"no picture"))
             handler.wfile.write(self._part())
             time.sleep(1.0 / self.fps)
 
     def _part(self) -> bytes:
         frame = np.full((*self.size, 3), self.sent % 256, np.uint8)
         self.sent += 1
-        picture = cv2.imencode(".jpg", frame)[1].tobytes()
-        head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\n\r\n"
-        return head.encode() + picture + b"\r\n"
+        return part(cv2.imencode(".jpg", frame)[1].tobytes())
 
     def __enter__(self) -> MjpegServer:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.down()
+
+
+def part(picture: bytes) -> bytes:
+    """One picture of the stream with its head."""
+    head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\n\r\n"
+    return head.encode() + picture + b"\r\n"
 
 
 @pytest.fixture

@@ -1,0 +1,133 @@
+"""The command as a process: pipes, signals, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from anchorline.runtime.video import VideoReader
+
+pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals and pipes")
+
+
+@pytest.fixture
+def command(model_path):
+    """``command(source, options...)``: the words of a run that shows no progress."""
+
+    def words(*options):
+        return [sys.executable, "-m", "anchorline", "detect", *map(str, options), "--model", str(model_path)]
+
+    return words
+
+
+@pytest.fixture
+def video(tmp_path, moving_frames, write_raw_video):
+    """Forty frames, twenty seconds where it is played at its own rate, under an odd name."""
+    (tmp_path / "in").mkdir()
+    return write_raw_video(tmp_path / "in" / "ä clip=1.mp4", moving_frames, fps=2.0)
+
+
+def frames_of(path):
+    with VideoReader(path) as reader:
+        return len(list(reader))
+
+
+def test_lines_on_stdout_are_nothing_but_lines(command, video, tmp_path):
+    done = subprocess.run(
+        command(video, "--jsonl", "-", "--json", tmp_path / "a.json"),
+        capture_output=True,
+        check=True,
+        timeout=120,
+    )
+    assert [json.loads(line)["frame"] for line in done.stdout.splitlines()] == list(range(40))
+    assert b"40 frames" in done.stderr  # the figures
+    assert json.loads((tmp_path / "a.json").read_bytes())["frames"] == 40
+
+
+def test_stdout_may_be_a_file_that_goes_on(command, video, tmp_path):
+    """``>> lines``: what stands there stays."""
+    lines = tmp_path / "lines"
+    lines.write_text("before\n")
+    with lines.open("a") as file:
+        subprocess.run(command(video, "--stride", "10", "--jsonl", "-"), stdout=file, check=True, timeout=120)
+    assert lines.read_text().splitlines()[0] == "before"
+    assert len(lines.read_text().splitlines()) == 5
+
+
+def test_whoever_read_the_lines_has_gone(command, video):
+    process = subprocess.Popen(
+        command(video, "--jsonl", "-", "--policy", "latest"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith(b"{")
+    process.stdout.close()
+    assert process.wait(timeout=60) == 1
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_completes_all_files(command, video, tmp_path, number, code, until):
+    out = tmp_path / "out"
+    options = ["--save", out / "a.mp4", "--jsonl", out / "a.jsonl", "--json", out / "a.json"]
+    process = subprocess.Popen(
+        command(f"cam={video}", "--policy", "latest", *options, "--report", out / "a.png"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until(lambda: out.is_dir() and any(path.suffix == ".mp4" for path in out.iterdir()), 60.0)
+    time.sleep(0.5)
+    process.send_signal(number)
+    shown, complaints = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in complaints
+    assert sorted(os.listdir(out)) == ["a.json", "a.jsonl", "a.mp4", "a.png"]
+    rows = [json.loads(line) for line in (out / "a.jsonl").read_text().splitlines()]
+    assert 0 < len(rows) < 40
+    assert frames_of(out / "a.mp4") == len(rows)
+    assert json.loads((out / "a.json").read_text())["frames"] == len(rows)
+    assert "cam" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--jsonl", "{video}"], "is a source"),
+        (["--json", "{model}"], "is a source, the model"),
+        (["--jsonl", "{folder}/a", "--json", "{folder}/a"], "another output"),
+        (["--report", "{folder}/a.png", "--json", "{folder}/a.png"], "another output"),
+        (["--save", "/dev/null/out"], "cannot be written"),
+        (["--shown-score", "7"], "shown_score is 7.0"),
+    ],
+)
+def test_mistakes_are_one_line(capfd, model_path, video, tmp_path, options, message):
+    from anchorline import cli
+
+    model = tmp_path / "in" / "model.onnx"
+    model.write_bytes(model_path.read_bytes())
+    before = video.read_bytes(), model.read_bytes()
+    places = {"video": video, "model": model, "folder": tmp_path}
+    words = [option.format(**places) for option in options]
+    assert cli.main(["detect", str(video), "--model", str(model), *words]) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert (video.read_bytes(), model.read_bytes()) == before
+    assert sorted(os.listdir(tmp_path)) == ["in"]
+
+
+def test_files_that_cannot_be_read_as_video(capfd, model_path, tmp_path):
+    from anchorline import cli
+
+    (tmp_path / "a.mp4").write_bytes(b"")
+    assert cli.main(["detect", str(tmp_path / "a.mp4"), "--model", str(model_path)]) == 2
+    assert capfd.readouterr().err.count("\n") == 1
