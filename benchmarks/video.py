@@ -147,7 +147,13 @@ def main() -> None:
         figures = {**dict.fromkeys(COLUMNS, ""), **row, "size": size}
         print(figures)
         if not options.dry_run:
-            append_row("video", shlex.join(["python", *sys.argv]), figures)
+            append_row("video", _command(), figures)
+
+
+def _command() -> str:
+    """The command without this machine's folders."""
+    shown = [Path(each).name if Path(each).exists() else each for each in sys.argv[1:]]
+    return shlex.join(["python", "benchmarks/video.py", *shown])
 
 
 if __name__ == "__main__":
