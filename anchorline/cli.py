@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from anchorline.evaluation.dataset import Dataset
     from anchorline.runtime.summary import DetectSummary
 
-Provider = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]
+Provider = Literal["auto", "cpu", "openvino", "cuda", "tensorrt", "tensorrt-rtx"]
+CpuPrecision = Literal["auto", "fp32", "bf16"]
 Policy = Literal["wait", "latest"]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as JSON.")]
 DataOption = Annotated[
@@ -34,6 +35,10 @@ DataOption = Annotated[
     ),
 ]
 ProviderOption = Annotated[Provider, typer.Option(help="What runs the model; auto takes the best one here.")]
+CpuPrecisionOption = Annotated[
+    CpuPrecision,
+    typer.Option(help="Arithmetic on a processor; auto: bf16 where it and the provider compute it natively."),
+]
 
 app = typer.Typer(
     name="anchorline",
@@ -87,6 +92,7 @@ def detect(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of the network (default: one a core).")
     ] = None,
+    cpu_precision: CpuPrecisionOption = "auto",
     policy: Annotated[
         Policy | None,
         typer.Option(help="wait: every frame (files); latest: drop what is late (cameras, streams)."),
@@ -132,7 +138,7 @@ def detect(
 
     check_files((jsonl, report, json), (model, *sources))
     filters = parse_filters(classes, min_score, region, max_detections)
-    with Detector(model, provider, score_threshold, threads) as detector:
+    with Detector(model, provider, score_threshold, threads, cpu_precision=cpu_precision) as detector:
         detect_sources(
             sources,
             detector,
@@ -154,9 +160,17 @@ def detect(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model.onnx or a model.safetensors.")],
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="A model.onnx, a model.safetensors or stored proposals.jsonl."),
+    ],
     data: DataOption,
     provider: ProviderOption = "auto",
+    proposals: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Detect on these stored proposals instead of the model's own."),
+    ] = None,
+    cpu_precision: CpuPrecisionOption = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Images a batch; the figures do not depend on it.")] = 1,
     plots: Annotated[
         Path | None,
@@ -173,11 +187,16 @@ def evaluate(
     from anchorline.evaluation.proposal_recall import evaluate_proposals
     from anchorline.evaluation.specs import load_datasets
 
-    detector = _open_detector(model, provider)
-    proposals = detector.contract.task == "proposals"
-    dataset = load_datasets(data, names=None if proposals else detector.contract.names)
+    if model.suffix == ".jsonl":
+        from anchorline.proposing import recall_of_file
+
+        show_report(recall_of_file(model, load_datasets(data)), json)
+        return
+    detector = _open_detector(model, provider, proposals, data, cpu_precision)
+    for_recall = detector.contract.task == "proposals"
+    dataset = load_datasets(data, names=None if for_recall else detector.contract.names)
     _tell_dropped(dataset)
-    measure = evaluate_proposals if proposals else evaluate_detector
+    measure = evaluate_proposals if for_recall else evaluate_detector
     with progress_bar("evaluating") as progress:
         report = measure(
             detector.batch, dataset, batch, progress, provider=detector.provider, precision=detector.precision
@@ -214,18 +233,29 @@ def train(
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything that is random.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    schedule: Annotated[
+        Literal["joint", "alternating", "rpn-only", "fast-rcnn"] | None,
+        typer.Option(help="Train all together, in the paper's four steps, or one half (default: joint)."),
+    ] = None,
+    proposals: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Stored proposals that fast-rcnn trains on.")
+    ] = None,
+    val_proposals: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Those of the validation images.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last full epoch in the run folder.")
     ] = False,
 ) -> None:
     """Train a detector and write its run folder."""
+    changes = {"epochs": epochs, "seed": seed, "regime": schedule}
     from anchorline.evaluation.specs import load_datasets
     from anchorline.train.progress import training_progress
     from anchorline.train.settings import load_preset
     from anchorline.train.training import train as train_model
 
     overrides = [*(set_ or ())]
-    overrides += [f"training.{n}={v}" for n, v in (("epochs", epochs), ("seed", seed)) if v is not None]
+    overrides += [f"training.{name}={value}" for name, value in changes.items() if value is not None]
     settings = load_preset(preset, overrides)
     dataset = load_datasets(data)
     validation = load_datasets(val, names=dataset.names) if val else None
@@ -242,11 +272,40 @@ def train(
             source={"command": _command_line(), "preset": preset},
             report=report,
             show_data=tell,
+            proposals=proposals,
+            validation_proposals=val_proposals,
         )
     accuracy = "" if result.map50 is None else f", mAP50 {result.map50:.3f} on the validation data"
+    if result.recall is not None:
+        accuracy = f", recall {result.recall:.3f} at IoU 0.5 on the validation data"
     print(f"{result.checkpoint}: {result.steps} steps{accuracy}")
     if result.interrupted:
         raise KeyboardInterrupt
+
+
+@app.command()
+def proposals(
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="The .jsonl file to write, one line an image.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Take them from this model's RPN: a .safetensors or .onnx.")
+    ] = None,
+    method: Annotated[
+        Literal["selective-search"] | None, typer.Option(help="Take them from OpenCV's contrib build.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="At most so many an image (default: the model's, or 2000).")
+    ] = None,
+    provider: ProviderOption = "auto",
+) -> None:
+    """Store proposals for images in a file: for ``train --schedule fast-rcnn``, and for their recall."""
+    from anchorline.proposing import store_proposals
+
+    with progress_bar("proposing") as progress:
+        boxes = store_proposals(
+            data, out, model=model, method=method, count=count, provider=provider, progress=progress
+        )
+    print(f"{out}: {boxes} proposals")
 
 
 @app.command("import")
@@ -318,8 +377,9 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A model.safetensors.")],
     out: Annotated[Path, typer.Option(help="The ONNX file to write.")],
     task: Annotated[
-        Literal["detections", "proposals"], typer.Option(help="The whole model, or the RPN alone.")
-    ] = "detections",
+        Literal["detections", "proposals"] | None,
+        typer.Option(help="The whole model, or the RPN alone (default: what the checkpoint holds)."),
+    ] = None,
     canvas: Annotated[
         str | None, typer.Option(metavar="HxW", help="Another network input size, multiples of 32.")
     ] = None,
@@ -345,6 +405,47 @@ def export(
     verdict = "not verified" if result.verification is None else result.verification.describe()
     height, width = result.contract.canvas
     print(f"{result.path}: {result.contract.task}, canvas {height}x{width}, {verdict}")
+
+
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An exported model.onnx in float32.")],
+    out: Annotated[Path, typer.Option(help="The ONNX file to write, such as model.int8.onnx.")],
+    calibrate: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SPEC|SOURCE",
+            help="Labelled data as for evaluate, or images, folders, a video; may be repeated.",
+        ),
+    ],
+    target: Annotated[
+        Literal["cpu", "tensorrt"],
+        typer.Option("--for", help="cpu: onnxruntime's integer kernels; tensorrt: Q/DQ nodes for build."),
+    ] = "cpu",
+    max_drop: Annotated[
+        float, typer.Option(min=0, max=1, help="What may be lost: mAP50, or agreement without labels.")
+    ] = 0.01,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use N images, spread over the data.")] = None,
+    verify: Annotated[bool, typer.Option(help="Compare with the float file before publishing.")] = True,
+    json: JsonOption = None,
+) -> None:
+    """Turn an exported model's layers into 8-bit integers, as far as its accuracy holds."""
+    from anchorline.export.quantizing import quantize_onnx
+
+    with progress_bar("quantising") as progress:
+        result = quantize_onnx(
+            model,
+            out,
+            calibrate,
+            target=target,
+            max_drop=max_drop,
+            limit=limit,
+            verify=verify,
+            progress=progress,
+            warn=warn,
+        )
+    show_report(result, json)
+    print(f"{result.path}: {result.describe()}")
 
 
 @app.command()
@@ -490,6 +591,51 @@ def demo(
 
 
 @app.command()
+def bench(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="Exported models or engines.")],
+    source: Annotated[
+        Path | None,
+        typer.Option(help="A video, an image or a folder of images (default: generated scenes, 1920x1080)."),
+    ] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(help="What runs the models, as for detect (default: auto); may be repeated."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Frames in each call.")] = 1,
+    batches: Annotated[int, typer.Option(min=1, help="Calls that are measured.")] = 100,
+    warmup: Annotated[int, typer.Option(min=0, help="Calls before those.")] = 10,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the network (default: one a core).")
+    ] = None,
+    cpu_precision: CpuPrecisionOption = "auto",
+    csv: Annotated[Path | None, typer.Option(help="Write the figures to this file as CSV.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them to this .png.")] = None,
+    json: JsonOption = None,
+) -> None:
+    """Measure how fast models run here: percentiles of each stage, throughput, peak memory."""
+    from rich.console import Console
+
+    from anchorline.benchmarking.bench import bench as measure
+
+    with progress_bar("measuring") as progress:
+        report = measure(
+            models,
+            source=source,
+            providers=provider or ("auto",),
+            batch=batch,
+            batches=batches,
+            warmup=warmup,
+            threads=threads,
+            cpu_precision=cpu_precision,
+            json_file=json,
+            csv_file=csv,
+            plot=plot,
+            progress=progress,
+        )
+    Console().print(report.render())
+
+
+@app.command()
 def doctor(
     artefact: Annotated[
         Path | None, typer.Argument(metavar="ARTEFACT", help="A .safetensors, .onnx or .engine file.")
@@ -566,15 +712,27 @@ def _command_line() -> str:
     return shlex.join(["anchorline", *sys.argv[1:]])
 
 
-def _open_detector(model: Path, provider: Provider) -> Any:
+def _open_detector(
+    model: Path,
+    provider: Provider,
+    proposals: Path | None = None,
+    data: Sequence[str] = (),
+    cpu_precision: CpuPrecision = "auto",
+) -> Any:
     """A detector for a checkpoint (with PyTorch) or an exported model (without)."""
+    if proposals is not None:
+        from anchorline.proposing import open_on_proposals
+
+        return open_on_proposals(model, proposals, data)
     if model.suffix == ".safetensors":
         from anchorline.train.prediction import TorchDetector
 
         return TorchDetector.load(model)
     from anchorline.runtime import Detector
+    from anchorline.runtime.opening import exact_provider
 
-    return Detector(model, provider=provider)
+    wanted = provider if cpu_precision == "bf16" else exact_provider(provider)
+    return Detector(model, wanted, cpu_precision=cpu_precision)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,6 +27,7 @@ EXTRAS = {
     "onnx": "train",
     "onnxruntime": "cpu",
     "onnxscript": "train",
+    "openvino": "openvino",
     "safetensors": "train",
     "tensorboard": "tensorboard",
     "torch": "train",

@@ -23,6 +23,7 @@ from anchorline.runtime.canvas import padded, place
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.engine_manifest import manifest_path
 from anchorline.runtime.errors import GpuError, OutputError, ParityError, SettingsError
+from anchorline.runtime.opening import exact_provider
 
 # torchvision computes the same in another order, and differs from itself by as much when only the memory
 # layout of its tensors changes.
@@ -183,7 +184,7 @@ def _open(path: Path, provider: str, other: Subject | None) -> Subject:
             )
         return Subject(path, Detector(path, "tensorrt" if provider == "auto" else provider))
     if not _is_checkpoint(path):
-        return onnx_subject(path, provider)
+        return onnx_subject(path, exact_provider(provider))
     from anchorline.train.subject import checkpoint_subject
 
     return checkpoint_subject(path, None if other is None else other.detector.contract)

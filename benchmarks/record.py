@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "torchvision", "onnxruntime", "opencv-python-headless")
+PACKAGES = ("torch", "torchvision", "onnxruntime", "openvino", "opencv-python-headless")
 
 
 def append_row(name: str, command: str, figures: Mapping[str, object]) -> Path:

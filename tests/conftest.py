@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from anchorline.train.faster_rcnn import FasterRCNN
-    from anchorline.train.settings import ModelSettings
+    from anchorline.train.model_settings import ModelSettings
 
 SMALL_CANVAS = (128, 160)
 
@@ -22,7 +22,7 @@ SMALL_CANVAS = (128, 160)
 @pytest.fixture(scope="session")
 def small_settings() -> Callable[..., ModelSettings]:
     """``small_settings(neck, **changes)``: settings of a narrow model on a canvas of 128x160."""
-    from anchorline.train.settings import ModelSettings
+    from anchorline.train.model_settings import ModelSettings
 
     def settings(neck: str = "fpn", **changes: object) -> ModelSettings:
         sizes = ((8.0,), (16.0,), (32.0,), (64.0,), (128.0,)) if neck == "fpn" else ((16.0, 48.0),)

@@ -23,7 +23,7 @@ SHOWN_PACKAGES = {
     "TensorRT": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "TensorRT for RTX": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
     "CUDA for Python": ("cuda-bindings", "cuda-core", "pycuda"),
-    "OpenVINO": ("onnxruntime-ep-openvino", "openvino"),
+    "OpenVINO": ("openvino", "onnxruntime-ep-openvino"),
 }
 
 

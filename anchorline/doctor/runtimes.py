@@ -10,16 +10,18 @@ from anchorline.doctor.conflicts import tensorrt_packages
 from anchorline.doctor.findings import Finding
 from anchorline.doctor.machine import Machine
 from anchorline.doctor.packages import numbers
+from anchorline.runtime.cpu_options import CpuOptions, has_native_bf16
 from anchorline.runtime.engine_manifest import EngineManifest
-from anchorline.runtime.errors import ArtefactError
+from anchorline.runtime.errors import AnchorlineError, ArtefactError
 from anchorline.runtime.files import sha256_of
-from anchorline.runtime.onnxruntime_backend import PROVIDERS, OnnxRuntimeBackend
+from anchorline.runtime.gpu.options import GpuOptions
+from anchorline.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from anchorline.runtime.opening import open_backend
 
 # The providers of onnxruntime that run ONNX files, by their name on the command line: onnxruntime's
 # own name, the package that brings it, and whether it needs an NVIDIA GPU.
 _KNOWN_PROVIDERS = {
     "cpu": ("CPUExecutionProvider", "onnxruntime", False),
-    "openvino": ("OpenVINOExecutionProvider", "onnxruntime-ep-openvino", False),
     "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu", True),
     "tensorrt": ("TensorrtExecutionProvider", "onnxruntime-gpu", True),
     "tensorrt-rtx": ("NvTensorRTRTXExecutionProvider", "onnxruntime-gpu", True),
@@ -48,11 +50,12 @@ def runtimes_for(artefact: Artefact, machine: Machine) -> list[Runtime]:
         return [_pytorch(machine)]
     if artefact.engine is not None:
         return [_tensorrt(artefact.engine, machine), *_instead_of_tensorrt(artefact, machine)]
-    return [
+    found = [
         _provider(name, artefact.path, machine)
         for name, (provider, _, needs_gpu) in _KNOWN_PROVIDERS.items()
-        if provider in machine.providers or (name in PROVIDERS and (machine.gpu.gpus or not needs_gpu))
+        if provider in machine.providers or machine.gpu.gpus or not needs_gpu
     ]
+    return [*found, *_openvino(artefact.path, machine)]
 
 
 def _instead_of_tensorrt(artefact: Artefact, machine: Machine) -> list[Runtime]:
@@ -86,6 +89,13 @@ def open_onnx(path: Path) -> None:
     OnnxRuntimeBackend(path, "cpu").close()
 
 
+def open_openvino(path: Path) -> str:
+    """Load the file on OpenVINO as ``detect`` does; its precision. Raises ``AnchorlineError``."""
+    backend = open_backend(path, "openvino", CpuOptions(), GpuOptions())
+    backend.close()
+    return backend.precision
+
+
 def _pytorch(machine: Machine) -> Runtime:
     wanted = ("torch", "torchvision", "safetensors")
     missing = [name for name in wanted if not machine.importable.get(name, False)]
@@ -106,8 +116,6 @@ def _provider(name: str, path: Path, machine: Machine) -> Runtime:
         return Runtime(
             shown, False, f"onnxruntime {'is not installed' if reason is None else 'is broken'}: {hint}"
         )
-    if name not in PROVIDERS:
-        return Runtime(shown, False, "this version of anchorline does not offer it")
     if provider not in machine.providers and (package == "onnxruntime" or package not in machine.packages):
         return Runtime(shown, False, f"onnxruntime has no {provider}: pip install {package}")
     if needs_gpu and not machine.gpu.gpus:
@@ -117,6 +125,19 @@ def _provider(name: str, path: Path, machine: Machine) -> Runtime:
     except ArtefactError as error:
         return Runtime(shown, False, str(error))
     return Runtime(shown, True, f"onnxruntime {machine.onnxruntime.version} loads it")
+
+
+def _openvino(path: Path, machine: Machine) -> list[Runtime]:
+    """OpenVINO, where it is installed."""
+    here = machine.version("openvino")
+    if here is None:
+        return []
+    try:
+        precision = open_openvino(path)
+    except AnchorlineError as error:
+        return [Runtime("OpenVINO", False, str(error))]
+    bf16 = "" if has_native_bf16() else "; this processor does not compute bf16 natively"
+    return [Runtime("OpenVINO", True, f"OpenVINO {here} compiles it, in {precision}{bf16}")]
 
 
 def _tensorrt(engine: EngineManifest, machine: Machine) -> Runtime:

@@ -26,6 +26,7 @@ from anchorline.train.checkpoint import load_checkpoint, read_header
 from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.prediction import TorchDetector
 from anchorline.train.stage_outputs import TorchStages
+from anchorline.train.tasks import check_own_proposals
 
 _NO_LIMIT = 1 << 20  # pixels
 
@@ -51,7 +52,7 @@ def export_onnx(
     checkpoint: Path,
     out: Path,
     *,
-    task: str = "detections",
+    task: str | None = None,
     canvas: tuple[int, int] | None = None,
     frame_size: tuple[int, int] | None = None,
     max_batch: int | None = None,
@@ -67,7 +68,7 @@ def export_onnx(
     few traps, or ``ParityError`` is raised and nothing is published. The verdict, or that there is none,
     goes to the record beside the file.
     """
-    if task not in TASKS:
+    if task is not None and task not in TASKS:
         raise SettingsError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
     if max_batch is not None and max_batch < 1:
         raise SettingsError(f"max batch is {max_batch}; expected at least 1")
@@ -80,6 +81,8 @@ def export_onnx(
             )
         canvas = trimmed_canvas(frame_size, read_header(checkpoint)[1])
     model, contract = load_checkpoint(checkpoint, canvas)
+    task = task or contract.task
+    check_own_proposals(checkpoint, contract, task)
     contract = dataclasses.replace(
         contract,
         task=task,

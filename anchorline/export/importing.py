@@ -25,8 +25,9 @@ from anchorline.runtime.canvas import padded
 from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.errors import SettingsError
 from anchorline.train.checkpoint import contract_of, save_checkpoint
-from anchorline.train.setting_checks import expect
-from anchorline.train.settings import ModelSettings, parse_override, settings_from
+from anchorline.train.model_settings import ModelSettings
+from anchorline.train.setting_checks import expect, settings_from
+from anchorline.train.settings import parse_override
 
 # The start of the SHA-256 of fasterrcnn_resnet50_fpn_coco-258fb6c6.pth. It was trained with eps 0, and
 # torchvision sets that back (``overwrite_eps``) for this file alone.

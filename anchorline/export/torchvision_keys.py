@@ -19,7 +19,7 @@ from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.errors import ArtefactError
 from anchorline.train.backbones import BACKBONES
 from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.settings import ModelSettings
+from anchorline.train.model_settings import ModelSettings
 
 CLASSIFIER = "roi_heads.box_predictor.cls_score.weight"
 _STEP_COUNTER = "num_batches_tracked"  # no result depends on it, and frozen batch norms have none

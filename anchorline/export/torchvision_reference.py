@@ -24,7 +24,7 @@ from anchorline.runtime.errors import SettingsError
 from anchorline.runtime.preprocess import check_frame
 from anchorline.train.backbones import BACKBONES
 from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.settings import ModelSettings
+from anchorline.train.model_settings import ModelSettings
 
 
 class TorchvisionDetector:
@@ -81,10 +81,14 @@ def torchvision_model(model: FasterRCNN, contract: Contract) -> TorchvisionFaste
     Raises ``SettingsError`` for a model that torchvision has no parts for.
     """
     s, classes = model.settings, len(contract.names) + 1
-    if s.roi_aligned or s.box_min_side != 1e-2 or int(s.canonical_size) != s.canonical_size:
+    plain = (s.profile, s.channel_order, s.rpn_channels, s.rpn_score, s.roi_pooling) == (
+        *("torchvision", "rgb", 0, "sigmoid"),
+        "align",
+    )
+    if not plain or s.roi_aligned or s.box_min_side != 1e-2 or int(s.canonical_size) != s.canonical_size:
         raise SettingsError(
-            "torchvision has no model with these settings; expected roi_aligned false, box_min_side 0.01 "
-            "and a canonical_size without fraction"
+            "torchvision has no model with these settings; expected the torchvision profile, RGB, RoIAlign "
+            "and a sigmoid, roi_aligned false, box_min_side 0.01 and a canonical_size without fraction"
         )
     backbone, levels = _backbone(s), len(s.anchor_sizes)
     names = [str(level) for level in range(max(1, levels - 1))]  # of a pyramid all but the pooled map
@@ -130,13 +134,13 @@ def _backbone(settings: ModelSettings) -> Any:
     if settings.neck == "single":
         single = nn.Sequential()
         layers = list(spec.layers(network))
-        for name in layers[: layers.index(spec.stage_ends[3]) + 1]:
+        for name in layers[: layers.index(spec.maps[16][0]) + 1]:
             single.append(cast(nn.Module, getattr(body, name)))
         wrapped = nn.Sequential()
-        wrapped.body, wrapped.out_channels = single, spec.channels[2]  # type: ignore[assignment]
+        wrapped.body, wrapped.out_channels = single, spec.maps[16][1]  # type: ignore[assignment]
         return wrapped
     levels = 4 if settings.finest_stride == 4 else 3
-    taps = dict(zip(spec.stage_ends[-levels:], spec.channels[-levels:], strict=True))
+    taps = dict(list(spec.maps.values())[-levels:])
     if settings.neck == "fpn32" and spec.coarse is not None:
         taps = spec.coarse
     return BackboneWithFPN(

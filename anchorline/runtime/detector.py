@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from anchorline.runtime.backend import Lane
 from anchorline.runtime.canvas import Placement
 from anchorline.runtime.contract import Contract
+from anchorline.runtime.cpu_options import CpuOptions
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.errors import ArtefactError, FrameError, SettingsError
 from anchorline.runtime.gpu.device_frames import Nv12, check_host_nv12, is_device_frame
@@ -37,12 +38,14 @@ class Detector:
 
     ``model`` is an ONNX file written by ``anchorline export`` or an engine by ``anchorline build``.
     ``provider`` is ``"auto"`` (the best one here: an engine runs on TensorRT or, where that cannot be, its
-    ONNX file on the CPU, and the log says why), ``"cpu"``, ``"cuda"``, ``"tensorrt"`` or
-    ``"tensorrt-rtx"``; one that is named and not to be had is an error. Detections with a score under
+    ONNX file on the CPU, and the log says why; an ONNX file on CUDA, else OpenVINO, else onnxruntime's
+    CPU), ``"cpu"``, ``"openvino"``, ``"cuda"``, ``"tensorrt"`` or ``"tensorrt-rtx"``; one that is named and
+    not to be had is an error. Detections with a score under
     ``score_threshold`` are dropped; by default all that the graph lets through (its own cut is
     ``contract.thresholds.score``) are returned. ``threads`` bounds the CPU threads, ``workers`` the calls
-    that run at once (on a GPU each takes memory of its own). ``gpu`` says how a GPU is used. Raises
-    ``ArtefactError``, ``SettingsError`` and ``GpuError``.
+    that run at once (on a GPU each takes memory of its own). ``cpu_precision`` and ``tuning`` are those of
+    ``CpuOptions``: the arithmetic on a processor, and latency or throughput. ``gpu`` says how a GPU is used.
+    Raises ``ArtefactError``, ``SettingsError`` and ``GpuError``.
     """
 
     def __init__(
@@ -54,9 +57,12 @@ class Detector:
         *,
         workers: int = 2,
         gpu: GpuOptions | None = None,
+        cpu_precision: str = "auto",
+        tuning: str = "latency",
     ) -> None:
         _check_count("workers", workers)
-        self._backend = open_backend(Path(model), provider, threads, gpu or GpuOptions())
+        cpu = CpuOptions(threads, cpu_precision, tuning)
+        self._backend = open_backend(Path(model), provider, cpu, gpu or GpuOptions())
         try:
             _check_tensors(Path(model), self._backend.contract)
             self._score_threshold = _choose_threshold(score_threshold, self._backend.contract)

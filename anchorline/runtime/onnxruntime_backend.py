@@ -5,10 +5,11 @@ With ``io_binding.py`` the only module that imports onnxruntime.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
+from anchorline.runtime.core_budget import core_budget
+from anchorline.runtime.cpu_options import CpuOptions
 from anchorline.runtime.cuda.failures import CudaError
 from anchorline.runtime.errors import ArtefactError, GpuError, SettingsError
 from anchorline.runtime.gpu.options import GpuOptions
@@ -71,12 +74,13 @@ class OnnxRuntimeBackend:
             raise SettingsError(
                 f"provider is {provider!r}; available for ONNX files here: {', '.join(available_providers())}"
             )
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
-            raise SettingsError(f"threads is {threads!r}; expected a whole number of at least 1, or None")
+        cpu = CpuOptions(threads)
+        cpu.check()
         self.path = Path(path)
         self.provider = provider
         options = options or GpuOptions()
-        self._session: Any = _open_session(self.path, provider, threads, options)
+        self._threads = cpu.thread_count
+        self._session: Any = _open_session(self.path, provider, _session_options(cpu), options)
         self.contract = _read_contract(self.path, self._session)
         _check_graph(self.path, self._session, self.contract)
         self.precision = self.contract.precision
@@ -103,14 +107,23 @@ class OnnxRuntimeBackend:
             if bound is not None:
                 outputs, self._thread.timings = bound.infer(inputs)
                 return outputs
-            start = time.perf_counter()
-            values = session.run(list(self.contract.outputs), dict(inputs))
+            # No IO binding here: on the CPU onnxruntime reads the arrays where they are.
+            with self._cores():
+                start = time.perf_counter()
+                values = session.run(list(self.contract.outputs), dict(inputs))
+                seconds = time.perf_counter() - start
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
             if self.provider != "cpu":
                 raise _gpu_failure(self.path, self.provider, error) from None
             raise ArtefactError(f"{self.path}: onnxruntime cannot run it ({_reason(error)})") from error
-        self._thread.timings = {"upload": 0.0, "network": time.perf_counter() - start, "download": 0.0}
+        self._thread.timings = {"upload": 0.0, "network": seconds, "download": 0.0}
         return dict(zip(self.contract.outputs, values, strict=True))
+
+    def _cores(self) -> contextlib.AbstractContextManager[None]:
+        """The cores that a run takes, shared with the other detectors of this process."""
+        if self.provider != "cpu":
+            return contextlib.nullcontext()
+        return core_budget().lent(self._threads)
 
     def create_lane(self) -> HostLane:
         """A lane; any number of them may be at work."""
@@ -130,22 +143,50 @@ class OnnxRuntimeBackend:
         self.close()
 
 
-def _open_session(path: Path, provider: str, threads: int | None, gpu: GpuOptions) -> Any:
-    _check_file(path)
+def write_inlined(path: Path, target: Path) -> Contract:
+    """Write the graph of ``path`` to ``target`` with our custom ops replaced by their function bodies.
+
+    For runtimes that do not know model-local functions. Returns the contract; raises ``ArtefactError``
+    as ``OnnxRuntimeBackend`` does.
+    """
+
+    def configure(onnxruntime: Any) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _FATAL_ONLY
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.optimized_model_filepath = str(target)  # functions are inlined even so
+        return options
+
+    session = _open_session(path, "cpu", configure, GpuOptions())
+    contract = _read_contract(path, session)
+    _check_graph(path, session, contract)
+    return contract
+
+
+def _session_options(cpu: CpuOptions) -> Callable[[Any], Any]:
+    def configure(onnxruntime: Any) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _FATAL_ONLY
+        # Always a number: left to itself onnxruntime pins the threads of every session to the same cores,
+        # and several detectors stand in each other's way. It also overlooks a container's limit.
+        options.intra_op_num_threads = cpu.thread_count
+        return options
+
+    return configure
+
+
+def _open_session(path: Path, provider: str, configure: Callable[[Any], Any], gpu: GpuOptions) -> Any:
+    check_file(path)
     try:
         import onnxruntime
     except ImportError as error:
         raise ArtefactError(
             f"{path}: running ONNX files needs onnxruntime ({error}); pip install 'anchorline[cpu]'"
         ) from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _FATAL_ONLY
-    if threads is not None:
-        options.intra_op_num_threads = threads
     try:
         # Without its own fallback, which says so on stdout and forgets the options: the GPU's number, too.
         session = onnxruntime.InferenceSession(
-            str(path), options, providers=_provider_list(provider, gpu), enable_fallback=0
+            str(path), configure(onnxruntime), providers=_provider_list(provider, gpu), enable_fallback=0
         )
     except Exception as error:
         reason = _reason(error)
@@ -193,7 +234,8 @@ def _gpu_failure(path: Path, provider: str, error: Exception) -> GpuError:
     )
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Raise ``ArtefactError`` unless ``path`` is a file that can be read and is not empty."""
     try:
         if path.is_dir():
             raise ArtefactError(f"{path}: is a folder, expected an ONNX file")

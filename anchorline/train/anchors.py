@@ -1,7 +1,9 @@
 """Anchors: the reference boxes of the RPN (Faster R-CNN, section 3.1.1).
 
-Numerically as torchvision's ``models/detection/anchor_utils.py``: base anchors are rounded to whole
-pixels and centred at 0, and shifted by the stride of their level.
+Two styles. ``torchvision`` is numerically ``models/detection/anchor_utils.py``: base anchors are rounded
+to whole pixels and centred at 0. ``caffe`` is py-faster-rcnn's ``lib/rpn/generate_anchors.py``: a window
+of 16x16 pixels is given each aspect ratio, rounded, and then scaled. That window is (0, 0, 15, 15) with
+its last pixels included, which with continuous edges is (0, 0, 16, 16), centred at 8.
 """
 
 from __future__ import annotations
@@ -25,6 +27,24 @@ def base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tens
     return torch.round(torch.stack((-widths, -heights, widths, heights), dim=1) / 2)
 
 
+# The side of the window that py-faster-rcnn's anchors are multiples of, in pixels.
+CAFFE_WINDOW = 16
+
+
+def caffe_base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
+    """py-faster-rcnn's anchors [len(aspect_ratios) * len(sizes), 4], ratio by ratio, at the first place.
+
+    Edges are continuous: py-faster-rcnn's x2 and y2 are 1 less. ``sizes`` as for ``base_anchors``; the
+    scale of a size is size / 16.
+    """
+    ratio = torch.as_tensor(aspect_ratios, dtype=torch.float64)
+    scale = torch.as_tensor(sizes, dtype=torch.float64) / CAFFE_WINDOW
+    width = torch.round(torch.sqrt(CAFFE_WINDOW**2 / ratio))
+    height = torch.round(width * ratio)
+    half = (torch.stack((width, height), dim=1)[:, None] * scale[None, :, None] / 2).reshape(-1, 2)
+    return (CAFFE_WINDOW / 2 + torch.cat((-half, half), dim=1)).float()
+
+
 def grid_anchors(base: Tensor, grid: tuple[int, int], stride: tuple[int, int]) -> Tensor:
     """Anchors [rows * columns * k, 4] of one level: ``base`` [k, 4] at every place of the ``grid``.
 
@@ -43,20 +63,28 @@ def level_anchors(
     grids: Sequence[tuple[int, int]],
     sizes: Sequence[Sequence[float]],
     aspect_ratios: Sequence[float],
+    *,
+    style: str = "torchvision",
+    strides: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """Anchors of every level, a list of [A_level, 4] in canvas pixels.
+    """Anchors of every level, a list of [A_level, 4] in canvas pixels, in one of the two styles.
 
     ``canvas`` and ``grids`` are (height, width) of the network input and of each feature map;
     ``sizes`` holds the anchor sizes of each level. A level's stride is canvas // grid, as in
-    torchvision. Raises ``ValueError`` when the numbers of levels differ.
+    torchvision, unless ``strides`` says it: a map whose size was rounded up is larger than canvas / stride.
+    Raises ``ValueError`` when the numbers of levels differ.
     """
     if len(sizes) != len(grids):
         raise ValueError(
             f"got anchor sizes for {len(sizes)} levels and {len(grids)} feature maps; expected one each"
         )
+    base = caffe_base_anchors if style == "caffe" else base_anchors
+    steps = (
+        [(canvas[0] // rows, canvas[1] // columns) for rows, columns in grids]
+        if strides is None
+        else [(stride, stride) for stride in strides]
+    )
     return [
-        grid_anchors(
-            base_anchors(level_sizes, aspect_ratios), grid, (canvas[0] // grid[0], canvas[1] // grid[1])
-        )
-        for grid, level_sizes in zip(grids, sizes, strict=True)
+        grid_anchors(base(level_sizes, aspect_ratios), grid, step)
+        for grid, level_sizes, step in zip(grids, sizes, steps, strict=True)
     ]

@@ -14,18 +14,39 @@ from torch import Tensor
 
 from anchorline.runtime.errors import ArtefactError, SettingsError
 from anchorline.train.backbones import BACKBONES, Body
+from anchorline.train.box_head_weights import fill_box_head
+from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.train.input_convention import adapt_first_convolution
 
 # Given in place of a file: torchvision's own weights.
 IMAGENET = "imagenet"
 
 
-def load_imagenet_weights(body: Body, backbone: str) -> None:
+def load_pretrained(model: FasterRCNN, weights: Path | str, pretrained_input: str = "torchvision") -> None:
+    """Start ``model`` from the weights of a classification network: ``"imagenet"``, or a file.
+
+    The body is filled as ``load_imagenet_weights`` and ``load_backbone_weights`` do; fc6 and fc7 too
+    where the network has them (VGG-16, ZF), the weights do, and the shapes are those of the box head.
+    The first convolution is then adapted from RGB with ImageNet's statistics to the input of this model;
+    not with ``pretrained_input`` ``model``, for a file of a network that had the same input as this one.
+    """
+    settings, body = model.settings, model.backbone.body
+    if weights == IMAGENET:
+        state, pretrained_input = load_imagenet_weights(body, settings.backbone), "torchvision"
+    else:
+        state = load_backbone_weights(body, Path(weights))
+    fill_box_head(model.roi_heads.box_head, state, BACKBONES[settings.backbone].classifier)
+    if pretrained_input == "torchvision":
+        adapt_first_convolution(body, settings)
+
+
+def load_imagenet_weights(body: Body, backbone: str) -> dict[str, Tensor]:
     """Fill ``body`` with torchvision's ImageNet weights of the network ``backbone``.
 
     They are downloaded once, with a check of their hash, into PyTorch's cache (``$TORCH_HOME``, else
     ``~/.cache/torch``). Where there are several, these are the first version, from which torchvision's
-    detectors start. Raises ``SettingsError`` for a backbone without such weights, ``ArtefactError``
-    where they cannot be fetched or read.
+    detectors start. Returns all weights of the network. Raises ``SettingsError`` for a backbone without
+    such weights, ``ArtefactError`` where they cannot be fetched or read.
     """
     weights = _torchvision_weights(backbone)
     if weights is None:
@@ -49,17 +70,20 @@ def load_imagenet_weights(body: Body, backbone: str) -> None:
             f"and give the file: --backbone-weights {cached.name}"
         ) from None
     _fill(body, _checked(state, cached), cached)
+    return _checked(state, cached)
 
 
-def load_backbone_weights(body: Body, path: Path) -> None:
+def load_backbone_weights(body: Body, path: Path) -> dict[str, Tensor]:
     """Fill ``body`` from a classification checkpoint of the same network (torchvision's keys).
 
     The file is a state dict (``.pth`` loaded as weights only, or ``.safetensors``) whose keys are
     ``features.N...`` or ``N...`` (MobileNetV2's older flat blocks too); layers behind the last tap,
-    and the classifier, are left out.
+    and the classifier, are left out. Returns all weights of the file.
     Raises ``ArtefactError`` for a file that is missing, damaged or of another network.
     """
-    _fill(body, _read_state(path), path)
+    state = _read_state(path)
+    _fill(body, state, path)
+    return state
 
 
 def _torchvision_weights(backbone: str) -> Any:

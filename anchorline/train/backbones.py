@@ -20,8 +20,9 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from anchorline.runtime.errors import ArtefactError
-from anchorline.train.settings import ModelSettings
+from anchorline.train.model_settings import ModelSettings
 from anchorline.train.stages import mark
+from anchorline.train.vgg_and_zf import vgg16, zf
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
@@ -43,23 +44,42 @@ class FrozenBatchNorm(nn.BatchNorm2d):
 class BackboneSpec:
     """Where a network's feature maps come from.
 
-    ``build(norm_layer)`` gives the whole classification network, ``layers`` its layers in order under
-    the names their parameters have in torchvision's detection models. The five ``stage_ends`` name
-    the last layers of strides 2, 4, 8, 16 and 32; ``channels`` are the widths at strides 4 to 32.
+    ``build(norm_layer)`` gives the network, ``layers`` its layers in order under the names their
+    parameters have in torchvision's detection models. ``stage_ends`` name the last layers of the stages
+    that can be frozen, ``maps`` the last layer and the width at each stride that a neck may take.
     ``coarse`` names the first and the last layer of stride 32, with their widths: what torchvision's
     MobileNet detectors tap (neck ``fpn32``); ``None`` where torchvision has no such detector.
+    ``classifier`` names the two fully connected layers of the classification network that the box head
+    takes over as fc6 and fc7 (``box_head_weights.py``).
     """
 
     build: Callable[[Callable[..., nn.Module]], nn.Module]
     layers: Callable[[nn.Module], dict[str, nn.Module]]
-    stage_ends: tuple[str, str, str, str, str]
-    channels: tuple[int, int, int, int]
+    stage_ends: tuple[str, ...]
+    maps: dict[int, tuple[str, int]]
     coarse: dict[str, int] | None = None
+    classifier: tuple[str, str] | None = None
+
+
+def _five_stages(
+    build: Callable[[Callable[..., nn.Module]], nn.Module],
+    layers: Callable[[nn.Module], dict[str, nn.Module]],
+    ends: tuple[str, str, str, str, str],
+    widths: tuple[int, int, int, int],
+    coarse: dict[str, int] | None = None,
+) -> BackboneSpec:
+    """A network whose stages end at strides 2, 4, 8, 16 and 32; ``widths`` are those from stride 4 on."""
+    maps = dict(zip((4, 8, 16, 32), zip(ends[1:], widths, strict=True), strict=True))
+    return BackboneSpec(build, layers, ends, maps, coarse)
 
 
 def _feature_layers(network: nn.Module) -> dict[str, nn.Module]:
     """The layers of a MobileNet, numbered as in its ``features``."""
     return dict(cast(nn.Module, network.features).named_children())
+
+
+def _children(network: nn.Module) -> dict[str, nn.Module]:
+    return dict(network.named_children())
 
 
 def _resnet_layers(network: nn.Module) -> dict[str, nn.Module]:
@@ -87,28 +107,28 @@ _RESNET_ENDS = ("relu", "layer1", "layer2", "layer3", "layer4")
 _BASIC, _BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)  # widths by kind of block
 
 BACKBONES: dict[str, BackboneSpec] = {
-    "mobilenet_v2": BackboneSpec(
+    "mobilenet_v2": _five_stages(
         _mobilenet_v2, _feature_layers, _V2_ENDS, (24, 32, 96, 320), {"14": 160, "18": 1280}
     ),
-    "mobilenet_v2_050": BackboneSpec(
+    "mobilenet_v2_050": _five_stages(
         partial(_mobilenet_v2, width=0.5),
         _feature_layers,
         _V2_ENDS,
         (16, 16, 48, 160),
         {"14": 80, "18": 1280},
     ),
-    "mobilenet_v3_large": BackboneSpec(
+    "mobilenet_v3_large": _five_stages(
         _network("mobilenet_v3_large"),
         _feature_layers,
         ("1", "3", "6", "12", "15"),
         (24, 40, 112, 160),
         {"13": 160, "16": 960},
     ),
-    "resnet10": BackboneSpec(_resnet10, _resnet_layers, _RESNET_ENDS, _BASIC),
-    "resnet18": BackboneSpec(_network("resnet18"), _resnet_layers, _RESNET_ENDS, _BASIC),
-    "resnet34": BackboneSpec(_network("resnet34"), _resnet_layers, _RESNET_ENDS, _BASIC),
+    "resnet10": _five_stages(_resnet10, _resnet_layers, _RESNET_ENDS, _BASIC),
+    "resnet18": _five_stages(_network("resnet18"), _resnet_layers, _RESNET_ENDS, _BASIC),
+    "resnet34": _five_stages(_network("resnet34"), _resnet_layers, _RESNET_ENDS, _BASIC),
     **{
-        name: BackboneSpec(_network(name), _resnet_layers, _RESNET_ENDS, _BOTTLENECK)
+        name: _five_stages(_network(name), _resnet_layers, _RESNET_ENDS, _BOTTLENECK)
         for name in (
             "resnet50",
             "resnet101",
@@ -119,6 +139,21 @@ BACKBONES: dict[str, BackboneSpec] = {
             "wide_resnet101_2",
         )
     },
+    # The paper's two networks end at stride 16 (``vgg_and_zf.py``).
+    "vgg16": BackboneSpec(
+        vgg16,
+        _children,
+        ("4", "9", "16", "23", "29"),  # conv1_x to conv4_x with their pooling, conv5_x
+        {16: ("29", 512)},
+        classifier=("classifier.0", "classifier.3"),
+    ),
+    "zf": BackboneSpec(
+        zf,
+        _children,
+        ("pool1", "pool2", "relu3", "relu4", "relu5"),
+        {16: ("relu5", 256)},
+        classifier=("fc6", "fc7"),
+    ),
 }
 
 
@@ -207,7 +242,8 @@ def build_backbone(settings: ModelSettings) -> FPNBackbone | SingleBackbone:
     live = settings.backbone_norm == "live"
     norm = partial(nn.BatchNorm2d if live else FrozenBatchNorm, eps=settings.backbone_norm_eps)
     if settings.neck == "single":
-        return SingleBackbone(Body(spec, spec.stage_ends[3:4], norm), spec.channels[2])
+        last, width = spec.maps[16]
+        return SingleBackbone(Body(spec, (last,), norm), width)
     if settings.neck == "fpn32":
         if spec.coarse is None:
             known = ", ".join(name for name, each in BACKBONES.items() if each.coarse)
@@ -216,7 +252,13 @@ def build_backbone(settings: ModelSettings) -> FPNBackbone | SingleBackbone:
         # torchvision finds the same scale for both maps of stride 32 and pools every RoI from the first.
         return FPNBackbone(body, widths, settings.fpn_channels, (32, 32, 64), 1, live)
     levels = 4 if settings.finest_stride == 4 else 3
-    body, widths = Body(spec, spec.stage_ends[-levels:], norm), spec.channels[-levels:]
     strides = (4, 8, 16, 32, 64)[-levels - 1 :]
+    if not set(strides[:-1]) <= set(spec.maps):
+        raise ArtefactError(
+            f"neck 'fpn' does not fit backbone {settings.backbone!r}, which ends at stride {max(spec.maps)}; "
+            "expected 'single'"
+        )
+    taps = [spec.maps[stride] for stride in strides[:-1]]
+    body = Body(spec, [layer for layer, _ in taps], norm)
     # The coarsest map serves the RPN only.
-    return FPNBackbone(body, widths, settings.fpn_channels, strides, levels, live)
+    return FPNBackbone(body, [width for _, width in taps], settings.fpn_channels, strides, levels, live)

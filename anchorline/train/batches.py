@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,15 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision import tv_tensors
 
-from anchorline.evaluation.dataset import Dataset, LabelledImage
+from anchorline.evaluation.dataset import Dataset
+from anchorline.evaluation.stored_proposals import ImageProposals
 from anchorline.runtime.canvas import boxes_to_canvas, place, to_canvas
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.errors import AnchorlineError
-from anchorline.train.settings import TrainingSettings
-from anchorline.train.targets import IGNORE_LABEL, Targets
+from anchorline.train.ops import SUPPRESSED
+from anchorline.train.rpn import Proposals
+from anchorline.train.targets import IGNORE_LABEL, PROPOSAL_LABEL, Targets
+from anchorline.train.training_settings import TrainingSettings
 from anchorline.train.transforms import build_transforms
 
 
@@ -31,13 +35,32 @@ from anchorline.train.transforms import build_transforms
 class Batch:
     """``images`` uint8 [B, H, W, 3] BGR canvases, ``image_sizes`` float32 [B, 2], targets, and ids.
 
-    An id names every image of a mosaic, the first one first: ``a + b + c + d``.
+    An id names every image of a mosaic, the first one first: ``a + b + c + d``. ``proposals`` are the
+    stored ones, moved with the pixels, where the training is given any.
     """
 
     images: Tensor
     image_sizes: Tensor
     targets: Targets
     ids: tuple[str, ...]
+    proposals: Proposals | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on ``device``."""
+        proposals = self.proposals
+        if proposals is not None:
+            proposals = Proposals(proposals.boxes.to(device), proposals.scores.to(device))
+        sizes, targets = self.image_sizes.to(device), self.targets.to(device)
+        return Batch(self.images.to(device), sizes, targets, self.ids, proposals)
+
+
+@dataclass(frozen=True)
+class _Boxes:
+    """What is on a view: ``boxes`` [N, 4] and their ``labels`` [N]; ``scores`` [N] count for proposals."""
+
+    boxes: NDArray[np.float32]
+    labels: Tensor
+    scores: Tensor
 
 
 class CanvasDataset(TorchDataset[dict[str, Any]]):
@@ -45,13 +68,21 @@ class CanvasDataset(TorchDataset[dict[str, Any]]):
 
     A view depends on (seed, epoch, index) alone, so neither workers nor a resumed run change it.
     Keys are (epoch, index). Crowds and difficult objects are no objects to learn but regions to ignore:
-    ``boxes`` [N, 4] and ``labels`` [N] of an item hold the former, ``ignored`` [I, 4] the latter.
+    ``boxes`` [N, 4] and ``labels`` [N] of an item hold the former, ``ignored`` [I, 4] the latter. With
+    ``proposals``, one entry an image, items also hold the best ``rpn_post_nms`` of those that the view
+    shows, in falling order: ``proposal_boxes`` and ``proposal_scores``, with -1 in unused slots.
     """
 
     def __init__(
-        self, data: Dataset, canvas: tuple[int, int], resize: ResizeRule, settings: TrainingSettings
+        self,
+        data: Dataset,
+        canvas: tuple[int, int],
+        resize: ResizeRule,
+        settings: TrainingSettings,
+        proposals: Sequence[ImageProposals] | None = None,
     ) -> None:
         self.data, self.canvas, self.resize, self.seed = data, canvas, resize, settings.seed
+        self.proposals, self.slots = proposals, settings.rpn_post_nms
         self.transforms = build_transforms(settings)
         self.mosaic = settings.mosaic
 
@@ -69,62 +100,85 @@ class CanvasDataset(TorchDataset[dict[str, Any]]):
     def _single(self, index: int) -> dict[str, Any]:
         """One image on the canvas."""
         out = np.empty((*self.canvas, 3), np.uint8)
-        valid, boxes, labels = self._lay(index, self.resize, out)
-        return self._item([index], out, valid, boxes, labels)
+        valid, found = self._lay(index, self.resize, out)
+        return self._item([index], out, valid, [found])
 
     def _mosaic(self, index: int) -> dict[str, Any]:
         """Four images in the quarters of the canvas, the asked one first, the others drawn at random."""
         indices = [index, *torch.randint(len(self.data), (3,)).tolist()]
         out = np.zeros((*self.canvas, 3), np.uint8)
         height, width = self.canvas[0] // 2, self.canvas[1] // 2
-        all_boxes, all_labels = [], []
+        parts = []
         for quarter, each in enumerate(indices):
             top, left = quarter // 2 * height, quarter % 2 * width
-            _, boxes, labels = self._lay(each, ResizeRule(), out[top : top + height, left : left + width])
-            all_boxes.append(boxes + np.array([left, top, left, top], np.float32))
-            all_labels.append(labels)
-        return self._item(indices, out, self.canvas, np.concatenate(all_boxes), torch.cat(all_labels))
+            _, found = self._lay(each, ResizeRule(), out[top : top + height, left : left + width])
+            moved = found.boxes + np.array([left, top, left, top], np.float32)
+            parts.append(dataclasses.replace(found, boxes=moved))
+        return self._item(indices, out, self.canvas, parts)
 
-    def _lay(
-        self, index: int, resize: ResizeRule, out: NDArray[np.uint8]
-    ) -> tuple[tuple[int, int], NDArray[np.float32], Tensor]:
-        """Lay a random view of an image onto ``out``; its valid size, boxes there [N, 4], labels [N]."""
-        image, boxes, labels = self._view(self.data.images[index])
+    def _lay(self, index: int, resize: ResizeRule, out: NDArray[np.uint8]) -> tuple[tuple[int, int], _Boxes]:
+        """Lay a random view of an image onto ``out``; its valid size, and what is there."""
+        image, found = self._view(index)
         placement = place((image.shape[0], image.shape[1]), (out.shape[0], out.shape[1]), resize)
         to_canvas(image, placement, out)
-        return placement.valid, boxes_to_canvas(boxes, placement), labels
+        return placement.valid, dataclasses.replace(found, boxes=boxes_to_canvas(found.boxes, placement))
 
     def _item(
-        self,
-        indices: list[int],
-        image: NDArray[np.uint8],
-        valid: tuple[int, int],
-        boxes: NDArray[np.float32],
-        labels: Tensor,
+        self, indices: list[int], image: NDArray[np.uint8], valid: tuple[int, int], parts: list[_Boxes]
     ) -> dict[str, Any]:
-        ignored = labels == IGNORE_LABEL
-        return {
+        boxes = torch.from_numpy(np.concatenate([part.boxes for part in parts]))
+        labels = torch.cat([part.labels for part in parts])
+        item = {
             "image": torch.from_numpy(image),
             "size": torch.tensor(valid, dtype=torch.float32),
-            "boxes": torch.from_numpy(boxes)[~ignored],
-            "labels": labels[~ignored],
-            "ignored": torch.from_numpy(boxes)[ignored],
+            "boxes": boxes[labels >= 0],
+            "labels": labels[labels >= 0],
+            "ignored": boxes[labels == IGNORE_LABEL],
             "id": " + ".join(dict.fromkeys(self.data.images[index].id for index in indices)),
         }
+        if self.proposals is not None:
+            proposed = labels <= PROPOSAL_LABEL
+            scores = torch.cat([part.scores for part in parts])[proposed]
+            item["proposal_boxes"], item["proposal_scores"] = _best(boxes[proposed], scores, self.slots)
+        return item
 
-    def _view(self, item: LabelledImage) -> tuple[np.ndarray, np.ndarray, Tensor]:
+    def _view(self, index: int) -> tuple[np.ndarray, _Boxes]:
+        item = self.data.images[index]
         pixels = item.load()
-        labels = np.where(item.difficult | item.crowd, IGNORE_LABEL, item.labels)
+        boxes, labels = item.boxes, np.where(item.difficult | item.crowd, IGNORE_LABEL, item.labels)
+        if self.proposals is not None:
+            given = self.proposals[index].boxes
+            boxes = np.concatenate([boxes, given])
+            labels = np.concatenate([labels, PROPOSAL_LABEL - np.arange(len(given))])
         target = {
             "boxes": tv_tensors.BoundingBoxes(
-                torch.tensor(item.boxes), format="XYXY", canvas_size=pixels.shape[:2]
+                torch.tensor(boxes), format="XYXY", canvas_size=pixels.shape[:2]
             ),
             "labels": torch.from_numpy(labels),
         }
         image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1).flip(0))
         image, target = self.transforms(image, target)
         bgr = image.as_subclass(Tensor).flip(0).permute(1, 2, 0).contiguous().numpy()
-        return bgr, target["boxes"].as_subclass(Tensor).numpy(), target["labels"]
+        found = target["boxes"].as_subclass(Tensor).numpy()
+        return bgr, _Boxes(found, target["labels"], self._scores(index, target["labels"]))
+
+    def _scores(self, index: int, labels: Tensor) -> Tensor:
+        """The scores of the proposals among ``labels``; zero for everything else."""
+        scores = torch.zeros(len(labels))
+        proposed = labels <= PROPOSAL_LABEL
+        if self.proposals is not None and proposed.any():
+            scores[proposed] = torch.from_numpy(self.proposals[index].scores)[
+                PROPOSAL_LABEL - labels[proposed]
+            ]
+        return scores
+
+
+def _best(boxes: Tensor, scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """The ``slots`` best of P proposals: boxes [slots, 4], zero where unused, and scores, -1 there."""
+    order = scores.argsort(descending=True, stable=True)[:slots]
+    kept_boxes, kept_scores = torch.zeros(slots, 4), torch.full((slots,), SUPPRESSED)
+    kept_boxes[: len(order)], kept_scores[: len(order)] = boxes[order], scores[order]
+    return kept_boxes, kept_scores
 
 
 class EpochSampler:
@@ -156,7 +210,17 @@ def collate(items: list[dict[str, Any]]) -> Batch:
             [item["ignored"] for item in items],
         ),
         ids=tuple(item["id"] for item in items),
+        proposals=_join_proposals(items),
     )
+
+
+def _join_proposals(items: list[dict[str, Any]]) -> Proposals | None:
+    if "proposal_boxes" not in items[0]:
+        return None
+    boxes, scores = (
+        torch.stack([item[f"proposal_{name}"] for item in items]) for name in ("boxes", "scores")
+    )
+    return Proposals(boxes, scores)
 
 
 def build_loader(

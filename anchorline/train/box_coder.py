@@ -1,6 +1,9 @@
 """Box regression targets: Faster R-CNN, section 3.1.2, equation (2).
 
-Numerically as torchvision's ``models/detection/_utils.py`` (``BoxCoder``): widths are x2 - x1.
+Numerically as torchvision's ``models/detection/_utils.py`` (``BoxCoder``): widths are x2 - x1. Or as
+py-faster-rcnn's ``lib/fast_rcnn/bbox_transform.py``, whose boxes include their last pixel: a box
+(x1, y1, x2, y2) there is (x1, y1, x2 + 1, y2 + 1) with the continuous edges of this code, so widths and
+encoding are the same. Its decoding gives centre + width / 2 as x2, one pixel further than it encodes.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anchorline.train.model_settings import ModelSettings
+
 # A box may grow at most to 1000/16 of its anchor; exp() of more would overflow long before it helps.
 MAX_LOG_SCALE = math.log(1000.0 / 16)
 
@@ -20,11 +25,13 @@ class BoxCoder:
     """Turns boxes into ``bbox_deltas`` (dx, dy, dw, dh) relative to reference boxes, and back.
 
     ``weights`` multiply the four deltas, so that the loss sees values of similar size:
-    (1, 1, 1, 1) in the RPN and (10, 10, 5, 5) in the detection head.
+    (1, 1, 1, 1) in the RPN and (10, 10, 5, 5) in the detection head. ``max_log_scale`` limits dw and
+    dh (infinity: no limit). ``inclusive`` decodes as py-faster-rcnn, see above.
     """
 
     weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
     max_log_scale: float = MAX_LOG_SCALE
+    inclusive: bool = False
 
     def encode(self, boxes: Tensor, references: Tensor) -> Tensor:
         """Deltas [..., 4] that move ``references`` [..., 4] onto ``boxes`` [..., 4], both with area."""
@@ -46,16 +53,25 @@ class BoxCoder:
         wx, wy, ww, wh = self.weights
         ref_x, ref_y, ref_width, ref_height = _centre_form(references)
         dx, dy, dw, dh = deltas.unbind(-1)
-        dw = torch.clamp(dw / ww, max=self.max_log_scale)
-        dh = torch.clamp(dh / wh, max=self.max_log_scale)
+        dw, dh = dw / ww, dh / wh
+        if self.max_log_scale < math.inf:
+            dw, dh = torch.clamp(dw, max=self.max_log_scale), torch.clamp(dh, max=self.max_log_scale)
         centre_x = dx / wx * ref_width + ref_x
         centre_y = dy / wy * ref_height + ref_y
         half_width = 0.5 * torch.exp(dw) * ref_width
         half_height = 0.5 * torch.exp(dh) * ref_height
-        return torch.stack(
-            (centre_x - half_width, centre_y - half_height, centre_x + half_width, centre_y + half_height),
-            dim=-1,
-        )
+        x2, y2 = centre_x + half_width, centre_y + half_height
+        if self.inclusive:
+            x2, y2 = x2 + 1.0, y2 + 1.0
+        return torch.stack((centre_x - half_width, centre_y - half_height, x2, y2), dim=-1)
+
+
+def coder_of(
+    settings: ModelSettings, weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+) -> BoxCoder:
+    """The coder for a model's numeric profile."""
+    limit = MAX_LOG_SCALE if settings.clamp_deltas else math.inf
+    return BoxCoder(weights, limit, settings.box_edges == "inclusive")
 
 
 def _centre_form(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

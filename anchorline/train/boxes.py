@@ -38,24 +38,33 @@ def _intersections(a: Tensor, b: Tensor) -> Tensor:
     return width * height
 
 
-def clip_to_images(boxes: Tensor, image_sizes: Tensor) -> Tensor:
+def clip_to_images(boxes: Tensor, image_sizes: Tensor, inclusive: bool = False) -> Tensor:
     """Clip ``boxes`` [B, ..., 4] to their own image: x to [0, width], y to [0, height].
 
-    ``image_sizes`` float [B, 2] holds (height, width) of the valid part of each canvas.
+    ``image_sizes`` float [B, 2] holds (height, width) of the valid part of each canvas. With ``inclusive``
+    as py-faster-rcnn's ``clip_boxes``, which moves all four to existing pixels, so that at least one
+    remains: here x1 to [0, width - 1] and x2 to [1, width].
     """
     shape = [image_sizes.shape[0]] + [1] * (boxes.dim() - 2)
     height, width = image_sizes[:, 0].reshape(shape), image_sizes[:, 1].reshape(shape)
     zero = torch.zeros_like(height)
+    pixel = 1.0 if inclusive else 0.0
     x1, y1, x2, y2 = boxes.unbind(-1)
     return torch.stack(
         (
-            torch.minimum(torch.maximum(x1, zero), width),
-            torch.minimum(torch.maximum(y1, zero), height),
-            torch.minimum(torch.maximum(x2, zero), width),
-            torch.minimum(torch.maximum(y2, zero), height),
+            torch.minimum(torch.maximum(x1, zero), width - pixel),
+            torch.minimum(torch.maximum(y1, zero), height - pixel),
+            torch.minimum(torch.maximum(x2, zero + pixel), width),
+            torch.minimum(torch.maximum(y2, zero + pixel), height),
         ),
         dim=-1,
     )
+
+
+def inside_images(boxes: Tensor, image_sizes: Tensor) -> Tensor:
+    """Bool [B, N]: which ``boxes`` [N, 4] lie wholly in each image of ``image_sizes`` [B, 2]."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return ((x1 >= 0) & (y1 >= 0)) & (x2 <= image_sizes[:, 1:]) & (y2 <= image_sizes[:, :1])
 
 
 def at_least(boxes: Tensor, side: float) -> Tensor:

@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anchorline.runtime.contract import CONTRACT_KEY, Contract, Thresholds
+from anchorline.runtime.contract import CONTRACT_KEY, Contract, ResizeRule, Thresholds
 from anchorline.runtime.errors import AnchorlineError, ArtefactError
 from anchorline.runtime.files import atomic_path
 from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.settings import ModelSettings
+from anchorline.train.model_settings import ModelSettings
 
 MODEL_KEY = "anchorline.model"
 
@@ -35,6 +35,9 @@ def contract_of(
         canvas=settings.canvas,
         mean=settings.mean,
         std=settings.std,
+        channel_order=settings.channel_order,
+        resize=ResizeRule(settings.shorter_side or None, settings.longer_side or None),
+        profile=settings.profile,
         thresholds=Thresholds(
             score=settings.score_threshold,
             nms_iou=settings.nms_iou,

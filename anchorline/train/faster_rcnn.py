@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from anchorline.train.anchors import level_anchors
 from anchorline.train.backbones import build_backbone
+from anchorline.train.model_settings import ModelSettings
 from anchorline.train.roi_heads import (
     BoxPredictor,
     DetectionBatch,
@@ -20,12 +21,13 @@ from anchorline.train.roi_heads import (
     roi_training_losses,
     sample_rois,
     select_detections,
+    start_from_normal,
 )
-from anchorline.train.roi_pooling import RoIPooling
+from anchorline.train.roi_pooling import build_pooling
 from anchorline.train.rpn import Proposals, RPNHead, rpn_training_losses, select_proposals
-from anchorline.train.settings import ModelSettings, TrainingSettings
 from anchorline.train.stages import mark
 from anchorline.train.targets import Targets
+from anchorline.train.training_settings import TrainingSettings
 
 
 class RPN(nn.Module):
@@ -33,7 +35,13 @@ class RPN(nn.Module):
 
     def __init__(self, channels: int, settings: ModelSettings) -> None:
         super().__init__()
-        self.head = RPNHead(channels, settings.anchors_per_place, settings.rpn_convs)
+        self.head = RPNHead(
+            channels,
+            settings.anchors_per_place,
+            settings.rpn_convs,
+            width=settings.rpn_channels,
+            pairs=settings.rpn_score == "softmax",
+        )
 
 
 class RoIHeads(nn.Module):
@@ -41,9 +49,11 @@ class RoIHeads(nn.Module):
 
     def __init__(self, channels: int, strides: Sequence[int], classes: int, settings: ModelSettings) -> None:
         super().__init__()
-        self.pooling = RoIPooling(strides, settings)
+        self.pooling = build_pooling(strides, settings)
         self.box_head = build_box_head(channels, settings)
         self.box_predictor = BoxPredictor(settings.representation, classes)
+        if settings.box_init_std:
+            start_from_normal(self.box_head, self.box_predictor, std=settings.box_init_std)
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits [B, R, 1 + classes] and deltas [B, R, 1 + classes, 4] of ``boxes`` [B, R, 4]."""
@@ -84,8 +94,10 @@ class FasterRCNN(nn.Module):
         return select_detections(logits, deltas, proposals, image_sizes, self.settings)
 
     def normalise(self, images: Tensor, image_sizes: Tensor) -> Tensor:
-        """RGB float [B, 3, H, W] with ImageNet's statistics, and zeros outside each image."""
-        pixels = images.permute(0, 3, 1, 2).float().flip(1)
+        """Float [B, 3, H, W] in the model's channel order, normalised, and zeros outside each image."""
+        pixels = images.permute(0, 3, 1, 2).float()
+        if self.settings.channel_order == "rgb":
+            pixels = pixels.flip(1)
         pixels = (pixels - self.mean) / self.std
         rows = torch.arange(pixels.shape[2], device=pixels.device)
         columns = torch.arange(pixels.shape[3], device=pixels.device)
@@ -105,7 +117,11 @@ class FasterRCNN(nn.Module):
         key = (features[0].device, *grids)
         if key not in self._anchors:
             s = self.settings
-            levels = level_anchors(s.canvas, grids, s.anchor_sizes, s.aspect_ratios)
+            # A single map may be larger than canvas / 16; of a pyramid torchvision's strides are rounded.
+            strides = self.backbone.strides if s.neck == "single" else None
+            levels = level_anchors(
+                s.canvas, grids, s.anchor_sizes, s.aspect_ratios, style=s.anchor_style, strides=strides
+            )
             self._anchors[key] = [anchors.to(features[0].device) for anchors in levels]
         return self._anchors[key]
 
@@ -132,20 +148,56 @@ class FasterRCNN(nn.Module):
         """The four losses of approximate joint training; gradients do not flow through proposal boxes."""
         features = self.features(images, image_sizes)
         objectness, deltas = self.rpn.head(features)
-        anchors = self.anchors(features)
+        proposals = self.training_proposals(features, objectness, deltas, image_sizes, settings)
+        detection = self.detection_losses(features, proposals, targets, settings)
+        rpn = self.rpn_losses(features, objectness, deltas, image_sizes, targets, settings)
+        return {**rpn, **detection}
+
+    def training_proposals(
+        self,
+        features: Sequence[Tensor],
+        objectness: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        image_sizes: Tensor,
+        settings: TrainingSettings,
+    ) -> Proposals:
+        """The proposals of a training step, without gradients, from the RPN's outputs on ``features``."""
         with torch.no_grad():
-            proposals = select_proposals(
+            return select_proposals(
                 objectness,
                 deltas,
-                anchors,
+                self.anchors(features),
                 image_sizes,
                 self.settings,
                 pre_nms=settings.rpn_pre_nms,
                 post_nms=settings.rpn_post_nms,
             )
+
+    def rpn_losses(
+        self,
+        features: Sequence[Tensor],
+        objectness: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        image_sizes: Tensor,
+        targets: Targets,
+        settings: TrainingSettings,
+    ) -> dict[str, Tensor]:
+        """The RPN's two losses, from its outputs on ``features``."""
+        anchors = torch.cat(self.anchors(features))
+        return rpn_training_losses(
+            torch.cat(tuple(objectness), dim=1),
+            torch.cat(tuple(deltas), dim=1),
+            anchors,
+            targets,
+            settings,
+            image_sizes=image_sizes,
+            anchors_per_place=self.settings.anchors_per_place,
+        )
+
+    def detection_losses(
+        self, features: Sequence[Tensor], proposals: Proposals, targets: Targets, settings: TrainingSettings
+    ) -> dict[str, Tensor]:
+        """Fast R-CNN's two losses on proposals from anywhere: this RPN, or a file of stored ones."""
         samples = sample_rois(proposals, targets, self.settings, settings)
         logits, box_deltas = self.roi_heads(features[: self.pooled_levels], samples.boxes)
-        rpn = rpn_training_losses(
-            torch.cat(objectness, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets, settings
-        )
-        return {**rpn, **roi_training_losses(logits, box_deltas, samples, settings)}
+        return roi_training_losses(logits, box_deltas, samples, settings)

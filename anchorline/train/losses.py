@@ -1,4 +1,4 @@
-"""The losses, apart from the model: equation (1) of the paper, in torchvision's normalisation.
+"""The losses, apart from the model: equation (1) of the paper, in torchvision's normalisation or its own.
 
 All take a fixed number of sampled slots per image and a mask that says which slots are real, so
 that no shape depends on the data.
@@ -17,12 +17,20 @@ def smooth_l1(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
 
 
 def rpn_losses(
-    objectness: Tensor, deltas: Tensor, positive: Tensor, drawn: Tensor, targets: Tensor, beta: float
+    objectness: Tensor,
+    deltas: Tensor,
+    positive: Tensor,
+    drawn: Tensor,
+    targets: Tensor,
+    beta: float,
+    divisors: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Objectness and box loss of the sampled anchors, two scalars.
 
     ``objectness`` [B, S] logits, ``deltas`` and ``targets`` [B, S, 4], ``positive`` and ``drawn``
-    bool [B, S]. Both are divided by the number of drawn anchors in the batch (N_cls).
+    bool [B, S]. Both are divided by the number of drawn anchors in the batch; or, where given, by the
+    ``divisors`` (N_cls, N_reg) of equation (1) and the number of images. The log loss over two classes
+    whose scores differ by z is the binary one of z, so both kinds of objectness come as logits.
     """
     count = drawn.sum().clamp(min=1)
     per_anchor = F.binary_cross_entropy_with_logits(
@@ -30,7 +38,10 @@ def rpn_losses(
     )
     positive = positive & drawn
     per_box = smooth_l1(_only(positive, deltas), _only(positive, targets), beta)
-    return _only(drawn, per_anchor).sum() / count, per_box.sum() / count
+    by_class, by_place = divisors if divisors is not None else (1, 1)
+    if divisors is not None:
+        count = drawn.new_full((), drawn.shape[0], dtype=torch.int64)
+    return _only(drawn, per_anchor).sum() / (count * by_class), per_box.sum() / (count * by_place)
 
 
 def roi_losses(

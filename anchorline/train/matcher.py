@@ -13,16 +13,23 @@ IGNORED_SHARE = 0.5
 
 
 def match(
-    iou: Tensor, present: Tensor, *, positive_iou: float, negative_iou: float, keep_best_of_each_box: bool
+    iou: Tensor,
+    present: Tensor,
+    *,
+    positive_iou: float,
+    negative_iou: float,
+    keep_best_of_each_box: bool,
+    background_iou: float = 0.0,
 ) -> Tensor:
     """Assign a ground-truth index, ``BACKGROUND`` or ``IGNORED`` to each candidate: int64 [B, N].
 
     ``iou`` [B, N, M] holds the overlaps of N candidates with M ground-truth slots of which
     ``present`` [B, M] are real. A candidate is positive from ``positive_iou``, background below
-    ``negative_iou``, ignored between. With ``keep_best_of_each_box`` the candidates that overlap a
-    box the most are positive however small their IoU, and keep the box they overlap best (as
-    torchvision's ``Matcher`` with ``allow_low_quality_matches``). Unlike there, a box that no
-    candidate touches claims none: its best IoU of 0 would otherwise make every far candidate positive.
+    ``negative_iou``, ignored between, and ignored below ``background_iou``. With
+    ``keep_best_of_each_box`` the candidates that overlap a box the most are positive however small their
+    IoU, and keep the box they overlap best (as torchvision's ``Matcher`` with
+    ``allow_low_quality_matches``). Unlike there, a box that no candidate touches claims none: its best IoU
+    of 0 would otherwise make every far candidate positive.
     """
     iou = torch.where(present[:, None, :], iou, torch.full_like(iou, -1.0))
     if iou.shape[2] == 0:
@@ -30,6 +37,8 @@ def match(
     best_iou, best_box = iou.max(dim=2)
     matches = torch.where(best_iou >= positive_iou, best_box, torch.full_like(best_box, IGNORED))
     matches = torch.where(best_iou < negative_iou, torch.full_like(matches, BACKGROUND), matches)
+    if background_iou > 0:
+        matches = torch.where(best_iou < background_iou, torch.full_like(matches, IGNORED), matches)
     if keep_best_of_each_box:
         best_of_box = iou.amax(dim=1, keepdim=True)
         is_best = ((iou == best_of_box) & (best_of_box > 0)).any(dim=2)

@@ -26,10 +26,14 @@ _NOT_OURS = "not the metrics of a training; remove the file, or train without --
 
 
 class MetricsFile:
-    """Collects rows and writes the whole file at each ``flush``; empty cells where a row has no value."""
+    """Collects rows and writes the whole file at each ``flush``; empty cells where a row has no value.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    ``validation`` names the figure of the validations, and its column, the last one.
+    """
+
+    def __init__(self, path: Path, validation: str = "map50") -> None:
+        self.path, self.validation = path, validation
+        self.columns = (*COLUMNS[:-1], validation)
         self.rows: list[dict[str, str]] = []
 
     def add_step(self, step: int, epoch: int, rate: float, losses: Mapping[str, float]) -> None:
@@ -43,9 +47,9 @@ class MetricsFile:
             }
         )
 
-    def add_validation(self, step: int, epoch: int, map50: float) -> None:
+    def add_validation(self, step: int, epoch: int, value: float) -> None:
         """The accuracy after ``step``."""
-        self.rows.append({"step": str(step), "epoch": str(epoch), "map50": f"{map50:.5f}"})
+        self.rows.append({"step": str(step), "epoch": str(epoch), self.validation: f"{value:.5f}"})
 
     def resume(self, step: int) -> None:
         """Take up the rows of an earlier run up to ``step``; raises ``ArtefactError`` for another file."""
@@ -58,14 +62,14 @@ class MetricsFile:
                 rows = [row for row in reader if int(row["step"]) <= step]
         except (KeyError, TypeError, ValueError, csv.Error) as error:
             raise ArtefactError(f"{self.path}: {_NOT_OURS} ({error})") from None
-        if columns != COLUMNS or any(None in row for row in rows):
+        if columns != self.columns or any(None in row for row in rows):
             raise ArtefactError(f"{self.path}: {_NOT_OURS}")
         self.rows = rows
 
     def flush(self) -> None:
         """Write the file."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         atomic_write_text(self.path, text.getvalue())

@@ -2,7 +2,7 @@
 
 In eager PyTorch they run torchvision's kernels; in an ONNX export each becomes one node of the
 domain ``anchorline``, whose meaning for other runtimes is in ``anchorline/export/functions.py``.
-These are the only two places in the model that know of the export.
+These are the only places in the model that know of the export.
 """
 
 from __future__ import annotations
@@ -75,6 +75,41 @@ def roi_align(features: Tensor, rois: Tensor, *, output_size: int, sampling_rati
         features.float(), indexed, (size, size), 1.0, sampling_ratio, aligned=True
     )
     return pooled.to(features.dtype)
+
+
+def roi_pool(features: Tensor, rois: Tensor, *, output_size: int, spatial_scale: float) -> Tensor:
+    """RoI max pooling (Girshick, "Fast R-CNN", section 2.1) on one feature map: [B * R, C, S, S].
+
+    ``features`` [B, C, H, W]; ``rois`` float32 [B, R, 4] xyxy in image pixels, of which x2 and y2 belong to
+    the RoI; ``spatial_scale`` takes them to feature pixels, which are rounded (halves away from zero). A
+    RoI covers at least one feature pixel; a cell without any is 0.
+    """
+    size = int(output_size)
+    if torch.onnx.is_in_onnx_export():
+        return _symbolic(
+            "RoIPool",
+            (features, rois),
+            {"output_size": size, "spatial_scale": float(spatial_scale)},
+            features.dtype,
+            (rois.shape[0] * rois.shape[1], features.shape[1], size, size),
+        )
+    image_index = torch.arange(rois.shape[0], device=rois.device, dtype=rois.dtype)
+    image_index = image_index[:, None, None].expand(-1, rois.shape[1], 1)
+    indexed = torch.cat((image_index, rois), dim=2).reshape(-1, 5).float()
+    # In float32, as the ONNX body.
+    pooled = torchvision.ops.roi_pool(features.float(), indexed, (size, size), float(spatial_scale))
+    return pooled.to(features.dtype)
+
+
+def ordered(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """``scores`` [..., N] in falling order and their places; of equal ones the first comes first.
+
+    That is onnxruntime's order for TopK, where PyTorch's is open. RoIs that cover the same cells after the
+    rounding of ``roi_pool`` have exactly equal scores and yet different boxes.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return torch.topk(scores, scores.shape[-1], dim=-1)
+    return torch.sort(scores, dim=-1, descending=True, stable=True)
 
 
 def _counts(boxes: Tensor, scores: Tensor, score_threshold: float) -> Tensor:

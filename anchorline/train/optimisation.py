@@ -10,20 +10,22 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.settings import TrainingSettings
+from anchorline.train.training_settings import TrainingSettings
 
 RISING = 0.3
 FIRST_RATE = 0.04
 
 
 def build_optimiser(model: FasterRCNN, settings: TrainingSettings) -> torch.optim.Optimizer:
-    """SGD with momentum, or AdamW; no weight decay on norms and biases, the backbone at its own rate."""
+    """SGD with momentum, or AdamW; no weight decay on norms and biases, backbone and biases at own rates."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rate = settings.learning_rate * (
                 settings.backbone_rate if name.startswith("backbone.body.") else 1.0
             )
+            if name.endswith(".bias"):
+                rate *= settings.bias_rate
             decay = settings.weight_decay if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     members = [

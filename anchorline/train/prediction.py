@@ -16,7 +16,7 @@ from anchorline.runtime.postprocess import to_detections
 from anchorline.runtime.preprocess import Preprocessor, check_frame
 from anchorline.train.checkpoint import load_checkpoint
 from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.tasks import run_task
+from anchorline.train.tasks import check_own_proposals, run_task
 
 
 class TorchDetector:
@@ -32,7 +32,9 @@ class TorchDetector:
     @classmethod
     def load(cls, path: Path, device: str = "cpu", canvas: tuple[int, int] | None = None) -> TorchDetector:
         """The detector in a ``model.safetensors``; raises ``ArtefactError``."""
-        return cls(*load_checkpoint(path, canvas), device)
+        model, contract = load_checkpoint(path, canvas)
+        check_own_proposals(path, contract, contract.task)
+        return cls(model, contract, device)
 
     def __call__(self, frame: NDArray[np.uint8]) -> Detections:
         """Detections of one BGR frame [H, W, 3], boxes in its own pixels."""

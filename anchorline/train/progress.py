@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from anchorline.train.training import Report, StepReport
+from anchorline.train.phase import Report, StepReport
 
 SMOOTHING = 0.95
 SECONDS_BETWEEN_LINES = 30.0
@@ -87,6 +87,8 @@ class _LinePrinter:
 
 
 def _smooth(smoothed: dict[str, float], report: StepReport) -> None:
+    for name in set(smoothed) - set(report.losses):  # of another phase
+        del smoothed[name]
     for name, value in report.losses.items():
         smoothed[name] = SMOOTHING * smoothed.get(name, value) + (1 - SMOOTHING) * value
 

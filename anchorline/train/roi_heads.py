@@ -9,29 +9,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anchorline.train import ops
-from anchorline.train.box_coder import BoxCoder
+from anchorline.train.box_coder import coder_of
 from anchorline.train.boxes import at_least, clip_to_images, pairwise_ioa, pairwise_iou
 from anchorline.train.losses import roi_losses
 from anchorline.train.matcher import BACKGROUND, ignore_covered, match
+from anchorline.train.model_settings import ModelSettings
 from anchorline.train.rpn import Proposals
 from anchorline.train.sampler import sample
-from anchorline.train.settings import ModelSettings, TrainingSettings
 from anchorline.train.targets import Targets
+from anchorline.train.training_settings import TrainingSettings
 
 ROI_STREAM = 2
 
 
 class BoxHead(nn.Module):
-    """Two fully connected layers over a pooled region."""
+    """Two fully connected layers over a pooled region, with ``dropout`` behind each while training."""
 
-    def __init__(self, in_features: int, representation: int) -> None:
+    def __init__(self, in_features: int, representation: int, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = dropout
         self.fc6 = nn.Linear(in_features, representation)
         self.fc7 = nn.Linear(representation, representation)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """[N, representation] of ``pooled`` [N, C, S, S]."""
-        return F.relu(self.fc7(F.relu(self.fc6(pooled.flatten(1)))))
+        return self._dropped(self.fc7(self._dropped(self.fc6(pooled.flatten(1)))))
+
+    def _dropped(self, hidden: Tensor) -> Tensor:
+        hidden = F.relu(hidden)
+        return F.dropout(hidden, self.dropout) if self.training and self.dropout else hidden
 
 
 class ConvBoxHead(nn.Sequential):
@@ -55,7 +61,15 @@ def build_box_head(channels: int, settings: ModelSettings) -> BoxHead | ConvBoxH
     size, width = settings.roi_size, settings.representation
     if settings.box_convs:
         return ConvBoxHead(channels, size, settings.box_convs, width)
-    return BoxHead(channels * size**2, width)
+    return BoxHead(channels * size**2, width, settings.box_dropout)
+
+
+def start_from_normal(*modules: nn.Module, std: float) -> None:
+    """Weights of the fully connected layers from N(0, ``std``), biases 0: the paper's new layers (3.1.3)."""
+    for layer in (each for module in modules for each in module.modules()):
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
 
 
 class BoxPredictor(nn.Module):
@@ -97,12 +111,12 @@ def select_detections(
     scores = class_logits.softmax(dim=-1)[..., 1:].transpose(1, 2)  # [B, classes, P]
     scores = torch.where(proposals.present[:, None, :], scores, torch.full_like(scores, ops.SUPPRESSED))
     # NMS wants falling scores; ordering the proposals of each class first moves the least data.
-    scores, order = scores.topk(slots, dim=2)
+    scores, order = ops.ordered(scores)
     by_class = deltas[:, :, 1:].transpose(1, 2).gather(2, order[..., None].expand(-1, -1, -1, 4))
     references = proposals.boxes[:, None].expand(-1, classes, -1, -1)
     references = references.gather(2, order[..., None].expand(-1, -1, -1, 4))
-    boxes = BoxCoder(settings.box_weights).decode(by_class, references)
-    boxes = clip_to_images(boxes, image_sizes)
+    boxes = coder_of(settings, settings.box_weights).decode(by_class, references)
+    boxes = clip_to_images(boxes, image_sizes, settings.box_edges == "inclusive")
     scores = torch.where(
         at_least(boxes, settings.box_min_side), scores, torch.full_like(scores, ops.SUPPRESSED)
     )
@@ -156,6 +170,7 @@ def sample_rois(
         positive_iou=settings.roi_positive_iou,
         negative_iou=settings.roi_positive_iou,
         keep_best_of_each_box=False,
+        background_iou=settings.roi_background_iou,
     )
     matches = ignore_covered(matches, pairwise_ioa(boxes, targets.ignored))
     positive, negative = (matches >= 0) & present, (matches == BACKGROUND) & present
@@ -165,7 +180,7 @@ def sample_rois(
     positive = positive.gather(1, index) & drawn
     slot = matches.gather(1, index).clamp(min=0)
     labels = torch.where(positive, targets.labels.gather(1, slot) + 1, torch.zeros_like(slot))
-    deltas = BoxCoder(model.box_weights).encode(targets.boxes_at(slot), boxes)
+    deltas = coder_of(model, model.box_weights).encode(targets.boxes_at(slot), boxes)
     return RoISamples(
         boxes, labels, torch.where(positive[..., None], deltas, torch.zeros_like(deltas)), drawn
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from anchorline.train import ops
 from anchorline.train.boxes import box_area
-from anchorline.train.settings import ModelSettings
+from anchorline.train.model_settings import ModelSettings
 
 # Samples lie at most half a pixel before a map (aligned RoIs) and less than one pixel behind it (RoIs
 # widened to one cell); a bilinear sample reads one pixel further.
@@ -79,6 +79,32 @@ def edge_mask(start: Tensor, length: Tensor, limit: Tensor, size: int, sampling:
     offsets = (steps + 0.5) / (size * sampling)
     inside = start[..., None] + length[..., None] * offsets <= limit[..., None]
     return inside.to(start.dtype).unflatten(-1, (size, sampling)).mean(-1)
+
+
+def build_pooling(strides: Sequence[int], settings: ModelSettings) -> RoIPooling | RoIMaxPooling:
+    """The pooling that ``settings`` ask for, over the maps of ``strides``."""
+    return (
+        RoIMaxPooling(strides[0], settings)
+        if settings.roi_pooling == "max"
+        else RoIPooling(strides, settings)
+    )
+
+
+class RoIMaxPooling(nn.Module):
+    """The paper's RoI max pooling (Fast R-CNN, section 2.1), from one map."""
+
+    def __init__(self, stride: int, settings: ModelSettings) -> None:
+        super().__init__()
+        self.size = settings.roi_size
+        self.scale = 1.0 / stride
+        # The op reads x2 and y2 as pixels that belong to the box, as caffe writes them.
+        self.last_pixel = 1.0 if settings.box_edges == "inclusive" else 0.0
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        """Pooled regions [B * R, C, S, S] of ``boxes`` [B, R, 4] in canvas pixels, from ``features[0]``."""
+        if self.last_pixel:
+            boxes = torch.cat((boxes[..., :2], boxes[..., 2:] - self.last_pixel), dim=-1)
+        return ops.roi_pool(features[0], boxes, output_size=self.size, spatial_scale=self.scale)
 
 
 class RoIPooling(nn.Module):

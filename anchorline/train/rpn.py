@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -11,29 +12,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anchorline.train import ops
-from anchorline.train.box_coder import BoxCoder
-from anchorline.train.boxes import at_least, clip_to_images, pairwise_ioa, pairwise_iou
+from anchorline.train.box_coder import BoxCoder, coder_of
+from anchorline.train.boxes import at_least, clip_to_images, inside_images, pairwise_ioa, pairwise_iou
 from anchorline.train.losses import rpn_losses
-from anchorline.train.matcher import BACKGROUND, ignore_covered, match
+from anchorline.train.matcher import BACKGROUND, IGNORED, ignore_covered, match
+from anchorline.train.model_settings import ModelSettings
 from anchorline.train.sampler import sample
-from anchorline.train.settings import ModelSettings, TrainingSettings
 from anchorline.train.targets import Targets
+from anchorline.train.training_settings import TrainingSettings
 
 RPN_CODER = BoxCoder()
 RPN_STREAM = 1
 
 
 class RPNHead(nn.Module):
-    """A 3x3 window over the features, then objectness and ``bbox_deltas`` as sibling 1x1 convolutions."""
+    """A 3x3 window over the features, then objectness and ``bbox_deltas`` as sibling 1x1 convolutions.
 
-    def __init__(self, channels: int, anchors_per_place: int, convs: int = 1) -> None:
+    ``width`` is that of the window's output (0: as ``channels``). With ``pairs`` there are two scores for
+    each anchor as in the paper, 2k channels with the k of background first (py-faster-rcnn's order).
+    """
+
+    def __init__(
+        self, channels: int, anchors_per_place: int, convs: int = 1, *, width: int = 0, pairs: bool = False
+    ) -> None:
         super().__init__()
+        self.pairs = pairs
+        widths = [channels, *[width or channels] * convs]
         # The nesting keeps torchvision's parameter names: conv.0.0.weight.
         self.conv = nn.Sequential(
-            *[nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()) for _ in range(convs)]
+            *[nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU()) for a, b in pairwise(widths)]
         )
-        self.cls_logits = nn.Conv2d(channels, anchors_per_place, 1)
-        self.bbox_pred = nn.Conv2d(channels, anchors_per_place * 4, 1)
+        self.cls_logits = nn.Conv2d(widths[-1], anchors_per_place * (2 if pairs else 1), 1)
+        self.bbox_pred = nn.Conv2d(widths[-1], anchors_per_place * 4, 1)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, std=0.01)
@@ -44,9 +54,16 @@ class RPNHead(nn.Module):
         objectness, deltas = [], []
         for feature in features:
             hidden = self.conv(feature)
-            objectness.append(self.cls_logits(hidden).permute(0, 2, 3, 1).flatten(1))
+            objectness.append(self._logits(self.cls_logits(hidden)).permute(0, 2, 3, 1).flatten(1))
             deltas.append(self.bbox_pred(hidden).permute(0, 2, 3, 1).reshape(feature.shape[0], -1, 4))
         return [o.float() for o in objectness], [d.float() for d in deltas]
+
+    def _logits(self, scores: Tensor) -> Tensor:
+        """One logit for each anchor: of two scores their difference, whose sigmoid is their softmax."""
+        if not self.pairs:
+            return scores
+        background, object_ = scores.float().chunk(2, dim=1)
+        return object_ - background
 
 
 @dataclass(frozen=True)
@@ -83,10 +100,11 @@ def select_proposals(
         count = min(pre_nms, level_objectness.shape[1])
         logits, index = level_objectness.topk(count, dim=1)
         chosen = level_deltas.gather(1, index[..., None].expand(-1, -1, 4))
-        boxes = RPN_CODER.decode(chosen, level_anchor[index])
+        boxes = coder_of(settings).decode(chosen, level_anchor[index])
         boxes_of_level.append(F.pad(boxes, (0, 0, 0, slots - count)))
         scores_of_level.append(F.pad(logits.sigmoid(), (0, slots - count), value=ops.SUPPRESSED))
-    boxes = clip_to_images(torch.stack(boxes_of_level, dim=1), image_sizes)  # [B, L, slots, 4]
+    boxes = torch.stack(boxes_of_level, dim=1)  # [B, L, slots, 4]
+    boxes = clip_to_images(boxes, image_sizes, settings.box_edges == "inclusive")
     scores = torch.stack(scores_of_level, dim=1)
     counts = at_least(boxes, settings.rpn_min_side)
     if settings.rpn_score_threshold > 0:
@@ -107,23 +125,50 @@ def select_proposals(
     )
 
 
-def rpn_training_losses(
-    objectness: Tensor, deltas: Tensor, anchors: Tensor, targets: Targets, settings: TrainingSettings
-) -> dict[str, Tensor]:
-    """Objectness and box loss of one batch; anchors that an ignore region covers are no background.
+def match_anchors(
+    anchors: Tensor, targets: Targets, settings: TrainingSettings, image_sizes: Tensor | None
+) -> Tensor:
+    """What each anchor stands for (``matcher.match``), int64 [B, A].
 
-    ``objectness`` [B, A], ``deltas`` [B, A, 4] and ``anchors`` [A, 4] with all levels joined.
+    Anchors that an ignore region covers are no background. With ``rpn_ignore_outside`` anchors across the
+    edge of their image have no part: they are not the best of any box either.
+    """
+    iou = pairwise_iou(anchors[None], targets.boxes)
+    inside = None
+    if settings.rpn_ignore_outside:
+        if image_sizes is None:
+            raise ValueError("rpn_ignore_outside needs the sizes of the images, [B, 2]; got None")
+        inside = inside_images(anchors, image_sizes)
+        iou = torch.where(inside[..., None], iou, torch.full_like(iou, -1.0))
+    matches = match(
+        iou,
+        targets.present,
+        positive_iou=settings.rpn_positive_iou,
+        negative_iou=settings.rpn_negative_iou,
+        keep_best_of_each_box=True,
+    )
+    if inside is not None:
+        matches = torch.where(inside, matches, torch.full_like(matches, IGNORED))
+    return ignore_covered(matches, pairwise_ioa(anchors[None], targets.ignored))
+
+
+def rpn_training_losses(
+    objectness: Tensor,
+    deltas: Tensor,
+    anchors: Tensor,
+    targets: Targets,
+    settings: TrainingSettings,
+    *,
+    image_sizes: Tensor | None = None,
+    anchors_per_place: int = 1,
+) -> dict[str, Tensor]:
+    """Objectness and box loss of one batch (equation 1).
+
+    ``objectness`` [B, A], ``deltas`` [B, A, 4] and ``anchors`` [A, 4] with all levels joined;
+    ``image_sizes`` [B, 2] for anchors across the edge. N_reg is A / ``anchors_per_place``.
     """
     with torch.no_grad():
-        iou = pairwise_iou(anchors[None], targets.boxes)
-        matches = match(
-            iou,
-            targets.present,
-            positive_iou=settings.rpn_positive_iou,
-            negative_iou=settings.rpn_negative_iou,
-            keep_best_of_each_box=True,
-        )
-        matches = ignore_covered(matches, pairwise_ioa(anchors[None], targets.ignored))
+        matches = match_anchors(anchors, targets, settings, image_sizes)
         positive, negative = matches >= 0, matches == BACKGROUND
         noise = targets.noise(RPN_STREAM, positive.shape[1])
         index, drawn = sample(positive, negative, settings.rpn_samples, settings.rpn_positive_fraction, noise)
@@ -137,6 +182,9 @@ def rpn_training_losses(
         drawn,
         torch.where(positive[..., None], goals, torch.zeros_like(goals)),
         settings.rpn_box_beta,
+        (settings.rpn_samples, len(anchors) // anchors_per_place)
+        if settings.rpn_normalisation == "paper"
+        else None,
     )
-    weight = settings.rpn_loss_weight
-    return {"loss_objectness": weight * objectness_loss, "loss_rpn_box": weight * box_loss}
+    weight, box_weight = settings.rpn_loss_weight, settings.rpn_loss_weight * settings.rpn_box_loss_weight
+    return {"loss_objectness": weight * objectness_loss, "loss_rpn_box": box_weight * box_loss}

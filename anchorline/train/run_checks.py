@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,6 +31,27 @@ def _check_objects(data: Dataset, use: str) -> None:
     # Difficult objects and crowds are neither learnt nor counted.
     if all((image.difficult | image.crowd).all() for image in data):
         raise DataError(f"{data.spec}: holds no labelled object; expected at least one box to {use}")
+
+
+def check_proposals(
+    regime: str, proposals: Path | None, validates: bool, validation_proposals: Path | None
+) -> None:
+    """Raise ``SettingsError`` unless files of stored proposals are given where the schedule uses them."""
+    if regime == "fast-rcnn" and proposals is None:
+        raise SettingsError(
+            "schedule 'fast-rcnn' trains on stored proposals and none are given; expected --proposals FILE, "
+            "as anchorline proposals writes it"
+        )
+    if regime != "fast-rcnn" and (proposals is not None or validation_proposals is not None):
+        raise SettingsError(
+            f"stored proposals are given, and schedule {regime!r} makes its own; "
+            "expected them with --schedule fast-rcnn only"
+        )
+    if validation_proposals is not None and not validates:
+        raise SettingsError(
+            f"{validation_proposals}: proposals for validation are given without validation data; "
+            "expected --val SPEC with --val-proposals"
+        )
 
 
 def choose_device(name: str) -> torch.device:

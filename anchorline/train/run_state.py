@@ -43,6 +43,12 @@ def load_state(folder: Path, settings: Settings) -> tuple[dict[str, Any], dict[s
     except Exception as error:  # torch.load raises many kinds for damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ArtefactError(f"{path}: cannot be read ({reason[:120]}); train without --resume") from None
+    check_trained_with(path, trained_with, settings)
+    return progress, state
+
+
+def check_trained_with(path: Path, trained_with: Mapping[str, Mapping[str, Any]], settings: Settings) -> None:
+    """Raise ``ArtefactError`` for the first of ``settings`` that was another one."""
     wanted = json.loads(json.dumps(settings.to_dict()))
     for table, values in wanted.items():
         for name, value in values.items():
@@ -52,4 +58,3 @@ def load_state(folder: Path, settings: Settings) -> tuple[dict[str, Any], dict[s
                     f"{path}: was trained with {table}.{name} = {before!r}, not {value!r}; "
                     "resume with the same settings, or train without --resume"
                 )
-    return progress, state

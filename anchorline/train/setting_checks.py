@@ -1,9 +1,9 @@
-"""Checks of settings: types, choices and ranges, each failure one line that names the field."""
+"""Settings from plain values: types, choices and ranges, each failure one line that names the field."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from anchorline.runtime.errors import SettingsError
 
@@ -13,12 +13,26 @@ Choices = Mapping[str, tuple[object, ...]]
 # By range: the names, with a space between, of the fields whose numbers lie in it.
 Ranges = Mapping[str, str]
 
+_Settings = TypeVar("_Settings")
+
 _INSIDE: dict[str, Callable[[float], bool]] = {
     "at least 1": lambda v: v >= 1,
     "above 0": lambda v: v > 0,
     "0 or more": lambda v: v >= 0,
     "from 0 to 1": lambda v: 0 <= v <= 1,
 }
+
+
+def settings_from(cls: type[_Settings], values: Mapping[str, Any], table: str) -> _Settings:
+    """Build ``cls`` from plain values, checking names and types; raises ``SettingsError``."""
+    expect(isinstance(values, Mapping), table, values, "fields and their values")
+    hints = get_type_hints(cls)
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise SettingsError(
+            f"{table}.{sorted(unknown)[0]} is not a setting; expected one of {', '.join(sorted(hints))}"
+        )
+    return cls(**{name: coerce(value, hints[name], f"{table}.{name}") for name, value in values.items()})
 
 
 def coerce(value: Any, hint: Any, name: str) -> Any:

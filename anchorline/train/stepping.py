@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,30 @@ from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.optimisation import MovingAverage, build_optimiser, build_schedule
 from anchorline.train.precision import autocast, build_scaler
 from anchorline.train.run_checks import not_finite
-from anchorline.train.settings import TrainingSettings
+from anchorline.train.training_settings import TrainingSettings
+
+# The losses by name of a batch that is on the model's device.
+Losses = Callable[[FasterRCNN, Batch, TrainingSettings], dict[str, Tensor]]
+
+
+def joint_losses(model: FasterRCNN, batch: Batch, settings: TrainingSettings) -> dict[str, Tensor]:
+    """All four losses: RPN, and detection on its proposals of the moment."""
+    return model.losses(batch.images, batch.image_sizes, batch.targets, settings)
+
+
+def rpn_losses(model: FasterRCNN, batch: Batch, settings: TrainingSettings) -> dict[str, Tensor]:
+    """The RPN's two losses alone."""
+    features = model.features(batch.images, batch.image_sizes)
+    objectness, deltas = model.rpn.head(features)
+    return model.rpn_losses(features, objectness, deltas, batch.image_sizes, batch.targets, settings)
+
+
+def detection_losses(model: FasterRCNN, batch: Batch, settings: TrainingSettings) -> dict[str, Tensor]:
+    """Fast R-CNN's two losses on the batch's stored proposals."""
+    if batch.proposals is None:
+        raise ValueError("the batch holds no stored proposals; give some to CanvasDataset")
+    features = model.features(batch.images, batch.image_sizes)
+    return model.detection_losses(features, batch.proposals, batch.targets, settings)
 
 
 class NotFiniteError(ArithmeticError):
@@ -25,9 +48,14 @@ class Stepper:
     """Trains ``model`` step by step; holds the optimiser, its schedule and the average of the weights."""
 
     def __init__(
-        self, model: FasterRCNN, settings: TrainingSettings, steps: int, device: torch.device
+        self,
+        model: FasterRCNN,
+        settings: TrainingSettings,
+        steps: int,
+        device: torch.device,
+        losses: Losses = joint_losses,
     ) -> None:
-        self.model, self.settings, self.device = model, settings, device
+        self.model, self.settings, self.device, self.losses = model, settings, device, losses
         self.optimiser = build_optimiser(model, settings)
         self.schedule = build_schedule(self.optimiser, settings, steps)
         self.scaler = build_scaler(device, settings.precision)
@@ -65,9 +93,9 @@ class Stepper:
         return values
 
     def _backward(self, batch: Batch, share: float) -> dict[str, float]:
-        images, sizes = batch.images.to(self.device), batch.image_sizes.to(self.device)
+        batch = batch.to(self.device)
         with autocast(self.device, self.settings.precision):
-            losses = self.model.losses(images, sizes, batch.targets.to(self.device), self.settings)
+            losses = self.losses(self.model, batch, self.settings)
         total = torch.stack(list(losses.values())).sum()
         values = {"loss": total.item(), **{name: loss.item() for name, loss in losses.items()}}
         if bad := not_finite(values):

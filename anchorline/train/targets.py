@@ -11,6 +11,9 @@ from torch import Tensor
 # The label of an ignore region among the objects of an image, on its way through the transforms.
 IGNORE_LABEL = -2
 
+# The label of an image's first stored proposal on that way; that of the one at index i is lower by i.
+PROPOSAL_LABEL = -3
+
 
 @dataclass(frozen=True)
 class Targets:

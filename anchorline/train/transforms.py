@@ -10,8 +10,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from anchorline.train.settings import TrainingSettings
-from anchorline.train.targets import IGNORE_LABEL
+from anchorline.train.targets import PROPOSAL_LABEL
+from anchorline.train.training_settings import TrainingSettings
 
 # Of an object cut by the edge of a crop, this share of its area must remain for it to stay labelled.
 LEAST_VISIBLE = 0.3
@@ -22,7 +22,7 @@ class RandomZoom(nn.Module):
     """Magnify by a random factor: above 1 crop a part, below 1 set the image in a larger frame.
 
     No pixel is resampled here; the resize onto the canvas that follows does it, once. Objects of
-    which less than ``LEAST_VISIBLE`` remains lose their box; of an ignore region whatever is left stays.
+    which less than ``LEAST_VISIBLE`` remains lose their box; of any other box whatever is left stays.
     """
 
     def __init__(self, lowest: float, highest: float) -> None:
@@ -46,8 +46,8 @@ class RandomZoom(nn.Module):
         else:
             image = F.crop(image, top, left, new_height, new_width)
             boxes = F.clamp_bounding_boxes(F.crop(target["boxes"], top, left, new_height, new_width))
-        left_over, ignored = _areas(boxes), target["labels"] == IGNORE_LABEL
-        keep = torch.where(ignored, left_over > 0, left_over >= LEAST_VISIBLE * area)
+        left_over, objects = _areas(boxes), target["labels"] >= 0
+        keep = torch.where(objects, left_over >= LEAST_VISIBLE * area, left_over > 0)
         return image, {"boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": target["labels"][keep]}
 
 
@@ -55,7 +55,7 @@ class RandomIoUCrop(nn.Module):
     """A part of the image that keeps at least one object to a random degree (SSD, section 2.2).
 
     torchvision's, which divides by zero on images a few pixels wide and searches long where there is
-    no object: these stay as they are. Ignore regions have no say in the choice, and are cut by it.
+    no object: these stay as they are. Boxes of no object have no say in the choice, and are cut by it.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class RandomIoUCrop(nn.Module):
     def forward(
         self, image: tv_tensors.Image, target: dict[str, Any]
     ) -> tuple[tv_tensors.Image, dict[str, Any]]:
-        boxes, objects = target["boxes"], target["labels"] != IGNORE_LABEL
+        boxes, objects = target["boxes"], target["labels"] >= 0
         if min(image.shape[-2:]) * self.crop.min_scale < 1 or not objects.any():
             return image, target
         params = self.crop.make_params([image, tv_tensors.wrap(boxes[objects], like=boxes)])
@@ -78,10 +78,23 @@ class RandomIoUCrop(nn.Module):
         return F.crop(image, *window), {"boxes": kept, "labels": target["labels"][keep]}
 
 
+class Sanitize(nn.Module):
+    """Drop boxes less than a pixel wide or high (torchvision's rule); a proposal stays while it has area."""
+
+    def forward(
+        self, image: tv_tensors.Image, target: dict[str, Any]
+    ) -> tuple[tv_tensors.Image, dict[str, Any]]:
+        boxes, labels = target["boxes"], target["labels"]
+        _, sound = F.sanitize_bounding_boxes(boxes)
+        keep = torch.where(labels <= PROPOSAL_LABEL, _areas(boxes) > 0, sound)
+        return image, {"boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": labels[keep]}
+
+
 def build_transforms(settings: TrainingSettings) -> v2.Compose:
     """The random views that ``settings`` ask for, from (image, {boxes, labels}) to the same.
 
-    Boxes with the label ``IGNORE_LABEL`` are ignore regions.
+    Boxes with a negative label are no objects: ``IGNORE_LABEL`` marks ignore regions, ``PROPOSAL_LABEL``
+    and below stored proposals. They change no draw, and stay while any of them shows.
     """
     steps: list[nn.Module] = []
     if settings.flip:
@@ -92,16 +105,11 @@ def build_transforms(settings: TrainingSettings) -> v2.Compose:
         steps.append(RandomZoom(*settings.zoom))
     if settings.iou_crop:
         steps.append(v2.RandomApply([RandomIoUCrop()], settings.iou_crop))
-        steps.append(v2.SanitizeBoundingBoxes(labels_getter=_labels_of))
+        steps.append(Sanitize())
     if settings.photometric:
         strength = settings.photometric
         steps.append(v2.ColorJitter(0.5 * strength, 0.5 * strength, 0.5 * strength, 0.08 * strength))
     return v2.Compose([*steps, v2.Identity()])
-
-
-def _labels_of(inputs: tuple[Any, dict[str, Any]]) -> Tensor:
-    labels: Tensor = inputs[1]["labels"]
-    return labels
 
 
 def _between(a: int, b: int) -> int:

@@ -334,30 +334,36 @@ def test_why_onnxruntime_cannot_run_a_file(
     assert (cpu.runs, cpu.reason) == (False, expected)
 
 
-def test_a_provider_that_anchorline_does_not_offer(
-    artefacts: dict[str, Artefact],
-    make_machine: Make,
-    gpu_state: Callable[..., GpuState],
-    monkeypatch: pytest.MonkeyPatch,
+def test_the_providers_of_onnxruntime(
+    artefacts: dict[str, Artefact], make_machine: Make, gpu_state: Callable[..., GpuState]
 ) -> None:
     providers = ("CUDAExecutionProvider", "CPUExecutionProvider")
     machine = make_machine(providers=providers)
-    monkeypatch.setattr(runtimes, "PROVIDERS", {"cpu": "CPUExecutionProvider"})
-    cpu, cuda = runtimes_for(artefacts["onnx"], machine)
-    assert cpu.runs
-    assert (cuda.runs, cuda.reason) == (False, "this version of anchorline does not offer it")
-    monkeypatch.setattr(runtimes, "PROVIDERS", {"cpu": "", "cuda": "", "openvino": ""})
     reasons = {each.name: (each.runs, each.reason) for each in runtimes_for(artefacts["onnx"], machine)}
     assert reasons["onnxruntime, cuda"] == (False, "there is no NVIDIA GPU here")
-    assert reasons["onnxruntime, openvino"] == (
-        False,
-        "onnxruntime has no OpenVINOExecutionProvider: pip install onnxruntime-ep-openvino",
-    )
     with_gpu = make_machine(providers=providers, gpu=gpu_state())
     assert {each.name for each in runtimes_for(artefacts["onnx"], with_gpu) if each.runs} == {
         "onnxruntime, cpu",
         "onnxruntime, cuda",
     }
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_openvino(
+    bf16: bool, artefacts: dict[str, Artefact], make_machine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = make_machine({"openvino": "2026.4.1"})
+    monkeypatch.setattr(runtimes, "has_native_bf16", lambda: bf16)
+    monkeypatch.setattr(runtimes, "open_openvino", lambda path: "bf16" if bf16 else "fp32")
+    openvino = runtimes_for(artefacts["onnx"], machine)[-1]
+    assert (openvino.name, openvino.runs) == ("OpenVINO", True)
+    assert ("does not compute bf16" in openvino.reason) is not bf16
+
+    def fail(path: Path) -> str:
+        raise ArtefactError("it does not compile")
+
+    monkeypatch.setattr(runtimes, "open_openvino", fail)
+    assert runtimes_for(artefacts["onnx"], machine)[-1] == Runtime("OpenVINO", False, "it does not compile")
 
 
 def test_an_engine_runs_where_it_was_built_for(

@@ -38,8 +38,8 @@ from anchorline.runtime.errors import (
 )
 from anchorline.train.checkpoint import contract_of, load_checkpoint, save_checkpoint
 from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.train.model_settings import ModelSettings
 from anchorline.train.prediction import TorchDetector
-from anchorline.train.settings import ModelSettings
 
 CANVAS = (64, 96)
 SCORE_BIAS = "roi_heads.box_predictor.cls_score.bias"

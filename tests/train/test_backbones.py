@@ -17,7 +17,7 @@ from anchorline.runtime.errors import ArtefactError
 from anchorline.train.backbone_weights import load_backbone_weights
 from anchorline.train.backbones import build_backbone
 from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.settings import ModelSettings
+from anchorline.train.model_settings import ModelSettings
 
 Settings = Callable[..., ModelSettings]
 

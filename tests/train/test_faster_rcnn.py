@@ -17,9 +17,10 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from anchorline.train.backbones import FrozenBatchNorm
 from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.train.model_settings import ModelSettings
 from anchorline.train.roi_heads import DetectionBatch
-from anchorline.train.settings import ModelSettings, TrainingSettings
 from anchorline.train.targets import Targets
+from anchorline.train.training_settings import TrainingSettings
 
 CLASSES = 3
 NECKS = {

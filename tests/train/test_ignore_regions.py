@@ -16,9 +16,10 @@ from anchorline.train import roi_heads, rpn
 from anchorline.train.anchors import level_anchors
 from anchorline.train.boxes import pairwise_ioa
 from anchorline.train.matcher import BACKGROUND, IGNORED, ignore_covered
+from anchorline.train.model_settings import ModelSettings
 from anchorline.train.rpn import Proposals
-from anchorline.train.settings import ModelSettings, TrainingSettings
 from anchorline.train.targets import Targets
+from anchorline.train.training_settings import TrainingSettings
 
 CANVAS = (64, 96)
 ANCHORS = torch.cat(level_anchors(CANVAS, [(8, 12), (4, 6)], [(16.0,), (40.0,)], (0.5, 1.0, 2.0)))

@@ -12,8 +12,8 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 from anchorline.train import losses, rpn
 from anchorline.train.anchors import level_anchors
-from anchorline.train.settings import TrainingSettings
 from anchorline.train.targets import Targets
+from anchorline.train.training_settings import TrainingSettings
 
 CANVAS = (64, 96)
 ANCHORS = torch.cat(level_anchors(CANVAS, [(16, 24), (8, 12)], [(8.0,), (32.0,)], (0.5, 1.0, 2.0)))

@@ -9,9 +9,10 @@ import torch
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from anchorline.train import roi_heads
+from anchorline.train.model_settings import ModelSettings
 from anchorline.train.rpn import Proposals
-from anchorline.train.settings import ModelSettings, TrainingSettings
 from anchorline.train.targets import Targets
+from anchorline.train.training_settings import TrainingSettings
 
 IMAGE_SIZES = torch.tensor([[128.0, 160.0], [90.0, 160.0], [128.0, 47.0]])
 SLOTS, CLASSES = 60, 3

@@ -12,7 +12,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, con
 
 from anchorline.train import rpn
 from anchorline.train.anchors import level_anchors
-from anchorline.train.settings import ModelSettings
+from anchorline.train.model_settings import ModelSettings
 
 CANVAS = (96, 160)
 GRIDS = [(24, 40), (12, 20), (6, 10), (3, 5), (2, 3)]

@@ -27,7 +27,7 @@ def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     from anchorline.export.graph import to_onnx
     from anchorline.train.checkpoint import contract_of
     from anchorline.train.faster_rcnn import FasterRCNN
-    from anchorline.train.settings import ModelSettings
+    from anchorline.train.model_settings import ModelSettings
 
     torch.manual_seed(0)
     settings = ModelSettings(

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from anchorline.evaluation.dataset import Dataset, LabelledImage
 from anchorline.evaluation.synthetic import synthetic_dataset
-from anchorline.train.settings import ModelSettings, Settings, TrainingSettings
+from anchorline.train.model_settings import ModelSettings
+from anchorline.train.settings import Settings
 from anchorline.train.training import StepReport, train
+from anchorline.train.training_settings import TrainingSettings
 
 
 class Recorder:

@@ -29,7 +29,7 @@ from anchorline.train.batches import (
     read_batches,
     single_threaded_opencv,
 )
-from anchorline.train.settings import TrainingSettings
+from anchorline.train.training_settings import TrainingSettings
 
 CANVAS = (64, 96)
 VARIED = TrainingSettings(

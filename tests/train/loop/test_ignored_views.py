@@ -22,9 +22,10 @@ from anchorline.runtime.contract import ResizeRule
 from anchorline.train.batches import CanvasDataset, build_loader, collate, read_batches
 from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.sample_sheet import write_sample_sheet
-from anchorline.train.settings import Settings, TrainingSettings
+from anchorline.train.settings import Settings
 from anchorline.train.targets import IGNORE_LABEL, Targets
 from anchorline.train.training import train
+from anchorline.train.training_settings import TrainingSettings
 from anchorline.train.transforms import RandomZoom, build_transforms
 
 Box = tuple[int, int, int, int]

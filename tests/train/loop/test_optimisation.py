@@ -10,8 +10,9 @@ from torch import nn
 
 from anchorline.train.backbones import FrozenBatchNorm
 from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.train.model_settings import ModelSettings
 from anchorline.train.optimisation import MovingAverage, build_optimiser, build_schedule
-from anchorline.train.settings import ModelSettings, TrainingSettings
+from anchorline.train.training_settings import TrainingSettings
 
 SINGLE = ModelSettings(
     neck="single", anchor_sizes=((16.0,),), canvas=(64, 64), representation=8, backbone_norm="live"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from anchorline.evaluation.dataset import Dataset
 from anchorline.runtime.errors import ArtefactError
-from anchorline.train import training
+from anchorline.train import job
 from anchorline.train.checkpoint import load_checkpoint
 from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.settings import Settings
@@ -111,7 +111,7 @@ def scripted_accuracy(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> l
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return type("Report", (), {"map50": values[len(seen) - 1]})
 
-    monkeypatch.setattr(training, "evaluate", evaluate)
+    monkeypatch.setattr(job, "evaluate", evaluate)
     return seen
 
 

@@ -14,7 +14,7 @@ import torch
 from anchorline.evaluation.dataset import Dataset, LabelledImage
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.errors import SettingsError
-from anchorline.train import training
+from anchorline.train import job
 from anchorline.train.batches import Batch, CanvasDataset, collate, groups
 from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.optimisation import build_schedule
@@ -117,7 +117,7 @@ def test_patience_ends_a_run_that_gets_no_better(
     def evaluate(*_: object, **__: object) -> object:
         return type("Report", (), {"map50": next(figures)})()
 
-    monkeypatch.setattr(training, "evaluate", evaluate)
+    monkeypatch.setattr(job, "evaluate", evaluate)
     settings = tiny(epochs=9, validate_every=1, patience=2)
     result = train(settings, scenes, tmp_path / "run", validation=scenes)
     assert result.map50 == 0.3

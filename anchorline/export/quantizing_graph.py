@@ -1,0 +1,130 @@
+"""Writing an exported graph with 8-bit integer layers, for onnxruntime's CPU provider or for TensorRT.
+
+onnxruntime's own quantiser does the work. Both targets get Q/DQ nodes (``QuantizeLinear`` and
+``DequantizeLinear`` around float operators): onnxruntime turns them into its integer kernels when it
+loads the file, and TensorRT takes INT8 in no other form.
+
+- ``cpu``: activations u8 with a zero point, weights s8 per channel, biases s32; what lies between two
+  layers is quantised as well, so that the values stay integers from one to the next. (s8 activations
+  are slower than float32 there.)
+- ``tensorrt``: activations s8 and symmetric, weights s8 per channel, biases float32; only the inputs of
+  layers, since TensorRT finds itself what it can fuse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+
+from anchorline.export.quantizing_layers import Layer, integer_nodes
+
+TARGETS = ("cpu", "tensorrt")
+Range = tuple[float, float]
+
+# How onnxruntime's quantiser marks a graph whose shapes are inferred; without it, it infers them itself,
+# through files on the disk.
+_INFERRED = ("onnx.infer", "onnxruntime.quant")
+_WEIGHTED = ["Conv", "Gemm", "MatMul"]
+
+
+def observed_tensors(model: onnx.ModelProto, layers: Sequence[Layer]) -> list[str]:
+    """The activations whose ranges ``quantized`` needs for ``layers`` or fewer of them, in order."""
+    nodes = {node.name: node for node in model.graph.node}
+    constants = {tensor.name for tensor in model.graph.initializer}
+    found: dict[str, None] = {}
+    for name in integer_nodes(model.graph, layers, glue=True):
+        node = nodes[name]
+        read = node.input if node.op_type == "Add" else node.input[:1]
+        found.update(dict.fromkeys(each for each in (*read, *node.output) if each not in constants))
+    return list(found)
+
+
+def quantized(
+    model: onnx.ModelProto, layers: Sequence[Layer], ranges: Mapping[str, Range], target: str
+) -> onnx.ModelProto:
+    """A copy of ``model`` in which ``layers`` compute with integers; names and functions are kept.
+
+    ``ranges`` are (lowest, highest) of every tensor that may be quantised. ``model``'s nodes have names
+    (``name_nodes``).
+    """
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization.calibrate import TensorData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    copy.metadata_props.add(key=_INFERRED[0], value=_INFERRED[1])
+    on_cpu = target == "cpu"
+    options: dict[str, Any] = {"WeightSymmetric": True, "ActivationSymmetric": not on_cpu}
+    if not on_cpu:
+        options |= {"QuantizeBias": False, "OpTypesToExcludeOutputQuantization": _WEIGHTED}
+    limits = {
+        name: TensorData(lowest=np.float32(low), highest=np.float32(high))
+        for name, (low, high) in ranges.items()
+    }
+    with _quiet():
+        quantizer = QDQQuantizer(
+            copy,
+            per_channel=True,
+            reduce_range=False,
+            weight_qType=QuantType.QInt8,
+            activation_qType=QuantType.QUInt8 if on_cpu else QuantType.QInt8,
+            tensors_range=limits,
+            nodes_to_quantize=integer_nodes(copy.graph, layers, glue=on_cpu),
+            nodes_to_exclude=[],
+            op_types_to_quantize=sorted({node.op_type for node in copy.graph.node}),
+            extra_options=options,
+        )
+        made: onnx.ModelProto = quantizer.quantize_model()
+    _restore(made, model)
+    return made
+
+
+def _restore(made: onnx.ModelProto, model: onnx.ModelProto) -> None:
+    """Put back what the quantiser changes besides the graph's nodes."""
+    del made.metadata_props[:]
+    made.metadata_props.extend(model.metadata_props)
+    made.producer_name, made.producer_version = model.producer_name, model.producer_version
+    _sort(made.graph)
+    exists = {name for node in made.graph.node for name in node.output}
+    notes = [value for value in made.graph.value_info if value.name in exists]
+    del made.graph.value_info[:]
+    made.graph.value_info.extend(notes)
+
+
+def _sort(graph: onnx.GraphProto) -> None:
+    """Put each new node before the first that reads it; the quantiser appends them at the end."""
+    makers = {name: node for node in graph.node for name in node.output}
+    placed: set[str] = set()
+    ordered: list[onnx.NodeProto] = []
+
+    def put(node: onnx.NodeProto) -> None:
+        if node.output[0] in placed:
+            return
+        placed.update(node.output)
+        for name in node.input:
+            if name in makers:
+                put(makers[name])  # at most the three nodes around one rounding deep
+        ordered.append(onnx.NodeProto.FromString(node.SerializeToString()))
+
+    for node in graph.node:
+        put(node)
+    del graph.node[:]
+    graph.node.extend(ordered)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The quantiser warns through the root logger about what is by design, such as shared biases."""
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,156 @@
+"""Every choice in a model, as one documented dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from anchorline.runtime.contract import CHANNEL_ORDERS
+from anchorline.train.setting_checks import (
+    Choices,
+    Ranges,
+    check_choices,
+    check_ranges,
+    expect,
+    settings_from,
+)
+
+# ImageNet's statistics in grey levels, RGB: what the pretrained backbones expect.
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+_CHOICES: Choices = {
+    "neck": ("fpn", "fpn32", "single"),
+    "finest_stride": (4, 8),
+    "backbone_norm": ("frozen", "live"),
+    "channel_order": CHANNEL_ORDERS,
+    "anchor_style": ("torchvision", "caffe"),
+    "box_edges": ("continuous", "inclusive"),
+    "rpn_score": ("sigmoid", "softmax"),
+    "roi_pooling": ("align", "max"),
+}
+_RANGES: Ranges = {
+    "at least 1": "fpn_channels rpn_pre_nms rpn_post_nms roi_size roi_sampling representation max_detections",
+    "above 0": "anchor_sizes aspect_ratios canonical_size box_weights std",
+    "0 or more": "rpn_convs rpn_channels rpn_min_side box_min_side box_convs backbone_norm_eps box_init_std "
+    "shorter_side longer_side",
+    "from 0 to 1": "box_dropout rpn_nms_iou nms_iou score_threshold rpn_score_threshold",
+}
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The architecture; with the class names and the weights it is the whole model."""
+
+    backbone: str = "mobilenet_v2"
+    """Name in ``backbones.BACKBONES``."""
+    neck: str = "fpn"
+    """``fpn`` (strides up to 64), ``single`` (16), or ``fpn32``: 32, 32, 64 as torchvision's MobileNets."""
+    finest_stride: int = 4
+    """Stride of the pyramid's finest level: 4, or 8 for a quarter of the work where no object is tiny."""
+    backbone_norm: str = "frozen"
+    """Batch norm of the body: ``frozen`` (fixed statistics) or ``live`` (trained; the pyramid has it too)."""
+    backbone_norm_eps: float = 1e-5
+    """Added to the body's variances; 0 with torchvision's official weights of ResNet-50-FPN."""
+    canvas: tuple[int, int] = (480, 640)
+    """Height and width of the network input in pixels, multiples of 32."""
+    shorter_side: int = 0
+    longer_side: int = 0
+    """Images are scaled to these sides in pixels at most, then laid on the canvas; 0 sets no bound."""
+    fpn_channels: int = 256
+    anchor_sizes: tuple[tuple[float, ...], ...] = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
+    """Square roots of the anchor areas in canvas pixels, one group per level."""
+    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Height / width of the anchors."""
+    anchor_style: str = "torchvision"
+    """``torchvision``: rounded, centred at 0. ``caffe``: multiples of a rounded window (``anchors.py``)."""
+    box_edges: str = "continuous"
+    """``inclusive``: what is left of boxes that include x2 and y2 (py-faster-rcnn): the decoded x2 and y2
+    one pixel further, clipping to the first and last pixel, and RoI pooling from pixel x2 - 1."""
+    clamp_deltas: bool = True
+    """Limit dw and dh to log(1000 / 16) in decoding; py-faster-rcnn does not."""
+    rpn_convs: int = 1
+    """3x3 convolutions of the RPN head before its two siblings."""
+    rpn_channels: int = 0
+    """Their width; 0 is that of the feature map."""
+    rpn_score: str = "sigmoid"
+    """One objectness for each anchor, or the paper's two scores, background first, under a ``softmax``."""
+    rpn_pre_nms: int = 1000
+    """Candidates kept per level before NMS at test time."""
+    rpn_post_nms: int = 300
+    """Proposals per image at test time."""
+    rpn_nms_iou: float = 0.7
+    rpn_score_threshold: float = 0.0
+    rpn_min_side: float = 1e-3
+    """Proposals with a lower objectness, or a side below this many canvas pixels, are dropped before NMS."""
+    roi_size: int = 7
+    """Cells per side of a pooled region."""
+    roi_pooling: str = "align"
+    """``align`` (RoIAlign), or the paper's ``max`` pooling (RoIPool) for the neck ``single``."""
+    roi_sampling: int = 2
+    """Sampling points per cell and axis."""
+    roi_aligned: bool = False
+    """Shift RoIs by half a feature pixel, as Detectron2 does and torchvision does not."""
+    canonical_size: float = 224.0
+    """Side in pixels of a RoI that is pooled from the level of stride 16 (FPN paper, equation 1)."""
+    box_convs: int = 0
+    """3x3 convolutions with batch norm in the box head: then it has one fully connected layer, else two."""
+    representation: int = 1024
+    """Width of the box head's fully connected layers."""
+    box_dropout: float = 0.0
+    """Share of fc6's and fc7's outputs dropped while training."""
+    box_init_std: float = 0.0
+    """Box head and predictor start from N(0, this), as the paper's new layers; 0 is PyTorch's own start."""
+    box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+    """Scale of the detection head's regression targets."""
+    score_threshold: float = 0.05
+    nms_iou: float = 0.5
+    box_min_side: float = 1e-2
+    max_detections: int = 100
+    channel_order: str = "rgb"
+    """In which the body takes its input; ``mean`` and ``std`` have the same order."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        check_choices(self, "model", _CHOICES)
+        check_ranges(self, "model", _RANGES)
+        canvas_fits = len(self.canvas) == 2 and all(s >= 32 and s % 32 == 0 for s in self.canvas)
+        expect(canvas_fits, "model.canvas", self.canvas, "a height and a width that are multiples of 32")
+        levels = {"single": 1, "fpn32": 3}.get(self.neck, 5 if self.finest_stride == 4 else 4)
+        groups = {len(group) for group in self.anchor_sizes}
+        expect(
+            len(self.anchor_sizes) == levels and len(groups) == 1 and 0 not in groups,
+            "model.anchor_sizes",
+            self.anchor_sizes,
+            f"{levels} group{'s' if levels > 1 else ''} of as many sizes each for the neck {self.neck!r}",
+        )
+        expect(bool(self.aspect_ratios), "model.aspect_ratios", self.aspect_ratios, "at least one ratio")
+        for name, value in (("anchor_style", "caffe"), ("roi_pooling", "max")):
+            fits = self.neck == "single" or getattr(self, name) != value
+            expect(fits, f"model.{name}", value, f"another for the neck {self.neck!r}; it wants 'single'")
+        expect(self.box_dropout < 1, "model.box_dropout", self.box_dropout, "a share from 0 to below 1")
+        two_layers = not (self.box_dropout and self.box_convs)
+        expect(two_layers, "model.box_dropout", self.box_dropout, "0 where box_convs is not 0")
+
+    @property
+    def profile(self) -> str:
+        """The numeric profile by what decides the boxes: ``torchvision``, ``caffe2015`` or ``mixed``."""
+        choices = (self.anchor_style, self.box_edges, self.clamp_deltas)
+        return {
+            ("torchvision", "continuous", True): "torchvision",
+            ("caffe", "inclusive", False): "caffe2015",
+        }.get(choices, "mixed")
+
+    @property
+    def anchors_per_place(self) -> int:
+        """k of the paper: anchors at one place of one level."""
+        return len(self.anchor_sizes[0]) * len(self.aspect_ratios)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelSettings:
+        return settings_from(cls, json.loads(text), "model")

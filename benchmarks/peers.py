@@ -1,0 +1,276 @@
+"""Frame to boxes on a processor: ours beside torchvision's own ways, same weights, same images, one run.
+
+    python benchmarks/peers.py --photos DIR --videos A.mp4 B.mp4 [--models NAME ...] [--folder DIR]
+
+The weights are drawn (``drawn_weights.py``), so that each image has tens of detections, and imported. The
+images are crops of one aspect ratio, which torchvision pads to our canvas. Each repetition times every side
+on all images, side by side and in turning order; a ratio is the median over the repetitions of the
+reference's time by the side's. Torchvision's ONNX file contains its resizing and NMS, and gets the frame as
+its users give it: RGB, float32, 0 to 1, channels first. That conversion is inside both sides' time.
+
+With ``--folder`` the files are kept there, and ``NAME.int8.onnx`` beside them is measured as well (made by
+``anchorline quantize NAME.onnx``; the weights are the same in every run). Rows go to ``results/peers.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+import torchvision
+from drawn_weights import as_tensor, draw_weights
+from import_torchvision import compare, crops
+from numpy.typing import NDArray
+from record import append_row
+
+from anchorline.export.exporting import export_onnx, trimmed_canvas
+from anchorline.export.importing import import_checkpoint
+from anchorline.export.torchvision_reference import TorchvisionDetector
+from anchorline.runtime import Detections, Detector
+from anchorline.runtime.cpu_options import usable_cores
+from anchorline.runtime.openvino_library import has_openvino
+
+MODELS = ("fasterrcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_resnet50_fpn")
+ASPECT = "4:3"  # 800x1088 at 800/1333
+TOLERANCE = (16.0, 0.25)  # pixels, score: wide enough for int8, to see that the side finds the same objects
+EAGER, PEER = "torchvision eager", "torchvision ONNX, onnxruntime CPU"
+PAUSE = 0.05  # seconds; threads of the side before may still be spinning
+
+Frame = NDArray[np.uint8]
+Detect = Callable[[Frame], Detections]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way from frame to boxes."""
+
+    name: str
+    provider: str
+    precision: str
+    detect: Detect
+
+
+def main() -> None:
+    """Measure the models one after the other."""
+    options = parse()
+    torch.set_num_threads(options.threads)
+    group = crops(options.photos, options.videos)[ASPECT][: options.images]
+    for name in options.models:
+        with tempfile.TemporaryDirectory() as temporary:
+            rows = measure_model(name, group, options.folder or Path(temporary), options)
+        for row in rows:
+            print(row)
+            if not options.dry_run:
+                append_row("peers", shlex.join(["python", *sys.argv]), row)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--photos", type=Path, required=True)
+    parser.add_argument("--videos", type=Path, nargs="+", required=True)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--folder", type=Path, help="keep the files here")
+    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--dry-run", action="store_true", help="print the rows and write none")
+    return parser.parse_args()
+
+
+def measure_model(
+    name: str, frames: Sequence[Frame], folder: Path, options: argparse.Namespace
+) -> list[dict[str, object]]:
+    """A row for each side."""
+    folder.mkdir(parents=True, exist_ok=True)
+    builder = getattr(torchvision.models.detection, name)
+    model = builder(weights=None, weights_backbone=None).eval()
+    draw_weights(model, frames[:3], seed=0)
+    ours = folder / f"{name}.onnx"
+    canvas = make_ours(name, model, frames, ours)
+    sides = [*peers(model, frames[0], folder / f"{name}.torchvision.onnx", ours, options)]
+    detectors = open_ours(ours, options.threads)
+    sides += [Side(label, d.provider, d.precision, d) for label, d in detectors]
+    expected = [sides[0].detect(frame) for frame in frames]
+    shares = [matched_share(expected, [side.detect(frame) for frame in frames]) for side in sides]
+    seconds = interleaved(sides, frames, options.repetitions)
+    for _, detector in detectors:
+        detector.close()
+    facts = {
+        "model": name,
+        "canvas": f"{canvas[0]}x{canvas[1]}",
+        "threads": options.threads,
+        "images": len(frames),
+        "repetitions": options.repetitions,
+        "detections": sum(map(len, expected)),
+    }
+    places = {side.name: index for index, side in enumerate(sides)}
+    return [
+        {
+            **facts,
+            "side": side.name,
+            "provider": side.provider,
+            "precision": side.precision,
+            "matched": f"{shares[index]:.3f}",
+            "ms_per_frame": f"{1000 * np.median(seconds[:, index]) / len(frames):.2f}",
+            "faster_than_torchvision_onnx": ratio(seconds, places.get(PEER), index),
+            "faster_than_torchvision_eager": ratio(seconds, places[EAGER], index),
+        }
+        for index, side in enumerate(sides)
+    ]
+
+
+def make_ours(name: str, model: torch.nn.Module, frames: Sequence[Frame], target: Path) -> tuple[int, int]:
+    """Import the weights and export them for the canvas that torchvision pads these frames to."""
+    checkpoint, imported = target.with_suffix(".pth"), target.with_suffix(".safetensors")
+    torch.save(model.state_dict(), checkpoint)
+    result = import_checkpoint(checkpoint, imported, arch=name)
+    canvases = {trimmed_canvas(frame.shape[:2], result.contract) for frame in frames}
+    assert len(canvases) == 1, canvases
+    (canvas,) = canvases
+    export_onnx(imported, target, canvas=canvas, verify=False)
+    return canvas
+
+
+def open_ours(path: Path, threads: int) -> list[tuple[str, Detector]]:
+    """Our runtime's ways to run the model, as far as they are here."""
+    found = [("anchorline, onnxruntime CPU", Detector(path, "cpu", threads=threads))]
+    if has_openvino():
+        found.append(("anchorline, auto (OpenVINO)", Detector(path, threads=threads)))
+        fp32 = Detector(path, "openvino", threads=threads, cpu_precision="fp32")
+        found.append(("anchorline, OpenVINO fp32", fp32))
+    else:
+        print("OpenVINO is not installed: left out", file=sys.stderr)
+    int8 = path.with_suffix(".int8.onnx")
+    if int8.is_file():
+        found.append(("anchorline, onnxruntime CPU, int8", Detector(int8, "cpu", threads=threads)))
+        if has_openvino():
+            found.append(("anchorline, OpenVINO, int8", Detector(int8, "openvino", threads=threads)))
+    return found
+
+
+def peers(
+    model: torch.nn.Module, frame: Frame, path: Path, ours: Path, options: argparse.Namespace
+) -> list[Side]:
+    """Torchvision's own ways: eager, its ONNX file, and compiled, as far as they work."""
+    with Detector(ours, "cpu", threads=1) as detector:
+        contract = detector.contract
+    reference = TorchvisionDetector(model, contract)
+    found = [Side(EAGER, "torch", "fp32", lambda frame: reference.batch([frame])[0])]
+    try:
+        found.append(
+            Side(PEER, "cpu", "fp32", exported_by_torchvision(model, frame, path, contract, options))
+        )
+    except Exception as error:
+        tell_missing(PEER, error)
+    if not options.no_compile:
+        found += compiled(model, frame, contract)
+    return found
+
+
+def compiled(model: torch.nn.Module, frame: Frame, contract: object) -> list[Side]:
+    """The model compiled as a whole or, where that does not work, its backbone, which is most of it."""
+    partly = copy.deepcopy(model)
+    partly.backbone = torch.compile(partly.backbone)
+    found = []
+    for name, candidate in (("", torch.compile(model)), (" of the backbone", partly)):
+        name = f"torchvision, torch.compile{name}"
+        try:
+            detector = TorchvisionDetector(candidate, contract)
+            detector.batch([frame])
+        except Exception as error:
+            tell_missing(name, error)
+            continue
+        found.append(Side(name, "torch", "fp32", detector))
+        break
+    return found
+
+
+def exported_by_torchvision(
+    model: torch.nn.Module, frame: Frame, path: Path, contract: object, options: argparse.Namespace
+) -> Detect:
+    """The TorchScript exporter's file on onnxruntime's CPU provider, fed as its users do."""
+    sizes = {1: "height", 2: "width"}
+    torch.onnx.export(
+        model,
+        ([as_tensor(frame)],),
+        str(path),
+        dynamo=False,
+        opset_version=17,
+        input_names=["image"],
+        output_names=["boxes", "labels", "scores"],
+        dynamic_axes={"image": sizes, "boxes": {0: "n"}, "labels": {0: "n"}, "scores": {0: "n"}},
+    )
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    settings.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+
+    def detect(frame: Frame) -> Detections:
+        image = np.ascontiguousarray(frame[:, :, ::-1].transpose(2, 0, 1)).astype(np.float32) / np.float32(
+            255
+        )
+        boxes, labels, scores = session.run(["boxes", "labels", "scores"], {"image": image})
+        return to_detections(boxes, labels, scores, frame, contract)
+
+    return detect
+
+
+def to_detections(
+    boxes: NDArray, labels: NDArray, scores: NDArray, frame: Frame, contract: object
+) -> Detections:
+    """Torchvision's outputs, whose classes start with the background."""
+    limits = np.array([frame.shape[1], frame.shape[0]] * 2, np.float32)
+    kept = ((boxes[:, 2:] > boxes[:, :2]).all(axis=1)) & (labels > 0)
+    return Detections(
+        boxes=np.clip(boxes[kept], 0, limits),
+        scores=scores[kept],
+        labels=labels[kept] - 1,
+        class_names=contract.names,
+        size=(frame.shape[0], frame.shape[1]),
+    )
+
+
+def interleaved(sides: Sequence[Side], frames: Sequence[Frame], repetitions: int) -> NDArray[np.float64]:
+    """Seconds [repetitions, sides] for all frames; each repetition begins with another side."""
+    seconds = np.zeros((repetitions, len(sides)))
+    for repetition in range(repetitions):
+        for place in range(len(sides)):
+            index = (place + repetition) % len(sides)
+            time.sleep(PAUSE)
+            start = time.perf_counter()
+            for frame in frames:
+                sides[index].detect(frame)
+            seconds[repetition, index] = time.perf_counter() - start
+    return seconds
+
+
+def ratio(seconds: NDArray[np.float64], reference: int | None, index: int) -> str:
+    """How many times as fast as the reference, the median over the repetitions."""
+    return "" if reference is None else f"{np.median(seconds[:, reference] / seconds[:, index]):.2f}"
+
+
+def matched_share(expected: Sequence[Detections], found: Sequence[Detections]) -> float:
+    """The share of torchvision's detections that the side finds as well."""
+    return compare(expected, found, TOLERANCE).total.matched / max(1, sum(map(len, expected)))
+
+
+def tell_missing(side: str, error: Exception) -> None:
+    reason = " ".join(str(error).split())[:300]
+    print(f"{side} does not work here: {type(error).__name__}: {reason}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""OpenVINO as a provider: the detections of onnxruntime, bf16 where that is native, networks kept on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anchorline.runtime import cpu_options, opening, openvino_backend
+from anchorline.runtime.compiled_cache import CompiledCache
+from anchorline.runtime.cpu_options import CpuOptions
+from anchorline.runtime.detector import Detector
+from anchorline.runtime.errors import ArtefactError, FrameError, SettingsError
+from anchorline.runtime.openvino_library import has_openvino
+
+pytest.importorskip("onnxruntime")
+needs_openvino = pytest.mark.skipif(not has_openvino(), reason="needs the package openvino")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch) -> Path:
+    """A cache of the test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.setattr(openvino_backend, "_said", set())
+    monkeypatch.setattr(opening, "_said", set())
+    return folder / "anchorline" / "networks"
+
+
+def frames(count: int = 3) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (40 + 9 * i, 90 - 7 * i, 3), dtype=np.uint8) for i in range(count)]
+
+
+@needs_openvino
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_the_detections_are_onnxruntime_s(tmp_path, write_model, contract, dtype):
+    path = write_model(tmp_path / "a.onnx", dataclasses.replace(contract, input_dtype=dtype))
+    with (
+        Detector(path, "cpu", threads=1) as cpu,
+        Detector(path, "openvino", threads=1, cpu_precision="fp32") as openvino,
+    ):
+        assert (openvino.provider, openvino.precision) == ("openvino", "fp32")
+        together = openvino.batch(frames())
+        for expected, found, alone in zip(
+            cpu.batch(frames()), together, map(openvino, frames()), strict=True
+        ):
+            for each in (found, alone):
+                np.testing.assert_allclose(each.boxes, expected.boxes, rtol=1e-5)
+                np.testing.assert_allclose(each.scores, expected.scores, rtol=1e-5)
+                np.testing.assert_array_equal(each.labels, expected.labels)
+        assert set(openvino.timings) == {"preprocess", "upload", "network", "download", "postprocess"}
+        assert openvino.timings["network"] > 0
+
+
+@needs_openvino
+def test_results_are_no_views_of_what_the_next_call_fills(model_path):
+    with Detector(model_path, "openvino", threads=1) as detector:
+        first = detector(np.full((48, 64, 3), 255, np.uint8))
+        kept = first.scores.copy()
+        detector(np.full((48, 64, 3), 51, np.uint8))
+        np.testing.assert_array_equal(first.scores, kept)
+
+
+@needs_openvino
+def test_a_stream_has_the_order_of_its_frames(model_path):
+    grey = [np.full((48, 64, 3), level, np.uint8) for level in range(20, 250, 10)]
+    with Detector(model_path, "openvino", threads=1, tuning="throughput") as detector:
+        found = [each.scores[0] for each in detector.stream(grey, batch=2, in_flight=3)]
+    np.testing.assert_allclose(found, [frame[0, 0, 0] / 255 for frame in grey], rtol=2e-2)
+
+
+@needs_openvino
+def test_auto_takes_openvino_and_checks_do_not(model_path):
+    with Detector(model_path, threads=1) as detector:
+        assert detector.provider == "openvino"
+    assert opening.exact_provider("auto") == "cpu"
+    assert opening.exact_provider("openvino") == "openvino"
+
+
+@needs_openvino
+def test_what_openvino_cannot_compile_runs_on_the_cpu_and_that_is_said_once(model_path, monkeypatch, caplog):
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no conversion rule\nfor this")
+
+    monkeypatch.setattr(openvino_backend, "core", lambda: FailingCore(fail))
+    for _ in range(2):
+        with Detector(model_path, threads=1) as detector:
+            assert detector.provider == "cpu"
+    assert [record.message.count("no conversion rule for this") for record in caplog.records] == [1]
+    with pytest.raises(ArtefactError, match=r"cannot compile it .*use the provider cpu"):
+        Detector(model_path, "openvino")
+
+
+class FailingCore:
+    def __init__(self, fail):
+        self.read_model = self.import_model = fail
+
+    def get_property(self, *names: str) -> str:
+        return "test"
+
+
+@needs_openvino
+def test_the_second_opening_comes_from_the_cache(model_path, cache, monkeypatch):
+    Detector(model_path, "openvino", threads=1).close()
+    assert len(list(cache.iterdir())) == 1
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(openvino_backend, "_compile", never)
+    with Detector(model_path, "openvino", threads=1) as detector:
+        np.testing.assert_allclose(detector(np.full((48, 64, 3), 255, np.uint8)).scores, [1, 0.5], rtol=1e-2)
+    with pytest.raises(AssertionError):  # other settings make another network
+        Detector(model_path, "openvino", threads=2)
+
+
+@needs_openvino
+@pytest.mark.parametrize("damage", ["cut", "flipped", "header", "empty", "folder"])
+def test_a_damaged_entry_is_made_again_and_said_once(model_path, cache, caplog, damage):
+    def opened() -> None:
+        with Detector(model_path, "openvino", threads=1) as detector:
+            assert len(detector(np.full((48, 64, 3), 255, np.uint8))) == 2
+
+    opened()
+    (entry,) = cache.iterdir()
+    whole = entry.read_bytes()
+    changed = {
+        "cut": whole[:-100],
+        "flipped": whole[:-100] + bytes([whole[-100] ^ 255]) + whole[-99:],
+        "header": b"no json\n" + whole,
+        "empty": b"",
+    }
+    if damage == "folder":
+        entry.unlink()
+        entry.mkdir()
+    else:
+        entry.write_bytes(changed[damage])
+    with caplog.at_level(logging.WARNING):
+        opened()
+        opened()
+    assert len([r for r in caplog.records if "made again" in r.message]) == 1
+    if damage != "folder":
+        assert entry.stat().st_size == len(whole)
+
+
+@needs_openvino
+def test_a_cache_that_cannot_be_written_is_no_obstacle(model_path, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with Detector(model_path, "openvino", threads=1) as detector:
+        assert len(detector(np.full((48, 64, 3), 255, np.uint8))) == 2
+
+
+@needs_openvino
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_only_where_it_is_native(model_path, monkeypatch, native):
+    if native and not cpu_options.has_native_bf16():
+        pytest.skip("this processor does not compute bf16 natively")
+    monkeypatch.setattr(cpu_options, "has_native_bf16", lambda: native)
+    with Detector(model_path, "openvino", threads=1) as detector:
+        assert detector.precision == ("bf16" if native else "fp32")
+    if not native:
+        with pytest.raises(SettingsError, match="no instructions for it"):
+            Detector(model_path, "openvino", cpu_precision="bf16")
+
+
+@needs_openvino
+def test_roi_coordinates_stay_out_of_bf16(tmp_path):
+    """What leads to an output of the graph OpenVINO leaves in fp32."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    def tensor(name: str, kind: int, shape: list[int]) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    nodes = [
+        helper.make_node("Add", ["boxes", "boxes"], ["rois"]),
+        helper.make_node("RoiAlign", ["features", "rois", "images"], ["pooled"], output_height=2),
+    ]
+    inputs = [
+        tensor("features", TensorProto.FLOAT, [1, 3, 8, 8]),
+        tensor("boxes", TensorProto.FLOAT, [5, 4]),
+        tensor("images", TensorProto.INT64, [5]),
+    ]
+    graph = helper.make_graph(nodes, "g", inputs, [tensor("pooled", TensorProto.FLOAT, [5, 3, 2, 1])])
+    opsets = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "a.onnx")
+    model = openvino_backend.core().read_model(str(tmp_path / "a.onnx"))
+    openvino_backend._keep_coordinates(model)
+    first, added = model.outputs
+    assert "pooled" in first.names
+    assert "rois" in added.names
+
+
+@needs_openvino
+def test_an_int8_model_stays_what_it_is(tmp_path, write_model, contract):
+    path = write_model(tmp_path / "a.onnx", dataclasses.replace(contract, precision="int8"))
+    for _ in range(2):  # compiled, and from the cache
+        with Detector(path, "openvino", threads=1) as detector:
+            assert detector.precision == "int8"
+    with pytest.raises(SettingsError, match="the model is int8"):
+        Detector(path, "openvino", cpu_precision="bf16")
+
+
+@needs_openvino
+def test_bad_input(model_path, tmp_path):
+    with pytest.raises(ArtefactError, match=r"no contract|not an ONNX file"):
+        Detector(_file(tmp_path / "a.onnx", b"no onnx"), "openvino")
+    with Detector(model_path, "openvino", threads=1) as detector:
+        with pytest.raises(SettingsError, match="takes none"):
+            detector(np.zeros((4, 4, 3), np.uint8), stream=1)
+        with pytest.raises(FrameError):
+            detector(np.zeros((4, 4), np.uint8))
+        assert len(detector(np.full((4, 4, 3), 255, np.uint8))) == 2
+    with pytest.raises(SettingsError, match="closed"):
+        detector(np.zeros((4, 4, 3), np.uint8))
+
+
+@needs_openvino
+def test_importing_openvino_calls_nobody(model_path):
+    """Its telemetry would report every import."""
+    code = (
+        "import sys\nfrom anchorline.runtime import Detector\n"
+        f"Detector({str(model_path)!r}, 'openvino').close()\n"
+        "print(any('openvino_telemetry' in name for name in sys.modules), 'openvino' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
+def test_by_name_and_not_installed(model_path, monkeypatch):
+    monkeypatch.setattr(opening, "has_openvino", lambda: False)
+    with pytest.raises(
+        SettingsError, match=r"openvino.*pip install 'anchorline\[openvino\]'.*available here"
+    ):
+        Detector(model_path, provider="openvino")
+    with Detector(model_path) as detector:
+        assert detector.provider == "cpu"
+
+
+def test_bf16_takes_openvino(model_path, monkeypatch):
+    monkeypatch.setattr(opening, "has_openvino", lambda: False)
+    for provider in ("auto", "cpu"):
+        with pytest.raises(SettingsError, match=r"does not compute in bf16.*provider openvino"):
+            Detector(model_path, provider, cpu_precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("cpu_precision", "fp16"), ("cpu_precision", None), ("tuning", "speed")]
+)
+def test_unknown_settings(model_path, name, value):
+    with pytest.raises(SettingsError, match=f"{name} is {value!r}; expected one of"):
+        Detector(model_path, **{name: value})
+
+
+def test_cores_by_affinity_siblings_and_quota(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu_options.os, "sched_getaffinity", lambda process: {0, 1, 2, 3}, raising=False)
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr(cpu_options, "_CGROUP_QUOTA", quota)
+    monkeypatch.setattr(cpu_options, "_siblings", str)
+    assert cpu_options.usable_cores() == 4
+    monkeypatch.setattr(cpu_options, "_siblings", lambda cpu: f"{cpu % 2},{cpu % 2 + 2}")
+    assert cpu_options.usable_cores() == 2
+    for text, cores in (("max 100000", 2), ("150000 100000", 1), ("50000 100000", 1), ("nonsense", 2)):
+        quota.write_text(text)
+        assert cpu_options.usable_cores() == cores
+    assert CpuOptions(threads=3).thread_count == 3
+
+
+def test_the_cache_stays_within_its_limit(tmp_path, contract):
+    from anchorline.runtime.compiled_cache import Entry
+
+    cache = CompiledCache(tmp_path / "new", limit=20_000)
+    paths = [cache.path({"model": str(number)}) for number in range(4)]
+    for path in paths[:3]:
+        cache.store(path, Entry(contract, bytes(5000)))
+    for age, path in zip((30, 20, 10), paths[:3], strict=True):
+        stamp = path.stat().st_mtime - age
+        cpu_options.os.utime(path, (stamp, stamp))
+    assert cache.load(paths[0]) == Entry(contract, bytes(5000))  # so it is the newest now
+    cache.store(paths[3], Entry(contract, bytes(5000)))
+    assert [path.is_file() for path in paths] == [True, False, True, True]
+    cache.store(paths[1], Entry(contract, bytes(30_000)))  # larger than all together
+    assert not paths[1].is_file()
+    assert cache.load(paths[1]) is None
+
+
+def _file(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
