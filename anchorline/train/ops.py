@@ -67,12 +67,9 @@ def roi_align(features: Tensor, rois: Tensor, *, output_size: int, sampling_rati
             features.dtype,
             (rois.shape[0] * rois.shape[1], features.shape[1], size, size),
         )
-    image_index = torch.arange(rois.shape[0], device=rois.device, dtype=rois.dtype)
-    image_index = image_index[:, None, None].expand(-1, rois.shape[1], 1)
-    indexed = torch.cat((image_index, rois), dim=2).reshape(-1, 5).float()
     # In float32, as the ONNX body: bfloat16 has steps of a whole feature pixel from 128 on.
     pooled = torchvision.ops.roi_align(
-        features.float(), indexed, (size, size), 1.0, sampling_ratio, aligned=True
+        features.float(), _with_image_index(rois), (size, size), 1.0, sampling_ratio, aligned=True
     )
     return pooled.to(features.dtype)
 
@@ -93,11 +90,10 @@ def roi_pool(features: Tensor, rois: Tensor, *, output_size: int, spatial_scale:
             features.dtype,
             (rois.shape[0] * rois.shape[1], features.shape[1], size, size),
         )
-    image_index = torch.arange(rois.shape[0], device=rois.device, dtype=rois.dtype)
-    image_index = image_index[:, None, None].expand(-1, rois.shape[1], 1)
-    indexed = torch.cat((image_index, rois), dim=2).reshape(-1, 5).float()
     # In float32, as the ONNX body.
-    pooled = torchvision.ops.roi_pool(features.float(), indexed, (size, size), float(spatial_scale))
+    pooled = torchvision.ops.roi_pool(
+        features.float(), _with_image_index(rois), (size, size), float(spatial_scale)
+    )
     return pooled.to(features.dtype)
 
 
@@ -110,6 +106,13 @@ def ordered(scores: Tensor) -> tuple[Tensor, Tensor]:
     if torch.onnx.is_in_onnx_export():
         return torch.topk(scores, scores.shape[-1], dim=-1)
     return torch.sort(scores, dim=-1, descending=True, stable=True)
+
+
+def _with_image_index(rois: Tensor) -> Tensor:
+    """RoIs [B, R, 4] as torchvision takes them: float32 [B * R, 5], the number of its image before each."""
+    image_index = torch.arange(rois.shape[0], device=rois.device, dtype=rois.dtype)
+    image_index = image_index[:, None, None].expand(-1, rois.shape[1], 1)
+    return torch.cat((image_index, rois), dim=2).reshape(-1, 5).float()
 
 
 def _counts(boxes: Tensor, scores: Tensor, score_threshold: float) -> Tensor:
