@@ -1,0 +1,250 @@
+"""From one artefact to the next: ``import``, ``export``, ``quantize`` and ``build``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from anchorline.cli.options import JsonOption, size
+from anchorline.console import progress_bar, show_report, warn
+
+
+def import_(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A state dict (.pth, .pt, .safetensors), a training checkpoint, or the name of "
+            "torchvision's weights.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The model.safetensors to write.")],
+    arch: Annotated[
+        str | None, typer.Option(help="torchvision's name, such as fasterrcnn_resnet50_fpn.")
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="Class names without the background, one a line or a JSON list (default: COCO's)."),
+    ] = None,
+    canvas: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Another network input size, multiples of 32.")
+    ] = None,
+    resize: Annotated[
+        str | None, typer.Option(metavar="MINxMAX", help="The model's min_size and max_size, as 800x1333.")
+    ] = None,
+    batch_norm_eps: Annotated[
+        float | None, typer.Option(help="Eps of the backbone's batch norms, where it is not the usual one.")
+    ] = None,
+    fast_resize: Annotated[
+        bool, typer.Option("--fast-resize", help="Resize bytes instead of floats: faster, not exact.")
+    ] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting that was not the default when trained."),
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Compare with torchvision's own detector.")] = True,
+) -> None:
+    """Turn a torchvision detector's checkpoint into a model.safetensors with the same detections."""
+    from anchorline.export.importing import import_checkpoint
+    from anchorline.runtime.contract import ResizeRule
+
+    result = import_checkpoint(
+        checkpoint,
+        out,
+        arch=arch,
+        classes=classes,
+        canvas=None if canvas is None else size(canvas, "--canvas", "HEIGHTxWIDTH"),
+        resize=None if resize is None else ResizeRule(*size(resize, "--resize", "MINxMAX")),
+        batch_norm_eps=batch_norm_eps,
+        fast_resize=fast_resize,
+        overrides=set_ or (),
+    )
+    warn(result.warnings)
+    verdict = "not verified"
+    if verify:
+        from anchorline.verifying import verify_import
+
+        verdict = verify_import(out)
+    height, width = result.contract.canvas
+    print(
+        f"{result.path}: {result.contract.source['arch']}, {len(result.contract.names)} classes, "
+        f"canvas {height}x{width}, batch-norm eps {result.settings.backbone_norm_eps:g}, {verdict}"
+    )
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A model.safetensors.")],
+    out: Annotated[Path, typer.Option(help="The ONNX file to write.")],
+    task: Annotated[
+        Literal["detections", "proposals"] | None,
+        typer.Option(help="The whole model, or the RPN alone (default: what the checkpoint holds)."),
+    ] = None,
+    canvas: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Another network input size, multiples of 32.")
+    ] = None,
+    frames: Annotated[
+        str | None,
+        typer.Option("--for", metavar="WxH", help="Trim the canvas to what a camera's frames fill."),
+    ] = None,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Largest batch the runtime will use.")] = None,
+    verify: Annotated[bool, typer.Option(help="Compare with PyTorch before the file is published.")] = True,
+) -> None:
+    """Write a checkpoint as one ONNX file, and prove that onnxruntime gives PyTorch's detections."""
+    from anchorline.export.exporting import export_onnx
+
+    result = export_onnx(
+        checkpoint,
+        out,
+        task=task,
+        canvas=None if canvas is None else size(canvas, "--canvas", "HEIGHTxWIDTH"),
+        frame_size=None if frames is None else size(frames, "--for", "WIDTHxHEIGHT")[::-1],
+        max_batch=max_batch,
+        verify=verify,
+    )
+    verdict = "not verified" if result.verification is None else result.verification.describe()
+    height, width = result.contract.canvas
+    print(f"{result.path}: {result.contract.task}, canvas {height}x{width}, {verdict}")
+
+
+def quantize(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An exported model.onnx in float32.")],
+    out: Annotated[Path, typer.Option(help="The ONNX file to write, such as model.int8.onnx.")],
+    calibrate: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SPEC|SOURCE",
+            help="Labelled data as for evaluate, or images, folders, a video; may be repeated.",
+        ),
+    ],
+    target: Annotated[
+        Literal["cpu", "tensorrt"],
+        typer.Option("--for", help="cpu: onnxruntime's integer kernels; tensorrt: Q/DQ nodes for build."),
+    ] = "cpu",
+    max_drop: Annotated[
+        float, typer.Option(min=0, max=1, help="What may be lost: mAP50, or agreement without labels.")
+    ] = 0.01,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use N images, spread over the data.")] = None,
+    verify: Annotated[bool, typer.Option(help="Compare with the float file before publishing.")] = True,
+    json: JsonOption = None,
+) -> None:
+    """Turn an exported model's layers into 8-bit integers, as far as its accuracy holds."""
+    from anchorline.export.quantizing import quantize_onnx
+
+    with progress_bar("quantising") as progress:
+        result = quantize_onnx(
+            model,
+            out,
+            calibrate,
+            target=target,
+            max_drop=max_drop,
+            limit=limit,
+            verify=verify,
+            progress=progress,
+            warn=warn,
+        )
+    show_report(result, json)
+    print(f"{result.path}: {result.describe()}")
+
+
+def build(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An exported model.onnx.")],
+    out: Annotated[Path, typer.Option(help="The .engine file to write; its manifest goes beside it.")],
+    target: Annotated[
+        Literal["tensorrt", "tensorrt-rtx"],
+        typer.Option(help="tensorrt builds for the GPU at hand, tensorrt-rtx for any GeForce, without one."),
+    ] = "tensorrt",
+    precision: Annotated[
+        Literal["fp16", "fp32"], typer.Option(help="Of convolutions and fully connected layers.")
+    ] = "fp16",
+    batch: Annotated[
+        str | None,
+        typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes (default: 1:1:MAX of the exported batch)."),
+    ] = None,
+    compute_capability: Annotated[
+        str | None, typer.Option(metavar="86,89,120", help="GPUs to build for (tensorrt-rtx; default: all).")
+    ] = None,
+    nms: Annotated[
+        Literal["plugin", "fixed-point"],
+        typer.Option(help="Our plugin, or standard operators that any loader runs."),
+    ] = "plugin",
+    workspace: Annotated[int | None, typer.Option(min=1, help="Scratch memory of the builder, MiB.")] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(min=0, max=5, help="How hard TensorRT searches (its default: 3).")
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="A folder that keeps TensorRT's timings for the next build.")
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Let later versions of TensorRT load it.")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="Let other GPUs, from Ampere on, load it.")
+    ] = False,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Images, folders or a video: some of them to check the range of fp16 on; may be repeated.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build even what has been built before.")] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Compare the engine with the ONNX file, where it can run here.")
+    ] = True,
+) -> None:
+    """Compile an exported model into a TensorRT engine."""
+    from anchorline.engine.builder import build_engine
+    from anchorline.engine.samples import sample_inputs
+
+    samples = sample_inputs(model, images) if images else ()
+    with progress_bar("building") as progress:
+        result = build_engine(
+            model,
+            out,
+            target=target,
+            precision=precision,
+            batch=None if batch is None else _batch(batch),
+            compute_capabilities=_capabilities(compute_capability),
+            nms=nms,
+            workspace=workspace,
+            optimization_level=optimization_level,
+            timing_cache=timing_cache,
+            version_compatible=version_compatible,
+            hardware_compatible=hardware_compatible,
+            samples=samples,
+            force=force,
+            progress=progress,
+        )
+    warn(result.warnings)
+    for line in result.notes:
+        print(line, file=sys.stderr)
+    verdict = ""
+    if verify and result.built:
+        from anchorline.verifying import verify_engine
+
+        verdict = f"; {verify_engine(model, out)}"
+    print(f"{result.path}: {result.describe()}{verdict}")
+
+
+def _batch(text: str) -> tuple[int, int, int]:
+    """The three numbers of ``1:4:8``."""
+    from anchorline.runtime.errors import SettingsError
+
+    parts = text.split(":")
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+        raise SettingsError(f"--batch is {text!r}; expected MIN:OPT:MAX, such as 1:4:8")
+    low, best, high = (int(part) for part in parts)
+    return low, best, high
+
+
+def _capabilities(text: str | None) -> tuple[int, ...]:
+    """The numbers of ``86,89``."""
+    from anchorline.runtime.errors import SettingsError
+
+    parts = [] if text is None else text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise SettingsError(f"--compute-capability is {text!r}; expected numbers such as 86,89,120")
+    return tuple(int(part) for part in parts)

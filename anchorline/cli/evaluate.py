@@ -1,0 +1,91 @@
+"""``anchorline evaluate`` and ``anchorline proposals``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from anchorline.cli.options import (
+    CpuPrecisionOption,
+    DataOption,
+    JsonOption,
+    ProviderOption,
+    open_detector,
+    tell_dropped,
+)
+from anchorline.console import progress_bar, show_report
+
+
+def evaluate(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="A model.onnx, a model.safetensors or stored proposals.jsonl."),
+    ],
+    data: DataOption,
+    provider: ProviderOption = "auto",
+    proposals: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Detect on these stored proposals instead of the model's own."),
+    ] = None,
+    cpu_precision: CpuPrecisionOption = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Images a batch; the figures do not depend on it.")] = 1,
+    plots: Annotated[
+        Path | None,
+        typer.Option(help="Write curves, tables, confusion matrix and the worst images into this folder."),
+    ] = None,
+    shown_score: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Confusion and worst images count detections from this score on."),
+    ] = 0.5,
+    json: JsonOption = None,
+) -> None:
+    """Measure a model's accuracy on labelled images: VOC and COCO AP per class, or proposal recall."""
+    from anchorline.evaluation.evaluate import evaluate as evaluate_detector
+    from anchorline.evaluation.proposal_recall import evaluate_proposals
+    from anchorline.evaluation.specs import load_datasets
+
+    if model.suffix == ".jsonl":
+        from anchorline.proposing import recall_of_file
+
+        show_report(recall_of_file(model, load_datasets(data)), json)
+        return
+    detector = open_detector(model, provider, proposals, data, cpu_precision)
+    for_recall = detector.contract.task == "proposals"
+    dataset = load_datasets(data, names=None if for_recall else detector.contract.names)
+    tell_dropped(dataset)
+    measure = evaluate_proposals if for_recall else evaluate_detector
+    with progress_bar("evaluating") as progress:
+        report = measure(
+            detector.batch, dataset, batch, progress, provider=detector.provider, precision=detector.precision
+        )
+    show_report(report, json)
+    if plots is not None:
+        from anchorline.evaluation.report_files import write_report_files
+
+        write_report_files(report, dataset, plots, shown_score)
+
+
+def proposals(
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="The .jsonl file to write, one line an image.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Take them from this model's RPN: a .safetensors or .onnx.")
+    ] = None,
+    method: Annotated[
+        Literal["selective-search"] | None, typer.Option(help="Take them from OpenCV's contrib build.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="At most so many an image (default: the model's, or 2000).")
+    ] = None,
+    provider: ProviderOption = "auto",
+) -> None:
+    """Store proposals for images in a file: for ``train --schedule fast-rcnn``, and for their recall."""
+    from anchorline.proposing import store_proposals
+
+    with progress_bar("proposing") as progress:
+        boxes = store_proposals(
+            data, out, model=model, method=method, count=count, provider=provider, progress=progress
+        )
+    print(f"{out}: {boxes} proposals")

@@ -1,0 +1,112 @@
+"""What an artefact or a machine is worth: ``verify``, ``bench`` and ``doctor``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from anchorline.cli.options import CpuPrecisionOption, JsonOption, ProviderOption
+from anchorline.console import progress_bar, show_report
+
+
+def verify(
+    reference: Annotated[Path, typer.Argument(metavar="A", help="The reference: .safetensors or .onnx.")],
+    candidate: Annotated[Path, typer.Argument(metavar="B", help="What has to give the same numbers.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SPEC", help="Labelled images, as for evaluate; may be repeated."),
+    ] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="Images, folders or a video, without labels; may be repeated."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N images only.")] = None,
+    bisect: Annotated[bool, typer.Option("--bisect", help="Name the first layer that differs.")] = False,
+    worst: Annotated[
+        Path | None, typer.Option(help="Write the images that differ most side by side to this .png.")
+    ] = None,
+    reference_by: Annotated[
+        Literal["anchorline", "torchvision"],
+        typer.Option("--reference", help="Whose model runs the weights of A: ours, or torchvision's own."),
+    ] = "anchorline",
+    provider: ProviderOption = "auto",
+    json: JsonOption = None,
+) -> None:
+    """Compare two artefacts stage by stage and detection by detection; exit code 1 when they differ."""
+    from anchorline.verifying import verify_files
+
+    with progress_bar("verifying") as progress:
+        report = verify_files(
+            *(reference, candidate),
+            data=data or (),
+            images=images or (),
+            limit=limit,
+            bisect=bisect,
+            worst=worst,
+            reference_by=reference_by,
+            provider=provider,
+            progress=progress,
+        )
+    show_report(report, json)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def bench(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="Exported models or engines.")],
+    source: Annotated[
+        Path | None,
+        typer.Option(help="A video, an image or a folder of images (default: generated scenes, 1920x1080)."),
+    ] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(help="What runs the models, as for detect (default: auto); may be repeated."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Frames in each call.")] = 1,
+    batches: Annotated[int, typer.Option(min=1, help="Calls that are measured.")] = 100,
+    warmup: Annotated[int, typer.Option(min=0, help="Calls before those.")] = 10,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the network (default: one a core).")
+    ] = None,
+    cpu_precision: CpuPrecisionOption = "auto",
+    csv: Annotated[Path | None, typer.Option(help="Write the figures to this file as CSV.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them to this .png.")] = None,
+    json: JsonOption = None,
+) -> None:
+    """Measure how fast models run here: percentiles of each stage, throughput, peak memory."""
+    from rich.console import Console
+
+    from anchorline.benchmarking.bench import bench as measure
+
+    with progress_bar("measuring") as progress:
+        report = measure(
+            models,
+            source=source,
+            providers=provider or ("auto",),
+            batch=batch,
+            batches=batches,
+            warmup=warmup,
+            threads=threads,
+            cpu_precision=cpu_precision,
+            json_file=json,
+            csv_file=csv,
+            plot=plot,
+            progress=progress,
+        )
+    Console().print(report.render())
+
+
+def doctor(
+    artefact: Annotated[
+        Path | None, typer.Argument(metavar="ARTEFACT", help="A .safetensors, .onnx or .engine file.")
+    ] = None,
+    json: JsonOption = None,
+) -> None:
+    """Say what this machine can run, what stands in the way, and why an artefact does or does not run."""
+    from anchorline.doctor.diagnosis import doctor as examine
+
+    report = examine(artefact)
+    show_report(report, json)
+    raise typer.Exit(0 if report.healthy else 1)

@@ -1,0 +1,76 @@
+"""What several verbs share: their options, and how values are read and things are told."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from anchorline.evaluation.dataset import Dataset
+
+Provider = Literal["auto", "cpu", "openvino", "cuda", "tensorrt", "tensorrt-rtx"]
+CpuPrecision = Literal["auto", "fp32", "bf16"]
+Policy = Literal["wait", "latest"]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as JSON.")]
+DataOption = Annotated[
+    list[str],
+    typer.Option(
+        metavar="SPEC",
+        help="voc:DIR@split, coco:IMAGES,ANN.json, yolo:DIR@split or synthetic:N; may be repeated.",
+    ),
+]
+ProviderOption = Annotated[Provider, typer.Option(help="What runs the model; auto takes the best one here.")]
+CpuPrecisionOption = Annotated[
+    CpuPrecision,
+    typer.Option(help="Arithmetic on a processor; auto: bf16 where it and the provider compute it natively."),
+]
+
+
+def size(text: str, option: str, form: str) -> tuple[int, int]:
+    """The two numbers of ``480x640``, in the order in which they stand."""
+    from anchorline.runtime.errors import SettingsError
+
+    first, _, second = text.lower().partition("x")
+    if not first.isdecimal() or not second.isdecimal():
+        raise SettingsError(f"{option} is {text!r}; expected {form} in pixels, such as 480x640")
+    return int(first), int(second)
+
+
+def tell_dropped(dataset: Dataset | None) -> None:
+    """Say on stderr which boxes of the data were left out, and how many images have no labels."""
+    if dataset is not None and dataset.dropped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dataset.dropped.items()))
+        print(f"{dataset.spec}: {len(dataset)} images; boxes left out: {reasons}", file=sys.stderr)
+    if dataset is not None and dataset.unlabelled:
+        print(
+            f"{dataset.spec}: {dataset.unlabelled} of {len(dataset)} images have no label file; "
+            "they count as images without objects",
+            file=sys.stderr,
+        )
+
+
+def open_detector(
+    model: Path,
+    provider: Provider,
+    proposals: Path | None = None,
+    data: Sequence[str] = (),
+    cpu_precision: CpuPrecision = "auto",
+) -> Any:
+    """A detector for a checkpoint (with PyTorch) or an exported model (without)."""
+    if proposals is not None:
+        from anchorline.proposing import open_on_proposals
+
+        return open_on_proposals(model, proposals, data)
+    if model.suffix == ".safetensors":
+        from anchorline.train.prediction import TorchDetector
+
+        return TorchDetector.load(model)
+    from anchorline.runtime import Detector
+    from anchorline.runtime.opening import exact_provider
+
+    wanted = provider if cpu_precision == "bf16" else exact_provider(provider)
+    return Detector(model, wanted, cpu_precision=cpu_precision)

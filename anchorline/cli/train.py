@@ -1,0 +1,91 @@
+"""``anchorline train``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from anchorline.cli.options import DataOption, tell_dropped
+from anchorline.console import tell
+
+
+def train(
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="The run folder; model.safetensors is written there.")],
+    preset: Annotated[str, typer.Option(help="A preset's name, or a .toml file.")] = "mobilenet-v2-fpn-quick",
+    val: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SPEC", help="Validation data; the best checkpoint by mAP50 is kept."),
+    ] = None,
+    backbone_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|imagenet",
+            help="ImageNet weights of the backbone: a .pth or .safetensors, or torchvision's own.",
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Change a setting, as in training.epochs=20; may be repeated."
+        ),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything that is random.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    schedule: Annotated[
+        Literal["joint", "alternating", "rpn-only", "fast-rcnn"] | None,
+        typer.Option(help="Train all together, in the paper's four steps, or one half (default: joint)."),
+    ] = None,
+    proposals: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Stored proposals that fast-rcnn trains on.")
+    ] = None,
+    val_proposals: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Those of the validation images.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last full epoch in the run folder.")
+    ] = False,
+) -> None:
+    """Train a detector and write its run folder."""
+    changes = {"epochs": epochs, "seed": seed, "regime": schedule}
+    from anchorline.evaluation.specs import load_datasets
+    from anchorline.train.progress import training_progress
+    from anchorline.train.settings import load_preset
+    from anchorline.train.training import train as train_model
+
+    overrides = [*(set_ or ())]
+    overrides += [f"training.{name}={value}" for name, value in changes.items() if value is not None]
+    settings = load_preset(preset, overrides)
+    dataset = load_datasets(data)
+    validation = load_datasets(val, names=dataset.names) if val else None
+    tell_dropped(validation)
+    with training_progress() as report:
+        result = train_model(
+            settings,
+            dataset,
+            out,
+            validation=validation,
+            backbone_weights=backbone_weights,
+            resume=resume,
+            device=device,
+            source={"command": _command_line(), "preset": preset},
+            report=report,
+            show_data=tell,
+            proposals=proposals,
+            validation_proposals=val_proposals,
+        )
+    accuracy = "" if result.map50 is None else f", mAP50 {result.map50:.3f} on the validation data"
+    if result.recall is not None:
+        accuracy = f", recall {result.recall:.3f} at IoU 0.5 on the validation data"
+    print(f"{result.checkpoint}: {result.steps} steps{accuracy}")
+    if result.interrupted:
+        raise KeyboardInterrupt
+
+
+def _command_line() -> str:
+    return shlex.join(["anchorline", *sys.argv[1:]])
