@@ -182,3 +182,18 @@ def test_epochs_are_shared(epochs: int, shares: Any, expected: tuple[int, ...]) 
 def test_fewer_epochs_than_steps_are_refused() -> None:
     with pytest.raises(SettingsError, match="epochs"):
         TrainingSettings(regime="alternating", epochs=3)
+
+
+@pytest.mark.parametrize("model", [{}, {"backbone": "resnet10", "neck": "fpn", "fpn_channels": 16}])
+def test_every_step_learns(
+    model: dict[str, Any], tiny: MakeSettings, squares: Dataset, tmp_path: Path, recorder: MakeRecorder
+) -> None:
+    """The loss of each step falls, with a single map and live norms as with a pyramid and fixed ones."""
+    if model:
+        model |= {"anchor_sizes": ((16.0,), (32.0,), (64.0,), (128.0,), (256.0,)), "backbone_norm": "frozen"}
+    reports = recorder()
+    settings = tiny(model, regime="alternating", epochs=24, learning_rate=0.05, flip=0.0, photometric=0.0)
+    train(settings, squares, tmp_path, report=reports)
+    for number in range(1, 5):
+        losses = [each.losses["loss"] for each in reports.reports if each.phase == f"step {number}"]
+        assert sum(losses[-4:]) < 0.95 * sum(losses[:4]), number
