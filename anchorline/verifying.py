@@ -117,13 +117,18 @@ def verify_engine(model: Path, engine: Path, images: Sequence[NDArray[np.uint8]]
 def verify_import(path: Path) -> str:
     """Compare an imported checkpoint with torchvision's own detector, and record it; says how it went.
 
-    On one scene of the size for which torchvision's canvas is the model's. Where there is none, that is
-    recorded and said. A model that differs is removed, and ``ParityError`` raised.
+    On one scene of the size for which torchvision's canvas is the model's. Where there is none, or the model
+    is of a library that has no detector here, that is recorded and said. A model that differs is removed,
+    and ``ParityError`` raised.
     """
+    from anchorline.export.importing import LIBRARY_KEY
+
     theirs = _open(path, "auto", None)
     contract = theirs.detector.contract
-    reason = None
-    if contract.input_dtype != "float32":
+    library, reason = contract.source.get(LIBRARY_KEY, "torchvision"), None
+    if library != "torchvision":
+        reason = f"there is no {library} here to compare with (docs/import.md)"
+    elif contract.input_dtype != "float32":
         reason = "the fast resize is not torchvision's"
     elif padded(place(contract.canvas, contract.canvas, contract.resize).valid) != contract.canvas:
         reason = "the canvas is another than torchvision's for any frame of its shape"

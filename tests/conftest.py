@@ -76,6 +76,34 @@ def small_model(small_settings: Callable[..., ModelSettings]) -> Callable[..., F
     return model
 
 
+@pytest.fixture
+def small_resnet(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a narrow ResNet, one bottleneck a stage, which is a backbone while the test runs."""
+    import dataclasses
+
+    from torch import nn
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    from anchorline.train.backbones import BACKBONES
+
+    class NarrowResNet(ResNet):
+        def __init__(self, norm_layer: Callable[..., nn.Module]) -> None:
+            nn.Module.__init__(self)
+            self._norm_layer, self.inplanes, self.dilation = norm_layer, 8, 1
+            self.groups, self.base_width = 1, 64
+            self.conv1, self.bn1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False), norm_layer(8)
+            self.relu, self.maxpool = nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+            for number in range(1, 5):
+                stride = 1 if number == 1 else 2
+                stage = self._make_layer(Bottleneck, 4 * 2 ** (number - 1), 1, stride)
+                self.add_module(f"layer{number}", stage)
+
+    maps = {4: ("layer1", 16), 8: ("layer2", 32), 16: ("layer3", 64), 32: ("layer4", 128)}
+    spec = dataclasses.replace(BACKBONES["resnet50"], build=NarrowResNet, maps=maps)
+    monkeypatch.setitem(BACKBONES, "small_resnet", spec)
+    return "small_resnet"
+
+
 @pytest.fixture(scope="session")
 def check_same_rows() -> Callable[..., None]:
     """``check_same_rows(found, expected)`` for detections as rows (x1, y1, x2, y2, score[, label]).

@@ -18,7 +18,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     import torch
 
-    from anchorline.export.torchvision_keys import ARCHITECTURES, expected_shapes
+    from anchorline.export.importers.library import expected_shapes
+    from anchorline.export.importers.torchvision import ARCHITECTURES
 
     narrow = dataclasses.replace(ARCHITECTURES[SMALLEST].settings, fpn_channels=4, representation=8)
     torch.manual_seed(0)
@@ -76,6 +77,70 @@ def test_wrong_turns_end_in_one_line(
     assert cli.main(["import", str(checkpoint), "--out", str(out), *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
+    assert captured.err.startswith("anchorline: ")
+    assert captured.err.count("\n") == 1
+    assert part in captured.err
+    assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of Detectron2's zoo for two classes, with a narrow pyramid and head, in half precision."""
+    import dataclasses
+    import pickle
+
+    import numpy as np
+
+    from anchorline.export.importers.detectron2 import ARCHITECTURES, their_name
+    from anchorline.export.importers.library import expected_shapes
+
+    narrow = dataclasses.replace(
+        ARCHITECTURES["detectron2_r50_fpn"].settings, fpn_channels=4, representation=8
+    )
+    arrays = {}
+    for name, shape in expected_shapes(narrow, 2).items():
+        rows = (8, *shape[1:]) if "box_predictor.bbox_pred" in name else shape  # none for the background
+        arrays[their_name(name, narrow)] = np.full(rows, 0.01, np.float16)
+    path = tmp_path_factory.mktemp("foreign") / "model_final.pkl"
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))
+    return path
+
+
+def test_a_model_of_another_library_says_what_it_was_taken_for(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import json
+
+    classes, out = tmp_path / "classes.txt", tmp_path / "model.safetensors"
+    classes.write_text("cat\ndog\n", encoding="utf-8")
+    arguments = ["import", str(foreign), "--out", str(out), "--classes", str(classes), "--canvas", "64x96"]
+    assert cli.main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "the checkpoint is Detectron2's, taken as detectron2_r50_fpn" in captured.err
+    assert captured.out == (
+        f"{out}: detectron2_r50_fpn, 2 classes, canvas 64x96, batch-norm eps 1e-05, not verified: there is "
+        "no Detectron2 here to compare with (docs/import.md)\n"
+    )
+    record = json.loads(Path(f"{out}.verify.json").read_text(encoding="utf-8"))
+    assert "Detectron2" in json.dumps(record)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"\x80\x04cos\nsystem\n(X\x05\x00\x00\x00touchtR.", "could run code"),
+        (b"\x80\x04}", "cut short"),
+        (b"\x80\x04}.", "holds no state dict"),
+        (b"", "the file is empty"),
+    ],
+)
+def test_hostile_pickles_end_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, part: str
+) -> None:
+    path, out = tmp_path / "model.pkl", tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    assert cli.main(["import", str(path), "--out", str(out)]) == 2
+    captured = capsys.readouterr()
     assert captured.err.startswith("anchorline: ")
     assert captured.err.count("\n") == 1
     assert part in captured.err

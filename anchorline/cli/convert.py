@@ -17,17 +17,24 @@ def import_(
         str,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A state dict (.pth, .pt, .safetensors), a training checkpoint, or the name of "
-            "torchvision's weights.",
+            help="A checkpoint of torchvision, Detectron2 (.pth, .pkl), MMDetection or py-faster-rcnn "
+            "(.caffemodel), or the name of torchvision's weights.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The model.safetensors to write.")],
     arch: Annotated[
-        str | None, typer.Option(help="torchvision's name, such as fasterrcnn_resnet50_fpn.")
+        str | None,
+        typer.Option(
+            help="fasterrcnn_resnet50_fpn, detectron2_r50_c4, mmdet_r50_fpn, py_faster_rcnn_vgg16, ... "
+            "(default: what the tensors show; torchvision's do not)."
+        ),
     ] = None,
     classes: Annotated[
         Path | None,
-        typer.Option(help="Class names without the background, one a line or a JSON list (default: COCO's)."),
+        typer.Option(
+            help="Class names without the background, one a line or a JSON list (default: the "
+            "checkpoint's, or COCO's)."
+        ),
     ] = None,
     canvas: Annotated[
         str | None, typer.Option(metavar="HxW", help="Another network input size, multiples of 32.")
@@ -39,15 +46,18 @@ def import_(
         float | None, typer.Option(help="Eps of the backbone's batch norms, where it is not the usual one.")
     ] = None,
     fast_resize: Annotated[
-        bool, typer.Option("--fast-resize", help="Resize bytes instead of floats: faster, not exact.")
+        bool, typer.Option("--fast-resize", help="OpenCV's resize in whole grey levels: faster, not exact.")
     ] = False,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A setting that was not the default when trained."),
     ] = None,
-    verify: Annotated[bool, typer.Option(help="Compare with torchvision's own detector.")] = True,
+    verify: Annotated[
+        bool,
+        typer.Option(help="Compare with torchvision's own detector; the other libraries have none here."),
+    ] = True,
 ) -> None:
-    """Turn a torchvision detector's checkpoint into a model.safetensors with the same detections."""
+    """Turn another library's checkpoint into a model.safetensors with the same detections."""
     from anchorline.export.importing import import_checkpoint
     from anchorline.runtime.contract import ResizeRule
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import onnx
 from anchorline.engine.flavours import Toolkit, load_toolkit
 from anchorline.engine.half_range import Sample
 from anchorline.engine.layers import layer_report
-from anchorline.engine.lowering import lower
+from anchorline.engine.lowering import deviations, lower
 from anchorline.engine.manifest import build_identity, earlier_build, manifest_json
 from anchorline.engine.model_file import DOMAIN, check_exported, read_model
 from anchorline.engine.options import Batch, BuildOptions, options_hash
@@ -32,7 +33,8 @@ from anchorline.runtime.files import atomic_path, write_json
 class BuildResult:
     """The engine at ``path`` and its manifest. ``built`` is false when an earlier build was the same.
 
-    ``reason`` says why it was built or not; ``warnings`` are TensorRT's own, ``notes`` on precision.
+    ``reason`` says why it was built or not; ``warnings`` are TensorRT's own and what this target computes
+    otherwise than the ONNX file, ``notes`` are on precision.
     """
 
     path: Path
@@ -177,6 +179,8 @@ def _build(job: _Job, timing_cache: Path | None, progress: Progress | None) -> _
     network = parse(job.toolkit, builder, lowered, job.batch)
     layers = layer_report(network)
     plan = serialise(job.toolkit, builder, network, job.options, job.batch, timing_cache, progress)
+    warnings = (*deviations(job.model, job.options.target), *plan.warnings)
+    plan = dataclasses.replace(plan, warnings=warnings)
     plugin_ops = sorted({node.op_type for node in lowered.graph.node if node.domain == DOMAIN})
     return _Made(plan, check_exported(lowered), report, layers, plugin_ops)
 

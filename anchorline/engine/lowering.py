@@ -3,8 +3,8 @@
 | target | BatchedNMS | RoIAlign |
 |---|---|---|
 | onnxruntime | the file's own function | the file's own function |
-| tensorrt | plugin | the file's own function: TensorRT imports RoiAlign |
-| tensorrt-rtx | plugin | ``bodies/grid_sample_align.py`` |
+| tensorrt | plugin | the file's own function: TensorRT imports RoiAlign, adaptive sampling included |
+| tensorrt-rtx | plugin | ``bodies/grid_sample_align.py``: no adaptive sampling (``deviations``) |
 | either TensorRT with ``nms="fixed-point"`` | ``bodies/fixed_point_nms.py`` | as above |
 
 Everything that is not a plugin is inlined, and then no node of our domain remains that a registered
@@ -18,7 +18,7 @@ import onnx.inliner
 from onnx import TensorProto, helper
 
 from anchorline.engine.bodies.fixed_point_nms import fixed_point_nms
-from anchorline.engine.bodies.grid_sample_align import grid_sample_align
+from anchorline.engine.bodies.grid_sample_align import IN_PLACE_OF_ADAPTIVE, grid_sample_align
 from anchorline.engine.bodies.naming import BODY_DOMAIN
 from anchorline.engine.graph_tools import (
     copy_of,
@@ -27,7 +27,7 @@ from anchorline.engine.graph_tools import (
     known_values,
     tensor_names,
 )
-from anchorline.engine.model_file import DOMAIN, OPSET, check_exported
+from anchorline.engine.model_file import DOMAIN, check_exported, state_opset
 from anchorline.engine.tensorrt_rules import bake_casts, cast_bytes_first, check_rules
 from anchorline.engine.topk_pieces import split_large_topk
 from anchorline.runtime.contract import NMS_CONVERGED
@@ -79,6 +79,23 @@ def lower(
     check_rules(lowered, target, plugins)
     onnx.checker.check_model(lowered)
     return lowered
+
+
+def deviations(model: onnx.ModelProto, target: str) -> tuple[str, ...]:
+    """What ``lower`` makes of the exported ``model`` for ``target`` that is not the same, a line each."""
+    adaptive = any(
+        node.domain == DOMAIN
+        and node.op_type == "RoIAlign"
+        and helper.get_node_attr_value(node, "sampling_ratio") == 0
+        for node in model.graph.node
+    )
+    if not adaptive or target != "tensorrt-rtx":
+        return ()
+    points = IN_PLACE_OF_ADAPTIVE
+    return (
+        f"the model samples RoIs adaptively, which TensorRT for RTX cannot: this engine takes {points} x "
+        f"{points} points in each cell, so scores and boxes differ a little from the ONNX file's",
+    )
 
 
 def _check_settings(target: str, nms: str, rounds: int, limit: int | None, report: bool) -> None:
@@ -233,10 +250,12 @@ def _report_convergence(model: onnx.ModelProto, unsettled: list[str]) -> None:
 
 def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
     """All functions inlined, and no domain imported that is no longer used."""
+    version = next(opset.version for opset in model.opset_import if not opset.domain)
+    state_opset(model, version)  # bodies are written for the exported file's
     inlined = onnx.inliner.inline_local_functions(model)
     used = {node.domain for node in inlined.graph.node} | {""}
     opsets = [opset for opset in inlined.opset_import if opset.domain in used]
     del inlined.opset_import[:]
     inlined.opset_import.extend(opsets)
-    assert {o.domain: o.version for o in inlined.opset_import}[""] == OPSET
+    assert {o.domain: o.version for o in inlined.opset_import}[""] == version
     return inlined

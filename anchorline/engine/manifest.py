@@ -65,7 +65,8 @@ def manifest_json(
     seconds: float,
 ) -> dict[str, Any]:
     """The manifest as JSON values; the design's section 2 says what it is for."""
-    contract = dataclasses.replace(contract, precision=precision.precision, max_batch=batch[2])
+    stated = contract.precision if contract.precision == "int8" else precision.precision
+    contract = dataclasses.replace(contract, precision=stated, max_batch=batch[2])
     return {
         "contract": json.loads(contract.to_json()),
         "onnx": {"name": onnx_path.name, "sha256": identity["onnx_sha256"]},

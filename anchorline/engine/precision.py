@@ -38,7 +38,7 @@ from anchorline.engine.half_range import (
 )
 from anchorline.engine.half_region import factors, half_inputs, half_outputs, half_region
 from anchorline.engine.half_simulation import simulate_half
-from anchorline.engine.model_file import check_exported
+from anchorline.engine.model_file import HALF_SCALES_OPSET, check_exported, state_opset
 from anchorline.runtime.contract import CONTRACT_KEY
 from anchorline.runtime.errors import SettingsError
 
@@ -132,6 +132,8 @@ def to_precision(
         folded=folded,
     )
     write_half(mixed, {node.output[0] for node in half}, types)
+    if any(node.op_type == "DequantizeLinear" for node in half):
+        state_opset(mixed, HALF_SCALES_OPSET)
     _state_precision(mixed, precision)
     return mixed, report
 
@@ -221,14 +223,18 @@ def _rounded_findings(
 def _layer_name(node: onnx.NodeProto, values: dict[str, NDArray[np.generic]] | None = None) -> str:
     """A layer's name: that of its weight, as the checkpoint has it, else the node's own."""
     for name in node.input[1:2]:
-        if name.endswith((".weight", ".weight_folded")):
-            return name.removesuffix("_folded").removesuffix(".weight")
+        weight = name.removesuffix("_DequantizeLinear_Output").removesuffix("_folded")
+        if weight.endswith(".weight"):
+            return weight.removesuffix(".weight")
     return node.name or node.output[0]
 
 
 def _state_precision(model: onnx.ModelProto, precision: str) -> None:
-    """Let the contract inside the model say so."""
-    contract = dataclasses.replace(check_exported(model), precision=precision)
+    """Let the contract inside the model say so; of a quantised one the integers are what counts."""
+    contract = check_exported(model)
+    if contract.precision == "int8":
+        return
+    contract = dataclasses.replace(contract, precision=precision)
     for entry in model.metadata_props:
         if entry.key == CONTRACT_KEY:
             entry.value = contract.to_json()

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import pickle
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from anchorline.export.array_pickle import PickledArray, is_plain_pickle, read_array_pickle
+from anchorline.export.caffemodel_file import read_caffemodel
+from anchorline.export.torch_pickle import read_torch_pickle
 from anchorline.runtime.errors import ArtefactError
 
 # Where training scripts keep the weights inside what they save; torchvision's own writes "model".
@@ -26,19 +28,23 @@ _LARGEST_CLAIM = 4  # times the file's size
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """The tensors of a checkpoint by name, what to call it, and the SHA-256 of its bytes."""
+    """The tensors of a checkpoint by name, what to call it, and the SHA-256 of its bytes.
+
+    ``meta`` is what MMDetection keeps beside the tensors: texts, numbers and plain containers.
+    """
 
     name: str
     state: Mapping[str, Tensor]
     sha256: str
+    meta: Mapping[str, object] = field(default_factory=dict)
 
 
 def read_checkpoint_file(path: Path) -> CheckpointFile:
-    """Read a state dict from ``path``: a ``.safetensors`` file, or whatever ``torch.save`` wrote.
+    """Read the tensors in ``path``: safetensors, what ``torch.save`` wrote, a pickle of arrays, caffe's.
 
     A state dict may stand alone or under ``model``, ``state_dict`` or ``model_state_dict``. Tensors are
     mapped from the file where its format allows it. Raises ``ArtefactError`` for a file that is missing,
-    empty, damaged, holds Python objects other than tensors, or claims more than it can hold.
+    empty, damaged, holds Python objects other than tensors and arrays, or claims more than it can hold.
     """
     if not path.is_file():
         raise ArtefactError(
@@ -47,15 +53,17 @@ def read_checkpoint_file(path: Path) -> CheckpointFile:
     size = path.stat().st_size
     if not size:
         raise ArtefactError(f"{path}: the file is empty; copy or download the checkpoint again")
-    content = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
+    content = _read(path)
     state = _find_state(content, path)
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    claimed = sum(value.nbytes for value in state.values())
     if claimed > _LARGEST_CLAIM * size:
         raise ArtefactError(
             f"{path}: its tensors claim {claimed / 1e9:.3g} GB in a file of {size / 1e6:.3g} MB; "
             "refused as damaged or hostile"
         )
-    return CheckpointFile(path.name, state, _sha256(path))
+    tensors = {name: _tensor(value) for name, value in state.items()}
+    meta = content.get("meta")
+    return CheckpointFile(path.name, tensors, _sha256(path), meta if isinstance(meta, Mapping) else {})
 
 
 def read_weights_enum(name: str) -> CheckpointFile:
@@ -83,10 +91,15 @@ def read_weights_enum(name: str) -> CheckpointFile:
     return CheckpointFile(name, state, _sha256(cached) if cached.is_file() else "")
 
 
-def _is_safetensors(path: Path) -> bool:
-    """Whether the file is in safetensors' format, whatever its name says: a length, then a JSON object."""
+def _read(path: Path) -> Any:
+    """The contents by the format that the file has; only caffe's is told by its name."""
+    if path.suffix == ".caffemodel":
+        return read_caffemodel(path)
     with path.open("rb") as file:
-        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+        start = file.read(9)
+    if path.suffix == ".safetensors" or start[8:] == b"{":  # a length, then a JSON object
+        return _read_safetensors(path)
+    return read_array_pickle(path) if is_plain_pickle(start) else read_torch_pickle(path)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -99,40 +112,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _read_pickle(path: Path) -> Any:
-    """What ``torch.save`` wrote, through torch's unpickler of tensors and plain containers."""
-    try:
-        # torchvision's training reference keeps its command-line arguments beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap can only be used" not in str(error):  # files from before torch 1.6
-                    raise
-                return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class|operand)[^\w]*([\w.]+)", str(error))
-        what = next((name for name in (found.groups() if found else ()) if name), "unknown objects")
-        if "Weights only load failed" not in str(error) or found is None:
-            raise ArtefactError(
-                f"{path}: not a checkpoint that torch.load reads ({_one_line(error)}); expected a state dict"
-            ) from None
-        raise ArtefactError(
-            f"{path}: holds Python objects ({what}), and loading those could run code; refused. Save the "
-            "weights alone: torch.save(model.state_dict(), path)"
-        ) from None
-    except Exception as error:  # the readers raise many kinds for damaged files
-        raise ArtefactError(
-            f"{path}: cannot be read as a checkpoint ({_one_line(error)}); it may be cut short, copy it again"
-        ) from None
-
-
-def _find_state(content: Any, path: Path) -> dict[str, Tensor]:
+def _find_state(content: Any, path: Path) -> dict[str, Tensor | NDArray[Any]]:
     for state in (content, *(content.get(key) for key in _NESTED if isinstance(content, Mapping))):
-        if isinstance(state, Mapping) and state and all(map(_is_entry, state.items())):
-            return dict(state)
+        if isinstance(state, Mapping) and state:
+            values = {name: _values(value) for name, value in state.items()}
+            if all(isinstance(name, str) and value is not None for name, value in values.items()):
+                return {name: value for name, value in values.items() if value is not None}
     if isinstance(content, Mapping):
-        shown = ", ".join(str(key) for key in list(content)[:5]) or "nothing"
+        shown = ", ".join(str(key)[:40] for key in list(content)[:5]) or "nothing"
         raise ArtefactError(
             f"{path}: holds no state dict, only {shown}; expected tensors by name, alone or under "
             f"{' or '.join(map(repr, _NESTED))}"
@@ -142,10 +129,18 @@ def _find_state(content: Any, path: Path) -> dict[str, Tensor]:
     )
 
 
-def _is_entry(item: tuple[object, object]) -> bool:
-    """Whether a dictionary's item is a dense tensor with a name."""
-    key, value = item
-    return isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
+def _values(value: object) -> Tensor | NDArray[Any] | None:
+    """A dense tensor or the values of an array; ``None`` for anything else."""
+    if isinstance(value, PickledArray):
+        return value.values
+    return value if isinstance(value, Tensor) and value.layout == torch.strided else None
+
+
+def _tensor(values: Tensor | NDArray[Any]) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    # A copy of one's own: the file's bytes are read-only, and may be in the other byte order.
+    return torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("="), order="C"))
 
 
 def _one_line(error: Exception) -> str:

@@ -19,7 +19,7 @@ from anchorline.evaluation.verify.subject import Subject, onnx_subject
 from anchorline.evaluation.verify.verifying import verify as verify_subjects
 from anchorline.export.graph import to_onnx
 from anchorline.runtime.canvas import padded, place
-from anchorline.runtime.contract import CANVAS_KEY, TASKS, Contract, ResizeRule
+from anchorline.runtime.contract import CANVAS_KEY, TASKS, Contract
 from anchorline.runtime.errors import ParityError, SettingsError
 from anchorline.runtime.files import atomic_path
 from anchorline.train.checkpoint import load_checkpoint, read_header
@@ -120,7 +120,7 @@ def trimmed_canvas(frame_size: tuple[int, int], contract: Contract) -> tuple[int
     """
     if min(frame_size) < 1:
         raise SettingsError(f"frame size is {frame_size}; expected a height and a width of at least 1 pixel")
-    room = contract.canvas if contract.resize == ResizeRule() else (_NO_LIMIT, _NO_LIMIT)
+    room = (_NO_LIMIT, _NO_LIMIT) if contract.resize.is_bounded else contract.canvas
     return padded(place(frame_size, room, contract.resize).valid)
 
 

@@ -85,10 +85,13 @@ def torchvision_model(model: FasterRCNN, contract: Contract) -> TorchvisionFaste
         *("torchvision", "rgb", 0, "sigmoid"),
         "align",
     )
-    if not plain or s.roi_aligned or s.box_min_side != 1e-2 or int(s.canonical_size) != s.canonical_size:
+    parts = (s.box_head, s.bottleneck_stride, s.roi_level_rule) == ("fc", "3x3", "torchvision")
+    plain = plain and parts and s.neck != "dc5" and not s.roi_aligned
+    if not plain or s.box_min_side != 1e-2 or int(s.canonical_size) != s.canonical_size:
         raise SettingsError(
             "torchvision has no model with these settings; expected the torchvision profile, RGB, RoIAlign "
-            "and a sigmoid, roi_aligned false, box_min_side 0.01 and a canonical_size without fraction"
+            "and a sigmoid, roi_aligned false, box_min_side 0.01 and a canonical_size without fraction, its "
+            "level rule, the box head 'fc', bottleneck_stride '3x3' and another neck than 'dc5'"
         )
     backbone, levels = _backbone(s), len(s.anchor_sizes)
     names = [str(level) for level in range(max(1, levels - 1))]  # of a pyramid all but the pooled map

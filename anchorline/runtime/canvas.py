@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from anchorline.runtime.antialiased_resize import resize_antialiased
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.float_resize import resize_float
 
@@ -24,10 +25,12 @@ COARSEST_STRIDE = 32
 @dataclass(frozen=True)
 class Placement:
     """Where a frame lies on its canvas: ``source`` and ``valid`` are its (height, width) in pixels
-    before and after the resize; it occupies the top left ``valid`` corner of the canvas."""
+    before and after the resize; it occupies the top left ``valid`` corner of the canvas.
+    ``interpolation`` is the contract's: how the pixels between are found."""
 
     source: tuple[int, int]
     valid: tuple[int, int]
+    interpolation: str = "bilinear"
 
     @property
     def scale_y(self) -> float:
@@ -43,29 +46,34 @@ class Placement:
 def place(source_size: tuple[int, int], canvas: tuple[int, int], resize: ResizeRule) -> Placement:
     """Scale a frame of ``source_size`` as ``resize`` says or, where that does not fit, to fit ``canvas``.
 
-    All sizes are (height, width) in pixels. Scaled sides are rounded down, and no side falls below one
-    pixel. To fit the canvas the arithmetic is exact, so such a frame fills the canvas to the last pixel.
+    All sizes are (height, width) in pixels. Scaled sides are rounded as ``resize`` says, and no side falls
+    below one pixel. To fit the canvas they are rounded down after exact arithmetic, so that such a frame
+    fills the canvas to the last pixel.
     """
     height, width = source_size
     valid = _scaled_by_rule(height, width, resize)
     if valid is None or valid[0] > canvas[0] or valid[1] > canvas[1]:
         scale = min(Fraction(canvas[0], height), Fraction(canvas[1], width))
         valid = (int(height * scale), int(width * scale))
-    return Placement(source=(height, width), valid=(max(1, valid[0]), max(1, valid[1])))
+    fitted = (max(1, valid[0]), max(1, valid[1]))
+    return Placement(source=(height, width), valid=fitted, interpolation=resize.interpolation)
 
 
 def _scaled_by_rule(height: int, width: int, resize: ResizeRule) -> tuple[int, int] | None:
     """The size that ``resize`` alone asks for; ``None`` when it sets no bound.
 
-    In double precision, as in torchvision's ``GeneralizedRCNNTransform`` and
-    ``torch.nn.functional.interpolate``: 97 x 97 at a shorter side of 800 becomes 799 x 799 there.
-    """
+        In double precision, as in torchvision's ``GeneralizedRCNNTransform`` and
+        ``torch.nn.functional.interpolate``: 97 x 97 at a shorter side of 800 becomes 799 x 799 there. To the
+    X"""
     scales = []
     if resize.shorter_side is not None:
         scales.append(resize.shorter_side / min(height, width))
     if resize.longer_side is not None:
         scales.append(resize.longer_side / max(height, width))
-    return (int(height * min(scales)), int(width * min(scales))) if scales else None
+    if not scales:
+        return None
+    extra = 0.5 if resize.rounding == "nearest" else 0.0
+    return int(height * min(scales) + extra), int(width * min(scales) + extra)
 
 
 def padded(size: tuple[int, int]) -> tuple[int, int]:
@@ -76,10 +84,10 @@ def padded(size: tuple[int, int]) -> tuple[int, int]:
 def to_canvas(
     frame: NDArray[np.uint8], placement: Placement, out: NDArray[np.uint8] | NDArray[np.float32]
 ) -> None:
-    """Resize ``frame`` (uint8 [H, W, 3]) bilinearly into the top left of ``out`` and zero the rest.
+    """Resize ``frame`` (uint8 [H, W, 3]) into the top left of ``out`` and zero the rest.
 
-    ``out`` is the canvas [CH, CW, 3], uint8 or float32, and may hold anything before. A float32 canvas
-    is filled as PyTorch resizes (see ``float_resize``), without rounding to whole grey levels.
+    ``out`` is the canvas [CH, CW, 3], uint8 or float32, and may hold anything before. Bilinearly, a float32
+    canvas is filled as PyTorch resizes (see ``float_resize``), without rounding to whole grey levels.
     """
     height, width = placement.valid
     if frame.strides[1:] != (3, 1) or frame.strides[0] < 0:
@@ -87,6 +95,8 @@ def to_canvas(
     inner = out[:height, :width]
     if placement.valid == placement.source:
         inner[...] = frame
+    elif placement.interpolation == "antialiased":
+        resize_antialiased(frame, inner)
     elif out.dtype == np.float32:
         resize_float(frame, cast("NDArray[np.float32]", inner))
     else:

@@ -29,6 +29,8 @@ CANVAS_KEY = "canvas"
 TASKS = ("detections", "proposals")
 INPUT_DTYPES = ("uint8", "float32")
 CHANNEL_ORDERS = ("rgb", "bgr")
+INTERPOLATIONS = ("bilinear", "antialiased")
+ROUNDINGS = ("down", "nearest")
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,31 @@ class ResizeRule:
 
     The scale is the largest one for which the frame fits the canvas, its shorter side is at most
     ``shorter_side`` and its longer side at most ``longer_side`` (both in pixels; ``None`` sets no
-    bound). The aspect ratio is kept. Sizes are rounded as torchvision does (see ``canvas.place``).
+    bound). The aspect ratio is kept. Sizes are rounded ``down`` as torchvision does, or to the ``nearest``
+    pixel as Detectron2, MMDetection and py-faster-rcnn do (see ``canvas.place``). ``interpolation`` is
+    ``bilinear`` between the nearest four pixels, or ``antialiased``: Pillow's filter, in whole grey
+    levels, as Detectron2 resizes (see ``antialiased_resize``).
     """
 
     shorter_side: int | None = None
     longer_side: int | None = None
+    interpolation: str = "bilinear"
+    rounding: str = "down"
 
     def __post_init__(self) -> None:
+        _expect_choice("resize.interpolation", self.interpolation, INTERPOLATIONS)
+        _expect_choice("resize.rounding", self.rounding, ROUNDINGS)
         for name in ("shorter_side", "longer_side"):
             side = getattr(self, name)
             if side is not None and (not isinstance(side, int) or side < 1):
                 raise ArtefactError(
                     f"resize.{name} is {side!r}; expected null or a positive number of pixels"
                 )
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the rule asks for a size of its own; otherwise frames fill the canvas."""
+        return self.shorter_side is not None or self.longer_side is not None
 
 
 @dataclass(frozen=True)

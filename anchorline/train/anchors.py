@@ -1,9 +1,15 @@
 """Anchors: the reference boxes of the RPN (Faster R-CNN, section 3.1.1).
 
-Two styles. ``torchvision`` is numerically ``models/detection/anchor_utils.py``: base anchors are rounded
+Three styles. ``torchvision`` is numerically ``models/detection/anchor_utils.py``: base anchors are rounded
 to whole pixels and centred at 0. ``caffe`` is py-faster-rcnn's ``lib/rpn/generate_anchors.py``: a window
 of 16x16 pixels is given each aspect ratio, rounded, and then scaled. That window is (0, 0, 15, 15) with
-its last pixels included, which with continuous edges is (0, 0, 16, 16), centred at 8.
+its last pixels included, which with continuous edges is (0, 0, 16, 16), centred at 8. ``unrounded`` is
+Detectron2's ``modeling/anchor_generator.py`` (offset 0) and MMDetection's ``AnchorGenerator`` (centre
+offset 0): as torchvision's without the rounding.
+
+At one place anchors run ratio by ratio in every style, the sizes within each: torchvision's,
+py-faster-rcnn's and MMDetection's order. Detectron2's runs size by size, so the RPN's output channels
+have to be permuted when its C4 and DC5 models, with five sizes on one map, are imported.
 """
 
 from __future__ import annotations
@@ -27,6 +33,19 @@ def base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tens
     return torch.round(torch.stack((-widths, -heights, widths, heights), dim=1) / 2)
 
 
+def unrounded_base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
+    """Detectron2's and MMDetection's anchors [len(aspect_ratios) * len(sizes), 4], ratio by ratio.
+
+    w = size * sqrt(1 / ratio) and h = ratio * w, centred at 0. ``sizes`` as for ``base_anchors``; in
+    MMDetection's terms a size is stride * scale.
+    """
+    side = torch.as_tensor(sizes, dtype=torch.float64)
+    ratio = torch.as_tensor(aspect_ratios, dtype=torch.float64)[:, None]
+    width = side[None, :] * torch.sqrt(1.0 / ratio)
+    half = torch.stack((width, ratio * width), dim=-1).reshape(-1, 2) / 2
+    return torch.cat((-half, half), dim=1).float()
+
+
 # The side of the window that py-faster-rcnn's anchors are multiples of, in pixels.
 CAFFE_WINDOW = 16
 
@@ -43,6 +62,13 @@ def caffe_base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -
     height = torch.round(width * ratio)
     half = (torch.stack((width, height), dim=1)[:, None] * scale[None, :, None] / 2).reshape(-1, 2)
     return (CAFFE_WINDOW / 2 + torch.cat((-half, half), dim=1)).float()
+
+
+_BASE_ANCHORS = {
+    "torchvision": base_anchors,
+    "caffe": caffe_base_anchors,
+    "unrounded": unrounded_base_anchors,
+}
 
 
 def grid_anchors(base: Tensor, grid: tuple[int, int], stride: tuple[int, int]) -> Tensor:
@@ -67,18 +93,19 @@ def level_anchors(
     style: str = "torchvision",
     strides: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """Anchors of every level, a list of [A_level, 4] in canvas pixels, in one of the two styles.
+    """Anchors of every level, a list of [A_level, 4] in canvas pixels, in one of the three styles.
 
     ``canvas`` and ``grids`` are (height, width) of the network input and of each feature map;
     ``sizes`` holds the anchor sizes of each level. A level's stride is canvas // grid, as in
-    torchvision, unless ``strides`` says it: a map whose size was rounded up is larger than canvas / stride.
+    torchvision, unless ``strides`` says it: a map whose size was rounded up is larger than canvas / stride
+    (P6 of 800x1088 is 13x17, and 800 // 13 is 61 where Detectron2 and MMDetection step by 64).
     Raises ``ValueError`` when the numbers of levels differ.
     """
     if len(sizes) != len(grids):
         raise ValueError(
             f"got anchor sizes for {len(sizes)} levels and {len(grids)} feature maps; expected one each"
         )
-    base = caffe_base_anchors if style == "caffe" else base_anchors
+    base = _BASE_ANCHORS[style]
     steps = (
         [(canvas[0] // rows, canvas[1] // columns) for rows, columns in grids]
         if strides is None

@@ -17,6 +17,7 @@ from anchorline.train.backbones import BACKBONES, Body
 from anchorline.train.box_head_weights import fill_box_head
 from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.input_convention import adapt_first_convolution
+from anchorline.train.roi_heads import Res5Head
 
 # Given in place of a file: torchvision's own weights.
 IMAGENET = "imagenet"
@@ -26,7 +27,8 @@ def load_pretrained(model: FasterRCNN, weights: Path | str, pretrained_input: st
     """Start ``model`` from the weights of a classification network: ``"imagenet"``, or a file.
 
     The body is filled as ``load_imagenet_weights`` and ``load_backbone_weights`` do; fc6 and fc7 too
-    where the network has them (VGG-16, ZF), the weights do, and the shapes are those of the box head.
+    where the network has them (VGG-16, ZF), the weights do, and the shapes are those of the box head; and
+    the last stage of a ResNet where that is the box head.
     The first convolution is then adapted from RGB with ImageNet's statistics to the input of this model;
     not with ``pretrained_input`` ``model``, for a file of a network that had the same input as this one.
     """
@@ -35,7 +37,10 @@ def load_pretrained(model: FasterRCNN, weights: Path | str, pretrained_input: st
         state, pretrained_input = load_imagenet_weights(body, settings.backbone), "torchvision"
     else:
         state = load_backbone_weights(body, Path(weights))
-    fill_box_head(model.roi_heads.box_head, state, BACKBONES[settings.backbone].classifier)
+    head = model.roi_heads.box_head
+    if isinstance(head, Res5Head):
+        _fill(head, state, Path(weights))
+    fill_box_head(head, state, BACKBONES[settings.backbone].classifier)
     if pretrained_input == "torchvision":
         adapt_first_convolution(body, settings)
 
@@ -94,7 +99,7 @@ def _torchvision_weights(backbone: str) -> Any:
         return None
 
 
-def _fill(body: Body, state: dict[str, Tensor], path: Path) -> None:
+def _fill(body: Body | Res5Head, state: dict[str, Tensor], path: Path) -> None:
     state = {_current_key(key.removeprefix("features."), state): value for key, value in state.items()}
     wanted = body.state_dict()
     # Old checkpoints have no step counter, and no result depends on it.

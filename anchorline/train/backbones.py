@@ -1,7 +1,8 @@
 """Backbones: torchvision's classification networks as sources of feature maps.
 
 A backbone maps images [B, 3, H, W] to a list of feature maps, finest first. ``FPNBackbone`` puts a
-feature pyramid on it (Lin et al., 2017), ``SingleBackbone`` hands on the map of stride 16 alone.
+feature pyramid on it (Lin et al., 2017; its last map takes every second place of the one before, as
+torchvision's, Detectron2's and MMDetection's do), ``SingleBackbone`` hands on a map of stride 16 alone.
 Parameter names follow torchvision's detection models (``body``, ``fpn``).
 """
 
@@ -21,6 +22,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from anchorline.runtime.errors import ArtefactError
 from anchorline.train.model_settings import ModelSettings
+from anchorline.train.resnet_variants import dilate_last_stage, last_stage, stride_in_1x1
 from anchorline.train.stages import mark
 from anchorline.train.vgg_and_zf import vgg16, zf
 
@@ -158,13 +160,13 @@ BACKBONES: dict[str, BackboneSpec] = {
 
 
 class Body(nn.Module):
-    """The layers of a backbone up to the last of ``taps``, by name; returns the tapped maps, finest first."""
+    """The layers of ``network`` up to the last of ``taps``; returns the maps behind them, finest first."""
 
-    def __init__(self, spec: BackboneSpec, taps: Sequence[str], norm_layer: Callable[..., nn.Module]) -> None:
+    def __init__(self, spec: BackboneSpec, network: nn.Module, taps: Sequence[str]) -> None:
         super().__init__()
         self.stage_ends = spec.stage_ends
         self.taps = tuple(taps)
-        for name, layer in spec.layers(spec.build(norm_layer)).items():
+        for name, layer in spec.layers(network).items():
             self.add_module(name, layer)
             if name == self.taps[-1]:
                 break
@@ -218,7 +220,7 @@ class FPNBackbone(nn.Module):
 
 
 class SingleBackbone(nn.Module):
-    """The stride-16 map alone, as in the paper."""
+    """A map of stride 16 alone: as in the paper, of a ResNet's stage before the last, or its dilated last."""
 
     strides = (16,)
     pooled_levels = 1
@@ -232,23 +234,44 @@ class SingleBackbone(nn.Module):
         return [self.body(x)[0]]
 
 
-def build_backbone(settings: ModelSettings) -> FPNBackbone | SingleBackbone:
-    """The backbone and neck that ``settings`` ask for, randomly initialised."""
+def _spec_of(settings: ModelSettings) -> BackboneSpec:
     spec = BACKBONES.get(settings.backbone)
     if spec is None:
         raise ArtefactError(
             f"backbone {settings.backbone!r} is not known; expected one of {', '.join(BACKBONES)}"
         )
+    return spec
+
+
+def _network_of(settings: ModelSettings) -> nn.Module:
+    """The whole network with the norms, strides and dilation of ``settings``, randomly initialised."""
     live = settings.backbone_norm == "live"
     norm = partial(nn.BatchNorm2d if live else FrozenBatchNorm, eps=settings.backbone_norm_eps)
-    if settings.neck == "single":
-        last, width = spec.maps[16]
-        return SingleBackbone(Body(spec, (last,), norm), width)
+    network = _spec_of(settings).build(norm)
+    if settings.bottleneck_stride == "1x1":
+        stride_in_1x1(network, settings.backbone)
+    if settings.neck == "dc5":
+        dilate_last_stage(network, settings.backbone)
+    return network
+
+
+def build_last_stage(settings: ModelSettings) -> tuple[nn.Module, int]:
+    """A ResNet's last stage, randomly initialised, and its width: the box head ``res5``."""
+    return last_stage(_network_of(settings), settings.backbone), _spec_of(settings).maps[32][1]
+
+
+def build_backbone(settings: ModelSettings) -> FPNBackbone | SingleBackbone:
+    """The backbone and neck that ``settings`` ask for, randomly initialised."""
+    spec, network = _spec_of(settings), _network_of(settings)
+    if settings.neck in ("single", "dc5"):
+        last, width = spec.maps[16 if settings.neck == "single" else 32]
+        return SingleBackbone(Body(spec, network, (last,)), width)
+    live = settings.backbone_norm == "live"
     if settings.neck == "fpn32":
         if spec.coarse is None:
             known = ", ".join(name for name, each in BACKBONES.items() if each.coarse)
             raise ArtefactError(f"neck 'fpn32' does not fit backbone {settings.backbone!r}; expected {known}")
-        body, widths = Body(spec, tuple(spec.coarse), norm), tuple(spec.coarse.values())
+        body, widths = Body(spec, network, tuple(spec.coarse)), tuple(spec.coarse.values())
         # torchvision finds the same scale for both maps of stride 32 and pools every RoI from the first.
         return FPNBackbone(body, widths, settings.fpn_channels, (32, 32, 64), 1, live)
     levels = 4 if settings.finest_stride == 4 else 3
@@ -259,6 +282,6 @@ def build_backbone(settings: ModelSettings) -> FPNBackbone | SingleBackbone:
             "expected 'single'"
         )
     taps = [spec.maps[stride] for stride in strides[:-1]]
-    body = Body(spec, [layer for layer, _ in taps], norm)
+    body = Body(spec, network, [layer for layer, _ in taps])
     # The coarsest map serves the RPN only.
     return FPNBackbone(body, [width for _, width in taps], settings.fpn_channels, strides, levels, live)

@@ -26,12 +26,17 @@ class BoxCoder:
 
     ``weights`` multiply the four deltas, so that the loss sees values of similar size:
     (1, 1, 1, 1) in the RPN and (10, 10, 5, 5) in the detection head. ``max_log_scale`` limits dw and
-    dh (infinity: no limit). ``inclusive`` decodes as py-faster-rcnn, see above.
+    dh (infinity: no limit), with ``both_sides`` also from below, to its negative: MMDetection's
+    ``DeltaXYWHBBoxCoder``, whose ``target_stds`` are 1 / ``weights``. Detectron2's ``Box2BoxTransform``
+    limits from above alone. ``inclusive`` decodes as py-faster-rcnn, see above; ``pixel`` is the side, in
+    canvas pixels, of the one that its widths add: 1, or on the unscaled image that image's.
     """
 
     weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
     max_log_scale: float = MAX_LOG_SCALE
     inclusive: bool = False
+    both_sides: bool = False
+    pixel: float = 1.0
 
     def encode(self, boxes: Tensor, references: Tensor) -> Tensor:
         """Deltas [..., 4] that move ``references`` [..., 4] onto ``boxes`` [..., 4], both with area."""
@@ -51,27 +56,34 @@ class BoxCoder:
     def decode(self, deltas: Tensor, references: Tensor) -> Tensor:
         """Boxes [..., 4] that ``deltas`` [..., 4] make of ``references``, broadcast together."""
         wx, wy, ww, wh = self.weights
+        if self.pixel != 1.0:  # the references end one canvas pixel behind caffe's x2 and y2
+            references = torch.cat((references[..., :2], references[..., 2:] + (self.pixel - 1.0)), dim=-1)
         ref_x, ref_y, ref_width, ref_height = _centre_form(references)
         dx, dy, dw, dh = deltas.unbind(-1)
         dw, dh = dw / ww, dh / wh
         if self.max_log_scale < math.inf:
             dw, dh = torch.clamp(dw, max=self.max_log_scale), torch.clamp(dh, max=self.max_log_scale)
+        if self.both_sides:
+            dw, dh = torch.clamp(dw, min=-self.max_log_scale), torch.clamp(dh, min=-self.max_log_scale)
         centre_x = dx / wx * ref_width + ref_x
         centre_y = dy / wy * ref_height + ref_y
         half_width = 0.5 * torch.exp(dw) * ref_width
         half_height = 0.5 * torch.exp(dh) * ref_height
         x2, y2 = centre_x + half_width, centre_y + half_height
         if self.inclusive:
-            x2, y2 = x2 + 1.0, y2 + 1.0
+            x2, y2 = x2 + self.pixel, y2 + self.pixel
         return torch.stack((centre_x - half_width, centre_y - half_height, x2, y2), dim=-1)
 
 
 def coder_of(
-    settings: ModelSettings, weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    settings: ModelSettings,
+    weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0),
+    pixel: float = 1.0,
 ) -> BoxCoder:
     """The coder for a model's numeric profile."""
     limit = MAX_LOG_SCALE if settings.clamp_deltas else math.inf
-    return BoxCoder(weights, limit, settings.box_edges == "inclusive")
+    inclusive = settings.box_edges == "inclusive"
+    return BoxCoder(weights, limit, inclusive, settings.clamp_deltas_below, pixel)
 
 
 def _centre_form(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

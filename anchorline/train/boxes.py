@@ -38,17 +38,17 @@ def _intersections(a: Tensor, b: Tensor) -> Tensor:
     return width * height
 
 
-def clip_to_images(boxes: Tensor, image_sizes: Tensor, inclusive: bool = False) -> Tensor:
+def clip_to_images(boxes: Tensor, image_sizes: Tensor, inclusive: bool = False, pixel: float = 1.0) -> Tensor:
     """Clip ``boxes`` [B, ..., 4] to their own image: x to [0, width], y to [0, height].
 
     ``image_sizes`` float [B, 2] holds (height, width) of the valid part of each canvas. With ``inclusive``
     as py-faster-rcnn's ``clip_boxes``, which moves all four to existing pixels, so that at least one
-    remains: here x1 to [0, width - 1] and x2 to [1, width].
+    remains: here x1 to [0, width - pixel] and x2 to [pixel, width], where ``pixel`` is its side.
     """
     shape = [image_sizes.shape[0]] + [1] * (boxes.dim() - 2)
     height, width = image_sizes[:, 0].reshape(shape), image_sizes[:, 1].reshape(shape)
     zero = torch.zeros_like(height)
-    pixel = 1.0 if inclusive else 0.0
+    pixel = pixel if inclusive else 0.0
     x1, y1, x2, y2 = boxes.unbind(-1)
     return torch.stack(
         (

@@ -51,7 +51,7 @@ class RoIHeads(nn.Module):
         super().__init__()
         self.pooling = build_pooling(strides, settings)
         self.box_head = build_box_head(channels, settings)
-        self.box_predictor = BoxPredictor(settings.representation, classes)
+        self.box_predictor = BoxPredictor(self.box_head.out_features, classes)
         if settings.box_init_std:
             start_from_normal(self.box_head, self.box_predictor, std=settings.box_init_std)
 
@@ -118,7 +118,8 @@ class FasterRCNN(nn.Module):
         if key not in self._anchors:
             s = self.settings
             # A single map may be larger than canvas / 16; of a pyramid torchvision's strides are rounded.
-            strides = self.backbone.strides if s.neck == "single" else None
+            true_strides = s.neck in ("single", "dc5") or s.anchor_style == "unrounded"
+            strides = self.backbone.strides if true_strides else None
             levels = level_anchors(
                 s.canvas, grids, s.anchor_sizes, s.aspect_ratios, style=s.anchor_style, strides=strides
             )

@@ -56,7 +56,8 @@ def roi_align(features: Tensor, rois: Tensor, *, output_size: int, sampling_rati
 
     ``features`` [B, C, H, W]; ``rois`` float32 [B, R, 4] xyxy in feature pixels where a pixel's
     value stands at its centre, (0.5, 0.5) for the first (torchvision's ``aligned=True``, ONNX's
-    ``half_pixel``). ``sampling_ratio`` >= 1 points per cell and axis are averaged.
+    ``half_pixel``). ``sampling_ratio`` points per cell and axis are averaged; 0 is adaptive, as many as
+    ceil(side of the RoI / ``output_size``), and none, with the value 0, in a RoI without extent.
     """
     size = int(output_size)
     if torch.onnx.is_in_onnx_export():

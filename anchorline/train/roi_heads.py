@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anchorline.train import ops
+from anchorline.train.backbones import build_last_stage
 from anchorline.train.box_coder import coder_of
 from anchorline.train.boxes import at_least, clip_to_images, pairwise_ioa, pairwise_iou
 from anchorline.train.losses import roi_losses
@@ -28,6 +29,7 @@ class BoxHead(nn.Module):
     def __init__(self, in_features: int, representation: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = dropout
+        self.out_features = representation
         self.fc6 = nn.Linear(in_features, representation)
         self.fc7 = nn.Linear(representation, representation)
 
@@ -54,10 +56,31 @@ class ConvBoxHead(nn.Sequential):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
             layers.append(nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU()))
         super().__init__(*layers, nn.Flatten(), nn.Linear(channels * size**2, representation), nn.ReLU())
+        self.out_features = representation
 
 
-def build_box_head(channels: int, settings: ModelSettings) -> BoxHead | ConvBoxHead:
+class Res5Head(nn.Module):
+    """The last stage of a ResNet over a pooled region, then the mean of its cells: the head of C4 models.
+
+    As Detectron2's ``modeling/roi_heads/roi_heads.py`` (``Res5ROIHeads``): the stage halves the 14x14 cells
+    to 7x7. ``stage`` keeps torchvision's name, ``layer4``; ``out_features`` is its width.
+    """
+
+    def __init__(self, stage: nn.Module, out_features: int) -> None:
+        super().__init__()
+        self.layer4 = stage
+        self.out_features = out_features
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[N, out_features] of ``pooled`` [N, C, S, S]."""
+        features: Tensor = self.layer4(pooled)
+        return features.mean(dim=(2, 3))
+
+
+def build_box_head(channels: int, settings: ModelSettings) -> BoxHead | ConvBoxHead | Res5Head:
     """The box head that ``settings`` ask for, over RoIs of ``channels`` channels."""
+    if settings.box_head == "res5":
+        return Res5Head(*build_last_stage(settings))
     size, width = settings.roi_size, settings.representation
     if settings.box_convs:
         return ConvBoxHead(channels, size, settings.box_convs, width)
@@ -115,8 +138,8 @@ def select_detections(
     by_class = deltas[:, :, 1:].transpose(1, 2).gather(2, order[..., None].expand(-1, -1, -1, 4))
     references = proposals.boxes[:, None].expand(-1, classes, -1, -1)
     references = references.gather(2, order[..., None].expand(-1, -1, -1, 4))
-    boxes = coder_of(settings, settings.box_weights).decode(by_class, references)
-    boxes = clip_to_images(boxes, image_sizes, settings.box_edges == "inclusive")
+    boxes = coder_of(settings, settings.box_weights, settings.frame_scale).decode(by_class, references)
+    boxes = clip_to_images(boxes, image_sizes, settings.box_edges == "inclusive", settings.frame_scale)
     scores = torch.where(
         at_least(boxes, settings.box_min_side), scores, torch.full_like(scores, ops.SUPPRESSED)
     )

@@ -23,6 +23,11 @@ from anchorline.train.model_settings import ModelSettings
 BORDER_BEFORE = 1
 BORDER_AFTER = 2
 
+# In feature pixels. Adaptive sampling puts no point into a RoI without extent, such as an unused slot's,
+# and TensorRT's kernel then divides 0 by 0. No proposal is this narrow, and float32 still resolves it
+# on the canvas of levels.
+SHORTEST = 1e-3
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -57,14 +62,28 @@ def feature_canvas(features: Sequence[Tensor]) -> Tensor:
     return torch.cat((first, row), dim=2)
 
 
-def assign_levels(boxes: Tensor, levels: int, first_stride: int, canonical_size: float) -> Tensor:
+def assign_levels(
+    boxes: Tensor, levels: int, first_stride: int, canonical_size: float, rule: str = "torchvision"
+) -> Tensor:
     """Index [B, R] of the level each box [B, R, 4] is pooled from (FPN paper, equation 1).
 
-    A box of side ``canonical_size`` belongs to the level of stride 16; each doubling is one level
-    up. As torchvision's ``LevelMapper``, with its guard of 1e-6 against rounding at the steps.
+    A box of side s = ``canonical_size`` belongs to the level of stride 16; each doubling is one level
+    up. The rules differ in their guard against rounding at the steps:
+
+    - ``torchvision``, ``LevelMapper``: floor(4 + log2(s / 224) + 1e-6);
+    - ``detectron2``, ``modeling/poolers.py``: floor(4 + log2(s / 224 + 1e-8));
+    - ``mmdetection``, ``single_level_roi_extractor.py``: floor(log2(s / 56 + 1e-6)) counted from the finest
+      level, whose ``finest_scale`` 56 is 224 * 4 / 16.
     """
     first = first_stride.bit_length() - 1
-    level = torch.floor(4 + torch.log2(torch.sqrt(box_area(boxes)) / canonical_size) + 1e-6)
+    side = torch.sqrt(box_area(boxes))
+    if rule == "mmdetection":
+        finest = canonical_size * first_stride / 16
+        level = first + torch.floor(torch.log2(side / finest + 1e-6))
+    elif rule == "detectron2":
+        level = torch.floor(4 + torch.log2(side / canonical_size + 1e-8))
+    else:
+        level = torch.floor(4 + torch.log2(side / canonical_size) + 1e-6)
     return torch.clamp(level, min=first, max=first + levels - 1).to(torch.int64) - first
 
 
@@ -108,7 +127,11 @@ class RoIMaxPooling(nn.Module):
 
 
 class RoIPooling(nn.Module):
-    """RoIAlign over the first levels of a pyramid, in torchvision's convention or the aligned one."""
+    """RoIAlign over the first levels of a pyramid, in torchvision's convention or the aligned one.
+
+    Aligned it is Detectron2's ``ROIAlignV2`` and mmcv's ``RoIAlign``, which sample adaptively
+    (``roi_sampling`` 0): the size of a RoI decides how many points a cell has.
+    """
 
     def __init__(self, strides: Sequence[int], settings: ModelSettings) -> None:
         super().__init__()
@@ -117,6 +140,7 @@ class RoIPooling(nn.Module):
         self.sampling = settings.roi_sampling
         self.aligned = settings.roi_aligned
         self.canonical_size = settings.canonical_size
+        self.level_rule = settings.roi_level_rule
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
         """Pooled regions [B * R, C, S, S] of ``boxes`` [B, R, 4] in canvas pixels.
@@ -125,7 +149,7 @@ class RoIPooling(nn.Module):
         """
         grids = [(feature.shape[2], feature.shape[3]) for feature in features]
         layout = lay_out(grids)
-        level = assign_levels(boxes, len(grids), self.strides[0], self.canonical_size)
+        level = assign_levels(boxes, len(grids), self.strides[0], self.canonical_size, self.level_rule)
         table = torch.tensor(
             [
                 (1.0 / stride, *origin, *grid)
@@ -141,6 +165,8 @@ class RoIPooling(nn.Module):
         shift = 0.0 if self.aligned else 0.5
         if not self.aligned:
             length_x, length_y = length_x.clamp(min=1.0), length_y.clamp(min=1.0)
+        elif not self.sampling:
+            length_x, length_y = length_x.clamp(min=SHORTEST), length_y.clamp(min=SHORTEST)
         left, top = x1 + (origin_x + shift), y1 + (origin_y + shift)
         rois = torch.stack((left, top, left + length_x, top + length_y), dim=-1)
         pooled = ops.roi_align(
@@ -148,7 +174,9 @@ class RoIPooling(nn.Module):
         )
         if self.aligned:
             return pooled
-        rows = edge_mask(y1, length_y, height, self.size, self.sampling)
-        columns = edge_mask(x1, length_x, width, self.size, self.sampling)
+        # Adaptive sampling has one point in a cell of the RoIs that matter here, one feature pixel long.
+        sampling = self.sampling or 1
+        rows = edge_mask(y1, length_y, height, self.size, sampling)
+        columns = edge_mask(x1, length_x, width, self.size, sampling)
         mask = (rows[..., :, None] * columns[..., None, :]).flatten(0, 1)
         return pooled * mask[:, None].to(pooled.dtype)

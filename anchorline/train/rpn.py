@@ -106,7 +106,7 @@ def select_proposals(
     boxes = torch.stack(boxes_of_level, dim=1)  # [B, L, slots, 4]
     boxes = clip_to_images(boxes, image_sizes, settings.box_edges == "inclusive")
     scores = torch.stack(scores_of_level, dim=1)
-    counts = at_least(boxes, settings.rpn_min_side)
+    counts = at_least(boxes, settings.rpn_min_side * settings.frame_scale)
     if settings.rpn_score_threshold > 0:
         counts = counts & (scores >= settings.rpn_score_threshold)
     scores = torch.where(counts, scores, torch.full_like(scores, ops.SUPPRESSED))

@@ -23,10 +23,11 @@ from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 
 from anchorline.evaluation.compare import compare_all
 from anchorline.evaluation.synthetic import generate_scene
-from anchorline.export import importing
 from anchorline.export.exporting import export_onnx, trimmed_canvas
-from anchorline.export.importing import coco_classes, import_checkpoint
-from anchorline.export.torchvision_keys import ARCHITECTURES, expected_shapes
+from anchorline.export.importers import torchvision as importer
+from anchorline.export.importers.library import expected_shapes
+from anchorline.export.importers.torchvision import ARCHITECTURES, coco_classes
+from anchorline.export.importing import import_checkpoint
 from anchorline.export.torchvision_reference import TorchvisionDetector
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.detections import Detections
@@ -310,7 +311,7 @@ def test_the_contract_says_what_the_model_is(state: dict[str, Tensor], classes: 
 
 
 def test_cocos_classes_keep_torchvisions_labels() -> None:
-    names = coco_classes()
+    names = coco_classes().names
     assert len(names) == len(set(names)) == 90
     assert (names[0], names[11], names[12], names[89]) == ("person", "N/A 12", "stop sign", "toothbrush")
     assert sum(name.startswith("N/A") for name in names) == 10
@@ -335,7 +336,7 @@ def test_batch_norm_eps_is_0_for_the_official_weights_only(
     assert eps(named) == 0
     assert eps(named, batch_norm_eps=1e-5) == 1e-5
     sha256 = import_checkpoint(path, out, arch=SMALLEST, classes=classes).contract.source["sha256"]
-    monkeypatch.setattr(importing, "_EPS_0_SHA256", sha256[:8])
+    monkeypatch.setattr(importer, "_EPS_0_SHA256", sha256[:8])
     assert eps() == 0
 
 
@@ -413,7 +414,7 @@ def test_the_wrong_architecture_is_answered_with_the_right_one(
     torch.save(state, path)
     text = refusal(path, out, classes=classes, arch="fasterrcnn_resnet50_fpn")
     assert "give --arch fasterrcnn_mobilenet_v3_large_fpn" in text
-    assert "expected fasterrcnn_mobilenet" in refusal(path, out, arch="yolo")
+    assert "expected for torchvision fasterrcnn_mobilenet" in refusal(path, out, arch="yolo")
     assert "give --arch" in refusal(path, out, arch=None)
 
 

@@ -115,6 +115,8 @@ def small(name: str) -> FasterRCNN:
         "model.rpn_min_side=4.0",
         "model.mean=[110.0, 115.0, 120.0]",
         "model.std=[58.0, 58.0, 58.0]",
+        # Frames of another scale, as for an imported model; VGG-16's stay those of the canvas.
+        f"model.frame_scale={1.25 if name == 'zf' else 1.0}",
         # No ties between overlapping boxes, which rounding would decide.
         "model.rpn_nms_iou=1.0",
         "model.nms_iou=1.0",

@@ -124,7 +124,7 @@ def test_the_last_override_wins() -> None:
         ("model.aspect_ratios=[]", "model.aspect_ratios"),
         ("model.aspect_ratios=[1.0, -2.0]", "model.aspect_ratios"),
         ("model.roi_size=0", "model.roi_size"),
-        ("model.roi_sampling=0", "model.roi_sampling"),
+        ("model.roi_sampling=-1", "model.roi_sampling"),
         ("model.max_detections=0", "model.max_detections"),
         ("model.representation=0", "model.representation"),
         ("model.rpn_convs=-1", "model.rpn_convs"),

@@ -6,6 +6,11 @@ TensorRT for RTX makes one kernel of it all, which writes only the pooled cells.
 samples with an AveragePool after it holds the samples themselves in memory: 2.0 GB instead of 13 MB for
 1000 RoIs of 256 channels at batch 8.
 
+A graph cannot sample adaptively (``sampling_ratio`` 0: a RoI's size decides how many points a cell has), so
+``IN_PLACE_OF_ADAPTIVE`` points per axis stand for it. Of 1 to 4 that is the best compromise: with a detector
+trained on BCCD, RoIs aligned, the pooled features then differ by 3 % (1: 18 %, 3 and 4: 3 %), 99 % of the
+detections stay matched and their scores move by 0.002 on average (1: 0.02, 3 and 4: 0.004 and 0.005).
+
 Samples beyond the map take the value at its edge; ONNX's RoiAlign gives 0 from one pixel beyond on, but
 the canvas of levels with its borders keeps every sample of our models inside (``train/roi_pooling.py``).
 """
@@ -17,6 +22,8 @@ import onnx.parser
 
 from anchorline.engine.bodies.naming import BODY_DOMAIN, literal
 from anchorline.engine.model_file import OPSET
+
+IN_PLACE_OF_ADAPTIVE = 2
 
 # Always sampled in float32: half-precision coordinates on a large map are a quarter of a cell off,
 # and GridSample takes map and grid of one type.
@@ -96,8 +103,9 @@ def grid_sample_align(
     """The function ``name``: (features [B, C, H, W], rois [B, R, 4]) -> [B * R, C, S, S].
 
     ``map_shape`` is (C, H, W), ``rois`` R, ``kind`` the ``TensorProto`` type of features and result; B
-    stays open.
+    stays open. A ``sampling_ratio`` of 0 becomes ``IN_PLACE_OF_ADAPTIVE``.
     """
+    sampling_ratio = sampling_ratio or IN_PLACE_OF_ADAPTIVE
     channels, height, width = map_shape
     values = {
         "domain": BODY_DOMAIN,

@@ -10,6 +10,7 @@ import numpy as np
 from anchorline.runtime.canvas import Placement
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.cuda.interface import Cuda
+from anchorline.runtime.errors import SettingsError
 from anchorline.runtime.gpu.device_frames import DeviceFrame
 from anchorline.runtime.plugins.op import Launch
 
@@ -18,14 +19,24 @@ KERNELS = tuple(f"{pixels}_to_{dtype}" for pixels in ("bgr", "nv12") for dtype i
 _THREADS = 256
 
 
+def resizes_as(contract: Contract) -> bool:
+    """Whether the kernels do the contract's resize: not the antialiased one (``canvas.to_canvas``)."""
+    return contract.resize.interpolation == "bilinear"
+
+
 def canvas_launch(
     frame: DeviceFrame, placement: Placement, contract: Contract, canvas: int, image_size: int
 ) -> Launch:
     """The kernel that lays ``frame`` on the canvas at address ``canvas`` and notes its valid size.
 
     ``image_size`` is the address of two float32. uint8 canvases are within one grey level of OpenCV's
-    resize, float32 ones equal ``float_resize``.
+    resize, float32 ones equal ``float_resize``. Raises ``SettingsError`` where ``resizes_as`` says no.
     """
+    if not resizes_as(contract):
+        raise SettingsError(
+            f"resize.interpolation is {contract.resize.interpolation!r}, which the GPU's kernels do not do; "
+            "lay the frames onto the canvas with canvas.to_canvas"
+        )
     height, width = contract.canvas
     pixels = "nv12" if frame.chroma else "bgr"
     arguments = (

@@ -27,10 +27,11 @@ from anchorline.runtime.contract import NMS_CONVERGED
 from anchorline.runtime.cuda.failures import CudaError
 from anchorline.runtime.cuda.interface import LEGACY_STREAM, Cuda
 from anchorline.runtime.errors import FrameError, GpuError, SettingsError
+from anchorline.runtime.gpu.device_frames import Nv12, host_bgr
 from anchorline.runtime.gpu.frame_intake import FrameIntake
 from anchorline.runtime.gpu.lane_buffers import LaneBuffers
 from anchorline.runtime.gpu.lane_clock import LaneClock
-from anchorline.runtime.gpu.preprocess import GpuPreprocessor
+from anchorline.runtime.gpu.preprocess import GpuPreprocessor, resizes_as
 from anchorline.runtime.gpu.tensorrt_engine import Execution, Tensor, TensorRTEngine
 
 log = logging.getLogger("anchorline.runtime")
@@ -86,6 +87,7 @@ class TensorRTLane:
             named = None if stream is None else self._cuda.stream_handle(stream) or LEGACY_STREAM
             self._clock.start()
             device_frames, run_on = self._intake.read(frames, self._stream, named, self._captures)
+            self._check_resize(device_frames)
             sizes = [self._size(frame, found) for frame, found in zip(frames, device_frames, strict=True)]
             placements = [place(size, self._contract.canvas, self._contract.resize) for size in sizes]
             batch = max(len(frames), self._lowest)
@@ -192,8 +194,9 @@ class TensorRTLane:
         for index, (frame, found, placement) in enumerate(
             zip(frames, device_frames, placements, strict=True)
         ):
-            if found is None and not self._intake.is_large(frame, self._contract.canvas):
-                to_canvas(frame, placement, self._buffers.images[index])
+            if found is None and self._resized_by_cpu(frame):
+                pixels = host_bgr(frame) if isinstance(frame, Nv12) else frame
+                to_canvas(pixels, placement, self._buffers.images[index])
                 self._buffers.sizes[index] = placement.valid
             else:
                 on_gpu[index] = found
@@ -209,6 +212,17 @@ class TensorRTLane:
         for index, found in staged.items():
             canvas, size = self._buffers.input_addresses(index)
             self._preprocess(found, placements[index], canvas, size, stream)
+
+    def _resized_by_cpu(self, frame: Any) -> bool:
+        """Whether a frame of the host is resized before the copy: a small one, or as the GPU cannot."""
+        return not resizes_as(self._contract) or not self._intake.is_large(frame, self._contract.canvas)
+
+    def _check_resize(self, device_frames: Sequence[Any]) -> None:
+        if not resizes_as(self._contract) and any(found is not None for found in device_frames):
+            raise FrameError(
+                "Expected a frame in host memory, since the model's antialiased resize (Pillow's) is done by "
+                "the CPU; got one on the GPU, copy it to the host first"
+            )
 
     def _pad(self, count: int, batch: int) -> None:
         """Fill a batch that is smaller than the engine's smallest with black images."""

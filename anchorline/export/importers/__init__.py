@@ -1,0 +1,1 @@
+"""One module per library whose checkpoints can be imported, each with the parts that ``Library`` names."""

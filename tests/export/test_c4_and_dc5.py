@@ -1,0 +1,139 @@
+"""Small models of Detectron2's kinds as ONNX: C4 with 6000 candidates, DC5, a pyramid sampled adaptively."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from anchorline.engine.lowering import deviations, lower
+from anchorline.engine.topk_pieces import MOST
+from anchorline.export.exporting import export_onnx
+from anchorline.export.functions import DOMAIN, default_functions
+from anchorline.train.checkpoint import contract_of, save_checkpoint
+from anchorline.train.faster_rcnn import FasterRCNN
+
+NAMES = ("cat", "dog", "bird")
+CANVAS = (320, 352)  # 20 x 22 places of 15 anchors are 6600 candidates
+ONE_MAP = ((16.0, 32.0, 64.0, 128.0, 256.0),)
+COMMON: dict[str, Any] = {
+    "canvas": CANVAS,
+    "anchor_style": "unrounded",
+    "roi_sampling": 0,
+    "roi_aligned": True,
+    "rpn_min_side": 0.0,
+    "box_min_side": 0.0,
+    "rpn_pre_nms": 6000,
+    "rpn_post_nms": 40,
+    # No ties between overlapping boxes, which rounding would decide.
+    "rpn_nms_iou": 1.0,
+    "nms_iou": 1.0,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "c4": {
+        "neck": "single",
+        "box_head": "res5",
+        "roi_size": 14,
+        "bottleneck_stride": "1x1",
+        "anchor_sizes": ONE_MAP,
+    },
+    "dc5": {"neck": "dc5", "bottleneck_stride": "1x1", "anchor_sizes": ONE_MAP},
+    "fpn": {
+        "neck": "fpn",
+        "roi_level_rule": "mmdetection",
+        "clamp_deltas_below": True,
+        "rpn_pre_nms": 200,
+        "canvas": (128, 160),
+    },
+}
+
+
+def small(kind: str, small_model: Callable[..., FasterRCNN], backbone: str) -> FasterRCNN:
+    """A narrow model whose deltas are small, so that proposals differ and no box is wild."""
+    model = small_model(**{"classes": len(NAMES), "backbone": backbone, **COMMON, **MODELS[kind]})
+    with torch.no_grad():
+        model.rpn.head.bbox_pred.weight.mul_(0.2)
+        model.roi_heads.box_predictor.bbox_pred.weight.mul_(0.2)
+    return model
+
+
+def exported(model: FasterRCNN, folder: Path) -> onnx.ModelProto:
+    """The model's file, which onnxruntime runs as PyTorch does, stage by stage."""
+    checkpoint = folder / "model.safetensors"
+    save_checkpoint(checkpoint, model.state_dict(), model.settings, contract_of(model.settings, NAMES))
+    result = export_onnx(checkpoint, folder / "model.onnx")
+    assert result.verification is not None
+    assert result.verification.passed, result.verification.reason
+    stages = {stage.name for stage in result.verification.stages}
+    assert {"pixels", "backbone", "objectness", "proposals", "roi_features", "detections"} <= stages
+    return onnx.load(result.path)
+
+
+def rows_of(found: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
+    """Detections of the first image as rows (x1, y1, x2, y2, score, label)."""
+    count = int(found["num_detections"][0])
+    columns = (found["boxes"][0], found["scores"][0, :, None], found["labels"][0, :, None])
+    return np.concatenate(columns, axis=1)[:count].astype(np.float64)
+
+
+def run(proto: onnx.ModelProto, images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Rows of ``proto``, a lowered graph whose plugins take their meaning from the file's own functions."""
+    used = {node.op_type for node in proto.graph.node if node.domain == DOMAIN}
+    proto.functions.extend(f for f in default_functions() if f.name in used)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    sizes = np.array([images.shape[1:3]], np.float32)
+    values = session.run(names, {"images": images, "image_sizes": sizes})
+    return rows_of(dict(zip(names, values, strict=True)))
+
+
+@torch.no_grad()
+def rows_in_pytorch(model: FasterRCNN, images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    found = model(torch.from_numpy(images), torch.tensor([images.shape[1:3]], dtype=torch.float32))
+    return rows_of({name: getattr(found, name).numpy() for name in dataclasses.asdict(found)})
+
+
+def largest_topk(proto: onnx.ModelProto) -> int:
+    constants = {each.name: numpy_helper.to_array(each) for each in proto.graph.initializer}
+    return max(int(constants[n.input[1]].max()) for n in proto.graph.node if n.op_type == "TopK")
+
+
+@pytest.mark.parametrize("kind", ["c4", "dc5", pytest.param("fpn", marks=pytest.mark.slow)])
+def test_it_is_the_same_in_onnxruntime_and_after_lowering(
+    kind: str,
+    small_model: Callable[..., FasterRCNN],
+    small_resnet: str,
+    check_same_rows: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    model = small(kind, small_model, small_resnet)
+    proto = exported(model, tmp_path)
+    assert largest_topk(proto) == model.settings.rpn_pre_nms
+    rows, columns = (side // 16 for side in model.settings.canvas)
+    patches = np.random.default_rng(3).integers(0, 256, (1, rows, columns, 3), dtype=np.uint8)
+    images = patches.repeat(16, axis=1).repeat(16, axis=2)
+    expected = rows_in_pytorch(model, images)
+    assert len(expected) > 20
+
+    full = lower(proto, "tensorrt")
+    assert largest_topk(full) <= MOST
+    check_same_rows(run(full, images), expected)
+    assert deviations(proto, "tensorrt") == deviations(proto, "onnxruntime") == ()
+
+    # TensorRT for RTX: two sampling points a cell and axis, which is another model.
+    (line,) = deviations(proto, "tensorrt-rtx")
+    assert "2 x 2 points" in line
+    rtx = run(lower(proto, "tensorrt-rtx"), images)
+    model.roi_heads.pooling.sampling = 2
+    fixed = rows_in_pytorch(model, images)
+    check_same_rows(rtx, fixed)
+    assert len(fixed) != len(expected) or np.abs(fixed - expected).max() > 1e-3
