@@ -1,11 +1,10 @@
-"""Count the objects that cross the middle of the picture, in both directions.
+"""Count the objects that cross the middle of the picture, by direction, and time their stay in a zone.
 
     anchorline demo
     python examples/count_crossings.py demo/model.onnx demo/scene.mp4
 
-Works on any source of ``anchorline detect``, a camera included. An object is followed from frame to
-frame by taking the nearest detection of its class; that is enough where objects move less than their
-distance between frames.
+Works on any source of ``anchorline detect``, a camera included. Needs tracking (docs/video.md) and
+``pip install 'anchorline[supervision]'``.
 """
 
 from __future__ import annotations
@@ -14,45 +13,62 @@ import sys
 from collections import Counter
 
 import numpy as np
+import supervision as sv
 
 from anchorline.runtime import Detector, Filters, VideoPipeline
 
-REACH = 0.1  # of the picture's width: how far an object may move between two frames
-PATIENCE = 10  # frames that an object may be hidden
+MIDDLE = ((0.25, 0.25), (0.75, 0.25), (0.75, 0.75), (0.25, 0.75))
 
 
-class LineCounter:
-    """Follows the centres of boxes and counts by class and direction where they pass ``line`` (0 to 1)."""
+class SceneCounter:
+    """What crosses a vertical line, and who stays how long in a zone, both in fractions of the picture.
 
-    def __init__(self, line: float = 0.5) -> None:
-        self.line, self.counts, self.tracks = line, Counter(), []
+    ``crossings`` is ``{(class, "left" or "right"): objects}``, ``dwell`` ``{(class, track id): seconds}``.
+    """
 
-    def update(self, detections, width: int, index: int) -> None:
-        """Take the detections of frame ``index``, in falling order of score."""
-        self.tracks = [track for track in self.tracks if index - track["seen"] <= PATIENCE]
-        for box, name in zip(detections.boxes, detections.names, strict=True):
-            centre = (box[:2] + box[2:]) / 2 / width
-            free = [track for track in self.tracks if track["name"] == name and track["seen"] < index]
-            track = min(free, key=lambda each: np.hypot(*(each["at"] - centre)), default=None)
-            if track is None or np.hypot(*(track["at"] - centre)) > REACH:
-                self.tracks.append({"name": name, "at": centre, "seen": index})
-                continue
-            if (track["at"][0] < self.line) != (centre[0] < self.line):
-                self.counts[name, "right" if centre[0] >= self.line else "left"] += 1
-            track.update(at=centre, seen=index)
+    def __init__(self, size: tuple[int, int], line: float = 0.5, zone=MIDDLE) -> None:
+        height, width = size
+        corners = np.rint(np.array(zone) * (width, height)).astype(np.int64)
+        self._zone = sv.PolygonZone(corners, triggering_anchors=[sv.Position.CENTER])
+        self._line = line * width
+        self._on_right: dict[int, bool] = {}  # where each object was seen last
+        self._inside: dict[int, float] = {}  # when each object that is in the zone was seen last
+        self.crossings, self.dwell = Counter(), Counter()
+
+    def update(self, detections, time_s: float) -> None:
+        """Take the tracked detections of the frame at ``time_s``."""
+        found = detections[detections.track_ids >= 0]
+        # supervision's LineZone forgets the side of a track that is hidden for two frames; this does not.
+        on_right = (found.boxes[:, 0] + found.boxes[:, 2]) / 2 >= self._line
+        inside = self._zone.trigger(found.to_supervision())
+        for name, number, is_right, is_inside in zip(
+            found.names, found.track_ids.tolist(), on_right.tolist(), inside.tolist(), strict=True
+        ):
+            if self._on_right.get(number, is_right) != is_right:
+                self.crossings[name, "right" if is_right else "left"] += 1
+            self._on_right[number] = is_right
+            before = self._inside.pop(number, time_s)
+            if is_inside:
+                self.dwell[name, number] += time_s - before
+                self._inside[number] = time_s
 
 
-def count_crossings(detector, source, line: float = 0.5) -> Counter:
-    """``{(class, "left" or "right"): crossings}`` over the whole source."""
-    counter = LineCounter(line)
-    with VideoPipeline(detector, [source], filters=Filters(min_scores={"": 0.5})) as pipeline:
+def watch(detector, source, line: float = 0.5, zone=MIDDLE) -> SceneCounter:
+    """Count over the whole source."""
+    counter = None
+    filters = Filters(min_scores={"": 0.5})
+    with VideoPipeline(detector, [source], filters=filters, track=True) as pipeline:
         for result in pipeline:
-            counter.update(result.detections, result.frame.shape[1], result.index)
-    return counter.counts
+            counter = counter or SceneCounter(result.frame.shape[:2], line, zone)
+            counter.update(result.detections, result.time_s)
+    return counter
 
 
 if __name__ == "__main__":
     model, source = sys.argv[1:3]
     with Detector(model) as detector:
-        for (name, direction), count in sorted(count_crossings(detector, source).items()):
-            print(f"{name:12} {direction:6} {count}")
+        counter = watch(detector, source)
+    for (name, direction), count in sorted(counter.crossings.items()):
+        print(f"{name:12} {direction:6} {count}")
+    for (name, number), seconds in sorted(counter.dwell.items()):
+        print(f"{name:12} #{number:<5} {seconds:.1f} s in the zone")

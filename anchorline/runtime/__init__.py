@@ -35,13 +35,16 @@ if TYPE_CHECKING:
     from anchorline.runtime.pipeline.sinks import LatestFrame
     from anchorline.runtime.pipeline.source import Source
     from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
+    from anchorline.runtime.tracking import ObjectTracker, TrackOptions
 
 # The video pipeline is loaded when one of its names is first used: half of the import's time.
 _ON_DEMAND = {
     "Filters": "pipeline.filters",
     "LatestFrame": "pipeline.sinks",
+    "ObjectTracker": "tracking",
     "Result": "pipeline.frames",
     "Source": "pipeline.source",
+    "TrackOptions": "tracking",
     "VideoPipeline": "pipeline.video_pipeline",
     "detect": "detecting",
 }
@@ -60,11 +63,13 @@ __all__ = [
     "GpuOptions",
     "LatestFrame",
     "Nv12",
+    "ObjectTracker",
     "OutputError",
     "ParityError",
     "Result",
     "SettingsError",
     "Source",
+    "TrackOptions",
     "TrainingError",
     "VideoPipeline",
     "VideoReader",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from anchorline.runtime.pipeline.filters import Filters
 from anchorline.runtime.pipeline.frame_detector import FrameDetector
@@ -11,9 +12,17 @@ from anchorline.runtime.pipeline.intake import Policy
 from anchorline.runtime.pipeline.latency_plot import check_report, plot_latency
 from anchorline.runtime.pipeline.live_display import run_with_display
 from anchorline.runtime.pipeline.settings import check_outputs_of
+from anchorline.runtime.pipeline.sinks import Sink
 from anchorline.runtime.pipeline.source import Decoder, Source
 from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
 from anchorline.runtime.summary import DetectSummary
+from anchorline.runtime.tracking import TrackOptions
+
+
+class Onlooker(Sink, Protocol):
+    """A sink that shows the run while it goes on, such as ``LiveView``, and is told of it beforehand."""
+
+    def watch(self, pipeline: VideoPipeline) -> None: ...
 
 
 def detect(
@@ -31,7 +40,10 @@ def detect(
     filters: Filters | None = None,
     decoder: Decoder = "opencv",
     stall: float = 10.0,
+    track: bool | TrackOptions = False,
+    trails: bool = False,
     report: str | Path | None = None,
+    live: Onlooker | None = None,
     conclude: Callable[[DetectSummary], object] | None = None,
 ) -> DetectSummary:
     """Detect in every frame of ``sources``: images, folders of images, videos, cameras, streams.
@@ -39,7 +51,8 @@ def detect(
     ``save`` receives annotated copies (see ``sources.plan_items``; a camera's is an mp4 of its name),
     ``jsonl`` one line per frame: ``{"source", "frame", "time_s", "size": [h, w], "detections":
     [...]}``. Copies show detections with a score of at least ``shown_score``, lines hold all.
-    ``progress`` shows live figures on stderr; ``report`` is a picture of the ages and stages. The
+    ``progress`` shows live figures on stderr, ``live`` in a browser (``anchorline.serving.live_view``);
+    ``report`` is a picture of the ages and stages. The
     other settings are ``VideoPipeline``'s. A source that cannot be read is a warning in the summary
     while others can; with none left its ``DataError`` is raised. On Ctrl-C and SIGTERM the files are
     finished with the frames so far, and ``KeyboardInterrupt`` or ``SystemExit`` goes on; ``conclude``
@@ -60,7 +73,12 @@ def detect(
         shown_score=shown_score,
         decoder=decoder,
         stall=stall,
+        track=track,
+        trails=trails,
+        sinks=() if live is None else (live,),
     )
+    if live is not None:
+        live.watch(pipeline)
     check_outputs_of(pipeline.sources, jsonl, report)
     run = run_with_display if progress else VideoPipeline.run
     try:

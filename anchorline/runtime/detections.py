@@ -13,6 +13,7 @@ from anchorline.runtime.errors import DataError, SettingsError
 if TYPE_CHECKING:
     import supervision
 
+NO_TRACK = -1  # the track id of a detection that belongs to no track
 _BOX_DECIMALS = 2  # a hundredth of a pixel
 _SCORE_DECIMALS = 5
 
@@ -24,8 +25,9 @@ class Detections:
     ``boxes`` float32 [N, 4] are xyxy in pixels of the source frame with continuous edges (a box
     that covers the first pixel only is 0, 0, 1, 1); ``scores`` float32 [N]; ``labels`` int64 [N]
     index ``class_names``. ``category_ids`` are the COCO ids of ``class_names`` where known, and
-    ``size`` is the (height, width) of the frame. Lists are converted; anything that does not fit
-    raises ``DataError``.
+    ``size`` is the (height, width) of the frame. ``track_ids`` int64 [N], where objects were tracked,
+    say which of them are one object through a video; -1 is none. Lists are converted; anything that
+    does not fit raises ``DataError``.
     """
 
     boxes: NDArray[np.float32]
@@ -34,19 +36,22 @@ class Detections:
     class_names: tuple[str, ...] = ()
     category_ids: tuple[int, ...] | None = None
     size: tuple[int, int] | None = None
+    track_ids: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         boxes = _as_floats("boxes", self.boxes)
         if boxes.size == 0 and boxes.ndim <= 2:
             boxes = boxes.reshape(0, 4)
         scores = _as_floats("scores", self.scores)
-        labels = _as_labels(self.labels)
+        labels = _as_whole("labels", self.labels)
         object.__setattr__(self, "boxes", boxes)
         object.__setattr__(self, "scores", scores)
         object.__setattr__(self, "labels", labels)
         object.__setattr__(self, "class_names", tuple(self.class_names))
         if self.category_ids is not None:
             object.__setattr__(self, "category_ids", tuple(self.category_ids))
+        if self.track_ids is not None:
+            object.__setattr__(self, "track_ids", _as_whole("track_ids", self.track_ids))
         self._check_boxes()
         self._check_shapes()
         self._check_names()
@@ -64,8 +69,8 @@ class Detections:
 
     def _check_shapes(self) -> None:
         count = len(self.boxes)
-        for name, values in (("scores", self.scores), ("labels", self.labels)):
-            if values.shape != (count,):
+        for name, values in (("scores", self.scores), ("labels", self.labels), ("track_ids", self.track_ids)):
+            if values is not None and values.shape != (count,):
                 raise DataError(
                     f"Expected {name} of shape [{count}], one for each box, got {list(values.shape)}"
                 )
@@ -73,6 +78,8 @@ class Detections:
     def _check_names(self) -> None:
         if len(self.labels) and self.labels.min() < 0:
             raise DataError(f"Expected labels of at least 0, got {int(self.labels.min())}")
+        if self.track_ids is not None and len(self.track_ids) and self.track_ids.min() < NO_TRACK:
+            raise DataError(f"Expected track_ids of at least {NO_TRACK}, got {int(self.track_ids.min())}")
         if self.class_names and len(self.labels) and self.labels.max() >= len(self.class_names):
             raise DataError(
                 f"Expected labels below {len(self.class_names)}, the number of class names, "
@@ -120,6 +127,7 @@ class Detections:
             class_names=self.class_names,
             category_ids=self.category_ids,
             size=self.size,
+            track_ids=None if self.track_ids is None else self.track_ids[rows],
         )
 
     @property
@@ -130,7 +138,8 @@ class Detections:
         return [self.class_names[label] for label in self.labels.tolist()]
 
     def to_supervision(self) -> supervision.Detections:
-        """The same as ``supervision.Detections``, with the class names as ``data["class_name"]``."""
+        """The same as ``supervision.Detections``: the class names are ``data["class_name"]``, the track ids
+        ``tracker_id``."""
         try:
             import supervision
         except ImportError as error:
@@ -141,6 +150,7 @@ class Detections:
             xyxy=self.boxes.copy(),
             confidence=self.scores.copy(),
             class_id=self.labels.copy(),
+            tracker_id=None if self.track_ids is None else self.track_ids.copy(),
             data={"class_name": np.array(self.names, dtype=np.str_)},
         )
 
@@ -165,10 +175,18 @@ class Detections:
                 "score": round(score, _SCORE_DECIMALS),
                 "label": label,
                 "name": name,
-                "track_id": None,
+                "track_id": track_id,
             }
-            for (box, score, label), name in zip(self._rows(), self.names, strict=True)
+            for (box, score, label), name, track_id in zip(
+                self._rows(), self.names, self._track_numbers(), strict=True
+            )
         ]
+
+    def _track_numbers(self) -> list[int | None]:
+        """The track of each detection, ``None`` where it has none."""
+        if self.track_ids is None:
+            return [None] * len(self)
+        return [None if number == NO_TRACK else number for number in self.track_ids.tolist()]
 
     def _rows(self) -> list[tuple[list[float], float, int]]:
         return list(zip(self.boxes.tolist(), self.scores.tolist(), self.labels.tolist(), strict=True))
@@ -184,14 +202,14 @@ def _as_floats(name: str, values: ArrayLike) -> NDArray[np.float32]:
     return array
 
 
-def _as_labels(values: ArrayLike) -> NDArray[np.int64]:
+def _as_whole(name: str, values: ArrayLike) -> NDArray[np.int64]:
     try:
         array = np.asarray(values)
         whole = array.astype(np.int64)
     except (TypeError, ValueError):
-        raise DataError(f"Expected labels as an array of whole numbers, got {_describe(values)}") from None
+        raise DataError(f"Expected {name} as an array of whole numbers, got {_describe(values)}") from None
     if not np.array_equal(whole, array):
-        raise DataError(f"Expected labels as whole numbers, got {array[whole != array].flat[0]}")
+        raise DataError(f"Expected {name} as whole numbers, got {array[whole != array].flat[0]}")
     return whole
 
 

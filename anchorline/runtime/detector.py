@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -65,14 +66,17 @@ class Detector:
         self._backend = open_backend(Path(model), provider, cpu, gpu or GpuOptions())
         try:
             _check_tensors(Path(model), self._backend.contract)
-            self._score_threshold = _choose_threshold(score_threshold, self._backend.contract)
+            # Detections below this are dropped; 0 where all that the graph lets through are returned.
+            self.score_threshold = _choose_threshold(score_threshold, self._backend.contract)
         except BaseException:
             self._backend.close()
             raise
         self._lanes = LanePool(self._backend.create_lane, workers, str(model))
         self._preprocess = Preprocessor(self.contract)
-        # Seconds by stage of the call that ended last, in whichever thread.
-        self.timings: dict[str, float] = dict.fromkeys(_STAGES, 0.0)
+        self._last_timings: dict[str, float] = dict.fromkeys(_STAGES, 0.0)
+        self._thread = threading.local()
+        # Alone OpenVINO's throughput mode uses half of the cores: one call for each of two streams.
+        self._concurrent_calls = 2 if tuning == "throughput" and self.provider == "openvino" else 1
 
     @property
     def contract(self) -> Contract:
@@ -88,6 +92,20 @@ class Detector:
     def precision(self) -> str:
         """The network's arithmetic, such as ``"fp32"``."""
         return self._backend.precision
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds by stage of the call that ended last: of this thread's, or any's if it made none."""
+        return getattr(self._thread, "timings", self._last_timings)
+
+    @timings.setter
+    def timings(self, seconds: dict[str, float]) -> None:
+        self._thread.timings = self._last_timings = seconds
+
+    @property
+    def concurrent_calls(self) -> int:
+        """How many threads may usefully call at once; a video pipeline has as many for files."""
+        return self._concurrent_calls
 
     def __call__(self, frame: Frame, stream: Any = None) -> Detections:
         """Detect in one frame: uint8 BGR [H, W, 3] of any size, or ``Nv12``; else ``FrameError``.
@@ -150,7 +168,7 @@ class Detector:
     def _collect(self, lane: Lane, timings: dict[str, float]) -> list[Detections]:
         result = lane.collect()
         start = time.perf_counter()
-        found = to_detections(result.outputs, result.placements, self.contract, self._score_threshold)
+        found = to_detections(result.outputs, result.placements, self.contract, self.score_threshold)
         for stage, seconds in result.timings.items():
             timings[stage] += seconds
         timings["postprocess"] += time.perf_counter() - start

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.errors import SettingsError
 
-STAGES = ("decode", "preprocess", "upload", "network", "download", "postprocess", "draw", "write")
+STAGES = ("decode", "preprocess", "upload", "network", "download", "postprocess", "track", "draw", "write")
 PERCENTILES = (50, 95, 99)
 _EXACT = 8192  # durations kept as they are; more than these are counted in bins
 _SHORTEST = 1e-7  # seconds; the first bin's lower edge
 _BIN_RATIO = 1.01
 _BIN_COUNT = math.ceil(math.log(1e5 / _SHORTEST) / math.log(_BIN_RATIO))  # the last bin ends past a day
+# In seconds, inclusive: fine where a stage of one frame lies, up to where a source counts as stalled.
+HISTOGRAM_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How many durations were at most each of ``HISTOGRAM_BOUNDS``, and last of any length; and their sum."""
+
+    at_most: tuple[int, ...]
+    seconds: float
 
 
 class Durations:
@@ -31,12 +44,16 @@ class Durations:
     def __init__(self) -> None:
         self._exact: list[float] = []
         self._bins: NDArray[np.int64] | None = None
+        self._by_bound = [0] * (len(HISTOGRAM_BOUNDS) + 1)
+        self._seconds = 0.0
 
     def __len__(self) -> int:
         return len(self._exact) + (0 if self._bins is None else int(self._bins.sum()))
 
     def add(self, seconds: float) -> None:
         """Note one duration."""
+        self._by_bound[bisect.bisect_left(HISTOGRAM_BOUNDS, seconds)] += 1
+        self._seconds += seconds
         self._exact.append(seconds)
         if len(self._exact) >= _EXACT:
             self._bins = self._counts()
@@ -47,13 +64,18 @@ class Durations:
         if self._bins is None:
             if not self._exact:
                 return {}
-            return {f"p{p}": 1000.0 * float(np.percentile(self._exact, p)) for p in PERCENTILES}
+            values = np.percentile(self._exact, PERCENTILES).tolist()
+            return {f"p{p}": 1000.0 * value for p, value in zip(PERCENTILES, values, strict=True)}
         cumulated = np.cumsum(self._counts())
         found = {}
         for p in PERCENTILES:
             index = int(np.searchsorted(cumulated, p / 100.0 * cumulated[-1]))
             found[f"p{p}"] = 1000.0 * _SHORTEST * _BIN_RATIO ** (index + 0.5)
         return found
+
+    def histogram(self) -> Histogram:
+        """All durations, counted by their length; never less than before."""
+        return Histogram(tuple(itertools.accumulate(self._by_bound)), self._seconds)
 
     def _counts(self) -> NDArray[np.int64]:
         """The bins with the durations that are still kept one by one."""
@@ -96,3 +118,8 @@ class StageTimes:
         with self._lock:
             found = {stage: durations.percentiles() for stage, durations in self._durations.items()}
         return {stage: times for stage, times in found.items() if times}
+
+    def histograms(self) -> dict[str, Histogram]:
+        """The durations of each stage that was seen, counted by their length."""
+        with self._lock:
+            return {stage: each.histogram() for stage, each in self._durations.items() if len(each)}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,6 +48,10 @@ def test_lists_become_arrays_of_the_stated_types(three):
         ({"boxes": "no boxes"}, "boxes as an array of numbers, got 'no boxes'"),
         ({"boxes": [[0, 0, 1, 1], [0]]}, "boxes as an array of numbers"),
         ({"category_ids": (1,)}, "2 category ids, one for each class name, got 1"),
+        ({"track_ids": [1, 2]}, r"track_ids of shape \[1\], one for each box, got \[2\]"),
+        ({"track_ids": [-2]}, "track_ids of at least -1, got -2"),
+        ({"track_ids": [1.5]}, "track_ids as whole numbers, got 1.5"),
+        ({"track_ids": ["a"]}, "track_ids as an array of whole numbers"),
     ],
 )
 def test_what_does_not_fit_is_refused(changed, message):
@@ -139,3 +144,21 @@ def test_to_supervision_without_the_package_names_the_remedy(three, monkeypatch)
     monkeypatch.setitem(__import__("sys").modules, "supervision", None)
     with pytest.raises(SettingsError, match="pip install supervision"):
         three.to_supervision()
+
+
+def test_track_ids_go_where_their_rows_go(three):
+    tracked = replace(three, track_ids=[7, -1, 9])
+    assert tracked.track_ids.dtype == np.int64
+    assert three.track_ids is None
+    assert three[[0]].track_ids is None
+    assert tracked[tracked.scores < 0.6].track_ids.tolist() == [-1, 9]
+    assert tracked[2].track_ids.tolist() == [9]
+    assert tracked[[]].track_ids.shape == (0,)
+    assert [record["track_id"] for record in tracked.to_records()] == [7, None, 9]
+    assert replace(Detections.empty(), track_ids=[]).track_ids.dtype == np.int64
+
+
+def test_track_ids_in_supervision(three):
+    pytest.importorskip("supervision")
+    assert three.to_supervision().tracker_id is None
+    assert replace(three, track_ids=[7, -1, 9]).to_supervision().tracker_id.tolist() == [7, -1, 9]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -113,6 +114,29 @@ def test_timings_of_the_last_call(detector):
     assert list(detector.timings) == ["preprocess", "upload", "network", "download", "postprocess"]
     assert detector.timings["upload"] == detector.timings["download"] == 0
     assert all(detector.timings[stage] > 0 for stage in ("preprocess", "network", "postprocess"))
+
+
+def test_each_thread_has_the_timings_of_its_own_call(detector):
+    detector(grey(480, 640, 9))
+    own, others = detector.timings, []
+
+    def call() -> None:
+        others.append(detector.timings)  # none of its own yet: the last of any thread's
+        detector(grey(480, 640, 9))
+        others.append(detector.timings)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert others[0] is own
+    assert others[1] is not own
+    assert detector.timings is own
+
+
+def test_a_processor_without_openvino_takes_one_call_at_a_time(model_path):
+    for tuning in ("latency", "throughput"):
+        with Detector(model_path, "cpu", tuning=tuning) as detector:
+            assert detector.concurrent_calls == 1
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ HEAVY = {
     "supervision",
     "torch",
     "torchvision",
+    "trackers",
     "typer",
 }
 

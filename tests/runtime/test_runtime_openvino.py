@@ -17,6 +17,8 @@ from anchorline.runtime.cpu_options import CpuOptions
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.errors import ArtefactError, FrameError, SettingsError
 from anchorline.runtime.openvino_library import has_openvino
+from anchorline.runtime.pipeline.source import Source
+from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
 
 pytest.importorskip("onnxruntime")
 needs_openvino = pytest.mark.skipif(not has_openvino(), reason="needs the package openvino")
@@ -73,6 +75,15 @@ def test_a_stream_has_the_order_of_its_frames(model_path):
     with Detector(model_path, "openvino", threads=1, tuning="throughput") as detector:
         found = [each.scores[0] for each in detector.stream(grey, batch=2, in_flight=3)]
     np.testing.assert_allclose(found, [frame[0, 0, 0] / 255 for frame in grey], rtol=2e-2)
+
+
+@needs_openvino
+@pytest.mark.parametrize(("tuning", "calls"), [("latency", 1), ("throughput", 2)])
+def test_throughput_wants_two_calls_at_once(model_path, tuning, calls):
+    with Detector(model_path, "openvino", threads=2, tuning=tuning) as detector:
+        assert detector.concurrent_calls == calls
+        found = list(VideoPipeline(detector, [Source(list(np.full((3, 48, 64, 3), 51, np.uint8)))]))
+    assert [result.index for result in found] == [0, 1, 2]
 
 
 @needs_openvino

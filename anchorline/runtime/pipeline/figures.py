@@ -10,7 +10,7 @@ from typing import Any
 
 from anchorline.runtime.errors import DataError
 from anchorline.runtime.pipeline.intake import SourceQueue
-from anchorline.runtime.timing import Durations, StageTimes
+from anchorline.runtime.timing import Durations, Histogram, StageTimes
 
 _log = logging.getLogger("anchorline.video")
 _TRACE_LENGTH = 2048
@@ -173,6 +173,16 @@ class SourceFigures:
                 "age": self._age.percentiles(),
                 "stages": stages,
             }
+
+    def age(self) -> dict[str, float]:
+        """Percentiles of the ages of the results, in milliseconds; empty before the first."""
+        with self._lock:
+            return self._age.percentiles()
+
+    def age_histogram(self) -> Histogram:
+        """The ages of the results, counted by their length."""
+        with self._lock:
+            return self._age.histogram()
 
     def _event(self, kind: str) -> None:
         if len(self.events) < _TRACE_LENGTH:

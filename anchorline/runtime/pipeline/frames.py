@@ -55,7 +55,8 @@ class Result:
     ``frame`` is uint8 BGR [H, W, 3]. ``times`` holds the seconds of each stage so far (those of the
     network are of the whole batch the frame was in), ``age`` the seconds from capture to the caller, or
     in a callback and a sink until then.
-    ``annotated`` is the drawn copy where a sink asked for one.
+    ``annotated`` is the drawn copy where a sink asked for one, ``trails`` where the tracked objects in
+    the frame have been of late, (x, y) float32 [K, 2] by track id, where trails are drawn.
     """
 
     frame: NDArray[np.uint8]
@@ -67,6 +68,7 @@ class Result:
     times: dict[str, float] = field(default_factory=dict)
     age: float = 0.0
     annotated: NDArray[np.uint8] | None = None
+    trails: dict[int, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
     def source(self) -> str:
@@ -75,4 +77,4 @@ class Result:
 
     def draw(self, shown_score: float = 0.5) -> NDArray[np.uint8]:
         """A copy of the frame with the detections of at least ``shown_score``."""
-        return draw(self.frame, self.detections[self.detections.scores >= shown_score])
+        return draw(self.frame, self.detections[self.detections.scores >= shown_score], trails=self.trails)

@@ -6,12 +6,12 @@ import contextlib
 import io
 import os
 import sys
-import time
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING
 
 from anchorline.runtime.errors import DataError
 from anchorline.runtime.pipeline.figures import Figures
+from anchorline.runtime.pipeline.rates import RecentRates
 from anchorline.runtime.pipeline.source import Source
 from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
 from anchorline.runtime.summary import DetectSummary
@@ -67,14 +67,12 @@ class _LiveTable:
 
     def __init__(self, figures: Figures) -> None:
         self._figures = figures
-        self._last = time.monotonic()
-        self._counts = dict.fromkeys(figures.sources, (0, 0))
-        self._rates = dict.fromkeys(figures.sources, (0.0, 0.0))
+        self._recent = RecentRates(figures)
 
     def __rich__(self) -> Table:
         from rich.table import Table
 
-        self._measure()
+        recent = self._recent.now()
         table = Table()
         table.add_column("source", overflow="fold")
         for column in ("state", "frames", "in/s", "out/s", "dropped", "reconnects", "age p50", "age p95"):
@@ -82,25 +80,10 @@ class _LiveTable:
         for name, source in self._figures.sources.items():
             now = source.snapshot()
             ages = [f"{now['age'][p]:.0f} ms" if now["age"] else "" for p in ("p50", "p95")]
-            rates = [f"{rate:.1f}" for rate in self._rates[name]]
+            rates = [f"{rate:.1f}" for rate in recent[name]]
             losses = [str(now["dropped"]), str(now["reconnects"])]
             table.add_row(name, source.state, str(now["frames"]), *rates, *losses, *ages)
         return table
-
-    def _measure(self) -> None:
-        """The rates of about the last second."""
-        now = time.monotonic()
-        if now - self._last < 1.0:
-            return
-        for name, source in self._figures.sources.items():
-            counts = (source.frames_in, source.frames_out)
-            before = self._counts[name]
-            self._rates[name] = (
-                (counts[0] - before[0]) / (now - self._last),
-                (counts[1] - before[1]) / (now - self._last),
-            )
-            self._counts[name] = counts
-        self._last = now
 
 
 def _bar(console: Console) -> Progress:

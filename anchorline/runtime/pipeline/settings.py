@@ -8,12 +8,14 @@ from pathlib import Path
 
 from anchorline.runtime.errors import SettingsError
 from anchorline.runtime.pipeline.filters import Filters
+from anchorline.runtime.pipeline.following import Following
 from anchorline.runtime.pipeline.frames import Result
 from anchorline.runtime.pipeline.intake import Intake
 from anchorline.runtime.pipeline.readers import check_decoder
 from anchorline.runtime.pipeline.sinks import AnnotatedFiles, Callback, JsonLines, Sink, is_stdout
 from anchorline.runtime.pipeline.source import Decoder, Source
 from anchorline.runtime.sources import check_outputs
+from anchorline.runtime.tracking import TrackOptions, check_tracking
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class PipelineSettings:
     decoder: Decoder = "opencv"
     stall: float = 10.0
     patience: float = 20.0
+    track: bool | TrackOptions = False
+    trails: bool = False
 
     def __post_init__(self) -> None:
         check_decoder(self.decoder)
@@ -41,6 +45,22 @@ class PipelineSettings:
         _check_score(self.shown_score)
         _check_count("batch", self.batch)
         _check_count("workers", self.workers)
+        self._check_tracking()
+
+    def _check_tracking(self) -> None:
+        if not isinstance(self.track, bool | TrackOptions):
+            raise SettingsError(f"track is {self.track!r}; expected True, False or TrackOptions")
+        if self.track:
+            check_tracking()
+        elif self.trails:
+            raise SettingsError("trails are those of tracks; turn tracking on as well (track=True, --track)")
+
+    def following(self, sources: Sequence[Source]) -> Following | None:
+        """What gives the detections their track ids, where that is wanted."""
+        if not self.track:
+            return None
+        options = self.track if isinstance(self.track, TrackOptions) else TrackOptions()
+        return Following(sources, options, self.trails)
 
     def workers_for(self, sources: Sequence[Source], detector: object) -> int:
         """How many threads call the detector: one, unless it says that more are of use."""

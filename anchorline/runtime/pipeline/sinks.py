@@ -63,7 +63,10 @@ class JsonLines:
 
     def write(self, result: Result) -> None:
         """Append the result's line."""
-        line = line_of(result)
+        self.write_line(line_of(result))
+
+    def write_line(self, line: str) -> None:
+        """Append a line that was made elsewhere, by ``line_of``."""
         try:
             with output_errors(self.path):
                 self._file.write(line)

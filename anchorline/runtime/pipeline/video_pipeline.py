@@ -23,6 +23,7 @@ from anchorline.runtime.pipeline.source import Decoder, Source, plan
 from anchorline.runtime.pipeline.watchdog import watch
 from anchorline.runtime.pipeline.workers import Workers
 from anchorline.runtime.summary import DetectSummary
+from anchorline.runtime.tracking import TrackOptions
 
 _JOIN_SECONDS = 2.0  # a reader that hangs in a camera's driver is left to its time limit
 
@@ -45,7 +46,8 @@ class VideoPipeline:
     called with each. Annotated copies show scores from ``shown_score`` on. A live source that
     delivers nothing for ``stall`` seconds is reported and opened again; while no source has
     delivered anything at all, ``patience`` seconds are waited for the first. ``decoder`` is
-    ``"opencv"`` or ``"pyav"``.
+    ``"opencv"`` or ``"pyav"``. ``track`` (``True``, or ``TrackOptions``) gives each source's detections
+    track ids, before the filters; ``trails`` draws where the tracks have been.
 
     Leaving the loop or the block in any way, ``stop()``, Ctrl-C and SIGTERM end the reading; what was
     read is still detected and written, and the files are completed. An exception in any thread of the
@@ -72,11 +74,13 @@ class VideoPipeline:
         decoder: Decoder = "opencv",
         stall: float = 10.0,
         patience: float = 20.0,
+        track: bool | TrackOptions = False,
+        trails: bool = False,
     ) -> None:
         self.sources = plan(sources, save, policy=policy, stride=stride)
         check_outputs_of(self.sources, jsonl)
         self.figures = Figures({source.name: bool(source.live) for source in self.sources})
-        self._settings = PipelineSettings(
+        self.settings = PipelineSettings(
             batch=batch,
             max_wait=max_wait,
             workers=workers,
@@ -89,11 +93,13 @@ class VideoPipeline:
             decoder=decoder,
             stall=stall,
             patience=patience,
+            track=track,
+            trails=trails,
         )
-        self._detector = detector
-        self._settings.filters.check_names(getattr(getattr(detector, "contract", None), "names", ()))
-        self._workers = self._settings.workers_for(self.sources, detector)
-        self._intake = self._settings.intake_for(self.sources, detector, self._workers)
+        self.detector = detector
+        self.settings.filters.check_names(getattr(getattr(detector, "contract", None), "names", ()))
+        self._workers = self.settings.workers_for(self.sources, detector)
+        self._intake = self.settings.intake_for(self.sources, detector, self._workers)
         self._sinks: list[Sink] = []
         self._out: Channel[Result] = Channel()
         self._stopped, self._ended = threading.Event(), threading.Event()
@@ -102,9 +108,8 @@ class VideoPipeline:
         self._threads: list[threading.Thread] = []
         self._readers: list[threading.Thread] = []
         self._started = self._running = self._finished = self._in_block = False
-        self._late_error: BaseException | None = (
-            None  # which came as the loop was left, for the block to raise
-        )
+        # What came as the loop was left, for the block to raise.
+        self._late_error: BaseException | None = None
         self._seconds = 0.0
 
     def __iter__(self) -> Iterator[Result]:
@@ -163,8 +168,8 @@ class VideoPipeline:
             fps=frames / seconds if seconds > 0 else 0.0,
             stages=figures.stages.percentiles(),
             detections=sum(each.detections for each in figures.sources.values()),
-            provider=str(getattr(self._detector, "provider", "unknown")),
-            precision=str(getattr(self._detector, "precision", "unknown")),
+            provider=str(getattr(self.detector, "provider", "unknown")),
+            precision=str(getattr(self.detector, "precision", "unknown")),
             dropped=sum(each.dropped for each in figures.sources.values()),
             reconnects=sum(each.reconnects for each in figures.sources.values()),
             age=figures.age(),
@@ -174,21 +179,22 @@ class VideoPipeline:
 
     def _start(self) -> None:
         self.figures.begin()
-        self._sinks = self._settings.open_sinks(self.sources)
+        self._sinks = self.settings.open_sinks(self.sources)
         workers = Workers(
-            self._detector,
-            self._settings.filters,
+            self.detector,
+            self.settings.filters,
             self._intake,
             self._out,
             self._sinks,
             self.figures,
-            self._settings.shown_score,
+            self.settings.shown_score,
             self._fail,
+            self.settings.following(self.sources),
         )
         for name, work in workers.parts(self._workers):
             self._begin(self._threads, name, work)
         watched = list(self.figures.sources.values())
-        self._begin(self._threads, "watchdog", lambda: watch(watched, self._settings.stall, self._ended))
+        self._begin(self._threads, "watchdog", lambda: watch(watched, self.settings.stall, self._ended))
         for source, queue in zip(self.sources, self._intake.queues, strict=True):
             self._begin(self._readers, f"read {source.name}", self._feeder(source, queue).run)
         self._running = True
@@ -203,9 +209,9 @@ class VideoPipeline:
             figures=figures,
             stopped=self._stopped,
             fail=self._fail,
-            decoder=self._settings.decoder,
-            stall=self._settings.stall,
-            patience=self._settings.patience,
+            decoder=self.settings.decoder,
+            stall=self.settings.stall,
+            patience=self.settings.patience,
             anything_came=self.figures.anything_came,
         )
 

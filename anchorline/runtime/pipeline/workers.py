@@ -1,4 +1,4 @@
-"""The threads between the intake and the caller: detecting, drawing, writing."""
+"""The threads between the intake and the caller: detecting, tracking and drawing, writing."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.errors import SettingsError
 from anchorline.runtime.pipeline.channel import Channel, OrderedChannel
 from anchorline.runtime.pipeline.figures import Figures
 from anchorline.runtime.pipeline.filters import Filters
+from anchorline.runtime.pipeline.following import Following
 from anchorline.runtime.pipeline.frame_detector import FrameDetector
 from anchorline.runtime.pipeline.frames import Frame, Result
 from anchorline.runtime.pipeline.intake import Intake
@@ -36,10 +40,12 @@ class Workers:
         figures: Figures,
         shown_score: float,
         fail: Callable[[BaseException], None],
+        following: Following | None = None,
     ) -> None:
         self._detector, self._filters = detector, filters
         self._intake, self._out, self._sinks = intake, out, sinks
         self._figures, self._shown_score, self._fail = figures, shown_score, fail
+        self._following = following
         self._detected: OrderedChannel[list[Result]] = OrderedChannel()
         self._drawn: Channel[Result] = Channel()
         self._lock = threading.Lock()
@@ -96,7 +102,7 @@ class Workers:
         return [
             Result(
                 frame=frame.pixels,
-                detections=self._filters(detections, (frame.pixels.shape[0], frame.pixels.shape[1])),
+                detections=detections if self._following else self._filtered(detections, frame.pixels),
                 stream=frame.stream,
                 index=frame.index,
                 time_s=frame.time_s,
@@ -106,10 +112,22 @@ class Workers:
             for frame, detections in zip(frames, found, strict=True)
         ]
 
+    def _filtered(self, detections: Detections, pixels: NDArray[np.uint8]) -> Detections:
+        return self._filters(detections, (pixels.shape[0], pixels.shape[1]))
+
+    def _follow(self, following: Following, result: Result) -> None:
+        """Track before filtering: weak detections and those outside a region hold tracks together."""
+        start = time.perf_counter()
+        following.follow(result)
+        result.detections = self._filtered(result.detections, result.frame)
+        self._took(result, "track", start)
+
     def _draw(self) -> None:
         wanted = any(sink.wants_drawing for sink in self._sinks)
         while (batch := self._detected.get()) is not None:
             for result in batch:
+                if self._following is not None:
+                    self._follow(self._following, result)
                 if wanted:
                     start = time.perf_counter()
                     result.annotated = result.draw(self._shown_score)

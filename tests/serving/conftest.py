@@ -1,0 +1,244 @@
+"""A run in a browser's reach: a camera that can stall, a detector that can fail, a client on real sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.pipeline.frames import Result, Stream
+from anchorline.runtime.pipeline.source import Source
+from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
+from anchorline.serving.live_view import LiveView
+
+HEIGHT, WIDTH = 120, 160
+CAT, DOG = (20, 30, 60, 70), (90, 40, 140, 100)
+SECONDS = 20.0  # that anything may take on a busy machine
+
+
+class Finder:
+    """Finds a cat (0.9) and a dog (0.6) in every frame; waits where ``blocked`` is set, or fails."""
+
+    provider, precision = "stub", "none"
+
+    def __init__(self) -> None:
+        self.fails = False
+        self.free = threading.Event()
+        self.free.set()
+
+    def batch(self, frames: Sequence[np.ndarray]) -> list[Detections]:
+        self.free.wait()
+        if self.fails:
+            raise RuntimeError("the detector fails")
+        return [Detections([CAT, DOG], [0.9, 0.6], [0, 1], class_names=("cat", "dog")) for _ in frames]
+
+
+class Camera:
+    """Frames with a bar that moves, a hundred a second, until ``ended``; none while it is not ``playing``."""
+
+    def __init__(self, pause: float = 0.01) -> None:
+        self.pause = pause
+        self.playing, self.ended = threading.Event(), threading.Event()
+        self.playing.set()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        count = 0
+        while not self.ended.is_set():
+            if not self.playing.wait(0.05):
+                continue
+            frame = np.full((HEIGHT, WIDTH, 3), 40, np.uint8)
+            frame[105:, count % WIDTH :] = 250
+            count += 1
+            yield frame
+            time.sleep(self.pause)
+
+
+class Run:
+    """A pipeline in a thread, seen through a live view; ``error`` is what it raised."""
+
+    def __init__(self, cameras: Sequence[str] = ("cam1",), *, begins: bool = True, **options: Any) -> None:
+        serving = {key: options.pop(key) for key in ("token", "names") if key in options}
+        self.finder, self.cameras = Finder(), {name: Camera() for name in cameras}
+        self.view = LiveView(options.pop("where", 0), **serving)
+        sources = [Source(iter(camera), name=name, live=True) for name, camera in self.cameras.items()]
+        sinks = [self.view, *options.pop("sinks", ())]
+        self.pipeline = VideoPipeline(self.finder, sources, sinks=sinks, **options)
+        self.begins = begins
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._work)
+        self.port = self.view.address.port
+        self.live = self.view._live
+
+    def _work(self) -> None:
+        try:
+            self.pipeline.run()
+        except Exception as error:
+            self.error = error
+
+    def begin(self) -> None:
+        """The pipeline starts; before that its model may be loading."""
+        self.view.watch(self.pipeline)
+        self.thread.start()
+        while self.thread.is_alive() and not self.pipeline.figures.anything_came():
+            time.sleep(0.01)
+
+    def __enter__(self) -> Run:
+        self.view.__enter__()
+        if self.begins:
+            self.begin()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.finder.free.set()
+        for camera in self.cameras.values():
+            camera.ended.set()
+        self.pipeline.stop()
+        if self.thread.ident is not None:
+            self.thread.join(SECONDS)
+        self.view.__exit__(None, None, None)
+        assert not self.thread.is_alive()
+
+    def ask(
+        self, path: str, method: str = "GET", body: object = None, **headers: str
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers (lower case) and body; header names with ``_`` for ``-``."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+            sent = {"Content-Type": "application/json", **sent}
+        with contextlib.closing(connection):
+            connection.request(method, path, body, sent)
+            answer = connection.getresponse()
+            found = {name.lower(): value for name, value in answer.getheaders()}
+            return answer.status, found, answer.read()
+
+    def status(self) -> dict[str, Any]:
+        return json.loads(self.ask("/status")[2])
+
+    def health(self) -> tuple[int, dict[str, str]]:
+        code, _, body = self.ask("/healthz")
+        return code, json.loads(body)["problems"]
+
+    @contextlib.contextmanager
+    def opened(self, path: str, **headers: str) -> Iterator[http.client.HTTPResponse]:
+        """An answer that is not read yet."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+        with contextlib.closing(connection):
+            connection.request("GET", path, headers=headers)
+            answer = connection.getresponse()
+            assert answer.status == 200
+            with contextlib.closing(answer):
+                yield answer
+
+
+def pictures(answer: http.client.HTTPResponse) -> Iterator[np.ndarray]:
+    """The decoded pictures of a multipart stream."""
+    while answer.readline() != b"":
+        head = http.client.parse_headers(answer)
+        jpeg = answer.read(int(head["Content-Length"]))
+        answer.readline()
+        decoded = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
+        assert decoded is not None
+        yield decoded
+
+
+def records(answer: http.client.HTTPResponse) -> Iterator[tuple[int, bytes]]:
+    """The records of the page's feed: place and content."""
+    while len(head := answer.read(8)) == 8:
+        place, length = struct.unpack(">II", head)
+        yield place, answer.read(length)
+
+
+@pytest.fixture(scope="session")
+def live_run() -> type[Run]:
+    return Run
+
+
+@pytest.fixture
+def run() -> Iterator[Run]:
+    """One camera, named cam1, that everybody may watch."""
+    with Run() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def common_run() -> Iterator[Run]:
+    """The same for all tests of a file that leave it as it is."""
+    with Run() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def read_pictures() -> Callable[..., Iterator[np.ndarray]]:
+    return pictures
+
+
+@pytest.fixture(scope="session")
+def read_records() -> Callable[..., Iterator[tuple[int, bytes]]]:
+    return records
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[..., None]:
+    """``until(condition, seconds)``: wait for it, or fail."""
+
+    def wait(condition: Callable[[], object], seconds: float = SECONDS) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "it did not come about in time"
+            time.sleep(0.02)
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def grey_result() -> Callable[..., Result]:
+    """``grey_result(source, size, level)``: a result with a cat and a dog."""
+
+    def make(source: str, size: tuple[int, int] = (HEIGHT, WIDTH), level: int = 40) -> Result:
+        frame = np.full((*size, 3), level, np.uint8)
+        return Result(frame, Finder().batch([frame])[0], Stream(source, source, size, 25.0), 0, 0.0, 0.0)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def is_drawn() -> Callable[[np.ndarray, str], bool]:
+    """``is_drawn(picture, "cat")``: whether that box is drawn, by its left edge below the label."""
+
+    def drawn(picture: np.ndarray, name: str) -> bool:
+        x1, _, _, y2 = {"cat": CAT, "dog": DOG}[name]
+        edge = picture[y2 - 12 : y2 - 4, x1 - 1 : x1 + 3].astype(int)
+        return bool(np.abs(edge - 40).max() > 60)
+
+    return drawn
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    """Every test leaves no thread behind."""
+    before = _own_threads()
+    yield
+    end = time.monotonic() + 5.0
+    while (left := _own_threads() - before) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not left
+
+
+def _own_threads() -> set[threading.Thread]:
+    return {each for each in threading.enumerate() if each.name.startswith("anchorline ")}

@@ -1,0 +1,180 @@
+"""``anchorline detect --serve`` as a process, on a model whose answers are known."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx")
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A folder with a model that finds one box, and sixty frames of video to be played at their own rate."""
+    from onnx import TensorProto, helper
+
+    from anchorline.runtime.contract import CONTRACT_KEY, Contract
+
+    folder = tmp_path_factory.mktemp("serve")
+    contract = Contract("detections", ("thing",), (48, 64), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), max_batch=1)
+    values = {
+        "boxes": np.array([[[4, 4, 40, 30]]], np.float32),
+        "scores": np.array([[0.9]], np.float32),
+        "labels": np.array([[0]], np.int32),
+        "num_detections": np.array([1], np.int32),
+    }
+    nodes = [
+        helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(value))
+        for name, value in values.items()
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "one",
+        [
+            helper.make_tensor_value_info("images", TensorProto.UINT8, [1, 48, 64, 3]),
+            helper.make_tensor_value_info("image_sizes", TensorProto.FLOAT, [1, 2]),
+        ],
+        [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+            for name, value in values.items()
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    helper.set_model_props(model, {CONTRACT_KEY: contract.to_json()})
+    onnx.save(model, folder / "model.onnx")
+    writer = cv2.VideoWriter(str(folder / "clip.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 3.0, (64, 48))
+    for level in range(0, 240, 4):
+        writer.write(np.full((48, 64, 3), level, np.uint8))
+    writer.release()
+    return folder
+
+
+@pytest.fixture
+def words(material):
+    def command(*options):
+        sources = [f"cam={material / 'clip.mp4'}", "--model", str(material / "model.onnx")]
+        return [sys.executable, "-m", "anchorline", "detect", *sources, "--policy", "latest", *options]
+
+    return command
+
+
+def ask(port, path, **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("GET", path, headers=headers)
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_is_served_and_ends_by_a_signal(words, material, tmp_path, number):
+    environment = {**os.environ, "ANCHORLINE_SERVE_TOKEN": "from-the-environment"}
+    process = subprocess.Popen(
+        words("--serve", "0", "--jsonl", str(tmp_path / "lines.jsonl")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    line = process.stderr.readline()
+    matched = re.fullmatch(r"anchorline: live view at http://127\.0\.0\.1:(\d+)/\?token=\.\.\..*\n", line)
+    assert matched, line
+    port, token = int(matched.group(1)), {"Authorization": "Bearer from-the-environment"}
+    assert ask(port, "/status")[0] == 401
+    end = time.monotonic() + 60
+    while ask(port, "/healthz")[0] != 200:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    status = json.loads(ask(port, "/status", **token)[1])
+    assert status["sources"][0]["name"] == "cam"
+    assert status["controls"]["lowest_score"] == 0.05
+    process.send_signal(number)
+    _, complaints = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert "Traceback" not in complaints
+    assert (tmp_path / "lines.jsonl").is_file()
+
+
+def test_a_port_in_use_is_one_line_before_the_model_is_read(words, material, capfd):
+    from anchorline import cli
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code = cli.main(
+            ["detect", "0", "--model", str(material / "none.onnx"), "--serve", f"127.0.0.1:{port}"]
+        )
+    error = capfd.readouterr().err
+    assert code == 2
+    assert error == (
+        f"anchorline: 127.0.0.1:{port}: port {port} is in use; "
+        "end the program that has it, or choose another port\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--serve", "somewhere"], "expected HOST:PORT"),
+        (["--serve", "0", "--serve-token", "short"], "expected at least 8"),
+        (["--serve", "0", "--serve-name", "a b"], "is no host name"),
+    ],
+)
+def test_mistakes_are_one_line(material, capfd, options, message):
+    from anchorline import cli
+
+    code = cli.main(["detect", "0", "--model", str(material / "model.onnx"), *options])
+    error = capfd.readouterr().err
+    assert code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_open_door_is_a_warning(words):
+    done = subprocess.run(
+        words("--serve", "0.0.0.0:0", "--policy", "wait"), capture_output=True, text=True, timeout=120
+    )
+    first, second = done.stderr.splitlines()[:2]
+    assert first.startswith("anchorline: warning: the live view at 0.0.0.0:")
+    assert "has no token" in first
+    assert re.fullmatch(r"anchorline: live view at http://localhost:\d+/", second)
+    assert done.returncode == 0
+
+
+def test_what_is_saved_is_the_same_with_and_without_a_viewer(words, material, tmp_path):
+    from anchorline.runtime.video import VideoReader
+
+    clip = str(material / "clip.mp4")
+    common = [sys.executable, "-m", "anchorline", "detect", clip, "--model", str(material / "model.onnx")]
+    for name, options in (("plain", []), ("served", ["--serve", "0"])):
+        out = ["--save", str(tmp_path / f"{name}.mp4"), "--jsonl", str(tmp_path / f"{name}.jsonl")]
+        subprocess.run([*common, *out, *options], capture_output=True, check=True, timeout=120)
+    assert (tmp_path / "plain.jsonl").read_bytes() == (tmp_path / "served.jsonl").read_bytes()
+    read = []
+    for name in ("plain", "served"):
+        with VideoReader(tmp_path / f"{name}.mp4") as reader:
+            read.append([frame for _, _, frame in reader])
+    assert len(read[0]) == 60
+    np.testing.assert_array_equal(read[0], read[1])
+
+
+def test_the_command_does_not_need_the_packages_until_it_serves():
+    program = (
+        "import sys, anchorline.cli, anchorline.runtime.detecting; "
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not {"starlette", "uvicorn", "prometheus_client", "h11"} & set(done.stdout.split())
