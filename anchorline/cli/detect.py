@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from anchorline.cli.live import ServeNamesOption, ServeOption, ServeTokenOption, live_view
+from anchorline.cli.on_ray import detect_on_ray, uses_ray
 from anchorline.cli.options import CpuPrecisionOption, JsonOption, Policy, ProviderOption
 from anchorline.console import show_report, tell, warn
 
 if TYPE_CHECKING:
+    from anchorline.cluster import ClusterSummary
     from anchorline.runtime.summary import DetectSummary
 
 
@@ -69,6 +72,12 @@ def detect(
     ] = None,
     max_detections: Annotated[int | None, typer.Option(min=1, help="Keep the best N of a frame.")] = None,
     stride: Annotated[int, typer.Option(min=1, help="Take one frame in N.")] = 1,
+    track: Annotated[
+        bool, typer.Option("--track", help="Give each object an id that it keeps from frame to frame.")
+    ] = False,
+    trails: Annotated[
+        bool, typer.Option("--trails", help="Draw where tracked objects have been; with --track.")
+    ] = False,
     decoder: Annotated[
         Literal["opencv", "pyav"], typer.Option(help="What reads videos and streams.")
     ] = "opencv",
@@ -78,6 +87,19 @@ def detect(
     report: Annotated[
         Path | None, typer.Option(help="Draw the age of results over time and the stages to this .png.")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|local|HOST:PORT",
+            help="Work on a Ray cluster: the one of this machine, one started here, or the one there.",
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None, typer.Option(min=1, help="Workers at most (default: as many as the cluster holds).")
+    ] = None,
+    serve: ServeOption = None,
+    serve_token: ServeTokenOption = None,
+    serve_names: ServeNamesOption = None,
     json: JsonOption = None,
 ) -> None:
     """Detect objects in images, videos, cameras and streams."""
@@ -88,7 +110,42 @@ def detect(
 
     check_files((jsonl, report, json), (model, *sources))
     filters = parse_filters(classes, min_score, region, max_detections)
-    with Detector(model, provider, score_threshold, threads, cpu_precision=cpu_precision) as detector:
+    not_with_ray = {
+        "--policy latest": policy == "latest",
+        "--report": report,
+        "--serve": serve,
+        "--track": track,
+        "--trails": trails,
+    }
+    if uses_ray(ray, ray_workers, not_with_ray):
+        detect_on_ray(
+            sources,
+            model,
+            lambda summary: _tell_detected(summary, jsonl, json),
+            address=ray,
+            save=save,
+            jsonl=jsonl,
+            workers=ray_workers,
+            provider=provider,
+            score_threshold=score_threshold,
+            threads=threads,
+            cpu_precision=cpu_precision,
+            shown_score=shown_score,
+            stride=stride,
+            batch=batch,
+            max_wait=max_wait,
+            filters=filters,
+            decoder=decoder,
+        )
+        return
+    with (
+        live_view(serve, serve_token, serve_names) as live,  # first: a port in use is told of at once
+        Detector(
+            *(model, provider, score_threshold, threads),
+            cpu_precision=cpu_precision,
+            tuning=_tuning(sources, policy),
+        ) as detector,
+    ):
         detect_sources(
             sources,
             detector,
@@ -103,12 +160,23 @@ def detect(
             filters=filters,
             decoder=decoder,
             stall=stall,
+            track=track,
+            trails=trails,
             report=report,
+            live=live,
             conclude=lambda summary: _tell_detected(summary, jsonl, json),
         )
 
 
-def _tell_detected(summary: DetectSummary, jsonl: Path | None, json: Path | None) -> None:
+def _tuning(sources: list[str], policy: Policy | None) -> Literal["latency", "throughput"]:
+    """Files are to be done soon as a whole; of a live source each frame is."""
+    from anchorline.runtime.pipeline.source import parse_source
+
+    wait = policy != "latest" and all(parse_source(each).chosen_policy == "wait" for each in sources)
+    return "throughput" if wait else "latency"
+
+
+def _tell_detected(summary: DetectSummary | ClusterSummary, jsonl: Path | None, json: Path | None) -> None:
     """The figures go to stdout, or to stderr where that takes the JSON lines."""
     from anchorline.runtime.files import write_json
     from anchorline.runtime.pipeline.sinks import is_stdout

@@ -18,19 +18,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from anchorline.evaluation.evaluate import run_detector
 from anchorline.evaluation.stored_proposals import write_proposals
 from anchorline.runtime.errors import ArtefactError
 from anchorline.runtime.files import sha256_of, write_json
 from anchorline.train.checkpoint import load_checkpoint
+from anchorline.train.distributed import from_main, is_main, wait_for_all
 from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.job import Job, Weights
 from anchorline.train.phase import PhaseResult, Plan, steps_of_epoch
 from anchorline.train.proposing import load_rpn
 from anchorline.train.run_state import STATE_FILE, check_trained_with
+from anchorline.train.shared_detection import run_shared
 from anchorline.train.stepping import detection_losses, rpn_losses
 from anchorline.train.training_settings import TrainingSettings
 
@@ -129,13 +132,14 @@ class _Alternating:
         """One step, from its beginning or from its last full epoch."""
         plan, job = self.plans[step.number - 1], self.job
         # Behind finished steps one without a state begins; with none at all there is nothing to resume.
-        resumes = resume and (step.number == 1 or (plan.folder / "last" / STATE_FILE).is_file())
+        state = plan.folder / "last" / STATE_FILE
+        resumes = resume and (step.number == 1 or from_main(state.is_file))
         given = self._proposals(step.proposals_of) if step.proposals_of else None
         phase = job.phase(plan, step.task, None if resumes else self._weights(step), given)
         if resumes:
             phase.resume()
         if not begun:
-            if not resume:
+            if not resume and is_main():
                 self._forget_earlier()
             job.begin(phase)
         result = phase.train(job.report)
@@ -143,11 +147,16 @@ class _Alternating:
 
     def conclude(self, step: _Step) -> None:
         """Store the proposals of an RPN step, and note that the step is finished."""
-        plan = self.plans[step.number - 1]
         if step is _STEPS[-1]:
             return  # its state says so, and keeps the best figure
         if step.trains_rpn:
             self._write_proposals(step)
+        if is_main():
+            self._note_finished(step)
+        wait_for_all()
+
+    def _note_finished(self, step: _Step) -> None:
+        plan = self.plans[step.number - 1]
         record = {**self._trained_with(), "model_sha256": sha256_of(plan.checkpoint)}
         if step.trains_rpn:
             record["proposals_sha256"] = sha256_of(self._proposals(step.number))
@@ -159,12 +168,21 @@ class _Alternating:
 
         Raises ``ArtefactError`` for a step of other settings or data, or a changed checkpoint.
         """
-        plan, proposals = self.plans[step.number - 1], self._proposals(step.number)
+        record = from_main(lambda: self._finished(step))
+        if record is None:
+            return False
+        if step.trains_rpn and from_main(lambda: self._stored_sha256(step)) != record.get("proposals_sha256"):
+            self._write_proposals(step)
+        return True
+
+    def _finished(self, step: _Step) -> dict[str, Any] | None:
+        """What was noted of ``step`` when it was finished; None where it was not."""
+        plan = self.plans[step.number - 1]
         path = plan.folder / FINISHED
         if step is _STEPS[-1] or not path.is_file():
-            return False
+            return None
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             trained_with, data, model = record["settings"], record["data"], record["model_sha256"]
             check_trained_with(path, trained_with, self.job.settings)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -180,11 +198,11 @@ class _Alternating:
             raise ArtefactError(
                 f"{plan.checkpoint}: is not the model that {plan.name} has written; train without --resume"
             )
-        if step.trains_rpn:
-            stored = sha256_of(proposals) if proposals.is_file() else None
-            if stored != record.get("proposals_sha256"):
-                self._write_proposals(step)
-        return True
+        return record
+
+    def _stored_sha256(self, step: _Step) -> str | None:
+        path = self._proposals(step.number)
+        return sha256_of(path) if path.is_file() else None
 
     def _weights(self, step: _Step) -> Weights | None:
         """What ``step`` begins with; layers it does not fill are fresh."""
@@ -208,8 +226,12 @@ class _Alternating:
             training.rpn_pre_nms,
             training.rpn_post_nms,
         )
-        found = run_detector(rpn.batch, job.data, training.batch)
-        write_proposals(self._proposals(step.number), job.data, found)
+        found = run_shared(rpn.batch, job.data, training.batch)
+        if is_main():
+            write_proposals(self._proposals(step.number), job.data, found)
+        else:
+            deque(found, maxlen=0)  # takes part, and keeps nothing
+        wait_for_all()
 
     def _trained_with(self) -> dict[str, object]:
         names, images = self.job.data.names, len(self.job.data)

@@ -24,6 +24,8 @@ from anchorline.evaluation.stored_proposals import ImageProposals
 from anchorline.runtime.canvas import boxes_to_canvas, place, to_canvas
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.errors import AnchorlineError
+from anchorline.train.distributed import process_count, rank
+from anchorline.train.epoch_sampler import EpochSampler, seed_of
 from anchorline.train.ops import SUPPRESSED
 from anchorline.train.rpn import Proposals
 from anchorline.train.targets import IGNORE_LABEL, PROPOSAL_LABEL, Targets
@@ -91,7 +93,7 @@ class CanvasDataset(TorchDataset[dict[str, Any]]):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
-        seed = _seed(self.seed, epoch, index)
+        seed = seed_of(self.seed, epoch, index)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             mosaic = self.mosaic > 0 and float(torch.rand(())) < self.mosaic
@@ -181,23 +183,6 @@ def _best(boxes: Tensor, scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     return kept_boxes, kept_scores
 
 
-class EpochSampler:
-    """Batches of (epoch, index) keys: each image once per epoch, in an order drawn from (seed, epoch)."""
-
-    def __init__(self, images: int, batch: int, seed: int) -> None:
-        self.images, self.batch, self.seed, self.epoch = images, batch, seed, 0
-
-    def __len__(self) -> int:
-        return max(1, self.images // self.batch)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(_seed(self.seed, self.epoch, -1))
-        order = torch.randperm(self.images, generator=generator).tolist()
-        # An incomplete last batch is left out: the images are others in every epoch.
-        for i in range(len(self)):
-            yield [(self.epoch, index) for index in order[i * self.batch : (i + 1) * self.batch]]
-
-
 def collate(items: list[dict[str, Any]]) -> Batch:
     """Join canvases into one batch."""
     return Batch(
@@ -226,8 +211,8 @@ def _join_proposals(items: list[dict[str, Any]]) -> Proposals | None:
 def build_loader(
     dataset: CanvasDataset, settings: TrainingSettings
 ) -> tuple[DataLoader[dict[str, Any]], EpochSampler]:
-    """A loader of batches, and its sampler, whose ``epoch`` is set before each pass."""
-    sampler = EpochSampler(len(dataset), settings.batch, settings.seed)
+    """A loader of this process's part of the batches, and its sampler: set its ``epoch`` before a pass."""
+    sampler = EpochSampler(len(dataset), settings.batch, settings.seed, rank(), process_count())
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -263,6 +248,9 @@ def _start_worker(_: int) -> None:
     # of the training's parallel loops would wait for the core that a worker has taken.
     if hasattr(os, "nice"):  # not on Windows
         os.nice(10)
+    if process_count() > 1 and hasattr(os, "setpgid"):
+        # torchrun signals the whole group; the training needs its workers until all have agreed to stop.
+        os.setpgid(0, 0)
 
 
 @contextlib.contextmanager
@@ -277,7 +265,3 @@ def single_threaded_opencv() -> Iterator[None]:
         yield
     finally:
         cv2.setNumThreads(threads)
-
-
-def _seed(seed: int, epoch: int, index: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch, index + 1]).generate_state(1, np.uint64)[0] >> 1)

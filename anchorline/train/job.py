@@ -13,22 +13,27 @@ import torch
 
 from anchorline.evaluation.data_summary import DataSummary, summarise_data
 from anchorline.evaluation.dataset import Dataset
-from anchorline.evaluation.evaluate import evaluate, run_detector
+from anchorline.evaluation.evaluate import evaluate
 from anchorline.evaluation.proposal_recall import proposal_recall
 from anchorline.evaluation.stored_proposals import read_proposals
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.files import atomic_write_text, write_json
 from anchorline.train.backbone_weights import load_pretrained
 from anchorline.train.checkpoint import contract_of
+from anchorline.train.distributed import first_on_each_machine, is_main, process_count
 from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.train.launch import place
 from anchorline.train.phase import Phase, Plan, Report, Validate
 from anchorline.train.prediction import TorchDetector
 from anchorline.train.proposing import StoredProposalDetector
 from anchorline.train.sample_sheet import write_sample_sheet
 from anchorline.train.settings import Settings
+from anchorline.train.shared_detection import own_share, run_shared, shared_map50
 from anchorline.train.tasks import OUTPUTS, STORED_PROPOSALS
 
 Weights = Callable[[FasterRCNN], None]
+
+VALIDATION_BATCH = 4  # images
 
 
 @dataclass(frozen=True)
@@ -77,14 +82,17 @@ class Job:
         def validate(model: FasterRCNN, contract: Contract) -> float:
             detector: TorchDetector
             if stored is not None:
-                detector = StoredProposalDetector(model, contract, stored, str(self.device))
+                share = own_share(stored, VALIDATION_BATCH)
+                detector = StoredProposalDetector(model, contract, share, str(self.device))
             else:
                 detector = TorchDetector(model, contract, str(self.device))
             if task == "proposals":
-                found = list(run_detector(detector.batch, data, batch=4))
+                found = list(run_shared(detector.batch, data, VALIDATION_BATCH))
                 count = contract.thresholds.max_proposals
                 return proposal_recall(data.images, found, (count,)).recall[count][0.5]
-            return evaluate(detector.batch, data, batch=4, provider=detector.provider).map50
+            if process_count() > 1:
+                return shared_map50(detector.batch, data, VALIDATION_BATCH, detector.provider)
+            return evaluate(detector.batch, data, VALIDATION_BATCH, provider=detector.provider).map50
 
         return validate
 
@@ -95,12 +103,18 @@ class Job:
             return None
 
         def load(model: FasterRCNN) -> None:
-            load_pretrained(model, given, self.settings.training.pretrained_input)
+            with first_on_each_machine(place().local_rank):
+                load_pretrained(model, given, self.settings.training.pretrained_input)
 
         return load
 
     def begin(self, phase: Phase) -> None:
-        """Effective settings, what the data holds, and a picture of the first views with their boxes."""
+        """Effective settings, what the data holds, and a picture of the first views with their boxes.
+
+        The main process does this; the others wait for it at the first step.
+        """
+        if not is_main():
+            return
         summary = summarise_data(self.data)
         text = json.dumps(dataclasses.asdict(self.settings), indent=2, sort_keys=True)
         atomic_write_text(self.out / "settings.json", text + "\n")

@@ -1,7 +1,8 @@
 """The losses, apart from the model: equation (1) of the paper, in torchvision's normalisation or its own.
 
 All take a fixed number of sampled slots per image and a mask that says which slots are real, so
-that no shape depends on the data.
+that no shape depends on the data. "The batch" is that of all processes that train together
+(``distributed.mean_count``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from anchorline.train.distributed import mean_count
 
 
 def smooth_l1(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
@@ -32,7 +35,7 @@ def rpn_losses(
     ``divisors`` (N_cls, N_reg) of equation (1) and the number of images. The log loss over two classes
     whose scores differ by z is the binary one of z, so both kinds of objectness come as logits.
     """
-    count = drawn.sum().clamp(min=1)
+    count = drawn.sum()
     per_anchor = F.binary_cross_entropy_with_logits(
         _only(drawn, objectness), positive.to(objectness.dtype), reduction="none"
     )
@@ -41,6 +44,7 @@ def rpn_losses(
     by_class, by_place = divisors if divisors is not None else (1, 1)
     if divisors is not None:
         count = drawn.new_full((), drawn.shape[0], dtype=torch.int64)
+    count = mean_count(count)
     return _only(drawn, per_anchor).sum() / (count * by_class), per_box.sum() / (count * by_place)
 
 
@@ -53,7 +57,7 @@ def roi_losses(
     which the true class's row counts; ``labels`` int64 [B, S], 0 for background; ``drawn`` bool
     [B, S]; ``targets`` [B, S, 4]. Both are divided by the number of drawn proposals in the batch.
     """
-    count = drawn.sum().clamp(min=1)
+    count = mean_count(drawn.sum())
     logits = _only(drawn, class_logits)
     per_proposal = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
     own = deltas.gather(2, labels[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)

@@ -5,6 +5,7 @@ Joint training is one phase; each step of alternating training is one (``alterna
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ from anchorline.train.batches import (
     single_threaded_opencv,
 )
 from anchorline.train.checkpoint import save_checkpoint
+from anchorline.train.data_parallel import synchronise_norms
+from anchorline.train.distributed import gather, is_main, process_count, rank, wait_for_all
+from anchorline.train.epoch_sampler import batch_sizes
 from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.metrics import MetricsFile, TensorBoard
 from anchorline.train.run_checks import first_not_finite
@@ -110,6 +114,7 @@ class Phase:
         self.model.to(memory_format=torch.channels_last)
         if weights is not None:
             weights(self.model)
+        synchronise_norms(self.model, device)
         self.model.backbone.body.freeze(training.frozen_stages)
         for name, part in self.model.named_children():
             if name not in plan.parts:
@@ -123,8 +128,16 @@ class Phase:
         self.epoch, self.step, self.best, self.validations_since_best = 0, 0, -1.0, 0
 
     def train(self, report: Report | None) -> PhaseResult:
-        """All epochs that are left."""
-        if self.settings.training.tensorboard:
+        """All epochs that are left; behind it all processes can read the files, which the main one writes."""
+        interrupted = self._train(report)
+        wait_for_all()
+        return PhaseResult(
+            self.plan.checkpoint, self.step, self.best if self.best >= 0 else None, interrupted
+        )
+
+    def _train(self, report: Report | None) -> bool:
+        """Train, and say whether an interruption has ended it."""
+        if self.settings.training.tensorboard and is_main():
             self.board = TensorBoard(self.plan.folder / "tensorboard", self.step)
         try:
             with single_threaded_opencv():
@@ -135,17 +148,18 @@ class Phase:
         except KeyboardInterrupt:
             if self.validate is None or self.best < 0:
                 self._save(self.plan.checkpoint)
-            return self._result(interrupted=True)
+            return True
         finally:
-            self.metrics.flush()
+            self._flush()
             if self.board is not None:
                 self.board.close()
-        return self._result()
+        return False
 
     def _train_epoch(self, report: Report | None) -> None:
         # Seeded per epoch, so that a resumed run draws the samples an uninterrupted one would.
         epoch = self.plan.first_epoch + self.epoch
-        torch.manual_seed(self.settings.training.seed * 100_003 + epoch)
+        # What the images do not decide themselves, dropout, is another draw in each process.
+        torch.manual_seed(self.settings.training.seed * 100_003 + epoch + (rank() << 52))
         self.model.train()
         if self.plan.shared_fixed:
             self.model.backbone.eval()  # the statistics of a live batch norm stay too
@@ -157,7 +171,8 @@ class Phase:
             try:
                 losses = self.stepper.step(batches)
             except NotFiniteError as error:
-                raise self._error(str(error), self.step + 1, ids) from None
+                everyone = tuple(id for part in gather(ids) for id in part)
+                raise self._error(str(error), self.step + 1, everyone) from None
             self.step += 1
             self._note_step(rate, losses, report)
         if bad := first_not_finite(self.stepper.weights):
@@ -191,8 +206,9 @@ class Phase:
             self._save(self.plan.checkpoint)
         if self.validate is not None and (last or (every and self.epoch % every == 0)):
             self._note_validation(self.validate(self._weighed_model(), self.contract))
-        self.metrics.flush()
-        save_state(self.plan.folder / "last", self._progress(), self.stepper.state_dict())
+        self._flush()
+        if is_main():
+            save_state(self.plan.folder / "last", self._progress(), self.stepper.state_dict())
         self._save(self.plan.folder / "last" / "model.safetensors")
 
     def _note_validation(self, value: float) -> None:
@@ -214,7 +230,12 @@ class Phase:
         return model.eval().to(self.device)
 
     def _save(self, path: Path) -> None:
-        save_checkpoint(path, self.stepper.weights, self.settings.model, self.contract)
+        if is_main():
+            save_checkpoint(path, self.stepper.weights, self.settings.model, self.contract)
+
+    def _flush(self) -> None:
+        if is_main():
+            self.metrics.flush()
 
     def _progress(self) -> dict[str, Any]:
         return {
@@ -224,6 +245,7 @@ class Phase:
             "validations_since_best": self.validations_since_best,
             "settings": self.settings.to_dict(),
             "data": self.data_size(),
+            "processes": process_count(),
         }
 
     def data_size(self) -> dict[str, Any]:
@@ -242,19 +264,33 @@ class Phase:
             self.stepper.load_state_dict(state)
             self.epoch, self.step, self.best = progress["epoch"], progress["step"], progress["best"]
             self.validations_since_best = progress["validations_since_best"]
+            before = int(progress.get("processes", 1))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise ArtefactError(
                 f"{folder}: does not fit this model ({reason}); train without --resume"
             ) from None
+        self._check_processes(before)
         self.metrics.resume(self.step)
 
-    def _result(self, interrupted: bool = False) -> PhaseResult:
-        best = self.best if self.best >= 0 else None
-        return PhaseResult(self.plan.checkpoint, self.step, best, interrupted)
+    def _check_processes(self, before: int) -> None:
+        """Other processes than ``before`` may go on where their epochs have as many steps."""
+        each = self.steps // self.plan.epochs
+        if self.step != self.epoch * each:
+            raise ArtefactError(
+                f"{self.plan.folder / 'last'}: an epoch had {self.step // max(1, self.epoch)} steps with "
+                f"--nproc-per-node {before}, it would have {each} with {process_count()}; resume with "
+                f"--nproc-per-node {before}, or train without --resume"
+            )
+        if before != process_count() and is_main():
+            print(
+                f"--nproc-per-node was {before} so far and is {process_count()} now: the same images in the "
+                "same steps, other rounding",
+                file=sys.stderr,
+            )
 
 
 def steps_of_epoch(images: int, settings: Settings) -> int:
     """Optimiser steps in one pass over ``images`` images."""
-    batches = max(1, images // settings.training.batch)
+    batches = len(batch_sizes(images, settings.training.batch, process_count()))
     return -(-batches // settings.training.accumulate)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from anchorline.evaluation.dataset import Dataset
 from anchorline.runtime.errors import DataError, SettingsError
+from anchorline.train.distributed import process_count
+from anchorline.train.launch import own_cuda_device, place, uses_cuda
 
 
 def check_data(data: Dataset, validation: Dataset | None) -> None:
@@ -54,8 +56,27 @@ def check_proposals(
         )
 
 
+def check_processes(data: Dataset, batch: int, processes: int) -> None:
+    """Raise ``SettingsError`` where one of several processes would have no image in a batch or an epoch."""
+    if processes > 1 and batch < processes:
+        raise SettingsError(
+            f"training.batch is {batch}, which {processes} processes share; expected one image for each at "
+            f"least: training.batch={processes}, or --nproc-per-node {batch}"
+        )
+    if processes > 1 and len(data) < processes:
+        raise SettingsError(
+            f"{data.spec}: has {len(data)} images for {processes} processes; expected at least one for each: "
+            f"--nproc-per-node {len(data)}"
+        )
+
+
 def choose_device(name: str) -> torch.device:
-    """The device called ``name``; ``auto`` is CUDA where there is one. Raises ``SettingsError``."""
+    """The device called ``name``; ``auto`` is CUDA where there is one. Raises ``SettingsError``.
+
+    Of several processes each takes the GPU of its rank on the machine.
+    """
+    if process_count() > 1 and uses_cuda(name):
+        return own_cuda_device(name, place())
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

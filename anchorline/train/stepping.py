@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from anchorline.train.batches import Batch
+from anchorline.train.data_parallel import SharedLosses
+from anchorline.train.distributed import mean_of, process_count
 from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.optimisation import MovingAverage, build_optimiser, build_schedule
 from anchorline.train.precision import autocast, build_scaler
@@ -64,6 +68,7 @@ class Stepper:
         if settings.compile:
             model.backbone.compile()
             model.rpn.head.compile()
+        self.shared = SharedLosses(model, self._own_losses) if process_count() > 1 else None
 
     def restart_average(self) -> None:
         """Begin the moving average at the model's weights as they are now."""
@@ -82,22 +87,31 @@ class Stepper:
     def step(self, batches: Sequence[Batch]) -> dict[str, float]:
         """One update from several batches, whose gradients are averaged; the mean losses by name.
 
+        Where several processes train together, each has its part of every batch, and all get the same.
         Raises ``NotFiniteError`` and leaves the weights alone where a loss or the gradient is not finite.
         """
         self.optimiser.zero_grad(set_to_none=True)
         values: dict[str, float] = {}
-        for batch in batches:
-            for name, value in self._backward(batch, 1.0 / len(batches)).items():
+        for number, batch in enumerate(batches, start=1):
+            with self._added_up(number < len(batches)):
+                found = self._backward(batch, 1.0 / len(batches))
+            for name, value in found.items():
                 values[name] = values.get(name, 0.0) + value / len(batches)
         self._update()
         return values
 
+    def _own_losses(self, batch: Batch) -> dict[str, Tensor]:
+        return self.losses(self.model, batch, self.settings)
+
+    def _added_up(self, wanted: bool) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.shared is None else self.shared.added_up(wanted)
+
     def _backward(self, batch: Batch, share: float) -> dict[str, float]:
         batch = batch.to(self.device)
         with autocast(self.device, self.settings.precision):
-            losses = self.losses(self.model, batch, self.settings)
+            losses = self._own_losses(batch) if self.shared is None else self.shared(batch)
         total = torch.stack(list(losses.values())).sum()
-        values = {"loss": total.item(), **{name: loss.item() for name, loss in losses.items()}}
+        values = mean_of({"loss": total.item(), **{name: loss.item() for name, loss in losses.items()}})
         if bad := not_finite(values):
             raise NotFiniteError(bad)
         self.scaler.scale(total * share).backward()

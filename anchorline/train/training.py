@@ -11,9 +11,11 @@ from typing import Any
 from anchorline.evaluation.data_summary import DataSummary
 from anchorline.evaluation.dataset import Dataset
 from anchorline.train.alternating import train_alternating
+from anchorline.train.distributed import is_main, process_count
 from anchorline.train.job import Job
+from anchorline.train.launch import joined_processes
 from anchorline.train.phase import PhaseResult, Plan, Report, StepReport
-from anchorline.train.run_checks import check_data, check_proposals, choose_device
+from anchorline.train.run_checks import check_data, check_processes, check_proposals, choose_device
 from anchorline.train.settings import Settings
 from anchorline.train.stepping import detection_losses, rpn_losses
 
@@ -59,15 +61,20 @@ def train(
     file of stored ones that ``fast-rcnn`` trains on, ``validation_proposals`` the one it is validated
     with (without it, it is not). Raises ``TrainingError`` for a loss that is not finite, naming the
     images; the last good checkpoint stays.
+
+    Started by torchrun, the processes train one model together (``launch.joined_processes``): all return
+    the same, the main one alone reports and writes. ``training.batch`` images are those of all of them.
     """
     regime = settings.training.regime
-    check_data(data, validation)
-    check_proposals(regime, proposals, validation is not None, validation_proposals)
-    job = Job(
-        *(settings, data, out, validation, choose_device(device), dict(source or {})),
-        *(backbone_weights, report, show_data, proposals, validation_proposals),
-    )
-    result = train_alternating(job, resume) if regime == "alternating" else _train_at_once(job, resume)
+    with joined_processes(device):
+        check_data(data, validation)
+        check_processes(data, settings.training.batch, process_count())
+        check_proposals(regime, proposals, validation is not None, validation_proposals)
+        job = Job(
+            *(settings, data, out, validation, choose_device(device), dict(source or {})),
+            *(backbone_weights, report if is_main() else None, show_data, proposals, validation_proposals),
+        )
+        result = train_alternating(job, resume) if regime == "alternating" else _train_at_once(job, resume)
     best = {"recall" if regime == "rpn-only" else "map50": result.best}
     return TrainResult(
         result.checkpoint, result.steps, best.get("map50"), result.interrupted, best.get("recall")

@@ -23,12 +23,12 @@ from anchorline.runtime.errors import DataError
 from anchorline.train.batches import (
     Batch,
     CanvasDataset,
-    EpochSampler,
     build_loader,
     collate,
     read_batches,
     single_threaded_opencv,
 )
+from anchorline.train.epoch_sampler import EpochSampler
 from anchorline.train.training_settings import TrainingSettings
 
 CANVAS = (64, 96)

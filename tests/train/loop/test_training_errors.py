@@ -24,8 +24,9 @@ from anchorline.runtime.errors import (
     SettingsError,
     TrainingError,
 )
-from anchorline.train.batches import CanvasDataset, EpochSampler
+from anchorline.train.batches import CanvasDataset
 from anchorline.train.checkpoint import load_checkpoint
+from anchorline.train.epoch_sampler import EpochSampler
 from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.settings import Settings
 from anchorline.train.training import StepReport, train

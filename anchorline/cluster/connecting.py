@@ -1,0 +1,209 @@
+"""Joining a Ray cluster, or starting one on this machine alone."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+from anchorline.runtime.cpu_options import usable_cores
+from anchorline.runtime.errors import AnchorlineError, SettingsError
+
+LOCAL, AUTO = "local", "auto"
+_ADDRESS = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):(?P<port>\d{1,5})")
+_REACH_SECONDS = 5.0
+_OBJECT_STORE = 200 << 20  # bytes: what travels is small, and the default takes a third of the memory
+_CORES = 4  # of a worker: more of them gain little for a network on one frame
+
+log = logging.getLogger("anchorline.cluster")
+
+
+class ClusterError(AnchorlineError, RuntimeError):
+    """A Ray cluster that cannot be reached, or whose workers cannot be started."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster that this process has joined: the package ``ray``, and each machine's (CPUs, GPUs)."""
+
+    ray: Any
+    nodes: tuple[tuple[float, float], ...]
+
+    def shares(self, provider: str, is_engine: bool, threads: int | None) -> tuple[int, int]:
+        """The CPUs and GPUs that a worker takes.
+
+        A GPU each where the provider is one's, or may become one's and the cluster has some; else as many
+        cores as ``threads``, by default four, or what the smallest machine has. Raises ``SettingsError``
+        where no machine has so much.
+        """
+        on_gpu = provider in ("cuda", "tensorrt", "tensorrt-rtx") or (
+            provider == "auto" and (is_engine or self._gpus > 0)
+        )
+        if on_gpu and not self._gpus:
+            if provider != "auto":
+                raise SettingsError(f"provider is {provider!r}, but the cluster offers no GPU")
+            on_gpu = False
+        smallest = min((int(cpus) for cpus, _ in self.nodes if cpus >= 1), default=0)
+        cpus = threads or (1 if on_gpu else max(1, min(_CORES, smallest)))
+        gpus = int(on_gpu)
+        if not self.room(cpus, gpus):
+            most = max((int(cpus) for cpus, _ in self.nodes), default=0)
+            raise SettingsError(
+                f"a worker needs {cpus} CPUs{' and a GPU' if on_gpu else ''}, and the largest machine of the "
+                f"cluster has {most}; lower --threads"
+            )
+        return cpus, gpus
+
+    def room(self, cpus: int, gpus: int) -> int:
+        """How many workers of this size the cluster holds."""
+        return sum(
+            int(min(node_cpus // cpus, node_gpus // gpus if gpus else node_cpus // cpus))
+            for node_cpus, node_gpus in self.nodes
+        )
+
+    @property
+    def _gpus(self) -> float:
+        return sum(gpus for _, gpus in self.nodes)
+
+
+def check_address(address: str) -> None:
+    """Raise ``SettingsError`` for what can be no cluster, and where Ray is not installed."""
+    if address.startswith("ray://"):
+        raise SettingsError(
+            f"{address}: Ray Client is not supported; run the command on a machine of the cluster, with "
+            "--ray auto"
+        )
+    if address not in (LOCAL, AUTO) and not _ADDRESS.fullmatch(address):
+        raise SettingsError(f"--ray is {address!r}; expected local, auto or the HOST:PORT of a cluster")
+    _import_ray()
+
+
+@contextlib.contextmanager
+def connected(address: str, cores: int | None = None) -> Iterator[Cluster]:
+    """The cluster at ``address`` while the block runs; one that this process has joined already stays joined.
+
+    ``local`` starts one on the loopback address, with ``cores`` or those there are, which ends with the
+    block. Raises ``ClusterError``.
+    """
+    ray = _import_ray(alone=address == LOCAL)
+    joined_before = ray.is_initialized()
+    with _quiet_stdout():
+        if not joined_before:
+            _join(ray, address, cores or usable_cores())
+        try:
+            yield Cluster(ray, _nodes(ray))
+        finally:
+            if not joined_before:
+                ray.shutdown()
+
+
+def _import_ray(alone: bool = False) -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if alone and "ray" not in sys.modules:
+        # Ray has no other switch for a cluster that listens on the loopback address only.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise SettingsError(f"--ray needs the package ray ({error}); pip install 'anchorline[ray]'") from None
+    return ray
+
+
+def _join(ray: Any, address: str, cores: int) -> None:
+    _check_reachable(address)
+    settings: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address == LOCAL:
+        settings |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _OBJECT_STORE}
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        _init(ray, settings)
+    except ConnectionError as error:
+        text = "; start one with ray start --head, or take --ray local" if address == AUTO else ""
+        raise ClusterError(f"--ray {address}: no cluster is to be reached ({_line(error)}){text}") from None
+    except Exception as error:  # Ray raises many kinds, RuntimeError for another version of itself
+        raise ClusterError(f"--ray {address}: the cluster cannot be joined ({_line(error)})") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():  # Ray puts its own in the place of ours
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _init(ray: Any, settings: dict[str, Any]) -> None:
+    """``ray.init``, a second time where a machine under load was too slow for the half minute it grants."""
+    try:
+        ray.init(**settings)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        ray.init(**settings)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for a minute."""
+    parts = _ADDRESS.fullmatch(address)
+    if parts is None:
+        return
+    try:
+        place = (parts["host"].strip("[]"), int(parts["port"]))
+        with socket.create_connection(place, timeout=_REACH_SECONDS):
+            pass
+    except (OSError, OverflowError) as error:
+        raise ClusterError(
+            f"--ray {address}: nobody answers there ({error}); give the address that ray start has printed"
+        ) from None
+
+
+def _nodes(ray: Any) -> tuple[tuple[float, float], ...]:
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return tuple((each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in found)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+class _WithoutRay(io.TextIOBase):
+    """stdout for everybody but Ray's threads, which print there what goes wrong on the cluster."""
+
+    def __init__(self, real: IO[str]) -> None:
+        self._real = real
+
+    def write(self, text: str) -> int:
+        if threading.current_thread().name.startswith("ray_"):
+            log.debug("%s", text.rstrip())
+            return len(text)
+        return self._real.write(text)
+
+    def flush(self) -> None:
+        self._real.flush()
+
+    def fileno(self) -> int:
+        return self._real.fileno()
+
+    def isatty(self) -> bool:
+        return not self.closed and self._real.isatty()
+
+    @property
+    def closed(self) -> bool:
+        """Asked by what Ray has left behind, as late as at the end of Python."""
+        return self._real.closed
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return str(getattr(self._real, "encoding", "utf-8"))
+
+
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Results go to stdout, and nothing of Ray's among them; we tell of dead workers ourselves."""
+    with contextlib.redirect_stdout(_WithoutRay(sys.stdout)):
+        yield

@@ -1,0 +1,130 @@
+"""Detection in files on a cluster: everything is checked, then started, then put together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from anchorline import __version__
+from anchorline.cluster.answering import answer
+from anchorline.cluster.connecting import AUTO, check_address, connected
+from anchorline.cluster.dispatching import SILENCE, Progress
+from anchorline.cluster.fleet import RayFleet
+from anchorline.cluster.job import Job, PipelineOptions
+from anchorline.cluster.merging import Copies
+from anchorline.cluster.model_files import model_files
+from anchorline.cluster.planning import make_items, plan_files
+from anchorline.cluster.summary import ClusterSummary
+from anchorline.cluster.tally import Tally
+from anchorline.cluster.work_queue import WorkQueue
+from anchorline.cluster.worker import DetectionWorker
+from anchorline.runtime.cpu_options import CpuOptions
+from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.pipeline.filters import Filters
+from anchorline.runtime.pipeline.settings import PipelineSettings, check_files
+from anchorline.runtime.pipeline.signals import sigterm_as_exit
+from anchorline.runtime.pipeline.source import Decoder
+
+_IMAGES = 16  # of an item: some seconds of work, which is what a lost machine costs
+_TRIES = 3
+
+
+def detect_on_cluster(
+    sources: Sequence[str | Path],
+    model: str | Path,
+    *,
+    address: str = AUTO,
+    save: str | Path | None = None,
+    jsonl: str | Path | None = None,
+    workers: int | None = None,
+    provider: str = "auto",
+    score_threshold: float | None = None,
+    threads: int | None = None,
+    cpu_precision: str = "auto",
+    shown_score: float = 0.5,
+    stride: int = 1,
+    batch: int | None = None,
+    max_wait: float = 0.01,
+    filters: Filters | None = None,
+    decoder: Decoder = "opencv",
+    images_per_item: int = _IMAGES,
+    tries: int = _TRIES,
+    silence: float = SILENCE,
+    progress: Callable[[Progress], object] | None = None,
+    conclude: Callable[[ClusterSummary], object] | None = None,
+    worker_type: type[DetectionWorker] = DetectionWorker,
+) -> ClusterSummary:
+    """``runtime.detect`` for files, by workers on a Ray cluster; lines and copies are those of the local run.
+
+    ``address`` is ``"auto"`` (the cluster that this machine belongs to), ``"host:port"``, or ``"local"``
+    (one that is started here). Up to ``workers`` are used, by default as many as the cluster has room
+    for; ``threads`` are the cores of each. ``tries`` bounds how often an item (up to ``images_per_item``
+    images, or a video) is tried whose worker dies or says nothing for ``silence`` seconds; files that are
+    given up stand in the summary's ``failed``. ``progress`` is called a few times a second. ``conclude``
+    gets the summary in any case: on Ctrl-C and SIGTERM the outputs hold the files that were answered, and
+    ``KeyboardInterrupt`` or ``SystemExit`` goes on. Raises ``SettingsError``, ``DataError`` (also where no
+    file could be read), ``ArtefactError``, ``OutputError`` and ``ClusterError``; what can be checked
+    before is checked before a cluster is started.
+    """
+    options = PipelineOptions(
+        stride=stride,
+        batch=batch,
+        max_wait=max_wait,
+        filters=filters or Filters(),
+        decoder=decoder,
+        shown_score=shown_score,
+        lines=jsonl is not None,
+    )
+    _check_options(options, CpuOptions(threads, cpu_precision))
+    for name, count in (("workers", workers), ("images_per_item", images_per_item), ("tries", tries)):
+        _check_count(name, count)
+    files = plan_files(sources, save, stride)
+    check_files(
+        [jsonl], [model, *(file.path for file in files), *(file.target for file in files if file.target)]
+    )
+    check_address(address)
+    parts = model_files(model)
+    with connected(address) as cluster, sigterm_as_exit(), Copies(files) as copies:
+        cpus, gpus = cluster.shares(provider, Path(model).suffix.lower() == ".engine", threads)
+        job = Job(
+            version=__version__,
+            folder=os.getcwd(),
+            model=parts,
+            provider=provider,
+            score_threshold=score_threshold,
+            threads=threads if gpus else cpus,
+            cpu_precision=cpu_precision,
+            options=options,
+            copies=None if copies.folder is None else str(copies.folder),
+            token=copies.token,
+        )
+        most = workers or cluster.room(cpus, gpus)
+        return answer(
+            RayFleet(cluster, job, cpus, gpus, worker_type),
+            WorkQueue(make_items(files, most, images_per_item), tries),
+            Tally(len(files)),
+            copies,
+            jsonl,
+            most,
+            silence=silence,
+            progress=progress,
+            conclude=conclude,
+        )
+
+
+def _check_options(options: PipelineOptions, cpu: CpuOptions) -> None:
+    """Raise ``SettingsError`` for a value that can be known here to be of no use."""
+    cpu.check()
+    PipelineSettings(
+        batch=options.batch,
+        max_wait=options.max_wait,
+        filters=options.filters,
+        decoder=options.decoder,
+        shown_score=options.shown_score,
+    )
+
+
+def _check_count(name: str, value: int | None) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise SettingsError(f"{name} is {value!r}; expected a whole number of at least 1")

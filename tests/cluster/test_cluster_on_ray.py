@@ -1,0 +1,184 @@
+"""The whole on a real cluster of Ray's, with its own processes, on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import cv2
+import pytest
+
+from anchorline.cluster import Progress, detect_on_cluster
+from anchorline.cluster.worker import DetectionWorker
+from anchorline.runtime import Detector, detect
+from anchorline.runtime.errors import DataError, SettingsError
+
+pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+
+LONGEST = 120.0  # seconds that a run may take on a busy machine
+
+
+@pytest.fixture
+def local(model, tmp_path):
+    """``local(sources)``: the lines and the summary of the run without a cluster."""
+
+    def run(sources, **settings):
+        with Detector(model, "cpu", threads=1) as detector:
+            summary = detect(sources, detector, jsonl=tmp_path / "local.jsonl", progress=False, **settings)
+        return (tmp_path / "local.jsonl").read_bytes(), summary
+
+    return run
+
+
+@pytest.fixture
+def on_cluster(cluster, model, tmp_path):
+    """``on_cluster(sources)``: the same with two workers."""
+
+    def run(sources, progress=lambda now: None, **settings):
+        until = time.monotonic() + LONGEST
+
+        def watched(now: Progress) -> None:
+            assert time.monotonic() < until, f"no end in sight: {now}"
+            progress(now)
+
+        settings = {"provider": "cpu", "threads": 1, "jsonl": tmp_path / "out.jsonl", **settings}
+        return detect_on_cluster(sources, model, progress=watched, **settings)
+
+    return run
+
+
+@pytest.fixture
+def pictures(tmp_path, write_picture):
+    return [write_picture(tmp_path / "in" / f"{index}.png", 20 * index + 20) for index in range(8)]
+
+
+def test_lines_copies_and_warnings_are_those_of_the_local_run(
+    files, local, on_cluster, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    sources = [path.relative_to(tmp_path) for path in files]
+    expected, summary = local(sources, save="local")
+    found = on_cluster(sources, images_per_item=2, save="out")
+    assert (tmp_path / "out.jsonl").read_bytes() == expected
+    assert found.detect.warnings == summary.warnings
+    assert len(summary.warnings) == 2  # the damaged picture and the broken clip
+    assert (found.detect.frames, found.detect.detections) == (summary.frames, summary.detections) == (21, 21)
+    assert (found.files, found.answered, found.failed, found.retries) == (12, 12, (), 0)
+    assert sum(node["files"] for node in found.nodes.values()) == 12
+    names = sorted(os.listdir("local"))
+    assert sorted(os.listdir("out")) == names
+    for name in names:
+        if name.endswith(".png"):
+            assert (cv2.imread(f"out/{name}") == cv2.imread(f"local/{name}")).all()
+    assert cv2.VideoCapture("out/clip.mp4").get(cv2.CAP_PROP_FRAME_COUNT) == 12
+    left = {"in", "again", "clip.mp4", "broken.mp4", "local", "out", "local.jsonl", "out.jsonl"}
+    assert set(os.listdir(tmp_path)) == left
+
+
+def test_a_killed_worker_costs_no_file_its_answer(write_clip, pictures, local, on_cluster, tmp_path):
+    sources = [write_clip(tmp_path / f"{index}.mp4", frames=1500) for index in range(2)] + pictures
+    expected, _ = local(sources)
+    killed: list[int] = []
+
+    def kill(now: Progress) -> None:
+        for worker in now.workers:
+            if worker.doing.endswith(".mp4") and now.frames and not killed:
+                killed.append(worker.pid)
+                os.kill(worker.pid, signal.SIGKILL)
+
+    found = on_cluster(sources, progress=kill)
+    assert len(killed) == 1
+    assert (found.answered, found.failed, found.retries) == (10, (), 1)
+    assert (tmp_path / "out.jsonl").read_bytes() == expected
+
+
+def test_a_file_that_always_kills_its_worker_is_given_up(pictures, local, on_cluster, tmp_path):
+    class Mortal(DetectionWorker):  # inside the function, so that Ray sends the class itself
+        def begin(self, item):
+            if any(path.endswith("5.png") for path in item.paths):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().begin(item)
+
+    expected, _ = local([path for path in pictures if path.name != "5.png"])
+    found = on_cluster(pictures, images_per_item=3, worker_type=Mortal)
+    (line,) = found.failed
+    assert line.startswith(f"{pictures[5]}: given up after 3 tries: the worker on ")
+    assert line.endswith("died: its process ended")
+    assert (found.answered, found.retries) == (7, 2)
+    assert (tmp_path / "out.jsonl").read_bytes() == expected
+
+
+def test_the_model_is_sent_where_it_is_not(pictures, local, on_cluster, tmp_path):
+    cache, elsewhere = str(tmp_path / "cache"), str(tmp_path / "elsewhere" / "tiny.onnx")
+
+    class Elsewhere(DetectionWorker):
+        def __init__(self, version, job):
+            os.environ["XDG_CACHE_HOME"] = cache
+            super().__init__(version, replace(job, model=(replace(job.model[0], path=elsewhere),)))
+
+    expected, _ = local(pictures)
+    assert on_cluster(pictures, worker_type=Elsewhere).answered == 8
+    assert (tmp_path / "out.jsonl").read_bytes() == expected
+    assert [path.name for path in (tmp_path / "cache").rglob("*.onnx")] == ["tiny.onnx"]
+
+
+def test_errors_of_the_workers_are_ours(pictures, on_cluster, tmp_path):
+    class Older(DetectionWorker):
+        def __init__(self, version, job):
+            super().__init__("0.0.1", job)
+
+    with pytest.raises(SettingsError, match=r"and the command is 0\.0\.1; install the same version"):
+        on_cluster(pictures, worker_type=Older)
+    pictures[0].write_bytes(b"nonsense")
+    with pytest.raises(DataError, match=r"0\.png: cannot be decoded"):
+        on_cluster(pictures[:1])
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.fixture
+def command(model):
+    """``command(options...)``: the words of a run on a cluster of its own."""
+
+    def words(*options):
+        base = [sys.executable, "-m", "anchorline", "detect", *map(str, options)]
+        return [*base, "--model", str(model), "--ray", "local", "--threads", "1"]
+
+    return words
+
+
+@pytest.mark.slow
+def test_the_command(command, pictures, local, tmp_path):
+    pytest.importorskip("ray", reason="needs Ray: pip install 'anchorline[ray]'")
+    pictures[3].write_bytes(b"nonsense")
+    expected, _ = local(pictures)
+    done = subprocess.run(command(tmp_path / "in", "--jsonl", "-"), capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected  # and nothing of Ray's
+    assert b"8 of 8 files answered, 0 failed" in done.stderr
+    assert done.stderr.count(b"warning: ") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_whole_outputs(number, code, command, pictures, local, write_clip, tmp_path):
+    pytest.importorskip("ray", reason="needs Ray: pip install 'anchorline[ray]'")
+    expected, _ = local(pictures)
+    clip, out, lines = write_clip(tmp_path / "long.mp4", 20_000), tmp_path / "out", tmp_path / "out.jsonl"
+    process = subprocess.Popen(
+        command(*pictures, clip, "--jsonl", lines, "--save", out), start_new_session=True
+    )
+    until = time.monotonic() + 400.0
+    while not out.is_dir() or len([path for path in out.iterdir() if path.suffix == ".png"]) < len(pictures):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(400) == code
+    assert lines.read_bytes() == expected
+    assert sorted(os.listdir(out)) == sorted(path.name for path in pictures)
+    assert sorted(os.listdir(tmp_path)) == ["in", "local.jsonl", "long.mp4", "out", "out.jsonl"]

@@ -1,0 +1,188 @@
+"""What is checked before a cluster is started, and how files become items."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anchorline.cluster import ClusterError, connecting, detect_on_cluster
+from anchorline.cluster.connecting import Cluster, check_address
+from anchorline.cluster.fleet import why
+from anchorline.cluster.planning import make_items, plan_files
+from anchorline.cluster.work_queue import WorkQueue
+from anchorline.runtime.errors import ArtefactError, DataError, SettingsError
+from anchorline.runtime.sources import Item, plan_items
+
+
+@settings(deadline=None)
+@given(st.lists(st.booleans(), max_size=60), st.integers(1, 9), st.integers(1, 20))
+def test_every_file_is_in_one_item_in_order(kinds, workers, most):
+    files = [Item(Path(f"{index}"), is_video, None) for index, is_video in enumerate(kinds)]
+    items = make_items(files, workers, most)
+    assert [path for item in items for path in item.paths] == [str(file.path) for file in files]
+    for item in items:
+        assert int(item.paths[0]) == item.first
+        assert all(kinds[item.first + index] == item.is_video for index in range(len(item.paths)))
+        assert len(item.paths) <= (1 if item.is_video else most)
+    for before, after in itertools.pairwise(items):  # groups are full, but for the ends
+        if not before.is_video and not after.is_video:
+            assert len(before.paths) >= len(after.paths)
+
+
+def test_few_images_are_shared_out():
+    files = [Item(Path(f"{index}"), False, None) for index in range(20)]
+    assert [len(item.paths) for item in make_items(files, workers=2, most_images=16)] == [3] * 6 + [2]
+
+
+def test_files_are_those_of_the_local_run_in_its_order(files, tmp_path):
+    assert plan_files(files, tmp_path / "out", 1) == plan_items(files, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("0", "0: no file"),
+        ("rtsp://user:secret@camera/live", "camera/live: no file"),
+        ("http://server/clip.mp4", "no file"),
+        ("cam1=clip.mp4", "give clip.mp4 without a name"),
+    ],
+)
+def test_what_is_no_file(source, message):
+    with pytest.raises(SettingsError, match=message) as raised:
+        plan_files([source], None, 1)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("sources", "settings", "kind", "message"),
+    [
+        ([], {}, SettingsError, "no sources given"),
+        (["none.png"], {}, DataError, "none.png: no such file or folder"),
+        (["a.png"], {"stride": 0}, SettingsError, "stride is 0"),
+        (["a.png"], {"threads": 0}, SettingsError, "threads is 0"),
+        (["a.png"], {"workers": 0}, SettingsError, "workers is 0"),
+        (["a.png"], {"tries": 1.5}, SettingsError, "tries is 1.5"),
+        (["a.png"], {"images_per_item": True}, SettingsError, "images_per_item is True"),
+        (["a.png"], {"shown_score": 2.0}, SettingsError, "shown_score is 2.0"),
+        (["a.png"], {"decoder": "magic"}, SettingsError, "decoder is 'magic'"),
+        (["a.png"], {"address": "ray://host:1"}, SettingsError, "Ray Client is not supported"),
+        (["a.png"], {"address": "host"}, SettingsError, "expected local, auto or the HOST:PORT"),
+        (["a.png"], {"jsonl": "a.png"}, SettingsError, "a.png is a source"),
+        (["a.png"], {"save": "a.png"}, SettingsError, "would overwrite the source"),
+        (["a.png"], {"model": "none.onnx"}, ArtefactError, "none.onnx: no such file"),
+        (["a.png"], {"model": "a.safetensors"}, ArtefactError, "first anchorline export"),
+    ],
+)
+def test_mistakes_are_found_before_a_cluster_is_started(
+    sources, settings, kind, message, model, write_picture, tmp_path, monkeypatch
+):
+    pytest.importorskip("ray")
+    monkeypatch.chdir(tmp_path)
+    write_picture(tmp_path / "a.png", 100)
+
+    def start(*arguments):
+        raise AssertionError("a cluster was started")
+
+    monkeypatch.setattr(connecting, "_join", start)
+    with pytest.raises(kind, match=message):
+        detect_on_cluster(sources, settings.pop("model", model), **{"address": "local", **settings})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_without_ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SettingsError, match=r"pip install 'anchorline\[ray\]'"):
+        check_address("local")
+
+
+def test_nobody_answers():
+    with pytest.raises(ClusterError, match=r"--ray 127\.0\.0\.1:9: nobody answers there"):
+        connecting._check_reachable("127.0.0.1:9")
+
+
+def test_what_ray_prints_stays_out_of_the_results(capsys):
+    with connecting._quiet_stdout():
+        for name in ("ray_listen_error_messages", "another"):
+            thread = threading.Thread(target=print, args=(name,), name=name)
+            thread.start()
+            thread.join()
+        print("mine")
+    assert capsys.readouterr().out == "another\nmine\n"
+
+
+PAGE = """The actor died unexpectedly before finishing this task.
+\tclass_name: DetectionWorker
+The actor is dead because {}. Some common causes include: (1) the process was killed by the OOM killer \
+due to high memory usage, (2) ray stop --force was called. Consider uninformed kernel OOM killing."""
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (PAGE.format("its worker process has died. Worker exit type: SYSTEM_ERROR"), "its process ended"),
+        (PAGE.format("its node has died. Node Id: 12ab"), "its machine is lost"),
+        ("Task was killed due to the node running low on memory.\nMemory on the node", "out of memory"),
+        (
+            "The actor died because of an error raised in its creation task\n  File x.py\n"
+            "ModuleNotFoundError: No module named 'anchorline'\n",
+            "ModuleNotFoundError: No module named 'anchorline'",
+        ),
+    ],
+)
+def test_why_a_worker_died(text, reason):
+    assert why(RuntimeError(text)) == reason
+
+
+def test_what_a_worker_takes():
+    nodes = ((8.0, 0.0), (3.0, 0.0), (0.0, 0.0))
+    cluster = Cluster(None, nodes)
+    assert cluster.shares("auto", False, None) == (3, 0)  # so that no machine is left out
+    assert cluster.room(3, 0) == 3
+    assert cluster.shares("cpu", False, 8) == (8, 0)
+    assert cluster.room(8, 0) == 1
+    assert cluster.shares("auto", True, None) == (3, 0)  # an engine's ONNX file, on the CPU
+    with pytest.raises(SettingsError, match=r"a worker needs 9 CPUs, .* has 8; lower --threads"):
+        cluster.shares("cpu", False, 9)
+    with pytest.raises(SettingsError, match="provider is 'cuda', but the cluster offers no GPU"):
+        cluster.shares("cuda", False, None)
+    with_gpus = Cluster(None, ((16.0, 4.0), (16.0, 0.0)))
+    assert with_gpus.shares("auto", False, None) == (1, 1)
+    assert with_gpus.room(1, 1) == 4
+    assert with_gpus.room(8, 1) == 2
+    assert with_gpus.shares("cpu", False, None) == (4, 0)
+
+
+def test_the_queue(tmp_path):
+    paths = [tmp_path / f"{index}.png" for index in range(6)]
+    for path in paths:
+        path.touch()
+    queue = WorkQueue(make_items([Item(path, False, None) for path in paths], 1, 3), most_tries=2)
+    first, second, third = queue.take(), queue.take(), queue.take()
+    assert [len(item.paths) for item in (first, second, third)] == [2, 2, 2]
+    assert queue.take() is None
+    assert not queue.finished
+    assert not queue.failed(second)  # now in single files, before what comes later
+    queue.put_back(third)
+    queue.done()
+    order = [queue.take() for _ in range(3)]
+    assert [item.first for item in order] == [2, 3, 4]
+    assert queue.failed(order[0])
+    queue.done()
+    queue.done()
+    assert queue.finished
+
+
+def test_a_file_that_has_gone_is_answered_alone(tmp_path):
+    paths = [tmp_path / f"{index}.png" for index in range(3)]
+    for path in paths:
+        path.touch()
+    queue = WorkQueue(make_items([Item(path, False, None) for path in paths], 1, 12), most_tries=1)
+    paths[1].unlink()
+    taken = [queue.take() for _ in range(3)]
+    assert [item.sizes for item in taken] == [(0,), (None,), (0,)]
