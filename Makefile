@@ -36,6 +36,9 @@ $(STAMP): pyproject.toml constraints.txt anchorline/__init__.py
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --progress-bar off \
 	  -c constraints.txt -e '.[dev]'
+	@# trackers asks for opencv-python, which would overwrite the headless build
+	@$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --progress-bar off \
+	  --no-deps -c constraints.txt trackers
 	@touch $(STAMP)
 
 lint: $(STAMP)

@@ -28,10 +28,13 @@ EXTRAS = {
     "onnxruntime": "cpu",
     "onnxscript": "train",
     "openvino": "openvino",
+    "prometheus_client": "serve",
     "safetensors": "train",
+    "starlette": "serve",
     "tensorboard": "tensorboard",
     "torch": "train",
     "torchvision": "train",
+    "uvicorn": "serve",
 }
 
 

@@ -7,6 +7,7 @@ import json
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -335,3 +336,19 @@ def test_an_option_out_of_range_is_one_line(
     assert cli.main(["detect", str(image), "--model", str(model), option, value]) == 2
     assert value in error_line(capsys)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("sources", "policy", "tuning"),
+    [
+        (["clip.mp4", "photos"], None, "throughput"),
+        (["clip.mp4"], "latest", "latency"),
+        (["clip.mp4", "0"], None, "latency"),
+        (["rtsp://127.0.0.1/live"], None, "latency"),
+        (["rtsp://127.0.0.1/live"], "wait", "latency"),
+    ],
+)
+def test_files_are_detected_for_throughput(sources: list[str], policy: Any, tuning: str) -> None:
+    from anchorline.cli.detect import _tuning
+
+    assert _tuning(sources, policy) == tuning

@@ -17,9 +17,9 @@ from anchorline.runtime.detections import Detections
 from anchorline.runtime.errors import AnchorlineError, SettingsError
 
 LARGEST_BATCH = 8
-LARGEST_BATCH_PIXELS = 4_000_000
+LARGEST_BATCH_PIXELS = 3_000_000
 """On a model whose contract sets no bound, the largest batch tried: this many images, and no more than hold
-this many canvas pixels together (a ResNet-50 takes about 3 GB for that)."""
+this many canvas pixels together (a ResNet-50 takes about 2.5 GB for that)."""
 
 Frame = NDArray[np.uint8]
 Compare = Callable[[list[Detections], list[Detections]], ComparisonSummary]
@@ -74,7 +74,7 @@ class TrapResult:
 
 
 class OncePerFrame:
-    """A detector that sees each frame once, in a batch of one, and remembers what it found.
+    """A detector that sees each frame once, in a batch of one, and each batch once; it remembers the results.
 
     Several traps share frames, which need not run again. Frames are known by identity and must not change.
     """
@@ -82,6 +82,7 @@ class OncePerFrame:
     def __init__(self, detector: BatchDetector) -> None:
         self._detector = detector
         self._known: dict[int, tuple[Frame, Detections]] = {}  # the frame is kept, so its id stays its own
+        self._batches: dict[tuple[int, ...], tuple[Sequence[Frame], list[Detections]]] = {}
 
     def batch(self, frames: Sequence[Frame]) -> list[Detections]:
         """The result of each frame."""
@@ -89,6 +90,15 @@ class OncePerFrame:
             if id(frame) not in self._known:
                 self._known[id(frame)] = (frame, _detect(self._detector, [frame])[0])
         return [self._known[id(frame)][1] for frame in frames]
+
+    def together(self, frames: Sequence[Frame]) -> list[Detections]:
+        """The results of the frames in one batch."""
+        if len(frames) == 1:
+            return self.batch(frames)
+        key = tuple(map(id, frames))
+        if key not in self._batches:
+            self._batches[key] = (frames, _detect(self._detector, frames))
+        return self._batches[key][1]
 
 
 def largest_batch(contract: Contract) -> int:
@@ -169,11 +179,7 @@ def _run(
     except AnchorlineError as error:
         return TrapResult(trap.name, False, f"the reference failed: {error}", images)
     try:
-        found = [
-            each
-            for batch in trap.batches
-            for each in (alone.batch(batch) if len(batch) == 1 else _detect(candidate, batch))
-        ]
+        found = [each for batch in trap.batches for each in alone.together(batch)]
         again = [each for batch in trap.batches if trap.repeated for each in _detect(candidate, batch)]
         single = alone.batch(trap.frames) if trap.alone else None
     except AnchorlineError as error:

@@ -197,7 +197,7 @@ def test_the_largest_batch_is_the_contracts(size: int) -> None:
     ("canvas", "bound", "images"),
     [
         ((480, 640), None, LARGEST_BATCH),
-        ((800, 1088), None, 4),
+        ((800, 1088), None, 3),
         ((2400, 3200), None, 2),
         ((2400, 3200), 16, 16),
         ((480, 640), 1, 1),
