@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -76,17 +76,20 @@ def _whole_number(name: str) -> int:
 def joined_processes(device: str = "auto") -> Iterator[None]:
     """Train together with the other processes that torchrun has started; alone, do nothing.
 
-    Inside, SIGINT and SIGTERM stop all processes where they next agree on something. When one process
-    raises, the others raise ``OtherProcessError``, and all leave together otherwise. Inside another such
-    block, or where the caller has set up ``torch.distributed`` itself, nothing is done either.
+    Inside, SIGINT and SIGTERM stop all processes where they next agree on something; while a process waits
+    for the others to join, they end it at once. When one process raises, the others raise
+    ``OtherProcessError``, and all leave together otherwise. Inside another such block, or where the caller
+    has set up ``torch.distributed`` itself, nothing is done either.
     """
     mine = place()
     if mine.processes == 1 or (dist.is_available() and dist.is_initialized()):
         yield
         return
-    store = _store(mine)
+    with _signals_end_at_once():
+        store = _store(mine)
     try:
-        _join(store, mine, device)
+        with _signals_end_at_once():
+            _join(store, mine, device)
         with _stops_together():
             yield
             wait_for_all()
@@ -166,15 +169,33 @@ def own_cuda_device(device: str, mine: Place) -> torch.device:
 def _stops_together() -> Iterator[None]:
     """Turn SIGINT and SIGTERM into a wish to stop: one process alone must not leave in mid-step."""
     want_stop(False)
+    with _handlers(dict.fromkeys((signal.SIGINT, signal.SIGTERM), lambda *_: want_stop())):
+        yield
+
+
+@contextlib.contextmanager
+def _signals_end_at_once() -> Iterator[None]:
+    """Give SIGINT and SIGTERM the system's action: Python's would wait as long as PyTorch's C++ does.
+
+    A signal that is ignored, as in a job of ``nohup``, stays so.
+    """
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    heard = [kind for kind in kinds if signal.getsignal(kind) is not signal.SIG_IGN]
+    with _handlers(dict.fromkeys(heard, signal.SIG_DFL)):
+        yield
+
+
+@contextlib.contextmanager
+def _handlers(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
+    """Have signals handled so; in the main thread, which alone may choose."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(kind, lambda *_: want_stop()) for kind in kinds]
+    before = {kind: signal.signal(kind, handler) for kind, handler in handlers.items()}
     try:
         yield
     finally:
-        for kind, handler in zip(kinds, before, strict=True):
+        for kind, handler in before.items():
             signal.signal(kind, handler)
 
 

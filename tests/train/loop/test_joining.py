@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 
 import pytest
@@ -166,3 +172,40 @@ def test_whole_batches_are_dealt_out(monkeypatch: pytest.MonkeyPatch, rank: int,
     monkeypatch.setattr(shared_detection, "process_count", lambda: 3)
     monkeypatch.setattr(shared_detection, "rank", lambda: rank)
     assert own_share(range(7), 2) == share
+
+
+WAITS = """
+from anchorline.train.launch import joined_processes
+print("joining", flush=True)
+with joined_processes("cpu"):
+    print("all are here")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize(
+    ("rank", "kind"), [("0", signal.SIGINT), ("1", signal.SIGINT), ("0", signal.SIGTERM)]
+)
+def test_a_signal_ends_a_process_that_waits_for_the_others(rank: str, kind: signal.Signals) -> None:
+    """PyTorch waits in C++, for half an hour, where a handler of Python's never runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_PORT": port}
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", WAITS],
+        env={**os.environ, **TORCHRUN, **there},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with waiting:
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "joining\n"
+        time.sleep(1.0)
+        assert waiting.poll() is None
+        waiting.send_signal(kind)
+        try:
+            assert waiting.wait(60) == -kind
+        finally:
+            waiting.kill()
