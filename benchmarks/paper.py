@@ -239,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--scales", nargs="+", default=["auto"], metavar="auto|PIXELS", help="anchor sizes on the canvas")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
-    add("--step-shares", type=float, nargs=4, default=[1.0, 2.0, 1.0, 2.0], help="of alternating's epochs")
+    add("--step-shares", type=float, nargs=4, default=[1.0, 2.0, 2.0, 1.0], help="of alternating's epochs")
     add("--budget", type=float, default=120.0, metavar="MINUTES", help="for the whole, all sittings together")
     add("--epochs", type=int, help=f"of each training, instead of what the budget leaves; at least {LEAST}")
     add("--wanted-epochs", type=int, default=12, help="below this, anchors and lambda lose seeds")
