@@ -33,7 +33,7 @@ _NO_LIMIT = 1 << 20  # pixels
 # The quick set, for about half a minute: ``anchorline verify`` tries everything. On a large canvas, where one
 # image takes seconds, less of it.
 QUICK_SCENES = 3
-QUICK_TRAPS = ("empty image", "mixed sizes in a batch", "all 255")
+QUICK_TRAPS = ("empty image", "all 255", "mixed sizes in a batch")
 LARGE_CANVAS = 500_000  # pixels
 LARGE_SCENES = 1
 LARGE_TRAPS = ("mixed sizes in a batch",)

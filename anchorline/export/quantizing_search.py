@@ -29,7 +29,7 @@ MOST_FLOAT = 0.5
 
 # ``anchorline verify`` tries everything; here it is done for several models in a row.
 VERIFY_IMAGES = 8
-VERIFY_TRAPS = ("empty image", "mixed sizes in a batch", "all 255")
+VERIFY_TRAPS = ("empty image", "all 255", "mixed sizes in a batch")
 
 
 @dataclass
