@@ -47,14 +47,16 @@ class Report(Protocol):
 
 
 def show_report(report: Report, json: Path | None) -> None:
-    """Show the figures on stdout and, if asked, write them to a file."""
+    """Show the figures on stdout and, if asked, write them to a file; each also where the other fails."""
     from rich.console import Console
 
-    Console().print(report.render())
-    if json is not None:
-        from anchorline.runtime.files import write_json  # here, so that doctor works without OpenCV
+    try:
+        if json is not None:
+            from anchorline.runtime.files import write_json  # here, so that doctor works without OpenCV
 
-        write_json(json, report.to_json())
+            write_json(json, report.to_json())
+    finally:
+        Console().print(report.render())
 
 
 def tell(report: Report) -> None:

@@ -23,7 +23,7 @@ from anchorline.runtime.cpu_options import CpuOptions
 from anchorline.runtime.errors import SettingsError
 from anchorline.runtime.pipeline.filters import Filters
 from anchorline.runtime.pipeline.settings import PipelineSettings, check_files
-from anchorline.runtime.pipeline.signals import sigterm_as_exit
+from anchorline.runtime.pipeline.signals import signals_as_exit
 from anchorline.runtime.pipeline.source import Decoder
 
 _IMAGES = 16  # of an item: some seconds of work, which is what a lost machine costs
@@ -85,7 +85,7 @@ def detect_on_cluster(
     )
     check_address(address)
     parts = model_files(model)
-    with connected(address) as cluster, sigterm_as_exit(), Copies(files) as copies:
+    with connected(address) as cluster, signals_as_exit(), Copies(files) as copies:
         cpus, gpus = cluster.shares(provider, Path(model).suffix.lower() == ".engine", threads)
         job = Job(
             version=__version__,

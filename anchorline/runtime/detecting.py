@@ -54,7 +54,7 @@ def detect(
     ``progress`` shows live figures on stderr, ``live`` in a browser (``anchorline.serving.live_view``);
     ``report`` is a picture of the ages and stages. The
     other settings are ``VideoPipeline``'s. A source that cannot be read is a warning in the summary
-    while others can; with none left its ``DataError`` is raised. On Ctrl-C and SIGTERM the files are
+    while others can; with none left its ``DataError`` is raised. On Ctrl-C, SIGTERM and SIGHUP the files are
     finished with the frames so far, and ``KeyboardInterrupt`` or ``SystemExit`` goes on; ``conclude``
     is called with the summary in any case, since that is how a camera's run ends.
     """

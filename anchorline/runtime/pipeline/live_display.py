@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from anchorline.runtime.errors import DataError
 from anchorline.runtime.pipeline.figures import Figures
@@ -109,6 +109,16 @@ def _terminal() -> Iterator[Console]:
     except (OSError, io.UnsupportedOperation):  # stderr is no real file, as in a notebook
         yield Console(stderr=True)
         return
-    file: IO[str]
-    with os.fdopen(descriptor, "w", encoding=sys.stderr.encoding or "utf-8") as file:
+    buffer = io.BufferedWriter(_Screen(descriptor, "w"))
+    with io.TextIOWrapper(buffer, encoding=sys.stderr.encoding or "utf-8") as file:
         yield Console(file=file)
+
+
+class _Screen(io.FileIO):
+    """A terminal that may be closed while the work goes on: nothing is shown from there on."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)

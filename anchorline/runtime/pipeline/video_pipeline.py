@@ -17,7 +17,7 @@ from anchorline.runtime.pipeline.frame_detector import FrameDetector
 from anchorline.runtime.pipeline.frames import Result
 from anchorline.runtime.pipeline.intake import Policy, SourceQueue
 from anchorline.runtime.pipeline.settings import PipelineSettings, check_outputs_of
-from anchorline.runtime.pipeline.signals import sigterm_as_exit
+from anchorline.runtime.pipeline.signals import signals_as_exit
 from anchorline.runtime.pipeline.sinks import Sink
 from anchorline.runtime.pipeline.source import Decoder, Source, plan
 from anchorline.runtime.pipeline.watchdog import watch
@@ -49,7 +49,7 @@ class VideoPipeline:
     ``"opencv"`` or ``"pyav"``. ``track`` (``True``, or ``TrackOptions``) gives each source's detections
     track ids, before the filters; ``trails`` draws where the tracks have been.
 
-    Leaving the loop or the block in any way, ``stop()``, Ctrl-C and SIGTERM end the reading; what was
+    Leaving the loop or the block in any way, ``stop()``, Ctrl-C, SIGTERM and SIGHUP end the reading; what was
     read is still detected and written, and the files are completed. An exception in any thread of the
     pipeline, a callback's included, ends everything, drops the unfinished files, and is raised once
     to the caller. To be run once.
@@ -117,7 +117,7 @@ class VideoPipeline:
         if self._started or self._finished:
             raise SettingsError("this pipeline has run already; make a new VideoPipeline for another run")
         self._started = True
-        with sigterm_as_exit():
+        with signals_as_exit():
             try:
                 self._start()
                 while (result := self._out.get()) is not None:

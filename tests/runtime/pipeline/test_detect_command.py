@@ -74,8 +74,8 @@ def test_whoever_read_the_lines_has_gone(command, video):
     process.stderr.close()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_completes_all_files(command, video, tmp_path, number, code, until):
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_completes_all_files(command, video, tmp_path, name, code, until):
     out = tmp_path / "out"
     options = ["--save", out / "a.mp4", "--jsonl", out / "a.jsonl", "--json", out / "a.json"]
     process = subprocess.Popen(
@@ -86,7 +86,7 @@ def test_a_signal_completes_all_files(command, video, tmp_path, number, code, un
     )
     until(lambda: out.is_dir() and any(path.suffix == ".mp4" for path in out.iterdir()), 60.0)
     time.sleep(0.5)
-    process.send_signal(number)
+    process.send_signal(getattr(signal, name))
     shown, complaints = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in complaints
@@ -96,6 +96,49 @@ def test_a_signal_completes_all_files(command, video, tmp_path, number, code, un
     assert frames_of(out / "a.mp4") == len(rows)
     assert json.loads((out / "a.json").read_text())["frames"] == len(rows)
     assert "cam" in shown
+
+
+# Runs its arguments in a terminal of their own, which is closed when stdin is.
+TERMINAL = """
+import os, pty, sys
+child, terminal = pty.fork()
+if child == 0:
+    os.execv(sys.argv[1], sys.argv[1:])
+sys.stdin.read()
+os.close(terminal)
+os.waitpid(child, 0)
+"""
+
+
+def test_a_closed_terminal_completes_all_files(command, video, tmp_path, until):
+    """Its progress and its figures have nowhere to go; the files still do."""
+    out = tmp_path / "out"
+    options = ["--save", out / "a.mp4", "--jsonl", out / "a.jsonl", "--json", out / "a.json"]
+    terminal = subprocess.Popen(
+        [sys.executable, "-c", TERMINAL, *command(f"cam={video}", "--policy", "latest", *options)],
+        stdin=subprocess.PIPE,
+    )
+    assert terminal.stdin is not None
+    until(lambda: out.is_dir() and any(path.suffix == ".mp4" for path in out.iterdir()), 60.0)
+    time.sleep(0.5)
+    terminal.stdin.close()
+    assert terminal.wait(timeout=60) == 0
+    assert sorted(os.listdir(out)) == ["a.json", "a.jsonl", "a.mp4"]
+    rows = (out / "a.jsonl").read_text().splitlines()
+    assert 0 < len(rows) < 40
+    assert frames_of(out / "a.mp4") == len(rows)
+    assert json.loads((out / "a.json").read_text())["frames"] == len(rows)
+
+
+def test_a_hangup_that_nohup_ignores_changes_nothing(command, video, tmp_path, until):
+    out = tmp_path / "a.jsonl"
+    process = subprocess.Popen(
+        ["nohup", *command(video, "--jsonl", out, "--policy", "latest")], stderr=subprocess.DEVNULL
+    )
+    until(lambda: any(tmp_path.glob("*a.jsonl*")), 60.0)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=120) == 0
+    assert len(out.read_text().splitlines()) > 10
 
 
 @pytest.mark.parametrize(

@@ -260,8 +260,9 @@ VideoPipeline(Stub(), [Source(frames(), name="a")], save=folder + "/a.mp4", json
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_finish_the_files(tmp_path, number):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_finish_the_files(tmp_path, name):
+    number = getattr(signal, name)
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
@@ -270,7 +271,7 @@ def test_signals_finish_the_files(tmp_path, number):
     time.sleep(1.0)
     process.send_signal(number)
     code = process.wait(timeout=20)
-    assert code == (143 if number == signal.SIGTERM else -signal.SIGINT)
+    assert code == (-signal.SIGINT if number == signal.SIGINT else 128 + number)
     rows = lines_of(tmp_path / "a.jsonl")
     assert [row["frame"] for row in rows] == list(range(len(rows)))
     with VideoReader(tmp_path / "a.mp4") as reader:
