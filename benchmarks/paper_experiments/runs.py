@@ -71,7 +71,7 @@ def runs_of(
 
 def _needed_by(only: Sequence[str]) -> set[str]:
     # Selective search is no more than wished for: the proposals' ablation does without where it is missing.
-    builds_on = {"proposals": {"alternating", "selective-search"}, "timing": {"joint"}}
+    builds_on = {"proposals": {"joint", "alternating", "selective-search"}, "timing": {"joint"}}
     return {needed for each in only for needed in builds_on.get(each, ())}
 
 
@@ -79,7 +79,7 @@ def _runs_of_seed(seed: int, *, sweeps: bool, first: bool) -> list[Run]:
     joint, alternating = Run("joint", seed), Run("alternating", seed)
     search = Run("selective-search", seed)
     found = [joint, alternating, Run("one-stage", seed), search]
-    found.append(Run("proposals", seed, needs=(alternating.name, search.name)))
+    found.append(Run("proposals", seed, needs=(joint.name, alternating.name, search.name)))
     if sweeps:
         found += [Run("anchors", seed, variant) for variant in ANCHORS]
         found += [Run("lambda", seed, variant) for variant in LAMBDAS]

@@ -43,7 +43,7 @@ def test_the_runs_of_three_seeds_and_of_sweeps_on_one() -> None:
 
 def test_a_chosen_experiment_brings_what_it_builds_on() -> None:
     names = [run.name for run in runs_of((5,), (5,), ("proposals",))]
-    assert names == ["alternating-seed5", "selective-search-seed5", "proposals-seed5"]
+    assert names == ["joint-seed5", "alternating-seed5", "selective-search-seed5", "proposals-seed5"]
     assert [run.name for run in runs_of((5,), (5,), ("timing",))] == ["joint-seed5", "timing-seed5"]
 
 
