@@ -24,7 +24,9 @@ def plot_recall(curves: Curves, path: Path) -> None:
         axes.set(xlabel="IoU", xlim=(0.5, 0.95), ylim=(0, 1.02))
         axes.set_title(f"{count} proposals", fontsize=10)
     panels[0].set_ylabel("recall")
-    panels[0].legend(loc="lower left", frameon=False, fontsize=8)
+    # Above the panels: within them every corner has curves somewhere.
+    lines, names = panels[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside upper center", ncols=len(names), frameon=False, fontsize=9)
     save_figure(figure, path)
 
 

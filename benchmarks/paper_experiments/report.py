@@ -52,12 +52,13 @@ def fill(document: Path, text: str) -> None:
 
 def _heading(rows: Rows) -> str:
     row = rows[0]
+    commits = ", ".join(dict.fromkeys(each["commit"] for each in rows))
     seeds = sorted({int(each["seed"]) for each in rows})
     epochs = next((each["epochs"] for each in rows if each["experiment"] == "joint"), row["epochs"])
     return (
         f"Data: {row['data']} ({row['images']} images). Model: `{row['preset']}`, canvas {row['canvas']}; "
         f"{epochs} epochs a training; seeds {', '.join(map(str, seeds))}; {row['device']}, {row['threads']} "
-        f"threads, {row['processor']}; {row['date']}, commit {row['commit']}, study {row['study']}. Figures "
+        f"threads, {row['processor']}; {row['date']}, commit {commits}, study {row['study']}. Figures "
         "are means over the seeds in %, with the lowest and the highest; VOC07 is the 11-point mAP that the "
         "paper gives, mAP50 the area under the curve."
     )
