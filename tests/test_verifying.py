@@ -18,9 +18,8 @@ from anchorline.cli import main
 from anchorline.evaluation.synthetic import CLASS_NAMES, generate_scene
 from anchorline.evaluation.verify.record import record_path
 from anchorline.export.exporting import export_onnx
-from anchorline.export.graph import to_onnx
 from anchorline.export.torchvision_reference import TorchvisionDetector
-from anchorline.runtime.contract import ResizeRule
+from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.errors import GpuError, OutputError, ParityError, SettingsError
@@ -33,7 +32,9 @@ TRAPS = 13
 
 @pytest.fixture(scope="module")
 def artefacts(
-    small_model: Callable[..., FasterRCNN], tmp_path_factory: pytest.TempPathFactory
+    small_model: Callable[..., FasterRCNN],
+    onnx_of: Callable[[FasterRCNN, Contract], onnx.ModelProto],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Path, Path]:
     """A checkpoint, its ONNX file, and one with a fault: a class score that is off."""
     folder = tmp_path_factory.mktemp("artefacts")
@@ -41,7 +42,7 @@ def artefacts(
     contract = contract_of(model.settings, CLASS_NAMES, source={"command": "test"})
     checkpoint, sound, faulty = (folder / name for name in ("model.safetensors", "sound.onnx", "faulty.onnx"))
     save_checkpoint(checkpoint, model.state_dict(), model.settings, contract)
-    proto = to_onnx(model, contract)
+    proto = onnx_of(model, contract)
     onnx.save(proto, sound)
     (bias,) = [t for t in proto.graph.initializer if t.name.endswith("cls_score.bias")]
     values = numpy_helper.to_array(bias).copy()

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 
 from anchorline.engine.graph_tools import copy_of, fresh_name, replace_nodes, tensor_names
 from anchorline.runtime.errors import ArtefactError, SettingsError
+from anchorline.runtime.onnxruntime_backend import open_for_checks
 
 LARGEST = float(np.finfo(np.float16).max)
 SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
@@ -27,7 +28,6 @@ MARGIN = 2.0
 # rounding a normal number costs 0.0005 at most.
 WORST_ROUNDING = 0.01
 
-_FATAL_ONLY = 4
 
 Sample = Mapping[str, NDArray[np.generic]]
 
@@ -108,21 +108,13 @@ def _observed(model: onnx.ModelProto, names: Sequence[str]) -> tuple[onnx.ModelP
 
 def _session(model: onnx.ModelProto) -> Any:
     try:
-        import onnxruntime
+        # In the order of the graph and without an arena: a third of the memory.
+        return open_for_checks(model.SerializeToString(), arena=False, in_order=True)
     except ImportError as error:
         raise SettingsError(
             f"checking activations on samples needs onnxruntime ({error}); pip install 'anchorline[cpu]', "
             "or build without samples"
         ) from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _FATAL_ONLY
-    # In the order of the graph and without an arena: a third of the memory.
-    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-    options.enable_cpu_mem_arena = False
-    try:
-        return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         raise ArtefactError(
             f"onnxruntime cannot load the model to check its activations ({_reason(error)}); "

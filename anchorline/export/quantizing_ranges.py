@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from anchorline.runtime.errors import ArtefactError, DataError, SettingsError
+from anchorline.runtime.onnxruntime_backend import open_for_checks
 
 METHODS = ("minmax", "percentile", "mse")
 Inputs = Mapping[str, NDArray[Any]]
@@ -24,7 +25,6 @@ Range = tuple[float, float]
 _SAMPLES = 32768  # of one tensor, over all images: of some 200 tensors 26 MB
 _PERCENTILE = 99.99
 _SHRUNK = np.linspace(1.0, 0.3, 36)  # shares of the range that the search for the least error tries
-_FATAL_ONLY = 4
 
 
 def measure_ranges(
@@ -139,11 +139,5 @@ def _stride(elements: int, count: int) -> int:
 
 
 def _open(model: onnx.ModelProto, tensors: Sequence[str]) -> tuple[Any, list[str]]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _FATAL_ONLY
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = open_for_checks(model.SerializeToString())
     return session, [f"observed/{name}/{part}" for name in tensors for part in ("low", "high", "some")]

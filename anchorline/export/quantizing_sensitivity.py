@@ -25,6 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 from anchorline.evaluation.verify.onnx_stages import opened_up
 from anchorline.evaluation.verify.stages import stage_of
 from anchorline.export.quantizing_layers import Layer
+from anchorline.runtime.onnxruntime_backend import open_for_checks
 
 Inputs = Mapping[str, NDArray[Any]]
 Done = Callable[[], None]
@@ -32,7 +33,6 @@ Done = Callable[[], None]
 _RESULTS = ("objectness", "bbox_deltas", "class_logits", "box_regression")
 _PROPOSALS = "proposals"
 _SWITCHES = "quantised"
-_FATAL_ONLY = 4
 
 
 @dataclass(frozen=True)
@@ -289,11 +289,5 @@ def _relative_rms(reference: NDArray[np.float32], found: NDArray[np.float32]) ->
 
 
 def _session(model: onnx.ModelProto) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _FATAL_ONLY
-    options.add_session_config_entry("session.disable_quant_qdq", "1")  # the rounding is what is measured
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    # The rounding is what is measured, not what onnxruntime would fuse it with.
+    return open_for_checks(model.SerializeToString(), config={"session.disable_quant_qdq": "1"})

@@ -49,7 +49,8 @@ class CpuOptions:
 
 
 def usable_cores() -> int:
-    """The cores that this process may use: by its affinity and, in a container, by its share of time.
+    """The cores that this process may use: by its affinity, in a container by its share of time, and never
+    more than ``$OMP_NUM_THREADS``, by which clusters and test runners divide a machine.
 
     The two threads of one core count once, since they share its arithmetic units.
     """
@@ -62,7 +63,8 @@ def usable_cores() -> int:
         cores = min(cores, max(1, int(quota) // int(period)))
     except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max": no limit
         pass
-    return cores
+    share = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is one number a level
+    return min(cores, int(share)) if share.isdecimal() and int(share) else cores
 
 
 def _siblings(cpu: int) -> str:

@@ -163,6 +163,31 @@ def write_inlined(path: Path, target: Path) -> Contract:
     return contract
 
 
+def open_for_checks(
+    model: bytes,
+    *,
+    provider: str = PROVIDERS["cpu"],
+    arena: bool = True,
+    in_order: bool = False,
+    config: Mapping[str, str] | None = None,
+) -> Any:
+    """An ``onnxruntime.InferenceSession`` of a graph in memory, quiet and on the cores of this process.
+
+    Without ``arena`` memory is given back after each value's last use; ``in_order`` keeps the order of the
+    graph, where that lets values die early. ``config`` are session config entries by key. Raises
+    ``ImportError`` and onnxruntime's own errors.
+    """
+    import onnxruntime
+
+    options = _session_options(CpuOptions())(onnxruntime)
+    options.enable_cpu_mem_arena = arena
+    if in_order:
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
+    return onnxruntime.InferenceSession(model, options, providers=[provider])
+
+
 def _session_options(cpu: CpuOptions) -> Callable[[Any], Any]:
     def configure(onnxruntime: Any) -> Any:
         options = onnxruntime.SessionOptions()

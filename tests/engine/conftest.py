@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from anchorline.runtime.contract import Contract
     from anchorline.train.faster_rcnn import FasterRCNN
 
 Outputs = dict[str, NDArray[np.generic]]
@@ -24,24 +25,22 @@ NAMES = ("cat", "dog", "bird")
 
 
 @pytest.fixture(scope="session")
-def exported(small_model: Callable[..., FasterRCNN]) -> Callable[..., onnx.ModelProto]:
+def exported(
+    small_model: Callable[..., FasterRCNN], onnx_of: Callable[[FasterRCNN, Contract], onnx.ModelProto]
+) -> Callable[..., onnx.ModelProto]:
     """``exported(neck, task)``: the ONNX form of a small model on a canvas of 128x160, each made once.
 
     A copy each time, so that a test may change it.
     """
-    import torch
-
-    from anchorline.export.graph import to_onnx
     from anchorline.train.checkpoint import contract_of
 
     done: dict[tuple[str, str], bytes] = {}
 
     def get(neck: str = "fpn", task: str = "detections") -> onnx.ModelProto:
         if (neck, task) not in done:
-            torch.set_num_threads(1)
             model = small_model(neck, len(NAMES))
             contract = dataclasses.replace(contract_of(model.settings, NAMES, source={}), task=task)
-            done[neck, task] = to_onnx(model, contract).SerializeToString()
+            done[neck, task] = onnx_of(model, contract).SerializeToString()
         return onnx.load_model_from_string(done[neck, task])
 
     return get

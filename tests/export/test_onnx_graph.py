@@ -14,7 +14,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from anchorline.export.graph import to_onnx
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.train.checkpoint import contract_of
 from anchorline.train.faster_rcnn import FasterRCNN
@@ -48,7 +47,9 @@ class Exported:
 
 
 @pytest.fixture(scope="module")
-def export(small_model: Callable[..., FasterRCNN]) -> Callable[[str, str], Exported]:
+def export(
+    small_model: Callable[..., FasterRCNN], onnx_of: Callable[[FasterRCNN, Contract], onnx.ModelProto]
+) -> Callable[[str, str], Exported]:
     """``export(neck, task)``, each done once."""
     done: dict[tuple[str, str], Exported] = {}
 
@@ -58,7 +59,7 @@ def export(small_model: Callable[..., FasterRCNN]) -> Callable[[str, str], Expor
             contract = dataclasses.replace(
                 contract_of(model.settings, NAMES, source={"data": "none"}), task=task
             )
-            proto = to_onnx(model, contract)
+            proto = onnx_of(model, contract)
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = 1
             session = onnxruntime.InferenceSession(

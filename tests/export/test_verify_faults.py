@@ -32,14 +32,16 @@ CONV = "backbone.body.6.conv.2"
 
 @pytest.fixture(scope="module")
 def reference(
-    small_model: Callable[..., FasterRCNN], tmp_path_factory: pytest.TempPathFactory
+    small_model: Callable[..., FasterRCNN],
+    onnx_of: Callable[[FasterRCNN, Contract], onnx.ModelProto],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Subject, onnx.ModelProto]:
     """A model as PyTorch runs it, and the sound graph of it."""
     model = small_model("fpn", len(CLASS_NAMES))
     path = tmp_path_factory.mktemp("reference") / "model.safetensors"
     contract = contract_of(model.settings, CLASS_NAMES, source={"command": "test"})
     save_checkpoint(path, model.state_dict(), model.settings, contract)
-    return checkpoint_subject(path), to_onnx(model, contract)
+    return checkpoint_subject(path), onnx_of(model, contract)
 
 
 @pytest.fixture

@@ -270,7 +270,8 @@ def test_unknown_settings(model_path, name, value):
         Detector(model_path, **{name: value})
 
 
-def test_cores_by_affinity_siblings_and_quota(tmp_path, monkeypatch):
+def test_cores_by_affinity_siblings_quota_and_openmp(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(cpu_options.os, "sched_getaffinity", lambda process: {0, 1, 2, 3}, raising=False)
     quota = tmp_path / "cpu.max"
     monkeypatch.setattr(cpu_options, "_CGROUP_QUOTA", quota)
@@ -280,6 +281,9 @@ def test_cores_by_affinity_siblings_and_quota(tmp_path, monkeypatch):
     assert cpu_options.usable_cores() == 2
     for text, cores in (("max 100000", 2), ("150000 100000", 1), ("50000 100000", 1), ("nonsense", 2)):
         quota.write_text(text)
+        assert cpu_options.usable_cores() == cores
+    for share, cores in (("1", 1), ("1,2", 1), ("8", 2), ("0", 2), ("", 2), ("many", 2)):
+        monkeypatch.setenv("OMP_NUM_THREADS", share)
         assert cpu_options.usable_cores() == cores
     assert CpuOptions(threads=3).thread_count == 3
 

@@ -14,12 +14,12 @@ from anchorline.evaluation.verify.stages import is_stage
 from anchorline.runtime.canvas import Placement
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.errors import ArtefactError
+from anchorline.runtime.onnxruntime_backend import open_for_checks
 
 Prepare = Callable[[Sequence[NDArray[np.uint8]]], tuple[dict[str, NDArray[np.generic]], list[Placement]]]
 
 _WEIGHTED = ("Conv", "Gemm", "MatMul")
 _FED = "fed/"
-_FATAL_ONLY = 4
 
 
 class OnnxStages:
@@ -92,14 +92,9 @@ class OnnxStages:
         return dict(zip(wanted, values, strict=True))
 
     def _open(self, fed: Iterable[str], wanted: Sequence[str]) -> Any:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _FATAL_ONLY
-        # An arena grows in doublings and keeps them; every stage of a large canvas is an output here.
-        options.enable_cpu_mem_arena = False
         model = opened_up(self._model, sorted(fed), wanted)
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[self._provider])
+        # An arena grows in doublings and keeps them; every stage of a large canvas is an output here.
+        return open_for_checks(model.SerializeToString(), provider=self._provider, arena=False)
 
 
 def opened_up(model: Any, fed: Sequence[str], wanted: Sequence[str]) -> Any:
