@@ -10,7 +10,7 @@ from anchorline.doctor.conflicts import tensorrt_packages
 from anchorline.doctor.findings import Finding
 from anchorline.doctor.machine import Machine
 from anchorline.doctor.packages import numbers
-from anchorline.runtime.cpu_options import CpuOptions, has_native_bf16
+from anchorline.runtime.cpu_options import CpuOptions, adds_in_16_bits, has_native_bf16
 from anchorline.runtime.engine_manifest import EngineManifest
 from anchorline.runtime.errors import AnchorlineError, ArtefactError
 from anchorline.runtime.files import sha256_of
@@ -70,8 +70,14 @@ def _instead_of_tensorrt(artefact: Artefact, machine: Machine) -> list[Runtime]:
 
 
 def runtime_findings(artefact: Artefact, runtimes: list[Runtime]) -> list[Finding]:
-    """A problem when nothing here runs it; a note when the ONNX file beside an engine is not its own."""
+    """A problem when nothing here runs it; notes on integers that need VNNI, and on an ONNX file beside an
+    engine that is not its own."""
     found = []
+    if artefact.kind == "onnx" and artefact.contract.needs_vnni:
+        here = ", which this one has not: onnxruntime computes it in float32" * adds_in_16_bits()
+        text = f"{artefact.path.name} has 8-bit weights, which are exact on processors with VNNI only{here}"
+        remedy = "quantise the float model again with anchorline quantize: new files are exact everywhere"
+        found.append(Finding("note", text, remedy))
     if not any(runtime.runs for runtime in runtimes):
         reasons = "; ".join(f"{runtime.name}: {runtime.reason}" for runtime in runtimes)
         found.append(Finding("problem", f"{artefact.path.name} cannot run here", reasons))

@@ -26,7 +26,7 @@ from anchorline.train.checkpoint import load_checkpoint, read_header
 from anchorline.train.faster_rcnn import FasterRCNN
 from anchorline.train.prediction import TorchDetector
 from anchorline.train.stage_outputs import TorchStages
-from anchorline.train.tasks import check_own_proposals
+from anchorline.train.tasks import OUTPUTS, check_own_proposals
 
 _NO_LIMIT = 1 << 20  # pixels
 
@@ -86,6 +86,7 @@ def export_onnx(
     contract = dataclasses.replace(
         contract,
         task=task,
+        outputs=OUTPUTS[task],
         max_batch=max_batch,
         source={
             **contract.source,

@@ -4,9 +4,11 @@ onnxruntime's own quantiser does the work. Both targets get Q/DQ nodes (``Quanti
 ``DequantizeLinear`` around float operators): onnxruntime turns them into its integer kernels when it
 loads the file, and TensorRT takes INT8 in no other form.
 
-- ``cpu``: activations u8 with a zero point, weights s8 per channel, biases s32; what lies between two
-  layers is quantised as well, so that the values stay integers from one to the next. (s8 activations
-  are slower than float32 there.)
+- ``cpu``: activations u8 with a zero point, weights s8 per channel in ``WEIGHT_BITS["cpu"]`` = 7 bits,
+  biases s32; what lies between two layers is quantised as well, so that the values stay integers from one
+  to the next. Processors without VNNI add two products u8 x s8 in 16 bits that saturate (``vpmaddubsw``);
+  two products with weights of at most 64 fit (2 x 255 x 64 = 32640). u8 weights would be exact as well, and
+  everywhere half as fast or worse; s8 activations are slower than float32.
 - ``tensorrt``: activations s8 and symmetric, weights s8 per channel, biases float32; only the inputs of
   layers, since TensorRT finds itself what it can fuse.
 """
@@ -20,10 +22,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from anchorline.export.quantizing_layers import Layer, integer_nodes
 
 TARGETS = ("cpu", "tensorrt")
+WEIGHT_BITS = {"cpu": 7, "tensorrt": 8}
 Range = tuple[float, float]
 
 # How onnxruntime's quantiser marks a graph whose shapes are inferred; without it, it infers them itself,
@@ -71,7 +75,7 @@ def quantized(
         quantizer = QDQQuantizer(
             copy,
             per_channel=True,
-            reduce_range=False,
+            reduce_range=WEIGHT_BITS[target] == 7,
             weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QUInt8 if on_cpu else QuantType.QInt8,
             tensors_range=limits,
@@ -81,8 +85,42 @@ def quantized(
             extra_options=options,
         )
         made: onnx.ModelProto = quantizer.quantize_model()
+    if on_cpu:
+        _keep_in_float(made.graph)
     _restore(made, model)
     return made
+
+
+def _keep_in_float(graph: onnx.GraphProto) -> None:
+    """Stop onnxruntime from quantising the layers that are to stay float, all channels with one scale.
+
+    Its optimiser (``WeightBiasQuantization``) does so, unasked, wherever a float layer stands between
+    rounded values. It leaves alone what is dequantised channel by channel, so these layers get their input
+    that way, with the same scale for each channel. (TensorRT knows no such activations; our runtime turns
+    that optimiser off as well.)
+    """
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    added: dict[str, str] = {}
+    for node in list(graph.node):
+        maker = makers.get(node.input[0]) if node.op_type in ("Conv", "Gemm") else None
+        weight = tensors.get(node.input[1]) if maker is not None else None
+        if maker is None or weight is None or maker.op_type != "DequantizeLinear":
+            continue
+        options = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type == "Conv":
+            channels = weight.dims[1] * options.get("group", 1)
+        else:
+            channels = weight.dims[1 if options.get("transB") else 0]
+        if maker.output[0] not in added:
+            name = added[maker.output[0]] = f"{maker.output[0]}_by_channel"
+            constants = [f"{name}_scale", f"{name}_zero_point"]
+            for constant, source in zip(constants, maker.input[1:3], strict=True):
+                value = np.full(channels, numpy_helper.to_array(tensors[source]))
+                graph.initializer.append(numpy_helper.from_array(value, constant))
+            inputs = [maker.input[0], *constants]
+            graph.node.append(onnx.helper.make_node("DequantizeLinear", inputs, [name], name, axis=1))
+        node.input[0] = added[maker.output[0]]
 
 
 def _restore(made: onnx.ModelProto, model: onnx.ModelProto) -> None:

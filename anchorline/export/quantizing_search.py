@@ -16,7 +16,7 @@ from anchorline.evaluation.verify.material import first_images
 from anchorline.evaluation.verify.report import VerifyReport
 from anchorline.evaluation.verify.subject import onnx_subject
 from anchorline.evaluation.verify.verifying import verify as verify_subjects
-from anchorline.export.quantizing_graph import Range, quantized
+from anchorline.export.quantizing_graph import WEIGHT_BITS, Range, quantized
 from anchorline.export.quantizing_layers import Layer
 from anchorline.export.quantizing_loss import Loss, LossMeter
 from anchorline.export.quantizing_sensitivity import Sensitivity
@@ -174,6 +174,7 @@ def contract_of(job: Job, floats: Sequence[str], loss: Loss | None) -> Contract:
     """The model's contract with the precision int8, and in its source how that came about."""
     record = {
         "for": job.target,
+        "weight_bits": WEIGHT_BITS[job.target],
         "data": job.dataset.spec,
         "images": len(job.dataset),
         "method": job.method,

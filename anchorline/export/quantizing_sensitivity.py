@@ -8,7 +8,8 @@ Two figures a layer, of a few images and with everything before the layer in flo
   a switch a layer gives it, at one run a layer. The second stage sees the float model's proposals, since
   two lists of boxes could not be compared row by row.
 
-Integers are simulated: rounded values in float32, which is what they stand for.
+Integers are simulated: rounded values in float32, which is what they stand for and what the kernels of every
+processor give (``quantizing_graph.py``).
 """
 
 from __future__ import annotations

@@ -116,6 +116,17 @@ class Contract:
     source: Mapping[str, Any] = field(default_factory=dict)
     version: int = CONTRACT_VERSION
 
+    @property
+    def needs_vnni(self) -> bool:
+        """Whether it is quantised for processors with weights of 8 bits, as before they had 7.
+
+        Their products fit the sums of processors with VNNI only; where those have 16 bits they saturate.
+        """
+        made = self.source.get("quantised")
+        if self.precision != "int8" or not isinstance(made, Mapping):
+            return False
+        return made.get("for") == "cpu" and made.get("weight_bits") != 7
+
     def __post_init__(self) -> None:
         _expect_choice("task", self.task, TASKS)
         _expect_choice("input_dtype", self.input_dtype, INPUT_DTYPES)

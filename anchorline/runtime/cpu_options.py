@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ TUNINGS = ("latency", "throughput")
 # Instructions that multiply bfloat16 directly; without one of them it is converted back and forth, which
 # is slower than float32.
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
+_VNNI_FLAGS = {"avx512_vnni", "avx_vnni"}
+_X86 = ("x86_64", "amd64", "i686", "x86")
+_CPUINFO = Path("/proc/cpuinfo")
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -78,14 +82,26 @@ def _siblings(cpu: int) -> str:
 
 def has_native_bf16() -> bool:
     """Whether the processor multiplies bfloat16 natively; False where that cannot be found out."""
+    return not _BF16_FLAGS.isdisjoint(_flags())
+
+
+def adds_in_16_bits() -> bool:
+    """Whether integer products are added in 16 bits here, which saturate: on x86 without VNNI.
+
+    True for an x86 processor of which that cannot be found out.
+    """
+    return platform.machine().lower() in _X86 and _VNNI_FLAGS.isdisjoint(_flags())
+
+
+def _flags() -> list[str]:
+    """The processor's instruction sets as Linux names them; none elsewhere."""
     if not sys.platform.startswith("linux"):
-        return False
+        return []
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return False
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    return not _BF16_FLAGS.isdisjoint(flags.split())
+        return []
+    return next((line for line in text.splitlines() if line.startswith("flags")), "").split()
 
 
 def network_precision(wanted: str, model: str) -> str:

@@ -6,6 +6,7 @@ With ``io_binding.py`` the only module that imports onnxruntime.
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import threading
 import time
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.core_budget import core_budget
-from anchorline.runtime.cpu_options import CpuOptions
+from anchorline.runtime.cpu_options import CpuOptions, adds_in_16_bits
 from anchorline.runtime.cuda.failures import CudaError
 from anchorline.runtime.errors import ArtefactError, GpuError, SettingsError
 from anchorline.runtime.gpu.options import GpuOptions
@@ -41,6 +42,10 @@ _GRAPH_OPTIONS = {
 _LOST = range(700, 721)  # cudaError_t from an illegal address to a failed launch
 _FATAL_ONLY = 4  # onnxruntime's log severity: its errors come back as exceptions anyway
 _ONNX_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
+# Quantises float layers that stand between rounded values, with one scale for all channels.
+_UNWANTED_OPTIMIZERS = ["WeightBiasQuantization"]
+
+log = logging.getLogger("anchorline.runtime")
 
 
 def available_providers() -> list[str]:
@@ -82,6 +87,14 @@ class OnnxRuntimeBackend:
         self._threads = cpu.thread_count
         self._session: Any = _open_session(self.path, provider, _session_options(cpu), options)
         self.contract = _read_contract(self.path, self._session)
+        wide = exact_sums(self.contract)
+        if provider == "cpu" and wide:
+            self._session = _open_session(self.path, provider, _session_options(cpu, wide), options)
+            log.warning(
+                "%s: its 8-bit weights need VNNI, which this processor has not; it is computed in float32, "
+                "quantise the float model again for full speed",
+                self.path,
+            )
         _check_graph(self.path, self._session, self.contract)
         self.precision = self.contract.precision
         self._thread = threading.local()
@@ -179,22 +192,34 @@ def open_for_checks(
     """
     import onnxruntime
 
-    options = _session_options(CpuOptions())(onnxruntime)
+    options = _session_options(CpuOptions(), config)(onnxruntime)
     options.enable_cpu_mem_arena = arena
     if in_order:
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-    for key, value in (config or {}).items():
-        options.add_session_config_entry(key, value)
-    return onnxruntime.InferenceSession(model, options, providers=[provider])
+    return onnxruntime.InferenceSession(
+        model, options, providers=[provider], disabled_optimizers=_UNWANTED_OPTIMIZERS
+    )
 
 
-def _session_options(cpu: CpuOptions) -> Callable[[Any], Any]:
+def exact_sums(contract: Contract) -> dict[str, str]:
+    """The session config with which onnxruntime computes this model's integer products exactly here.
+
+    Empty but for a model that needs VNNI on a processor without: there the rounded values are multiplied in
+    float32. (``session.x64quantprecision`` would keep integers, but fails on weights that several layers
+    share, as the RPN's.)
+    """
+    return {"session.disable_quant_qdq": "1"} if contract.needs_vnni and adds_in_16_bits() else {}
+
+
+def _session_options(cpu: CpuOptions, config: Mapping[str, str] | None = None) -> Callable[[Any], Any]:
     def configure(onnxruntime: Any) -> Any:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _FATAL_ONLY
         # Always a number: left to itself onnxruntime pins the threads of every session to the same cores,
         # and several detectors stand in each other's way. It also overlooks a container's limit.
         options.intra_op_num_threads = cpu.thread_count
+        for key, value in (config or {}).items():
+            options.add_session_config_entry(key, value)
         return options
 
     return configure
@@ -211,7 +236,11 @@ def _open_session(path: Path, provider: str, configure: Callable[[Any], Any], gp
     try:
         # Without its own fallback, which says so on stdout and forgets the options: the GPU's number, too.
         session = onnxruntime.InferenceSession(
-            str(path), configure(onnxruntime), providers=_provider_list(provider, gpu), enable_fallback=0
+            str(path),
+            configure(onnxruntime),
+            providers=_provider_list(provider, gpu),
+            enable_fallback=0,
+            disabled_optimizers=_UNWANTED_OPTIMIZERS,
         )
     except Exception as error:
         reason = _reason(error)

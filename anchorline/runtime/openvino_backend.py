@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.compiled_cache import CompiledCache, DamagedEntryError, Entry
 from anchorline.runtime.contract import Contract
-from anchorline.runtime.cpu_options import CpuOptions, network_precision
+from anchorline.runtime.cpu_options import CpuOptions, adds_in_16_bits, network_precision
 from anchorline.runtime.errors import ArtefactError, SettingsError
 from anchorline.runtime.files import sha256_of
 from anchorline.runtime.onnxruntime_backend import check_file, write_inlined
@@ -61,6 +61,11 @@ class OpenVINOBackend:
             ) from error
         self._network: Any
         self.contract, self._network = _open(self.path, options, cache or CompiledCache())
+        if self.contract.needs_vnni and adds_in_16_bits():
+            raise ArtefactError(
+                f"{self.path}: its 8-bit weights need VNNI, which this processor has not; quantise the float "
+                "model again, or use the provider cpu"
+            )
         hint = str(self._network.get_property("INFERENCE_PRECISION_HINT"))
         computed = "bf16" if "bfloat16" in hint else "fp32"
         self.precision = computed if self.contract.precision == "fp32" else self.contract.precision

@@ -348,6 +348,25 @@ def test_the_providers_of_onnxruntime(
     }
 
 
+@pytest.mark.parametrize("vnni", [True, False])
+def test_weights_that_need_vnni_are_noted(
+    vnni: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtimes, "adds_in_16_bits", lambda: not vnni)
+    runs = [Runtime("onnxruntime, cpu", True, "loads it")]
+    for bits, notes in ((7, 0), (8, 1), (None, 1)):
+        made = {"for": "cpu", **({} if bits is None else {"weight_bits": bits})}
+        contract = dataclasses.replace(CONTRACT, precision="int8", source={"quantised": made})
+        artefact = read_artefact(write_onnx(tmp_path / "int8.onnx", contract))
+        findings = runtime_findings(artefact, runs)
+        assert len(findings) == notes
+        for finding in findings:
+            assert finding.level == "note"
+            assert "exact on processors with VNNI only" in finding.text
+            assert ("which this one has not" in finding.text) is not vnni
+            assert "anchorline quantize" in finding.remedy
+
+
 @pytest.mark.parametrize("bf16", [True, False])
 def test_openvino(
     bf16: bool, artefacts: dict[str, Artefact], make_machine: Make, monkeypatch: pytest.MonkeyPatch

@@ -9,12 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ from anchorline.evaluation.specs import load_datasets
 from anchorline.evaluation.synthetic import generate_scene
 from anchorline.evaluation.verify.record import record_path
 from anchorline.evaluation.verify.stages import is_stage
-from anchorline.export import quantizing_search
+from anchorline.export import quantizing_graph, quantizing_search
 from anchorline.export.functions import attach_functions
 from anchorline.export.quantizing import quantize_onnx
 from anchorline.export.quantizing_graph import observed_tensors, quantized
@@ -36,14 +37,17 @@ from anchorline.export.quantizing_loss import Loss, LossMeter
 from anchorline.export.quantizing_ranges import measure_ranges
 from anchorline.export.quantizing_search import Trial, fewest_float
 from anchorline.export.quantizing_sensitivity import measure_sensitivity
+from anchorline.runtime import onnxruntime_backend
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.errors import AnchorlineError, ParityError
 from anchorline.runtime.images import write_image
+from anchorline.runtime.onnxruntime_backend import OnnxRuntimeBackend, exact_sums, open_for_checks
 from anchorline.verifying import verify_files
 
-SIDE, CELLS, PROPOSALS, DETECTIONS, CHANNELS = 64, 16, 16, 8, 8
+SIDE, CELLS, CHANNELS = 64, 16, 8
+PROPOSALS = DETECTIONS = CELLS * CELLS
 LAST = ("rpn.cls_logits", "rpn.bbox_pred", "roi.cls_score", "roi.bbox_pred")
 INTEGER = ("body.0", "body.1", "body.2", "fpn", "rpn.conv", "roi.fc6", "roi.fc7")
 FC6, FC7 = "model.roi.fc6", "model.roi.fc7"
@@ -85,7 +89,11 @@ class Graph:
 
 
 def tiny_detector() -> onnx.ModelProto:
-    """Faster R-CNN with a layer of each kind: a residual, FPN, RPN, RoIAlign and two fully connected."""
+    """Faster R-CNN with a layer of each kind: a residual, FPN, RPN, RoIAlign and two fully connected.
+
+    Every cell is proposed, every proposal has room among the detections, and NMS takes only what coincides:
+    where a rounding decided which of two alike boxes stays, so would the processor's own.
+    """
     g, c = Graph(), CHANNELS
     three = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
     g.add("Cast", ["images"], "floats", to=TensorProto.FLOAT)
@@ -146,7 +154,7 @@ def _second_stage(g: Graph) -> None:
     g.add("ArgMax", ["things"], "class", axis=2, keepdims=0)
     g.add("Reshape", ["box_regression", g.const("box_rows", [-1, PROPOSALS, 4], np.int64)], "moves")
     g.add("Add", ["proposals", "moves"], "moved")
-    thresholds = {"iou_threshold": 0.5, "score_threshold": 0.05}
+    thresholds = {"iou_threshold": 0.95, "score_threshold": 0.05}
     g.add("BatchedNMS", ["moved", "score"], "kept", "anchorline", **thresholds, **plugin)
     g.const("most_detections", [DETECTIONS], np.int64)
     g.nodes.append(helper.make_node("TopK", ["kept", "most_detections"], ["top", "order"], "n_top"))
@@ -234,12 +242,17 @@ def run(model: onnx.ModelProto, inputs: dict[str, NDArray[Any]], wanted: list[st
     return list(session.run(wanted, inputs))
 
 
-def test_onnxruntime_runs_every_quantised_layer_on_integers(made: dict[str, Path], tmp_path: Path) -> None:
+def optimised(model: Path, tmp_path: Path) -> list[str]:
+    """The op types of the graph that onnxruntime makes of ``model`` and runs."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.log_severity_level = 3
-    onnxruntime.InferenceSession(made["cpu"], options, providers=["CPUExecutionProvider"])
-    ops = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+
+
+def test_onnxruntime_runs_every_quantised_layer_on_integers(made: dict[str, Path], tmp_path: Path) -> None:
+    ops = optimised(made["cpu"], tmp_path)
     assert ops.count("QLinearConv") == 5
     assert ops.count("QGemm") == 2
     assert ops.count("QLinearAdd") == 1
@@ -247,6 +260,189 @@ def test_onnxruntime_runs_every_quantised_layer_on_integers(made: dict[str, Path
     assert len(floats) == 2, "the RPN's last two"
     assert len([op for op in ops if op in ("Gemm", "FusedGemm")]) == 2
     assert ops.count("QuantizeLinear") == 2, "the pixels, and the pooled features"
+
+
+def test_a_layer_given_back_to_float_stays_float_between_integers(folder: Path, tmp_path: Path) -> None:
+    """onnxruntime would quantise it all the same, with one scale for all channels."""
+    model, images = onnx.load(folder / "tiny.onnx"), inputs_of(folder, 2)
+    usable = [layer for layer in find_layers(model.graph) if not layer.last]
+    ranges = measure_ranges(model, observed_tensors(model, usable), images, 2, "minmax")
+    kept = [layer for layer in usable if layer.name not in ("body.1", "roi.fc7")]
+    mixed = quantized(model, kept, ranges, "cpu")
+    onnx.checker.check_model(mixed)
+    onnx.save(mixed, tmp_path / "mixed.onnx")
+    ops = optimised(tmp_path / "mixed.onnx", tmp_path)
+    assert ops.count("QLinearConv") == 4
+    assert ops.count("QGemm") == 1
+    check_float_layer(run, mixed, images)
+
+
+def check_float_layer(run: Callable[..., Any], mixed: onnx.ModelProto, images: list[Any]) -> None:
+    """Layer body.1 of ``mixed`` gives what PyTorch makes of its input."""
+    weights = weights_of(mixed)
+    (layer,) = (node for node in mixed.graph.node if node.name == "n_c1")
+    for inputs in images:
+        before, after = run(mixed, inputs, [layer.input[0], "r1"])
+        planes = torch.from_numpy(before)
+        weight, bias = (torch.tensor(weights[f"model.body.1.{part}"]) for part in ("weight", "bias"))
+        exact = torch.nn.functional.conv2d(planes, weight, bias, stride=2, padding=1).relu().numpy()
+        np.testing.assert_allclose(after, exact, atol=1e-4)
+
+
+def test_our_sessions_leave_float_layers_alone_in_every_form(folder: Path) -> None:
+    model, images = onnx.load(folder / "tiny.onnx"), inputs_of(folder, 1)
+    usable = [layer for layer in find_layers(model.graph) if not layer.last]
+    ranges = measure_ranges(model, observed_tensors(model, usable), images, 1, "minmax")
+    kept = [layer for layer in usable if layer.name != "body.1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantizing_graph, "_keep_in_float", lambda graph: None)  # as in older files
+        older = quantized(model, kept, ranges, "cpu")
+    for mixed in (older, quantized(model, kept, ranges, "tensorrt")):
+
+        def run_ours(model: onnx.ModelProto, inputs: Any, wanted: list[str]) -> list[NDArray[Any]]:
+            copy = onnx.ModelProto.FromString(model.SerializeToString())
+            copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+            return list(open_for_checks(copy.SerializeToString()).run(wanted, inputs))
+
+        check_float_layer(run_ours, mixed, images)
+
+
+class IntegerLayer(NamedTuple):
+    """A product with integers in the cpu form: its inputs as rows [N, K], its weights [K, C], its output."""
+
+    rows: NDArray[np.uint8]
+    weights: NDArray[np.int8]
+    expected: NDArray[np.uint8]  # of the exact sum, by NumPy
+    found: NDArray[np.uint8]  # by onnxruntime
+
+
+def integer_layers(model: onnx.ModelProto, inputs: dict[str, NDArray[Any]]) -> dict[str, IntegerLayer]:
+    """By the weight's name, computed anew from what onnxruntime gives as the layer's rounded input."""
+    constants = weights_of(model)
+    makers = {name: node for node in model.graph.node for name in node.output}
+    readers = {node.input[0]: node for node in model.graph.node}
+    found = {}
+    for node in model.graph.node:
+        maker = makers.get(node.input[1]) if node.op_type in ("Conv", "Gemm") else None
+        if maker is None or maker.op_type != "DequantizeLinear":
+            continue
+        before, after = makers[node.input[0]], readers[node.output[0]]
+        value, output = run(model, inputs, [before.input[0], after.output[0]])
+        weight, bias = constants[maker.input[0]], constants[makers[node.input[2]].input[0]]
+        if node.op_type == "Conv":
+            kernel = weight.shape[2]
+            stride = next((a.ints[0] for a in node.attribute if a.name == "strides"), 1)
+            pad, zero = kernel // 2, int(constants[before.input[2]])
+            padded = np.pad(value, ((0, 0), (0, 0), (pad, pad), (pad, pad)), constant_values=zero)
+            windows = np.lib.stride_tricks.sliding_window_view(padded, (kernel, kernel), axis=(2, 3))
+            windows = windows[:, :, ::stride, ::stride]  # [1, C, H, W, k, k]
+            rows = windows.transpose(0, 2, 3, 4, 5, 1).reshape(-1, kernel * kernel * value.shape[1])
+            columns = weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0])
+            output = output.transpose(0, 2, 3, 1).reshape(len(rows), -1)
+        else:
+            rows, columns = value, weight.T
+        scale = float(constants[before.input[1]]) * constants[maker.input[1]].astype(np.float64)
+        zero = int(constants[before.input[2]])
+        total = exact_sum(rows, columns) - zero * columns.sum(axis=0, dtype=np.int64) + bias
+        step, middle = float(constants[after.input[1]]), int(constants[after.input[2]])
+        expected = np.clip(np.rint(total * scale / step) + middle, 0, 255).astype(np.uint8)
+        name = maker.input[0].removeprefix("model.").removesuffix(".weight_quantized")
+        found[name] = IntegerLayer(rows, columns, expected, output)
+    return found
+
+
+def exact_sum(rows: NDArray[np.uint8], weights: NDArray[np.int8]) -> NDArray[np.int64]:
+    """As processors with VNNI add: 32 bits throughout."""
+    return rows.astype(np.int64) @ weights.astype(np.int64)
+
+
+def saturating_sum(rows: NDArray[np.uint8], weights: NDArray[np.int8]) -> NDArray[np.int64]:
+    """As processors without VNNI add (``vpmaddubsw``): two neighbours in 16 bits, which saturate."""
+    odd = rows.shape[1] % 2
+    rows, weights = np.pad(rows, ((0, 0), (0, odd))), np.pad(weights, ((0, odd), (0, 0)))
+    total = np.zeros((rows.shape[0], weights.shape[1]), np.int64)
+    for k in range(0, rows.shape[1], 2):
+        pair = exact_sum(rows[:, k : k + 2], weights[k : k + 2])
+        total += np.clip(pair, -(2**15), 2**15 - 1)
+    return total
+
+
+def test_sums_are_the_same_with_and_without_vnni(made: dict[str, Path], folder: Path) -> None:
+    model = onnx.load(made["cpu"])
+    for inputs in inputs_of(folder, 2):
+        layers = integer_layers(model, inputs)
+        assert set(layers) == set(INTEGER)
+        for name, layer in layers.items():
+            for order in (
+                np.arange(len(layer.weights)),
+                np.random.default_rng(0).permutation(len(layer.weights)),
+            ):
+                rows, weights = layer.rows[:, order], layer.weights[order]
+                np.testing.assert_array_equal(saturating_sum(rows, weights), exact_sum(rows, weights))
+            # One step: the scales are multiplied in float32 there.
+            difference = np.abs(layer.expected.astype(int) - layer.found)
+            assert difference.max() <= 1, name
+            assert (difference > 0).mean() < 0.01, name
+
+
+def test_weights_of_8_bits_would_saturate(
+    made: dict[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the test above can fail."""
+    model, (inputs,) = with_8_bits(folder, monkeypatch), inputs_of(folder, 1)
+    layers = integer_layers(model, inputs)
+    differs = {
+        name for name, each in layers.items() if np.any(saturating_sum(*each[:2]) != exact_sum(*each[:2]))
+    }
+    assert differs & {"body.0", "body.1", "body.2", "fpn", "rpn.conv"}
+
+
+def with_8_bits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> onnx.ModelProto:
+    """A file for CPUs as they were before weights had 7 bits."""
+    model = onnx.load(folder / "tiny.onnx")
+    usable = [layer for layer in find_layers(model.graph) if not layer.last]
+    ranges = measure_ranges(model, observed_tensors(model, usable), inputs_of(folder), 6, "minmax")
+    monkeypatch.setitem(quantizing_graph.WEIGHT_BITS, "cpu", 8)
+    old = quantized(model, usable, ranges, "cpu")
+    contract = dataclasses.replace(CONTRACT, precision="int8", source={"quantised": {"for": "cpu"}})
+    helper.set_model_props(old, {CONTRACT_KEY: contract.to_json()})
+    return old
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+def test_an_older_file_is_exact_without_vnni_too(
+    folder: Path,
+    tmp_path: Path,
+    vnni: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    onnx.save(with_8_bits(folder, monkeypatch), tmp_path / "old.onnx")
+    monkeypatch.setattr(onnxruntime_backend, "adds_in_16_bits", lambda: not vnni)
+    with OnnxRuntimeBackend(tmp_path / "old.onnx") as backend:
+        assert backend.contract.needs_vnni
+        config = exact_sums(backend.contract)
+    assert [record.levelname for record in caplog.records] == ([] if vnni else ["WARNING"])
+    assert vnni or "need VNNI, which this processor has not; it is computed in float32" in caplog.text
+    if not vnni:  # with that setting onnxruntime has no integer sums at all
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        options.log_severity_level = 3
+        for key, value in config.items():
+            options.add_session_config_entry(key, value)
+        onnxruntime.InferenceSession(tmp_path / "old.onnx", options, providers=["CPUExecutionProvider"])
+        ops = {node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node}
+        assert not ops & {"QLinearConv", "QGemm", "QLinearAdd", "QLinearMatMul"}
+
+
+def test_only_older_files_for_processors_need_vnni(made: dict[str, Path]) -> None:
+    for target in ("cpu", "tensorrt"):
+        contract = Contract.from_json(onnx.load(made[target]).metadata_props[0].value)
+        assert contract.source["quantised"]["weight_bits"] == {"cpu": 7, "tensorrt": 8}[target]
+        assert not contract.needs_vnni
+        assert not exact_sums(contract)
+    assert not CONTRACT.needs_vnni
+    assert not dataclasses.replace(CONTRACT, precision="int8", source={"quantised": "by hand"}).needs_vnni
 
 
 @pytest.mark.parametrize("target", ["cpu", "tensorrt"])
@@ -259,6 +455,7 @@ def test_weights_are_signed_per_channel_and_the_last_layers_float(
         assert weight.dtype == np.int8
         assert scale.shape == weight.shape[:1]
         assert not after[f"model.{name}.weight_zero_point"].any()
+        assert np.abs(weight.astype(int)).max() <= (64 if target == "cpu" else 127)
         by_channel = scale.reshape(-1, *[1] * (weight.ndim - 1))
         assert (np.abs(weight * by_channel - before[f"model.{name}.weight"]) <= 0.51 * by_channel).all()
         assert f"model.{name}.weight" not in after
@@ -323,7 +520,7 @@ def test_the_verdict_lies_beside_the_file_and_verify_repeats_it(made: dict[str, 
     assert record["passed"] is True
     assert record["artefact"]["precision"] == "int8"
     report = verify_files(folder / "tiny.onnx", made["cpu"], images=[str(folder / "images")])
-    assert report.tolerance["stage_rms"] == 0.5, "the row of int8"
+    assert report.tolerance["stage_rms"] == 0.75, "the row of int8"
     assert {stage.name for stage in report.stages or ()} >= {"backbone", "fpn", "class_logits"}
     assert report.passed, report.reason
 

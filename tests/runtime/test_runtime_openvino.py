@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anchorline.runtime import cpu_options, opening, openvino_backend
+from anchorline.runtime import cpu_options, onnxruntime_backend, opening, openvino_backend
 from anchorline.runtime.compiled_cache import CompiledCache
 from anchorline.runtime.cpu_options import CpuOptions
 from anchorline.runtime.detector import Detector
@@ -157,7 +157,7 @@ def test_a_damaged_entry_is_made_again_and_said_once(model_path, cache, caplog, 
         opened()
     assert len([r for r in caplog.records if "made again" in r.message]) == 1
     if damage != "folder":
-        assert entry.stat().st_size == len(whole)
+        assert CompiledCache(entry.parent).load(entry) is not None
 
 
 @needs_openvino
@@ -243,6 +243,43 @@ def test_importing_openvino_calls_nobody(model_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
+
+
+@needs_openvino
+def test_weights_that_need_vnni_are_left_to_onnxruntime_without_it(
+    tmp_path, write_model, contract, monkeypatch, caplog
+):
+    """OpenVINO adds in 16 bits there, too, and cannot be told otherwise."""
+    older = dataclasses.replace(contract, precision="int8", source={"quantised": {"for": "cpu"}})
+    path = write_model(tmp_path / "older.onnx", older)
+    for module in (openvino_backend, onnxruntime_backend):
+        monkeypatch.setattr(module, "adds_in_16_bits", lambda: True)
+    with pytest.raises(ArtefactError, match=r"need VNNI.*quantise the float model again, or use.*cpu"):
+        Detector(path, "openvino")
+    with Detector(path) as detector:
+        assert (detector.provider, detector.precision) == ("cpu", "int8")
+    assert "openvino cannot run it here" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "flags", "adds"),
+    [
+        ("linux", "x86_64", "fpu avx2", True),
+        ("linux", "x86_64", "fpu avx2 avx512f avx512bw", True),
+        ("linux", "x86_64", "fpu avx2 avx_vnni", False),
+        ("linux", "x86_64", "fpu avx512f avx512_vnni", False),
+        ("linux", "aarch64", "asimd asimddp", False),
+        ("win32", "AMD64", "", True),
+        ("darwin", "arm64", "", False),
+    ],
+)
+def test_processors_that_add_in_16_bits(tmp_path, monkeypatch, system, machine, flags, adds):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor : 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(cpu_options, "_CPUINFO", cpuinfo)
+    monkeypatch.setattr(cpu_options.sys, "platform", system)
+    monkeypatch.setattr(cpu_options.platform, "machine", lambda: machine)
+    assert cpu_options.adds_in_16_bits() is adds
 
 
 def test_by_name_and_not_installed(model_path, monkeypatch):

@@ -14,7 +14,7 @@ from anchorline.evaluation.verify.stages import is_stage
 from anchorline.runtime.canvas import Placement
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.errors import ArtefactError
-from anchorline.runtime.onnxruntime_backend import open_for_checks
+from anchorline.runtime.onnxruntime_backend import exact_sums, open_for_checks
 
 Prepare = Callable[[Sequence[NDArray[np.uint8]]], tuple[dict[str, NDArray[np.generic]], list[Placement]]]
 
@@ -94,7 +94,9 @@ class OnnxStages:
     def _open(self, fed: Iterable[str], wanted: Sequence[str]) -> Any:
         model = opened_up(self._model, sorted(fed), wanted)
         # An arena grows in doublings and keeps them; every stage of a large canvas is an output here.
-        return open_for_checks(model.SerializeToString(), provider=self._provider, arena=False)
+        return open_for_checks(
+            model.SerializeToString(), provider=self._provider, arena=False, config=exact_sums(self.contract)
+        )
 
 
 def opened_up(model: Any, fed: Sequence[str], wanted: Sequence[str]) -> Any:

@@ -37,7 +37,7 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def make(path: str, options: Any, providers: list[Any], **more: Any) -> Any:
         asked.append(providers)
-        assert more == {"enable_fallback": 0}
+        assert more == {"enable_fallback": 0, "disabled_optimizers": ["WeightBiasQuantization"]}
         return build(path, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
