@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cv2
+import hypothesis
 import numpy as np
 import pytest
 from filelock import FileLock
@@ -39,6 +40,12 @@ if TYPE_CHECKING:
 SMALL_CANVAS = (128, 160)
 
 cv2.setNumThreads(1)
+
+# The same examples everywhere, and no failure for being slow on a busy machine.
+hypothesis.settings.register_profile(
+    "suite", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("suite")
 
 # A shell's background jobs ignore Ctrl-C, jobs under nohup a hang-up, and the processes that tests start and
 # then signal would inherit that. A handler of Python's own is not inherited.
@@ -85,7 +92,8 @@ def onnx_of(
         from anchorline.export.graph import OUTPUTS, to_onnx
         from anchorline.runtime.contract import CONTRACT_KEY
 
-        key = hashlib.sha256(repr((model.settings, contract.task, contract.canvas)).encode())
+        kind = (model.settings, contract.task, contract.canvas, contract.input_dtype)
+        key = hashlib.sha256(repr(kind).encode())
         for name, tensor in model.state_dict().items():
             key.update(name.encode())
             key.update(tensor.contiguous().numpy().tobytes())
@@ -98,6 +106,23 @@ def onnx_of(
         return proto
 
     return get
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """Weights for the backbone of ``tiny.toml``: trainings that start from them end in the same model."""
+
+    def make(folder: Path) -> None:
+        import torch
+
+        from anchorline.train.faster_rcnn import FasterRCNN
+        from anchorline.train.settings import load_preset
+
+        torch.manual_seed(0)
+        model = FasterRCNN(load_preset(str(Path(__file__).with_name("tiny.toml"))).model, 1)
+        torch.save(model.backbone.body.state_dict(), folder / "weights.pth")
+
+    return once("tiny-weights", make) / "weights.pth"
 
 
 @pytest.fixture(scope="session")
@@ -155,6 +180,27 @@ def small_model(small_settings: Callable[..., ModelSettings]) -> Callable[..., F
         return built
 
     return model
+
+
+@pytest.fixture(scope="session")
+def model_without_ties(small_model: Callable[..., FasterRCNN]) -> FasterRCNN:
+    """An untrained model for the five synthetic classes that detects the same on every processor.
+
+    Without NMS, and with room for every proposal and every detection: among hundreds of overlapping boxes of
+    random weights rounding decides some comparison; a trained model's detections stand apart.
+    """
+    return small_model(
+        "single",
+        5,
+        backbone="resnet18",
+        canvas=(64, 96),
+        anchor_sizes=((24.0,),),
+        rpn_pre_nms=72,
+        rpn_post_nms=72,
+        rpn_nms_iou=1.0,
+        nms_iou=1.0,
+        max_detections=72 * 5,
+    )
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,16 +22,6 @@ from anchorline.evaluation.synthetic import CLASS_NAMES, generate_scene
 TINY = Path(__file__).with_name("tiny.toml")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def preset() -> Path:
     """A preset of our own, as a file."""
@@ -38,10 +29,11 @@ def preset() -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(preset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run; not to be changed."""
+def run(preset: Path, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run, the training of test_demo.py; not to be changed."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    arguments = ["train", "--preset", str(preset), "--data", "synthetic:6", "--val", "synthetic:2@7"]
+    arguments = ["train", "--preset", str(preset), "--data", "synthetic:6@1", "--val", "synthetic:2@7"]
+    arguments += ["--backbone-weights", str(tiny_weights)]
     assert cli.main([*arguments, "--out", str(out), "--seed", "5"]) == 0
     return out
 
@@ -55,8 +47,15 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     return captured.err
 
 
-def test_from_scenes_to_figures(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_scenes_to_figures(
+    run: Path,
+    onnx_of: Callable[..., Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """train, export, detect and evaluate, each on what the one before has written."""
+    monkeypatch.setattr("anchorline.export.exporting.to_onnx", onnx_of)
     checkpoint, model = run / "model.safetensors", tmp_path / "model.onnx"
     assert json.loads((run / "settings.json").read_text())["training"]["seed"] == 5
     assert cli.main(["export", str(checkpoint), "--out", str(model), "--max-batch", "4"]) == 0
@@ -113,14 +112,13 @@ def test_ctrl_c_saves_and_exits_with_130(preset: Path, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not (out / "last" / "state.pt").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
-        shown, errors = process.communicate(timeout=30)
+        shown, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130, errors

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import pytest
-import torch
 from rich.console import Console
 
 from anchorline import demo as module
@@ -20,8 +20,6 @@ from anchorline.evaluation.synthetic_video import synthetic_video_dataset
 from anchorline.runtime.errors import SettingsError
 from anchorline.runtime.video import VideoReader
 from anchorline.train.checkpoint import load_checkpoint
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.settings import load_preset
 
 SCENES, FRAMES = 6, 14
 
@@ -29,19 +27,20 @@ TINY = Path(__file__).with_name("tiny.toml")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoReport]:
-    """The report of a demo on a few scenes and frames."""
+def made(
+    tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path, onnx_of: Callable[..., Any]
+) -> Iterator[DemoReport]:
+    """The report of a demo on a few scenes and frames.
+
+    Its training is that of test_cli_training.py, whose export it therefore shares.
+    """
     folder = tmp_path_factory.mktemp("demo")
-    weights = folder / "weights.pth"
-    torch.manual_seed(0)
-    torch.save(FasterRCNN(load_preset(str(TINY)).model, 1).backbone.body.state_dict(), weights)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("anchorline.export.exporting.to_onnx", onnx_of)
         patch.setattr(module, "TRAINING_SCENES", SCENES)
         patch.setattr(module, "VIDEO_FRAMES", FRAMES)
-        yield demo(folder / "demo", backbone_weights=weights, preset=str(TINY))
-    torch.set_num_threads(threads)
+        seed = ["training.seed=5"]
+        yield demo(folder / "demo", backbone_weights=tiny_weights, preset=str(TINY), overrides=seed)
 
 
 def test_nothing_is_missing_and_nothing_is_left_over(made: DemoReport) -> None:

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from anchorline.cli import main
 from anchorline.evaluation.synthetic import CLASS_NAMES, generate_scene
 from anchorline.evaluation.verify.record import record_path
-from anchorline.export.exporting import export_onnx
+from anchorline.export import exporting
 from anchorline.export.torchvision_reference import TorchvisionDetector
 from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.detections import Detections
@@ -32,13 +32,13 @@ TRAPS = 13
 
 @pytest.fixture(scope="module")
 def artefacts(
-    small_model: Callable[..., FasterRCNN],
+    model_without_ties: FasterRCNN,
     onnx_of: Callable[[FasterRCNN, Contract], onnx.ModelProto],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Path, Path]:
     """A checkpoint, its ONNX file, and one with a fault: a class score that is off."""
     folder = tmp_path_factory.mktemp("artefacts")
-    model = small_model("single", len(CLASS_NAMES))
+    model = model_without_ties
     contract = contract_of(model.settings, CLASS_NAMES, source={"command": "test"})
     checkpoint, sound, faulty = (folder / name for name in ("model.safetensors", "sound.onnx", "faulty.onnx"))
     save_checkpoint(checkpoint, model.state_dict(), model.settings, contract)
@@ -210,11 +210,17 @@ def test_an_engine_that_differs_is_removed(
 
 
 def test_a_checkpoint_takes_task_and_canvas_from_the_other_side_whichever_it_is(
-    artefacts: tuple[Path, Path, Path], picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    artefacts: tuple[Path, Path, Path],
+    onnx_of: Callable[[FasterRCNN, Contract], onnx.ModelProto],
+    picture: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     checkpoint = artefacts[0]
     out = tmp_path / "proposals.onnx"
-    export_onnx(checkpoint, out, task="proposals", canvas=(96, 128), verify=False)
+    monkeypatch.setattr(exporting, "to_onnx", onnx_of)
+    exporting.export_onnx(checkpoint, out, task="proposals", canvas=(96, 64), verify=False)
     for sides in ((out, checkpoint), (checkpoint, out)):
         report = verify_files(*sides, images=[str(picture)])
         assert report.passed, report.reason
@@ -232,7 +238,8 @@ def test_two_architectures_differ_and_nothing_breaks(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Stages of other shapes cannot be fed; what only one side has is said."""
-    model = small_model("fpn", len(CLASS_NAMES))
+    canvas = Detector(artefacts[1], "cpu").contract.canvas
+    model = small_model("fpn", len(CLASS_NAMES), canvas=canvas)
     checkpoint = tmp_path / "model.safetensors"
     save_checkpoint(checkpoint, model.state_dict(), model.settings, contract_of(model.settings, CLASS_NAMES))
     for other in artefacts[:2]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -15,13 +16,38 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.tensorrt_library import load_tensorrt
+
 if TYPE_CHECKING:
     from anchorline.runtime.contract import Contract
     from anchorline.train.faster_rcnn import FasterRCNN
 
 Outputs = dict[str, NDArray[np.generic]]
-Run = Callable[[onnx.ModelProto, Mapping[str, NDArray[np.generic]]], Outputs]
+Run = Callable[..., Outputs]
 NAMES = ("cat", "dog", "bird")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What would be written to the user's cache, such as the links to TensorRT's libraries."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+
+
+@pytest.fixture(scope="session")
+def rtx(cache: Path) -> Any:
+    """The module of TensorRT for RTX, loaded as the builder loads it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        try:
+            return load_tensorrt("tensorrt-rtx")
+        except SettingsError as error:
+            pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
@@ -48,10 +74,17 @@ def exported(
 
 @pytest.fixture(scope="session")
 def run_onnx() -> Run:
-    """``run_onnx(model, inputs)``: its outputs by name, from onnxruntime's CPU provider on one thread."""
+    """``run_onnx(model, inputs)``: its outputs by name, from onnxruntime's CPU provider on one thread.
 
-    def run(model: onnx.ModelProto, inputs: Mapping[str, NDArray[np.generic]]) -> Outputs:
+    With ``as_written=True`` node by node: which nodes are fused, and into what, depends on the processor.
+    """
+
+    def run(
+        model: onnx.ModelProto, inputs: Mapping[str, NDArray[np.generic]], as_written: bool = False
+    ) -> Outputs:
         options = onnxruntime.SessionOptions()
+        if as_written:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(

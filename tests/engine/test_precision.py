@@ -133,23 +133,32 @@ def test_no_tensor_is_cast_twice(exported: Export) -> None:
     assert len(casts) == len(set(casts))
 
 
+@pytest.fixture
+def check_most_survive(rows_of: Callable[[Outputs, int], NDArray[np.float64]]) -> Callable[..., None]:
+    """``check_most_survive(found, expected)``: random weights exaggerate what rounding does, and which of
+    two overlapping boxes stays differs between processors; most detections find a close partner all the same.
+    """
+
+    def check(found: Outputs, expected: Outputs) -> None:
+        for image in range(3):
+            ours, theirs = rows_of(found, image), rows_of(expected, image)
+            pairs = (np.abs(ours[:, None] - theirs[None]) <= [2, 2, 2, 2, 0.05, 0]).all(axis=2)
+            assert pairs.any(axis=1).mean() > 0.7
+            assert pairs.any(axis=0).mean() > 0.7
+
+    return check
+
+
 def test_detections_survive_rounding(
-    exported: Export,
-    run_onnx: Run,
-    scenes: Inputs,
-    rows_of: Callable[[Outputs, int], NDArray[np.float64]],
+    exported: Export, run_onnx: Run, scenes: Inputs, check_most_survive: Callable[..., None]
 ) -> None:
-    """Random weights exaggerate differences: most detections find a close partner all the same."""
     model = exported()
     mixed, report = to_precision(model, "fp16", [scenes])
     expected, found = run_onnx(model, scenes), run_onnx(simulate_half(mixed), scenes)
     assert report.samples == 1
     assert report.largest is not None
     assert 1.0 < report.largest[1] < 1000.0
-    for image in range(3):
-        ours, theirs = rows_of(found, image), rows_of(expected, image)
-        close = (np.abs(ours[:, None] - theirs[None]) <= [2, 2, 2, 2, 0.05, 0]).all(axis=2).any(axis=1)
-        assert close.mean() > 0.7
+    check_most_survive(found, expected)
 
 
 def test_the_simulation_really_rounds_every_layer(exported: Export, run_onnx: Run, scenes: Inputs) -> None:
@@ -158,7 +167,8 @@ def test_the_simulation_really_rounds_every_layer(exported: Export, run_onnx: Ru
     simulated = simulate_half(mixed)
     assert HALF not in [tensor.data_type for tensor in simulated.graph.initializer]
     layers = [node.output[0] for node in mixed.graph.node if node.op_type in ("Conv", "Gemm", "Add")]
-    layers = [name for name in layers if types_of(mixed)[name] == HALF]
+    types = types_of(mixed)
+    layers = [name for name in layers if types[name] == HALF]
     assert len(layers) > 60
     for name in layers:
         simulated.graph.output.append(helper.make_tensor_value_info(name, FLOAT, None))
@@ -189,7 +199,7 @@ def test_weights_beyond_the_range_keep_their_layer_float(exported: Export) -> No
 
 
 def test_an_activation_beyond_the_range_is_found_on_samples_only(
-    exported: Export, run_onnx: Run, scenes: Inputs
+    exported: Export, run_onnx: Run, scenes: Inputs, check_most_survive: Callable[..., None]
 ) -> None:
     """fc6 much larger and fc7 as much smaller: the same model, until it is rounded."""
     model = exported()
@@ -211,8 +221,7 @@ def test_an_activation_beyond_the_range_is_found_on_samples_only(
     kept = {layer.name: layer for layer in report.kept}
     assert kept[FC6].reason == "overflow"
     assert kept[FC6].magnitude > 65504
-    right = run_onnx(simulate_half(seeing), scenes)
-    assert np.allclose(np.sort(right["scores"]), np.sort(expected["scores"]), atol=0.1)
+    check_most_survive(run_onnx(simulate_half(seeing), scenes), expected)
     assert types_of(seeing)[f"{FC6}.weight"] == FLOAT
     assert "activations on 1 samples" in "\n".join(report.lines())
 

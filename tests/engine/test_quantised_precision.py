@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,9 +19,7 @@ from anchorline.engine.precision import PrecisionReport, to_precision
 from anchorline.evaluation.synthetic import generate_scene
 from anchorline.export.quantizing import quantize_onnx
 from anchorline.runtime.contract import CONTRACT_KEY
-from anchorline.runtime.errors import SettingsError
 from anchorline.runtime.images import write_image
-from anchorline.runtime.tensorrt_library import load_tensorrt
 
 Run = Callable[..., dict[str, NDArray[np.generic]]]
 _LAYERS = ("Conv", "Gemm")
@@ -28,18 +27,19 @@ _LAYERS = ("Conv", "Gemm")
 
 @pytest.fixture(scope="module")
 def quantised(
-    exported: Callable[..., onnx.ModelProto], tmp_path_factory: pytest.TempPathFactory
+    exported: Callable[..., onnx.ModelProto], once: Callable[[str, Callable[[Path], None]], Path]
 ) -> onnx.ModelProto:
     """The small model in symmetric s8 for TensorRT; not to be changed."""
-    folder = tmp_path_factory.mktemp("int8")
-    onnx.save(exported(), folder / "model.onnx")
-    for number in range(2):
-        write_image(folder / f"{number}.png", generate_scene(2, (128, 160), number)[0])
-    images = [str(folder / f"{number}.png") for number in range(2)]
-    quantize_onnx(
-        folder / "model.onnx", folder / "int8.onnx", images, target="tensorrt", max_drop=1.0, verify=False
-    )
-    return onnx.load(folder / "int8.onnx")
+
+    def make(folder: Path) -> None:
+        onnx.save(exported(), folder / "model.onnx")
+        images = [str(folder / f"{number}.png") for number in range(2)]
+        for number, path in enumerate(images):
+            write_image(path, generate_scene(2, (128, 160), number)[0])
+        int8 = folder / "int8.onnx"
+        quantize_onnx(folder / "model.onnx", int8, images, target="tensorrt", max_drop=1.0, verify=False)
+
+    return onnx.load(once("engine-int8", make) / "int8.onnx")
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +89,16 @@ def test_the_numbers_hold(
     exported: Callable[..., onnx.ModelProto],
     run_onnx: Run,
 ) -> None:
-    """From the float model it is hardly further away than the integers alone are."""
+    """From the float model it is hardly further away than the integers alone are.
+
+    Computed as written, in float: integer kernels differ between processors, and some saturate.
+    """
     images = np.stack([generate_scene(2, (128, 160), 5)[0]])
     inputs = {"images": images, "image_sizes": np.float32([[128, 160]])}
     names = [n for node in quantised.graph.node for n in node.output if n.startswith("objectness.")]
     assert names
     exact, integer, both = (
-        run_onnx(_with_outputs(model, names), inputs)
+        run_onnx(_with_outputs(model, names), inputs, as_written=True)
         for model in (exported(), quantised, simulate_half(mixed[0]))
     )
     errors = [sum(float(np.abs(side[n] - exact[n]).mean()) for n in names) for side in (integer, both)]
@@ -121,12 +124,8 @@ def test_a_scale_that_half_precision_cannot_hold_keeps_its_layer_in_float(
     assert [(layer.op, layer.reason) for layer in report.kept] == [("DequantizeLinear", "underflow")]
 
 
-def test_tensorrt_takes_it(quantised: onnx.ModelProto, tmp_path: Path) -> None:
+def test_tensorrt_takes_it(rtx: Any, quantised: onnx.ModelProto, tmp_path: Path) -> None:
     """Built, not run. Its size says nothing: TensorRT for RTX 1.7 stores these weights wider than fp16."""
-    try:
-        load_tensorrt("tensorrt-rtx")
-    except SettingsError as error:
-        pytest.skip(str(error))
     onnx.save(quantised, tmp_path / "int8.onnx")
     engine = tmp_path / "int8.engine"
     build_engine(tmp_path / "int8.onnx", engine, target="tensorrt-rtx", compute_capabilities=(89,))

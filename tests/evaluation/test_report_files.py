@@ -58,14 +58,10 @@ def test_everything_is_written_as_picture_and_json(
     worst = _read(folder / "worst_images.json")
     assert worst["min_score"] == 0.4
     assert len(worst["images"]) == len(data)
+    _check_that_curves_give_the_averages(_read(folder / "pr_curves.json"), report)
 
 
-def test_the_curves_of_the_json_give_the_averages(
-    evaluated: tuple[EvaluationReport, Dataset], tmp_path: Path
-) -> None:
-    report, data = evaluated
-    write_report_files(report, data, tmp_path)
-    written = _read(tmp_path / "pr_curves.json")
+def _check_that_curves_give_the_averages(written: Any, report: EvaluationReport) -> None:
     assert written["iou_threshold"] == 0.5
     for name, curve in report.curves.items():
         points = written["classes"][name]
@@ -131,15 +127,16 @@ def test_proposal_recall_in_two_panels(random_results: Callable[..., Any], tmp_p
 def test_many_classes_stay_within_a_picture(
     evaluated: tuple[EvaluationReport, Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anchorline.evaluation.report_plots._MOST_TABLE_ROWS", 30)
+    monkeypatch.setattr("anchorline.evaluation.report_plots._MOST_TABLE_ROWS", 15)
+    monkeypatch.setattr("anchorline.evaluation.plots._LEGEND_OUTSIDE", 24)
     report, _ = evaluated
-    names = [f"class {number}" for number in range(110)]
+    names = [f"class {number}" for number in range(30)]
     cat, curve = report.per_class["cat"], report.curves["cat"]
     sizes = {
         size: dataclasses.replace(each, per_class=dict.fromkeys(names, each.per_class["cat"]))
         for size, each in report.per_size.items()
     }
-    for count in (20, 110):
+    for count in (10, 30):
         many = dataclasses.replace(
             report,
             per_class=dict.fromkeys(names[:count], cat),
@@ -148,9 +145,9 @@ def test_many_classes_stay_within_a_picture(
         )
         plot_class_table(many, tmp_path / f"table{count}.png")
         plot_pr_curves(many, tmp_path / f"curves{count}.png")
-    tables = [cv2.imread(str(tmp_path / f"table{count}.png")).shape[0] for count in (20, 110)]
-    assert tables[0] < tables[1] < 1.5 * tables[0]  # 20 and 30 rows
-    widths = [cv2.imread(str(tmp_path / f"curves{count}.png")).shape[1] for count in (20, 110)]
+    tables = [cv2.imread(str(tmp_path / f"table{count}.png")).shape[0] for count in (10, 30)]
+    assert tables[0] < tables[1] < 1.5 * tables[0]  # 10 and 15 rows
+    widths = [cv2.imread(str(tmp_path / f"curves{count}.png")).shape[1] for count in (10, 30)]
     assert widths[0] > widths[1]  # a legend beside the plot, then none
 
 

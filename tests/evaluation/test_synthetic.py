@@ -131,9 +131,9 @@ def test_a_scene_is_drawn_quickly() -> None:
     generate_scene(0)
     times = []
     for index in range(12):
-        start = time.perf_counter()
+        start = time.process_time()  # what other programs take does not count
         generate_scene(0, index=index)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.05  # about 0.006 s where it is quiet
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from anchorline.engine.lowering import deviations, lower
 from anchorline.engine.topk_pieces import MOST
 from anchorline.export.exporting import export_onnx
 from anchorline.export.functions import DOMAIN, default_functions
+from anchorline.runtime.contract import CONTRACT_KEY
 from anchorline.train.checkpoint import contract_of, save_checkpoint
 from anchorline.train.faster_rcnn import FasterRCNN
 
 NAMES = ("cat", "dog", "bird")
 CANVAS = (320, 352)  # 20 x 22 places of 15 anchors are 6600 candidates
+INSIDE = ("pixels", "backbone", "objectness", "proposals", "roi_features")
 ONE_MAP = ((16.0, 32.0, 64.0, 128.0, 256.0),)
 COMMON: dict[str, Any] = {
     "canvas": CANVAS,
@@ -66,16 +69,20 @@ def small(kind: str, small_model: Callable[..., FasterRCNN], backbone: str) -> F
     return model
 
 
-def exported(model: FasterRCNN, folder: Path) -> onnx.ModelProto:
+def exported(
+    model: FasterRCNN, folder: Path, task: str = "detections", inside: Sequence[str] = INSIDE
+) -> onnx.ModelProto:
     """The model's file, which onnxruntime runs as PyTorch does, stage by stage."""
     checkpoint = folder / "model.safetensors"
     save_checkpoint(checkpoint, model.state_dict(), model.settings, contract_of(model.settings, NAMES))
-    result = export_onnx(checkpoint, folder / "model.onnx")
+    result = export_onnx(checkpoint, folder / "model.onnx", task=task)
     assert result.verification is not None
     assert result.verification.passed, result.verification.reason
-    stages = {stage.name for stage in result.verification.stages}
-    assert {"pixels", "backbone", "objectness", "proposals", "roi_features", "detections"} <= stages
-    return onnx.load(result.path)
+    assert {*inside, task} <= {stage.name for stage in result.verification.stages}
+    proto = onnx.load(result.path)
+    (entry,) = proto.metadata_props
+    assert (entry.key, json.loads(entry.value)) == (CONTRACT_KEY, json.loads(result.contract.to_json()))
+    return proto
 
 
 def rows_of(found: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
@@ -107,7 +114,7 @@ def largest_topk(proto: onnx.ModelProto) -> int:
     return max(int(constants[n.input[1]].max()) for n in proto.graph.node if n.op_type == "TopK")
 
 
-@pytest.mark.parametrize("kind", ["c4", "dc5", pytest.param("fpn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["c4", *(pytest.param(k, marks=pytest.mark.slow) for k in ("dc5", "fpn"))])
 def test_it_is_the_same_in_onnxruntime_and_after_lowering(
     kind: str,
     small_model: Callable[..., FasterRCNN],
@@ -137,3 +144,19 @@ def test_it_is_the_same_in_onnxruntime_and_after_lowering(
     fixed = rows_in_pytorch(model, images)
     check_same_rows(rtx, fixed)
     assert len(fixed) != len(expected) or np.abs(fixed - expected).max() > 1e-3
+
+
+def test_dc5_proposes_the_same_in_onnxruntime(
+    small_model: Callable[..., FasterRCNN], small_resnet: str, tmp_path: Path
+) -> None:
+    """The dilated stage and what is chosen on its map; half the nodes of a whole detector."""
+    model = small("dc5", small_model, small_resnet)
+    proto = exported(model, tmp_path, "proposals", INSIDE[:3])
+    assert largest_topk(proto) == model.settings.rpn_pre_nms
+    dilations = [
+        tuple(attribute.ints)
+        for node in proto.graph.node
+        for attribute in node.attribute
+        if node.op_type == "Conv" and attribute.name == "dilations"
+    ]
+    assert (2, 2) in dilations

@@ -42,6 +42,7 @@ from anchorline.train.model_settings import ModelSettings
 from anchorline.train.prediction import TorchDetector
 
 CANVAS = (64, 96)
+ToOnnx = Callable[[FasterRCNN, Contract], onnx.ModelProto]
 SCORE_BIAS = "roi_heads.box_predictor.cls_score.bias"
 
 
@@ -54,37 +55,22 @@ class Exported(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def exported(small_model: Callable[..., FasterRCNN], tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """A model without ties: no NMS, and room for every proposal and every detection.
-
-    Among hundreds of overlapping boxes of random weights rounding decides some comparison; a trained
-    model's detections stand apart.
-    """
-    model = small_model(
-        "single",
-        len(CLASS_NAMES),
-        canvas=CANVAS,
-        anchor_sizes=((24.0,),),
-        rpn_pre_nms=72,
-        rpn_post_nms=72,
-        rpn_nms_iou=1.0,
-        nms_iou=1.0,
-        max_detections=72 * len(CLASS_NAMES),
-    )
+def exported(
+    model_without_ties: FasterRCNN, onnx_of: ToOnnx, tmp_path_factory: pytest.TempPathFactory
+) -> Exported:
+    model = model_without_ties
     folder = tmp_path_factory.mktemp("exported")
     checkpoint = folder / "model.safetensors"
     contract = contract_of(model.settings, CLASS_NAMES, source={"command": "test"})
     save_checkpoint(checkpoint, model.state_dict(), model.settings, contract)
     made: list[onnx.ModelProto] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting, "to_onnx", _keeping(made, exporting.to_onnx))
+        patch.setattr(exporting, "to_onnx", _keeping(made, onnx_of))
         result = export_onnx(checkpoint, folder / "model.onnx")
     return Exported(checkpoint, result, made[0])
 
 
-def _keeping(
-    made: list[onnx.ModelProto], to_onnx: Callable[..., onnx.ModelProto]
-) -> Callable[..., onnx.ModelProto]:
+def _keeping(made: list[onnx.ModelProto], to_onnx: ToOnnx) -> ToOnnx:
     def keep(model: FasterRCNN, contract: Contract) -> onnx.ModelProto:
         made.append(to_onnx(model, contract))
         return made[-1]
@@ -188,6 +174,14 @@ def test_what_disagrees_is_not_published(
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
+
+def test_what_disagrees_does_not_touch_the_file_of_yesterday(
+    exported: Exported, exporter_gives: Callable[[onnx.ModelProto], None], tmp_path: Path
+) -> None:
+    wrong = copy_of(exported.proto)
+    a_class_score_slightly_off(wrong)
+    exporter_gives(wrong)
+    out = tmp_path / "model.onnx"
     out.write_bytes(b"the file of yesterday")
     with pytest.raises(ParityError):
         export_onnx(exported.checkpoint, out)
@@ -330,10 +324,12 @@ def test_checkpoint_and_onnx_evaluate_alike(exported: Exported) -> None:
 
 
 @pytest.fixture(scope="module")
-def proposing(exported: Exported) -> Path:
+def proposing(exported: Exported, onnx_of: ToOnnx, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The RPN of the same model on a canvas of its own, for batches of at most two."""
-    out = exported.checkpoint.with_name("proposals.onnx")
-    export_onnx(exported.checkpoint, out, task="proposals", canvas=(96, 64), max_batch=2)
+    out = tmp_path_factory.mktemp("proposing") / "proposals.onnx"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "to_onnx", onnx_of)
+        export_onnx(exported.checkpoint, out, task="proposals", canvas=(96, 64), max_batch=2)
     return out
 
 
@@ -364,7 +360,7 @@ def test_batches_are_no_larger_than_asked_for(proposing: Path, monkeypatch: pyte
 
 
 def test_proposals_evaluate_alike(exported: Exported, proposing: Path) -> None:
-    data = synthetic_dataset(4, seed=5, size=(96, 128))
+    data = synthetic_dataset(4, seed=5, size=(144, 96))
     with Detector(proposing) as detector:
         found = evaluate_proposals(detector.batch, data, batch=3)
         model, _ = load_checkpoint(exported.checkpoint, canvas=(96, 64))

@@ -6,19 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 
 from anchorline.evaluation.synthetic import CLASS_NAMES, generate_scene
-from anchorline.export.exporting import export_onnx
+from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.openvino_library import has_openvino
-from anchorline.train.checkpoint import contract_of, save_checkpoint
+from anchorline.train.checkpoint import contract_of
 from anchorline.train.faster_rcnn import FasterRCNN
 
 pytestmark = pytest.mark.skipif(not has_openvino(), reason="needs the package openvino")
 
+NAMES = ("cat", "dog", "bird")
 SIZES = [(120, 160), (90, 70), (200, 150), (128, 160)]
 
 
@@ -27,19 +29,21 @@ def rows(detections: Detections) -> NDArray[np.float64]:
     return np.hstack([np.asarray(column, np.float64) for column in columns])
 
 
-@pytest.mark.parametrize("neck", ["fpn", "single"])
+@pytest.mark.parametrize("name", ["fpn", "without ties"])
 def test_the_detections_of_the_cpu_provider(
-    neck: str,
+    name: str,
     small_model: Callable[..., FasterRCNN],
+    model_without_ties: FasterRCNN,
+    onnx_of: Callable[[FasterRCNN, Contract], onnx.ModelProto],
     check_same_rows: Callable[..., None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    model = small_model(neck, len(CLASS_NAMES))
-    checkpoint, path = tmp_path / "model.safetensors", tmp_path / "model.onnx"
-    save_checkpoint(checkpoint, model.state_dict(), model.settings, contract_of(model.settings, CLASS_NAMES))
-    export_onnx(checkpoint, path, verify=False)
+    apart = name == "without ties"
+    model = model_without_ties if apart else small_model(name, len(NAMES))
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx_of(model, contract_of(model.settings, CLASS_NAMES if apart else NAMES)), path)
     frames = [generate_scene(3, size, index)[0] for index, size in enumerate(SIZES)]
     with Detector(path, "cpu") as cpu, Detector(path, "openvino", cpu_precision="fp32") as openvino:
         expected = cpu.batch(frames)

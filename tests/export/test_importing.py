@@ -179,7 +179,7 @@ def test_detections_of_the_large_models_are_torchvisions(
     check_in_double(source, tmp_path / "model.safetensors", frames[0], monkeypatch)
 
 
-@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("live", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_users_resnet_with_settings_of_its_own(
     drawing: ModuleType, frames: list[Frame], tmp_path: Path, live: bool
 ) -> None:

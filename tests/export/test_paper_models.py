@@ -131,7 +131,7 @@ def small(name: str) -> FasterRCNN:
     return model
 
 
-@pytest.mark.parametrize("name", ["zf", "vgg16"])
+@pytest.mark.parametrize("name", ["zf", pytest.param("vgg16", marks=pytest.mark.slow)])
 def test_a_small_paper_model_is_the_same_in_onnxruntime(name: str, tmp_path: Path) -> None:
     model = small(name)
     contract = contract_of(model.settings, NAMES)

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from anchorline.runtime.errors import DataError, OutputError, SettingsError
 from anchorline.runtime.images import read_image, write_image
 from anchorline.runtime.pipeline import sinks
 from anchorline.runtime.pipeline.source import Source
+from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
 from anchorline.runtime.sources import plan_items
 from anchorline.runtime.video import VideoReader
 
@@ -165,18 +166,28 @@ def test_a_damaged_video_goes_on_with_warnings(tmp_path, moving_frames, write_ra
         assert len(list(reader)) == summary.frames
 
 
+@pytest.fixture
+def stopped(monkeypatch):
+    """Set once a pipeline reads no more."""
+    event = threading.Event()
+    for name in ("stop", "_abort"):  # the signal may come while the pipeline still starts
+        end = getattr(VideoPipeline, name)
+        monkeypatch.setattr(VideoPipeline, name, lambda self, end=end: end(self) or event.set())
+    return event
+
+
 class Interrupted:
     """A detector on which Ctrl-C falls during a certain call, as the main thread waits for results."""
 
-    def __init__(self, detector, at):
-        self.detector, self.at, self.calls = detector, at, 0
+    def __init__(self, detector, at, stopped=None):
+        self.detector, self.at, self.calls, self.stopped = detector, at, 0, stopped
         self.provider, self.precision = detector.provider, detector.precision
 
     def batch(self, frames):
         self.calls += 1
         if self.calls == self.at:
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.2)  # the main thread has stopped the reading when this call ends
+            assert self.stopped.wait(60.0)
         return self.detector.batch(frames)
 
     @property
@@ -184,11 +195,11 @@ class Interrupted:
         return self.detector.timings
 
 
-def test_ctrl_c_finishes_the_files(tmp_path, video_frames, write_raw_video, detector):
+def test_ctrl_c_finishes_the_files(tmp_path, video_frames, write_raw_video, detector, stopped):
     video = write_raw_video(tmp_path / "clip.mp4", video_frames * 10)
     saved, lines = tmp_path / "out.mp4", tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        detect([video], Interrupted(detector, at=6), save=saved, jsonl=lines, progress=False)
+        detect([video], Interrupted(detector, 6, stopped), save=saved, jsonl=lines, progress=False)
     count = len(read_lines(lines))
     assert 6 <= count < 40  # what was read before is answered and written, and no more
     assert [line["frame"] for line in read_lines(lines)] == list(range(count))
@@ -197,10 +208,10 @@ def test_ctrl_c_finishes_the_files(tmp_path, video_frames, write_raw_video, dete
     assert sorted(os.listdir(tmp_path)) == ["clip.mp4", "out.jsonl", "out.mp4"]
 
 
-def test_ctrl_c_before_the_first_frame_leaves_no_empty_video(tmp_path, detector):
+def test_ctrl_c_before_the_first_frame_leaves_no_empty_video(tmp_path, detector, stopped):
     def frames():
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.2)
+        assert stopped.wait(60.0)
         yield from ()
 
     with pytest.raises(KeyboardInterrupt):
@@ -208,14 +219,14 @@ def test_ctrl_c_before_the_first_frame_leaves_no_empty_video(tmp_path, detector)
     assert os.listdir(tmp_path) == []
 
 
-def test_ctrl_c_between_images(tmp_path, picture, detector):
+def test_ctrl_c_between_images(tmp_path, picture, detector, stopped):
     for index in range(30):
         write_image(tmp_path / "in" / f"{index}.png", picture)
     lines = tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
         detect(
             [tmp_path / "in"],
-            Interrupted(detector, at=3),
+            Interrupted(detector, 3, stopped),
             save=tmp_path / "out",
             jsonl=lines,
             progress=False,

@@ -10,10 +10,12 @@ import pytest
 
 PROBE = """
 import json, sys, time
-start = time.perf_counter()
+start = time.process_time()
+import cv2, numpy
+middle = time.process_time()
 import anchorline.runtime
-seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "modules": sorted({m.partition(".")[0] for m in sys.modules})}))
+own = (time.process_time() - middle) / (middle - start)
+print(json.dumps({"own": own, "modules": sorted({m.partition(".")[0] for m in sys.modules})}))
 """
 HEAVY = {
     "IPython",
@@ -42,8 +44,11 @@ def test_importing_brings_nothing_heavy_along():
 
 
 def test_importing_is_fast():
-    # One quick try is enough: on a machine that does other work most of them wait for a processor.
-    assert any(probe()["seconds"] < 0.3 for _ in range(15))
+    """Little more than what it needs, OpenCV and NumPy: 0.3 s where these take 0.12 s.
+
+    Processors differ and may be busy, so it is their time that is compared; the first try may read the disk.
+    """
+    assert any(probe()["own"] < 1.5 for _ in range(5))
 
 
 @pytest.mark.parametrize("blocked", ["torch", "onnx", "onnxruntime", "rich"])

@@ -23,11 +23,12 @@ from anchorline.runtime.detections import Detections
 from anchorline.runtime.pipeline.frames import Result, Stream
 from anchorline.runtime.pipeline.source import Source
 from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
+from anchorline.serving import painting
 from anchorline.serving.live_view import LiveView
 
 HEIGHT, WIDTH = 120, 160
 CAT, DOG = (20, 30, 60, 70), (90, 40, 140, 100)
-SECONDS = 20.0  # that anything may take on a busy machine
+SECONDS = 60.0  # that anything may take on a busy machine
 
 
 class Finder:
@@ -164,6 +165,14 @@ def records(answer: http.client.HTTPResponse) -> Iterator[tuple[int, bytes]]:
         yield place, answer.read(length)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def many_cores() -> Iterator[None]:
+    """The share of one core would be a few pictures a second, and a long wait for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(painting, "_SHARE", 1.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def live_run() -> type[Run]:
     return Run
@@ -234,7 +243,7 @@ def nothing_stays() -> Iterator[None]:
     """Every test leaves no thread behind."""
     before = _own_threads()
     yield
-    end = time.monotonic() + 5.0
+    end = time.monotonic() + SECONDS
     while (left := _own_threads() - before) and time.monotonic() < end:
         time.sleep(0.02)
     assert not left

@@ -43,7 +43,7 @@ def test_a_source_that_delivers_nothing_yet(live_run):
 
 
 def test_a_stalled_source_is_named_and_recovers(live_run, until):
-    with live_run(("good", "bad"), stall=0.4) as run:
+    with live_run(("good", "bad"), stall=1.0) as run:
         until(lambda: run.health() == (200, {}))
         run.cameras["bad"].playing.clear()
         until(lambda: run.health() == (503, {"bad": "delivers nothing"}))
@@ -92,7 +92,7 @@ def test_the_metrics_are_the_run_s_figures(live_run, until):
             assert second["anchorline_frames_read_total"][(name,)] >= answered
             assert second["anchorline_frames_dropped_total"][(name,)] <= figures[name].dropped
             assert second["anchorline_reconnects_total"][(name,)] == 0
-            assert 0 <= second["anchorline_newest_frame_age_seconds"][(name,)] < 5
+            assert 0 <= second["anchorline_newest_frame_age_seconds"][(name,)] < 60
             assert second["anchorline_queue_frames"][(name,)] in (0, 1)
             for animal in ("cat", "dog"):
                 assert second["anchorline_detections_total"][(animal, name)] >= answered

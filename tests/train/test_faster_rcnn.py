@@ -92,6 +92,14 @@ def torchvision_twin(model: FasterRCNN) -> TorchvisionFasterRCNN:
     return twin.eval()
 
 
+def smooth(network: nn.Module) -> int:
+    """Put SiLU in the place of every ReLU6; how many there were."""
+    found = [(m, key) for m in network.modules() for key, c in m.named_children() if type(c) is nn.ReLU6]
+    for module, key in found:
+        setattr(module, key, nn.SiLU())
+    return len(found)
+
+
 def as_torchvision(images: Tensor) -> list[Tensor]:
     """BGR grey levels [B, H, W, 3] as torchvision wants them: RGB [3, H, W] from 0 to 1."""
     return list(images.flip(3).permute(0, 3, 1, 2).float() / 255)
@@ -135,9 +143,15 @@ def test_detections_equal_torchvisions(
 def test_training_losses_and_gradients_equal_torchvisions(
     small_model: Callable[..., FasterRCNN], neck: str
 ) -> None:
-    """With so many samples asked for that all candidates are drawn, nothing is left to chance."""
+    """With so many samples asked for that all candidates are drawn, nothing is left to chance.
+
+    The bodies have a smooth activation. Many values stand at the kinks of ReLU6, where rounding, which
+    differs between processors' kernels, turns a slope on or off and moves whole gradients by 1e-2.
+    """
     model = small_model(classes=CLASSES, **NECKS[neck])
     twin = torchvision_twin(model).train()
+    for body in (model.backbone.body, twin.backbone):
+        assert smooth(body) > 20
     images, sizes = canvases(2)
     boxes = [torch.tensor([[20.0, 30.0, 70.0, 80.0], [90.0, 10.0, 130.0, 100.0]]), torch.zeros(0, 4)]
     labels = [torch.tensor([2, 0]), torch.zeros(0, dtype=torch.int64)]
@@ -160,9 +174,7 @@ def test_training_losses_and_gradients_equal_torchvisions(
     for name, parameter in trained:
         gradient = others[name].grad
         error = float((parameter.grad - gradient).norm() / gradient.norm())
-        # Many of the body's activations stand at the kinks of ReLU6: a change of its input by 1e-6
-        # already moves these gradients by 1e-2.
-        assert error < (1e-2 if name.startswith("backbone.body.") else 1e-3), name
+        assert error < 1e-3, name
 
 
 @pytest.mark.parametrize("neck", NECKS)

@@ -1,4 +1,4 @@
-"""Small exported models on disk, for the builder, and TensorRT for RTX where it is installed."""
+"""Small exported models on disk, for the builder, and an engine."""
 
 from __future__ import annotations
 
@@ -13,19 +13,8 @@ import pytest
 from anchorline.engine.builder import BuildResult, build_engine
 from anchorline.engine.model_file import check_exported
 from anchorline.runtime.contract import CONTRACT_KEY
-from anchorline.runtime.errors import SettingsError
-from anchorline.runtime.tensorrt_library import load_tensorrt
 
 CAPABILITIES = (86, 89, 120)
-
-
-@pytest.fixture(scope="session")
-def rtx() -> Any:
-    """The module of TensorRT for RTX, loaded as the builder loads it."""
-    try:
-        return load_tensorrt("tensorrt-rtx")
-    except SettingsError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
@@ -50,14 +39,23 @@ def model_file(
 
 @pytest.fixture(scope="session")
 def built(
-    rtx: Any, model_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    rtx: Any, model_file: Callable[[str], Path], once: Callable[[str, Callable[[Path], None]], Path]
 ) -> BuildResult:
-    """The engine that most tests look at: fp16, batches of 1 to 8, three GPUs, our plugin."""
-    out = tmp_path_factory.mktemp("built") / "model.engine"
-    return build_engine(
-        model_file("detections"),
-        out,
-        target="tensorrt-rtx",
-        batch=(1, 1, 8),
-        compute_capabilities=CAPABILITIES,
-    )
+    """The engine that most tests look at: fp16, batches of 1 to 8, three GPUs, our plugin.
+
+    Whichever worker comes first builds it; for the others it is a build that need not be done again.
+    """
+
+    def build(out: Path) -> BuildResult:
+        return build_engine(
+            model_file("detections"),
+            out,
+            target="tensorrt-rtx",
+            batch=(1, 1, 8),
+            compute_capabilities=CAPABILITIES,
+        )
+
+    def make(folder: Path) -> None:
+        assert build(folder / "model.engine").built
+
+    return build(once("engine", make) / "model.engine")

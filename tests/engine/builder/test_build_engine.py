@@ -20,6 +20,7 @@ from anchorline.engine.builder import BuildResult, build_engine
 from anchorline.engine.layers import plugin_layers
 from anchorline.runtime.engine_manifest import manifest_path, read_manifest, sha256_of
 from anchorline.runtime.errors import ArtefactError
+from anchorline.runtime.plugins import register_plugins
 from anchorline.runtime.plugins.images import source_hash
 
 RTX = "tensorrt-rtx"
@@ -33,7 +34,6 @@ def build(model: Path, out: Path, **options: Any) -> BuildResult:
 
 def test_fp16_for_three_gpus_and_a_free_batch_has_two_plugin_layers(built: BuildResult) -> None:
     raw = built.manifest.raw
-    assert built.built
     plugins = plugin_layers(raw["layers"])
     assert len(plugins) == 2
     assert all(layer["precision"] == "fp32" for layer in plugins)
@@ -48,11 +48,13 @@ def test_fp16_for_three_gpus_and_a_free_batch_has_two_plugin_layers(built: Build
     assert convolutions[0]["shape"][0] == -1
 
 
+@pytest.mark.parametrize("task", ["proposals", pytest.param("detections", marks=pytest.mark.slow)])
 def test_the_fixed_point_body_needs_no_plugin_though_one_is_registered(
-    built: BuildResult, model_file: ModelFile, tmp_path: Path
+    task: str, rtx: Any, built: BuildResult, model_file: ModelFile, tmp_path: Path
 ) -> None:
     """In the same process: a registered plugin must not take the node."""
-    result = build(model_file("detections"), tmp_path / "m.engine", batch=(1, 1, 8), nms="fixed-point")
+    register_plugins(rtx)
+    result = build(model_file(task), tmp_path / "m.engine", batch=(1, 1, 8), nms="fixed-point")
     assert plugin_layers(result.manifest.raw["layers"]) == []
     assert result.manifest.raw["plugins"] == {}
     # Its output that tells whether the rounds sufficed; the plugin needs none.
@@ -157,33 +159,39 @@ def test_progress_rises_to_the_end(rtx: Any, model_file: ModelFile, tmp_path: Pa
 
 
 CANCEL = """
-import os, signal, sys
+import os, signal
 from pathlib import Path
 from anchorline.engine.builder import build_engine
-calls = 0
-def progress(done, total):
-    global calls
-    calls += 1
-    if calls == {call}:
-        os.kill(os.getpid(), signal.SIGINT)
-try:
-    build_engine(
-        Path({model!r}), Path({out!r}), target="tensorrt-rtx", compute_capabilities=(86,), progress=progress
-    )
-except KeyboardInterrupt:
-    print("interrupted")
+def interrupted_at(call):
+    calls = 0
+    def progress(done, total):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGINT)
+    try:
+        build_engine(
+            Path({model!r}),
+            Path({out!r}),
+            target="tensorrt-rtx",
+            compute_capabilities=(86,),
+            progress=progress,
+        )
+    except KeyboardInterrupt:
+        print("interrupted at call", calls, os.listdir(Path({out!r}).parent))
+interrupted_at(3)
+interrupted_at(700)
 """
 
 
-@pytest.mark.parametrize("call", [3, 700])
-def test_ctrl_c_ends_the_build_and_leaves_nothing(
-    call: int, rtx: Any, model_file: ModelFile, tmp_path: Path
-) -> None:
-    """In a process of its own, since cancelling has made TensorRT for RTX abort before."""
+def test_ctrl_c_ends_the_build_and_leaves_nothing(rtx: Any, model_file: ModelFile, tmp_path: Path) -> None:
+    """At its beginning and later on. In a process of its own, since cancelling has made TensorRT for RTX
+    abort before."""
     out = tmp_path / "made" / "m.engine"
-    code = CANCEL.format(call=call, model=str(model_file("detections")), out=str(out))
+    code = CANCEL.format(model=str(model_file("detections")), out=str(out))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert (done.stdout, done.returncode) == ("interrupted\n", 0), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert [line.rpartition(" ")[2] for line in done.stdout.splitlines()] == ["[]", "[]"], done.stdout
     assert os.listdir(out.parent) == []
 
 

@@ -152,7 +152,7 @@ def test_full_tensorrt_that_is_absent_names_its_extra(model_file: ModelFile, tmp
         f"sys.exit(main(['build', {str(model_file('proposals'))!r}, '--out', "
         f"{str(tmp_path / 'm.engine')!r}]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr == (
         "anchorline: TensorRT is not installed, and this needs it: pip install 'anchorline[gpu]'\n"
@@ -167,7 +167,7 @@ def test_tensorrt_for_rtx_that_is_absent_names_its_extra() -> None:
         "try:\n    load_tensorrt('tensorrt-rtx')\n"
         "except Exception as error:\n    print(type(error).__name__, error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "SettingsError TensorRT for RTX is not installed" in done.stdout
     assert "pip install 'anchorline[rtx]'" in done.stdout
 

@@ -17,6 +17,7 @@ from anchorline.engine.builder import BuildResult, build_engine
 from anchorline.engine.layers import plugin_layers
 
 if TYPE_CHECKING:
+    from anchorline.runtime.contract import Contract
     from anchorline.train.faster_rcnn import FasterRCNN
 
 SIZES = ((32.0, 64.0, 128.0, 256.0, 512.0),)
@@ -34,15 +35,21 @@ C4: dict[str, Any] = {**COMMON, "neck": "single", "box_head": "res5", "roi_size"
 DC5: dict[str, Any] = {**COMMON, "neck": "dc5", "roi_size": 7}
 
 
-def saved(model: FasterRCNN, path: Path) -> Path:
-    """``model`` exported to ``path``, for batches of 1 and 2."""
-    from anchorline.export.graph import to_onnx
+@pytest.fixture
+def saved(
+    onnx_of: Callable[[FasterRCNN, Contract], onnx.ModelProto], tmp_path: Path
+) -> Callable[[FasterRCNN], Path]:
+    """``saved(model)``: its file, for batches of 1 and 2."""
     from anchorline.train.checkpoint import contract_of
 
-    classes = model.roi_heads.box_predictor.cls_score.out_features - 1
-    names = tuple(f"class {number}" for number in range(classes))
-    onnx.save(to_onnx(model, dataclasses.replace(contract_of(model.settings, names), max_batch=2)), path)
-    return path
+    def save(model: FasterRCNN) -> Path:
+        classes = model.roi_heads.box_predictor.cls_score.out_features - 1
+        names = tuple(f"class {number}" for number in range(classes))
+        contract = dataclasses.replace(contract_of(model.settings, names), max_batch=2)
+        onnx.save(onnx_of(model, contract), tmp_path / "m.onnx")
+        return tmp_path / "m.onnx"
+
+    return save
 
 
 def check_build(result: BuildResult) -> None:
@@ -57,18 +64,19 @@ def check_build(result: BuildResult) -> None:
     assert "fp16" in precisions
 
 
-@pytest.mark.parametrize("kind", [C4, DC5], ids=["c4", "dc5"])
+# Lowered for TensorRT, both are run by tests/export/test_c4_and_dc5.py.
+@pytest.mark.parametrize("kind", [C4, pytest.param(DC5, marks=pytest.mark.slow)], ids=["c4", "dc5"])
 def test_a_small_one_builds_with_more_candidates_than_one_topk_takes(
     kind: dict[str, Any],
     rtx: Any,
     small_model: Callable[..., FasterRCNN],
     small_resnet: str,
+    saved: Callable[[FasterRCNN], Path],
     tmp_path: Path,
 ) -> None:
     model = small_model(classes=3, backbone=small_resnet, canvas=(320, 352), rpn_post_nms=50, **kind)
-    source = saved(model, tmp_path / "m.onnx")
     check_build(
-        build_engine(source, tmp_path / "m.engine", target="tensorrt-rtx", compute_capabilities=(86,))
+        build_engine(saved(model), tmp_path / "m.engine", target="tensorrt-rtx", compute_capabilities=(86,))
     )
 
 
@@ -77,6 +85,7 @@ def test_r50_c4_runs_in_onnxruntime_as_in_pytorch_and_builds(
     rtx: Any,
     small_model: Callable[..., FasterRCNN],
     check_same_rows: Callable[..., None],
+    saved: Callable[[FasterRCNN], Path],
     tmp_path: Path,
 ) -> None:
     """Detectron2's R50-C4 with COCO's 80 classes on 800x1344: 6000 candidates, 1000 proposals."""
@@ -86,7 +95,7 @@ def test_r50_c4_runs_in_onnxruntime_as_in_pytorch_and_builds(
     patches = np.random.default_rng(0).integers(0, 256, (1, 50, 84, 3), dtype=np.uint8)
     images, sizes = patches.repeat(16, axis=1).repeat(16, axis=2), np.array([[800, 1344]], np.float32)
     tame(model, torch.from_numpy(images), torch.from_numpy(sizes))
-    source = saved(model, tmp_path / "m.onnx")
+    source = saved(model)
     with torch.inference_mode():
         found = model(torch.from_numpy(images), torch.from_numpy(sizes))
     session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])

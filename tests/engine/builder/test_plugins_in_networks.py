@@ -120,7 +120,7 @@ def test_building_loads_no_cuda(rtx: Any) -> None:
         f"network = parsing.parse(toolkit, builder, onnx.parser.parse_model('''{NMS}'''), (1, 2, 8))\n"
         "print(len(serialising.serialise(toolkit, builder, network, options, (1, 2, 8)).content))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert int(done.stdout) > 1000, done.stderr
 
 

@@ -20,20 +20,19 @@ Groups = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 @pytest.fixture(scope="session")
-def run_on_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Launch, int], None]:
+def run_on_host(once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[Launch, int], None]:
     """``run(launch, order)``: the kernel's own source, built by g++, in a given order of the threads."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++ to build the CUDA source for the CPU")
-    library = tmp_path_factory.mktemp("kernels") / "libkernels.so"
     # No contraction: each float32 operation is rounded on its own, as nvcc -fmad=false does it.
     options = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run(
-        [compiler, *options, f"-I{images.FOLDER}", str(HERE / "host_kernels.cpp"), "-o", str(library)],
-        check=True,
-        timeout=120,
-    )
-    kernels = ctypes.CDLL(str(library))
+    command = [compiler, *options, f"-I{images.FOLDER}", str(HERE / "host_kernels.cpp"), "-o"]
+
+    def make(folder: Path) -> None:
+        subprocess.run([*command, str(folder / "libkernels.so")], check=True, timeout=120)
+
+    kernels = ctypes.CDLL(str(once("kernels", make) / "libkernels.so"))
 
     def run(launch: Launch, order: int = 0) -> None:
         grid = (ctypes.c_uint32 * 3)(*launch.grid)

@@ -75,13 +75,15 @@ class DeviceArray:
 
 
 @pytest.fixture(scope="session")
-def doubles() -> tuple[ModuleType, ModuleType, Any]:
+def doubles(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, ModuleType, Any]:
     """The modules of the doubles, and TensorRT for RTX's own for its names."""
     pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings for its names")
-    try:
-        real = load_tensorrt("tensorrt-rtx")
-    except SettingsError as error:
-        pytest.skip(str(error))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        try:
+            real = load_tensorrt("tensorrt-rtx")
+        except SettingsError as error:
+            pytest.skip(str(error))
     return _load("driver_double"), _load("tensorrt_double"), real
 
 
@@ -96,6 +98,8 @@ def gpu(
 ) -> Iterator[Gpu]:
     """A GPU for the test. When it ends, everything must have been given back, and nothing misused."""
     driver_module, trt_module, real = doubles
+    # What is there by now is no garbage of this test, and looking through it takes up to a second each time.
+    gc.freeze()
     driver = driver_module.DriverDouble()
     modules = {name: trt_module.TensorRTDouble(real, driver, name) for name in ("tensorrt", "tensorrt-rtx")}
     monkeypatch.setattr(bindings, "load_driver", lambda: driver)
@@ -106,6 +110,7 @@ def gpu(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield Gpu(driver, modules, driver_module.Misuse)
     gc.collect()
+    gc.unfreeze()
     assert driver.misuse == []
     assert driver.leaks() == {}
 

@@ -232,7 +232,8 @@ def test_timings_by_cuda_events(flavour: str, gpu: Any, make_engine: Callable, f
         assert plain.timings["download"] == 0
 
 
-def test_ten_thousand_inferences(gpu: Any, make_engine: Callable, frames: list) -> None:
+@pytest.mark.parametrize("count", [2000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_thousands_of_inferences(count: int, gpu: Any, make_engine: Callable, frames: list) -> None:
     """Alternating batch sizes, host and device frames; nothing grows."""
     on_gpu = gpu.frame(np.full((48, 64, 3), 51, np.uint8))
     with Detector(make_engine(plan={"stub": True})) as detector:
@@ -241,7 +242,7 @@ def test_ten_thousand_inferences(gpu: Any, make_engine: Callable, frames: list) 
         tables = (gpu.driver.device, gpu.driver.pinned, gpu.driver.executables, gpu.driver.functions)
         held = [len(table) for table in tables]
         objects = 0
-        for number in range(10_000):
+        for number in range(count):
             gpu.driver.calls.clear()
             if number == 1000:
                 objects = len(gc.get_objects())

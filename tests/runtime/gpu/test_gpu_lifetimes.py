@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import os
 import threading
@@ -49,20 +50,20 @@ def test_closing_a_lane_waits_for_whoever_fills_it(
 
     def fill_slowly(*arguments: Any) -> None:
         inside.set()
-        go_on.wait(10)
+        go_on.wait(60)
         fill(*arguments)
         order.append("filled")
 
     monkeypatch.setattr(lane, "_fill", fill_slowly)
     filling = threading.Thread(target=lane.submit, args=([FRAME],))
     filling.start()
-    assert inside.wait(10)
+    assert inside.wait(60)
     closing = threading.Thread(target=lambda: (lane.close(), order.append("closed")))
     closing.start()
     closing.join(0.2)
     go_on.set()
     for thread in (filling, closing):
-        thread.join(10)
+        thread.join(60)
     assert order == ["filled", "closed"]
     with pytest.raises(SettingsError, match="closed"):
         lane.collect()
@@ -122,7 +123,7 @@ def test_closing_in_the_middle_of_many_streams(gpu: Any, make_engine: Callable) 
         started, told = threading.Barrier(4), []
 
         def consume(level: int, detector: Any = detector, started: Any = started, told: Any = told) -> None:
-            frames = (np.full((48, 64, 3), level, np.uint8) for _ in range(5000))
+            frames = itertools.repeat(np.full((48, 64, 3), level, np.uint8))
             started.wait()
             try:
                 for found in detector.stream(frames, batch=2):
@@ -130,13 +131,13 @@ def test_closing_in_the_middle_of_many_streams(gpu: Any, make_engine: Callable) 
             except SettingsError as error:
                 told.append(str(error))
 
-        threads = [threading.Thread(target=consume, args=(level,)) for level in (10, 20, 30)]
+        threads = [threading.Thread(target=consume, args=(level,), daemon=True) for level in (10, 20, 30)]
         for thread in threads:
             thread.start()
         started.wait()
         detector.close()
         for thread in threads:
-            thread.join(30)
+            thread.join(60)
         assert len(told) == 3
         assert all("closed" in text for text in told)
         assert gpu.driver.leaks() == {}
@@ -149,14 +150,14 @@ def test_a_lane_that_failed_is_released_before_the_pool_is_closed() -> None:
     class Lane:
         def close(self) -> None:
             closing.set()
-            go_on.wait(10)
+            go_on.wait(60)
             order.append("lane")
 
     pool = LanePool(Lane, 1, "a model")  # type: ignore[arg-type]
     lane = pool.borrow()
     dropping = threading.Thread(target=pool.give_back, args=(lane, RuntimeError()))
     dropping.start()
-    assert closing.wait(10)
+    assert closing.wait(60)
 
     def close() -> None:
         pool.close()
@@ -167,7 +168,7 @@ def test_a_lane_that_failed_is_released_before_the_pool_is_closed() -> None:
     end.join(0.2)
     go_on.set()
     for thread in (dropping, end):
-        thread.join(10)
+        thread.join(60)
     assert order == ["lane", "pool"]
 
 
@@ -177,7 +178,7 @@ def test_a_lane_that_is_being_made_is_closed_with_the_others() -> None:
     class Lane:
         def __init__(self) -> None:
             making.set()
-            go_on.wait(10)
+            go_on.wait(60)
 
         def close(self) -> None:
             closed.append(self)
@@ -185,13 +186,13 @@ def test_a_lane_that_is_being_made_is_closed_with_the_others() -> None:
     pool = LanePool(Lane, 1, "a model")  # type: ignore[arg-type]
     borrowing = threading.Thread(target=pool.borrow)
     borrowing.start()
-    assert making.wait(10)
+    assert making.wait(60)
     closing = threading.Thread(target=pool.close)
     closing.start()
     closing.join(0.2)
     go_on.set()
     for thread in (borrowing, closing):
-        thread.join(10)
+        thread.join(60)
     assert len(closed) == 1
 
 
@@ -321,12 +322,12 @@ def test_a_fork_touches_nothing(held: bool, gpu: Any, detector: Detector) -> Non
     child.start()
     if held:
         lock.release()
-    answered = here.poll(20)
+    answered = here.poll(60)
     if not answered:
         child.kill()
     assert answered
     told, calls = here.recv()
-    child.join(20)
+    child.join(60)
     assert "is used in its fork" in told
     assert calls == 0
     assert len(list(stream)) == 8

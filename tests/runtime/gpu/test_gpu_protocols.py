@@ -230,7 +230,7 @@ def test_a_thread_s_own_default_stream(how: str, gpu: Any, detector: Detector) -
         found = [next(stream)]
         other = threading.Thread(target=lambda: found.append(next(stream)))
         other.start()
-        other.join(20)
+        other.join(60)
         assert [one.scores[0] for one in found] == [1, 1]
     for frame in frames:
         frame.free()

@@ -56,7 +56,7 @@ def pipeline_threads() -> list[str]:
 def no_thread_stays() -> Iterator[None]:
     """Every test leaves no thread of the pipeline behind."""
     yield
-    until = time.monotonic() + 5.0
+    until = time.monotonic() + 60.0
     while pipeline_threads() and time.monotonic() < until:
         time.sleep(0.02)
     assert pipeline_threads() == []
@@ -170,7 +170,7 @@ def second_camera() -> Iterator[MjpegServer]:
 def until() -> Callable[..., None]:
     """``until(condition, seconds)``: wait for it, or fail."""
 
-    def wait(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    def wait(condition: Callable[[], object], seconds: float = 60.0) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "it did not come about in time"

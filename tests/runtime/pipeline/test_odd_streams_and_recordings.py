@@ -32,8 +32,8 @@ def test_pictures_that_cannot_be_decoded_are_no_reason_to_reconnect(stub, camera
     if decoder == "pyav":
         pytest.importorskip("av")
     camera.mode = "damage"
-    pipeline = VideoPipeline(stub(), [f"cam={camera.url}"], decoder=decoder, stall=5.0)
-    timer = threading.Timer(30.0, pipeline.stop)
+    pipeline = VideoPipeline(stub(), [f"cam={camera.url}"], decoder=decoder, stall=30.0)
+    timer = threading.Timer(120.0, pipeline.stop)
     timer.start()
     count = 0
     for _ in pipeline:
@@ -105,7 +105,7 @@ def file_server(tmp_path):
 def read_remote(stub, url, decoder):
     if decoder == "pyav":
         pytest.importorskip("av")
-    pipeline = VideoPipeline(stub(), [url], decoder=decoder, stall=5.0)
+    pipeline = VideoPipeline(stub(), [url], decoder=decoder, stall=30.0)
     return [result.time_s for result in pipeline], pipeline.summary()
 
 

@@ -177,7 +177,7 @@ def test_the_disk_fills_up_while_writing(tmp_path, limit):
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=120,
     )
     assert "a.mp4: " in done.stdout
     assert "free space" in done.stdout
@@ -261,9 +261,9 @@ def test_a_video_file_on_a_server(stub, tmp_path, video_frames, write_raw_video,
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/a.mp4"
-        results = list(VideoPipeline(stub(), [url], decoder=decoder, stall=2.0))
+        results = list(VideoPipeline(stub(), [url], decoder=decoder, stall=30.0))
         with pytest.raises(DataError, match=r"127\.0\.0\.1"):
-            VideoPipeline(stub(), [url.replace("a.mp4", "b.mp4")], decoder=decoder, stall=2.0).run()
+            VideoPipeline(stub(), [url.replace("a.mp4", "b.mp4")], decoder=decoder, stall=30.0).run()
         server.shutdown()
     assert [result.index for result in results] == list(range(12))
     assert [result.time_s for result in results] == pytest.approx([i / 10 for i in range(12)])

@@ -16,7 +16,10 @@ SHARED = os.environ.get("ANCHORLINE_SHARED")
 
 
 @pytest.mark.skipif(SHARED is None, reason="real data: ANCHORLINE_SHARED is not set")
-@pytest.mark.parametrize(("name", "frames"), [("bikes.mp4", 250), ("car-detection.mp4", 377)])
+@pytest.mark.parametrize(
+    ("name", "frames"),
+    [("bikes.mp4", 250), pytest.param("car-detection.mp4", 377, marks=pytest.mark.slow)],
+)
 def test_every_frame_is_answered_in_order_and_the_copy_is_as_long(stub, tmp_path, name, frames):
     source = Path(SHARED) / "video" / name
     saved, lines = tmp_path / "out.mp4", tmp_path / "out.jsonl"

@@ -15,7 +15,7 @@ from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
 
 av = pytest.importorskip("av", reason="needs PyAV to encode what the server sends")
 
-SIZE, FPS, PAYLOAD_TYPE, TICKS = (48, 64), 25, 96, 90_000
+SIZE, FPS, PAYLOAD_TYPE, TICKS = (48, 64), 100, 96, 90_000
 
 
 def encoded(count: int) -> tuple[bytes, list[bytes]]:
@@ -105,9 +105,9 @@ def test_an_rtsp_camera_that_breaks_off_and_comes_back(stub, server, decoder, mo
     monkeypatch.setattr(feeding, "FIRST_PAUSE", 0.05)
     server.play_for = 60
     url = f"rtsp://user:secret@127.0.0.1:{server.server_address[1]}/live"
-    pipeline = VideoPipeline(stub(), [f"cam={url}"], decoder=decoder, stall=2.0)
+    pipeline = VideoPipeline(stub(), [f"cam={url}"], decoder=decoder, stall=10.0)
     figures = pipeline.figures.sources["cam"]
-    timer = threading.Timer(30.0, pipeline.stop)
+    timer = threading.Timer(120.0, pipeline.stop)
     timer.start()
     indices = []
     for result in pipeline:

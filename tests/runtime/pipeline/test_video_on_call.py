@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from anchorline.runtime.errors import OutputError, SettingsError
-from anchorline.runtime.pipeline import feeding
+from anchorline.runtime.pipeline import feeding, video_pipeline
 from anchorline.runtime.pipeline.source import Source
 from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
 
@@ -63,16 +63,21 @@ def test_a_detector_that_fails_on_what_was_read_before_a_break_is_an_error_of_th
         def batch(self, frames):
             if frames[0].flat[0] > 3:
                 called.set()
-                left.wait(20.0)
+                left.wait(60.0)
                 raise RuntimeError("the stub fails")
             return super().batch(frames)
 
     called, left = threading.Event(), threading.Event()
     pipeline = VideoPipeline(FailsLater(), [Source(endless(grey), name="a")])
 
+    def stop():
+        VideoPipeline.stop(pipeline)
+        left.set()  # while the pipeline drains
+
+    pipeline.stop = stop
+
     def before():
-        assert called.wait(20.0)
-        threading.Timer(0.3, left.set).start()  # while the pipeline drains
+        assert called.wait(60.0)
 
     with pytest.raises(RuntimeError, match="the stub fails"):
         leave_after_three(pipeline, before)
@@ -92,23 +97,24 @@ def test_an_iteration_may_be_dropped_by_another_thread(stub, grey):
 
     thread = threading.Thread(target=drop)
     thread.start()
-    thread.join(20.0)
+    thread.join(60.0)
     gc.collect()
     assert raised == []
 
 
-def test_closing_while_the_reader_is_blocked(stub, grey):
-    """A driver that hangs is left to itself: closing takes seconds, not for ever."""
-    hang = threading.Event()
+def test_closing_while_the_reader_is_blocked(stub, grey, monkeypatch):
+    """A driver that hangs is left to itself."""
+    monkeypatch.setattr(video_pipeline, "_JOIN_SECONDS", 0.2)
+    hang, is_over = threading.Event(), []
 
     def frames():
         yield grey(0)
-        hang.wait(60.0)
+        hang.wait(120.0)
+        is_over.append(True)
 
-    start = time.monotonic()
     with VideoPipeline(stub(), [Source(frames(), name="a", live=True)]) as pipeline:
         next(iter(pipeline))
-    assert time.monotonic() - start < 20.0
+    assert is_over == []
     hang.set()
 
 
@@ -119,7 +125,7 @@ def test_a_source_that_never_delivers_anything_is_noticed(stub, until):
     hang = threading.Event()
 
     def frames():
-        hang.wait(30.0)
+        hang.wait(120.0)
         yield from ()
 
     pipeline = VideoPipeline(stub(), [Source(frames(), name="a", live=True)], stall=0.2)
@@ -132,11 +138,11 @@ def test_a_source_that_never_delivers_anything_is_noticed(stub, until):
 
 
 def test_a_slow_consumer_is_no_stall_of_the_source(stub, grey):
-    camera = Source(endless(grey, pause=0.001), name="a", live=True, policy="wait")
+    camera = Source(endless(grey), name="a", live=True, policy="wait")
     with VideoPipeline(stub(), [camera], stall=0.5) as pipeline:
         for result in pipeline:
             if result.index == 2:
-                time.sleep(2.0)  # the reader is held up by a full queue
+                time.sleep(1.2)  # the reader is held up by a full queue
             if result.index == 12:
                 break
     assert pipeline.summary().sources["a"]["stalls"] == 0
@@ -147,7 +153,7 @@ def test_losses_are_logged_as_they_happen(stub, camera, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "anchorline.video"):
         pipeline = VideoPipeline(stub(), [f"door={camera.url}"])
         figures = pipeline.figures.sources["door"]
-        timer = threading.Timer(30.0, pipeline.stop)
+        timer = threading.Timer(120.0, pipeline.stop)
         timer.start()
         for result in pipeline:
             if result.index == 3:
@@ -164,17 +170,24 @@ def test_losses_are_logged_as_they_happen(stub, camera, monkeypatch, caplog):
 # Fairness and figures
 
 
-def test_a_quick_source_does_not_starve_the_others(stub, grey):
-    """One batch at a time, and always of one frame: the turn goes round."""
+def test_a_quick_source_does_not_starve_the_others(stub, grey, until):
+    """One batch at a time, and always of one frame: the turn goes round among those that have one."""
+
+    class Patient(stub):
+        def batch(self, frames):
+            until(lambda: all(queue.frames or queue.ended for queue in pipeline._intake.queues))
+            return super().batch(frames)
+
     quick = Source(endless(grey), name="quick", live=True)
     slow = [Source((grey(i) for i in range(20)), name=f"s{s}") for s in range(2)]
     order = []
-    with VideoPipeline(stub(cost=0.002), [quick, *slow], batch=1) as pipeline:
+    pipeline = VideoPipeline(Patient(), [quick, *slow], batch=1)
+    with pipeline:
         for result in pipeline:
             order.append(result.source)
             if order.count("s0") == order.count("s1") == 20:
                 break
-    assert order.count("quick") < 200
+    assert 15 < order.count("quick") < 25
 
 
 def test_the_figures_against_an_independent_count(stub, grey):
@@ -182,7 +195,7 @@ def test_the_figures_against_an_independent_count(stub, grey):
     given, network, received = [], [], []
 
     def frames():
-        while True:
+        while len(received) < 80:
             time.sleep(0.007)
             given.append(time.monotonic())
             yield grey(len(given))
@@ -198,20 +211,20 @@ def test_the_figures_against_an_independent_count(stub, grey):
         for result in pipeline:
             received.append((time.monotonic(), result))
             assert result.age <= received[-1][0] - result.captured
-            if len(received) == 100:
-                break
-        taken = len(network)
     found = pipeline.summary().sources["cam"]
-    assert found["frames_in"] in (len(given), len(given) - 1)
-    assert found["frames"] == taken or found["frames"] == len(network)
-    # Each frame is answered or dropped, but for the one that was read as the reading ended.
-    assert found["frames_in"] - found["frames"] - found["dropped"] in (0, 1)
-    missing = [result.index for _, result in received]
-    assert found["dropped"] >= missing[-1] + 1 - len(missing) > 50
-    milliseconds = {f"p{p}": 1000 * np.percentile(network, p) for p in (50, 95, 99)}
-    assert found["stages"]["network"] == pytest.approx(milliseconds, abs=5.0)
+    assert found["frames_in"] == len(given)
+    assert found["frames"] == len(network) == len(received) >= 80
+    assert found["frames_in"] == found["frames"] + found["dropped"]
+    answered = [result.index for _, result in received]
+    assert found["dropped"] >= answered[-1] + 1 - len(answered) > 40
+    for percent in (50, 95, 99):  # a busy machine may hold the pipeline up beside the call itself
+        own, whole = (
+            1000 * np.percentile(each, percent) for each in (network, [result.age for _, result in received])
+        )
+        assert own <= found["stages"]["network"][f"p{percent}"] <= whole
+    assert found["stages"]["network"]["p50"] == pytest.approx(1000 * np.percentile(network, 50), abs=5.0)
     stamps = [at for at, _ in received]
-    assert found["fps_out"] == pytest.approx(99 / (stamps[-1] - stamps[0]), rel=0.1)
+    assert found["fps_out"] == pytest.approx((len(stamps) - 1) / (stamps[-1] - stamps[0]), rel=0.1)
     assert found["fps_in"] == pytest.approx((len(given) - 1) / (given[-1] - given[0]), rel=0.1)
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
+import runpy
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +21,13 @@ from anchorline.train.model_settings import ModelSettings
 from anchorline.train.settings import Settings
 from anchorline.train.training import StepReport, train
 from anchorline.train.training_settings import TrainingSettings
+
+# What the processes below import, so that the server they are forked from has it once for all of them.
+PRELOADED = [
+    *("torch", "torch.distributed.rendezvous", "torch.utils.data", "torchvision"),
+    *("anchorline.cli", "anchorline.cli.train", "anchorline.evaluation.evaluate"),
+    *("anchorline.evaluation.synthetic", "anchorline.train.proposing", "anchorline.train.training"),
+]
 
 
 class Recorder:
@@ -33,6 +45,12 @@ class Recorder:
     @property
     def losses(self) -> list[dict[str, float]]:
         return [dict(report.losses) for report in self.reports]
+
+
+@pytest.fixture(autouse=True)
+def _eager_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers give way to other processes, and on a machine full of tests they would wait for minutes."""
+    monkeypatch.setattr(os, "nice", lambda _: 0, raising=False)
 
 
 @pytest.fixture(scope="session")
@@ -124,6 +142,25 @@ def labelled() -> Callable[..., LabelledImage]:
         )
 
     return image
+
+
+@pytest.fixture(scope="session")
+def fork() -> Callable[..., BaseProcess]:
+    """``fork(task, options, environment, result)``: start a task of ``one_process.py`` in a process.
+
+    It is forked from a server that has PyTorch loaded: a process of its own costs three seconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    script = str(Path(__file__).parent / "one_process.py")
+
+    def run(task: str, options: dict[str, Any], environment: dict[str, str], result: Path) -> BaseProcess:
+        names = {"ENVIRONMENT": environment, "TASK": task, "OPTIONS": options, "RESULT": result}
+        process = context.Process(target=runpy.run_path, args=(script, names, "one_process"))
+        process.start()
+        return process
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""One process of a training, run by ``test_several_processes.py`` with its task in the globals.
+"""One process of a training, started by the fixture ``fork`` with its task in the globals.
 
 ``ENVIRONMENT`` is what torchrun would set, ``TASK`` names a function below and ``OPTIONS`` are its
 arguments. What it returns or raises goes into ``RESULT``, a file; its stderr and stdout into others beside.
@@ -7,6 +7,8 @@ arguments. What it returns or raises goes into ``RESULT``, a file; its stderr an
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import os
 import pickle
 import signal
@@ -41,7 +43,10 @@ class Killed(Exception):
 
 
 def scenes(images: int) -> Dataset:
-    return synthetic_dataset(images, seed=1, size=(96, 128))
+    """Small scenes, each of which is drawn once."""
+    drawn = synthetic_dataset(images, seed=1, size=(96, 128))
+    kept = tuple(dataclasses.replace(each, load=functools.cache(each.load)) for each in drawn)
+    return dataclasses.replace(drawn, images=kept)
 
 
 def trained(
@@ -62,16 +67,34 @@ def trained(
     return {"losses": losses, "images": seen, "result": dataclasses.astuple(result)}
 
 
-def proposed(checkpoint: Path, images: int, batch: int) -> dict[str, Any]:
-    """The proposals of an RPN, shared and by this process alone."""
+def proposed(checkpoint: Path, cases: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """The proposals of an RPN, shared and by this process alone, for each number of images and batch."""
     from anchorline.train.launch import joined_processes
 
-    data = scenes(images)
+    detect, found = load_rpn(checkpoint).batch, []
     with joined_processes("cpu"):
-        shared = list(run_shared(load_rpn(checkpoint).batch, data, batch))
-    alone = list(run_detector(load_rpn(checkpoint).batch, data, batch))
-    both = {"shared": shared, "alone": alone}
-    return {name: [(each.boxes, each.scores) for each in found] for name, found in both.items()}
+        for images, batch in cases:
+            data = scenes(images)
+            shared = list(run_shared(detect, data, batch))
+            both = {"shared": shared, "alone": list(run_detector(detect, data, batch))}
+            found.append({name: [(i.boxes, i.scores) for i in each] for name, each in both.items()})
+    return found
+
+
+def waiting() -> None:
+    """Join other processes, who never come; a file ``.joining`` appears when PyTorch waits for them."""
+    from anchorline.train.launch import joined_processes
+
+    module = importlib.import_module("torch.distributed.rendezvous")
+    real = module.rendezvous
+
+    def rendezvous(*arguments: Any, **options: Any) -> Any:
+        RESULT.with_suffix(".joining").touch()
+        return real(*arguments, **options)
+
+    module.rendezvous = rendezvous  # type: ignore[attr-defined]
+    with joined_processes("cpu"):
+        pass
 
 
 def commanded(arguments: list[str], fault: str = "") -> int:
@@ -128,14 +151,23 @@ FAULTS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+TASKS: dict[str, Callable[..., Any]] = {
+    "trained": trained,
+    "proposed": proposed,
+    "commanded": commanded,
+    "waiting": waiting,
+}
+
+
 def _run(task: str, options: dict[str, Any], result: Path) -> None:
     torch.set_num_threads(1)
+    os.nice = lambda _: 0  # workers that give way would wait for all other tests
     for stream, suffix in ((sys.stdout, ".out"), (sys.stderr, ".err")):
         stream.flush()
         os.dup2(os.open(result.with_suffix(suffix), os.O_WRONLY | os.O_CREAT), stream.fileno())
     outcome: Any
     try:
-        outcome = {"trained": trained, "proposed": proposed, "commanded": commanded}[task](**options)
+        outcome = TASKS[task](**options)
     except AnchorlineError as error:
         outcome = (type(error).__name__, str(error))
     result.write_bytes(pickle.dumps(outcome))

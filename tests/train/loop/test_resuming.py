@@ -45,14 +45,14 @@ def check_same_weights(one: Path, other: Path) -> None:
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tiny: MakeSettings, scenes: Dataset, tmp_path: Path, changes: dict[str, Any], recorder: MakeRecorder
 ) -> None:
-    settings = tiny(epochs=3, zoom=(0.8, 1.2), **changes)
-    straight = recorder()
-    train(settings, scenes, tmp_path / "straight", report=straight)
+    settings = tiny(epochs=3, batch=2, zoom=(0.8, 1.2), **changes)
+    few, straight = dataclasses.replace(scenes, images=scenes.images[:4]), recorder()
+    train(settings, few, tmp_path / "straight", report=straight)
 
     killed, resumed = recorder(at=3, error=Killed), recorder()
     with pytest.raises(Killed):  # in the second of three epochs
-        train(settings, scenes, tmp_path / "resumed", report=killed)
-    result = train(settings, scenes, tmp_path / "resumed", resume=True, report=resumed)
+        train(settings, few, tmp_path / "resumed", report=killed)
+    result = train(settings, few, tmp_path / "resumed", resume=True, report=resumed)
 
     assert killed.losses[:2] + resumed.losses == straight.losses
     assert [report.rate for report in resumed.reports] == [r.rate for r in straight.reports[2:]]
@@ -119,7 +119,8 @@ def test_the_best_by_validation_is_kept(
     tiny: MakeSettings, scenes: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = scripted_accuracy(monkeypatch, [0.2, 0.6, 0.4, 0.6])
-    result = train(tiny(epochs=4, validate_every=1), scenes, tmp_path, validation=scenes)
+    few = dataclasses.replace(scenes, images=scenes.images[:4])
+    result = train(tiny(epochs=4, validate_every=1), few, tmp_path, validation=few)
     assert result.map50 == 0.6
     best, last = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / LAST)
     assert all(torch.equal(best[name], seen[1][name]) for name in best)
@@ -153,7 +154,8 @@ def test_validations_come_when_asked_and_at_the_end(
     validated: list[int],
 ) -> None:
     scripted_accuracy(monkeypatch, [0.0] * 4)
-    train(tiny(epochs=4, batch=8, validate_every=every), scenes, tmp_path, validation=scenes)
+    few = dataclasses.replace(scenes, images=scenes.images[:2])
+    train(tiny(epochs=4, validate_every=every), few, tmp_path, validation=few)
     with (tmp_path / "metrics.csv").open(newline="") as file:
         assert [int(row["epoch"]) for row in csv.DictReader(file) if row["map50"]] == validated
     assert (tmp_path / "model.safetensors").is_file(), "an accuracy of 0 is an accuracy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -118,8 +119,9 @@ def test_patience_ends_a_run_that_gets_no_better(
         return type("Report", (), {"map50": next(figures)})()
 
     monkeypatch.setattr(job, "evaluate", evaluate)
-    settings = tiny(epochs=9, validate_every=1, patience=2)
-    result = train(settings, scenes, tmp_path / "run", validation=scenes)
+    settings = tiny(epochs=9, batch=2, validate_every=1, patience=2)
+    few = dataclasses.replace(scenes, images=scenes.images[:4])
+    result = train(settings, few, tmp_path / "run", validation=few)
     assert result.map50 == 0.3
     assert result.steps == 4 * 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,8 @@ def check_same(shown: Series, written: Series) -> None:
 def test_events_hold_every_step_and_validation_of_the_metrics(
     tiny: MakeSettings, scenes: Dataset, tmp_path: Path
 ) -> None:
-    train(tiny(tensorboard=True, validate_every=1), scenes, tmp_path, validation=scenes)
+    few = dataclasses.replace(scenes, images=scenes.images[:4])
+    train(tiny(tensorboard=True, batch=2, validate_every=1), few, tmp_path, validation=few)
     shown = read_events(tmp_path / "tensorboard")
     assert [step for step, _ in shown["loss"]] == [1, 2, 3, 4]
     assert [step for step, _ in shown["map50"]] == [2, 4]
@@ -59,11 +61,12 @@ def test_a_resumed_run_hides_the_steps_it_takes_again(
     tiny: MakeSettings, scenes: Dataset, tmp_path: Path, recorder: Callable[..., Any]
 ) -> None:
     """Killed in the second epoch: the third step was taken, shown, and is taken anew."""
-    settings = tiny(tensorboard=True, validate_every=1)
+    settings = tiny(tensorboard=True, batch=2, validate_every=1)
+    few = dataclasses.replace(scenes, images=scenes.images[:4])
     with pytest.raises(RuntimeError):
-        train(settings, scenes, tmp_path, validation=scenes, report=recorder(at=3, error=RuntimeError))
+        train(settings, few, tmp_path, validation=few, report=recorder(at=3, error=RuntimeError))
     assert [step for step, _ in read_events(tmp_path / "tensorboard")["loss"]] == [1, 2, 3]
-    train(settings, scenes, tmp_path, validation=scenes, resume=True)
+    train(settings, few, tmp_path, validation=few, resume=True)
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
     check_same(read_events(tmp_path / "tensorboard"), read_metrics(tmp_path / "metrics.csv"))
 

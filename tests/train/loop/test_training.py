@@ -21,7 +21,7 @@ from anchorline.train.training import StepReport, TrainResult, train
 
 MakeSettings = Callable[..., Settings]
 LAST = Path("last") / "model.safetensors"
-STEPS = 14  # of the overfitted run, one an epoch
+EPOCHS, STEPS = 7, 14  # of the overfitted run
 
 
 def losses_of(settings: Settings, data: Dataset, out: Path) -> list[dict[str, float]]:
@@ -38,14 +38,14 @@ def overfitted(
     out = tmp_path_factory.mktemp("overfitted") / "new" / "run"
     settings = tiny(
         {"backbone": "resnet10", "anchor_sizes": ((32.0,),), "aspect_ratios": (1.0,), "representation": 64},
-        epochs=STEPS,
-        batch=8,
+        epochs=EPOCHS,
+        batch=4,
         optimiser="adamw",
         learning_rate=1e-3,
         warmup_steps=5,
         rpn_samples=16,
         flip=0.0,
-        validate_every=STEPS - 2,
+        validate_every=EPOCHS - 1,
     )
     reports: list[StepReport] = []
     source = {"command": "test"}
@@ -79,7 +79,7 @@ def test_reports_count_steps_and_epochs(overfitted: Overfitted) -> None:
     reports = overfitted[3]
     assert [report.step for report in reports] == list(range(1, STEPS + 1))
     assert {report.steps for report in reports} == {STEPS}
-    assert [report.epoch for report in reports] == list(range(STEPS))
+    assert [report.epoch for report in reports] == [step // 2 for step in range(STEPS)]
     for report in reports:
         parts = {name: value for name, value in report.losses.items() if name != "loss"}
         assert set(parts) == {"loss_objectness", "loss_rpn_box", "loss_classifier", "loss_box"}
@@ -108,7 +108,7 @@ def test_the_run_folder_holds_what_it_promises(overfitted: Overfitted, squares: 
     assert contract.canvas == settings.model.canvas
     assert contract.source["command"] == "test"
     assert contract.source["data"] == squares.spec
-    assert contract.source["settings"]["training"]["epochs"] == STEPS
+    assert contract.source["settings"]["training"]["epochs"] == EPOCHS
 
 
 def test_metrics_hold_every_step_and_validation(overfitted: Overfitted) -> None:
@@ -141,11 +141,19 @@ def test_workers_change_no_loss(tiny: MakeSettings, scenes: Dataset, tmp_path: P
 
 
 def test_bf16_losses_are_near_fp32(tiny: MakeSettings, scenes: Dataset, tmp_path: Path) -> None:
-    exact = losses_of(tiny(precision="fp32", epochs=1), scenes, tmp_path / "fp32")
-    half = losses_of(tiny(precision="bf16", epochs=1), scenes, tmp_path / "bf16")
+    """All 144 proposals are kept and drawn: of a few, rounding would choose others on each processor.
+
+    A rounding to 8 bits is off by 0.4 % at most; half a hundred layers add to a few times that.
+    """
+    every = {"rpn_pre_nms": 144, "rpn_post_nms": 144}
+    model, training = {"rpn_nms_iou": 1.0, **every}, {"rpn_samples": 2000, "roi_samples": 2000, **every}
+    exact, half = (
+        losses_of(tiny(model, precision=precision, epochs=1, **training), scenes, tmp_path / precision)
+        for precision in ("fp32", "bf16")
+    )
     assert half != exact
     for name, value in exact[0].items():
-        assert half[0][name] == pytest.approx(value, rel=0.1, abs=0.02), name
+        assert half[0][name] == pytest.approx(value, rel=0.03, abs=2e-3), name
     assert {tensor.dtype for tensor in load_file(tmp_path / "bf16" / LAST).values()} <= {
         torch.float32,
         torch.int64,
