@@ -119,7 +119,10 @@ def test_pixels_sizes_and_padding_are_torchvisions(height: int, width: int, shor
     ours = (torch.from_numpy(images[0].astype(np.float32)).flip(2) - torch.tensor(mean)) / torch.tensor(std)
     rows, columns = expected.image_sizes[0]
     theirs = expected.tensors[0].permute(1, 2, 0)
-    torch.testing.assert_close(ours[:rows, :columns], theirs[:rows, :columns], rtol=0, atol=3e-6)
+    # Where a pixel comes from is a float32 of up to the frame's side, so its weight is off by as much as that
+    # is rounded, on a step of up to 255 grey levels (4.5 here); not all of PyTorch's kernels fuse.
+    rounding = 3e-6 + 2 * 4.5 * np.finfo(np.float32).eps * max(height, width)
+    torch.testing.assert_close(ours[:rows, :columns], theirs[:rows, :columns], rtol=0, atol=float(rounding))
 
 
 @pytest.mark.parametrize(
