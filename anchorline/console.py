@@ -52,7 +52,7 @@ def show_report(report: Report, json: Path | None) -> None:
 
     try:
         if json is not None:
-            from anchorline.runtime.files import write_json  # here, so that doctor works without OpenCV
+            from anchorline.runtime.io.files import write_json  # here, so that doctor works without OpenCV
 
             write_json(json, report.to_json())
     finally:
@@ -114,7 +114,7 @@ def _run(app: typer.Typer, arguments: Sequence[str] | None) -> int:
 
 def _explain(error: Exception) -> str | None:
     """What to tell the user about ``error``, or ``None`` where it is a bug."""
-    from anchorline.runtime.errors import AnchorlineError
+    from anchorline.runtime.io.errors import AnchorlineError
 
     if isinstance(error, AnchorlineError):
         return str(error)

@@ -18,23 +18,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.evaluation.dataset import Dataset
+from anchorline.data.dataset import Dataset
+from anchorline.data.synthetic import synthetic_dataset
+from anchorline.data.synthetic_video import synthetic_video_dataset, write_video
 from anchorline.evaluation.evaluate import EvaluationReport, report_detections
-from anchorline.evaluation.plots import contact_sheet, plot_loss_curve, plot_pr_curves
-from anchorline.evaluation.synthetic import synthetic_dataset
-from anchorline.evaluation.synthetic_video import synthetic_video_dataset, write_video
-from anchorline.export.exporting import ExportResult, export_onnx
-from anchorline.runtime.detecting import detect
+from anchorline.evaluation.pictures import contact_sheet, plot_loss_curve, plot_pr_curves
+from anchorline.export.onnx_export import ExportResult, export_onnx
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.errors import SettingsError
-from anchorline.runtime.files import write_json
-from anchorline.runtime.summary import DetectSummary
-from anchorline.runtime.video import VideoReader
-from anchorline.train.packaged_weights import HOW_TO_GET, mobilenet_v2_weights
-from anchorline.train.progress import training_progress
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.io.files import write_json
+from anchorline.runtime.video.detection import detect
+from anchorline.runtime.video.files import VideoReader
+from anchorline.runtime.video.summary import DetectSummary
+from anchorline.train.loop.progress import training_progress
+from anchorline.train.loop.train import TrainResult, train
+from anchorline.train.pretrained import HOW_TO_GET, mobilenet_v2_weights
 from anchorline.train.settings import load_preset
-from anchorline.train.training import TrainResult, train
 
 if TYPE_CHECKING:
     from rich.table import Table

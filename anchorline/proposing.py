@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anchorline.data.proposals import read_proposals, write_proposals
+from anchorline.data.specs import load_datasets
 from anchorline.evaluation.evaluate import Progress, run_detector
-from anchorline.evaluation.proposal_recall import ProposalReport, proposal_recall
-from anchorline.evaluation.specs import load_datasets
-from anchorline.evaluation.stored_proposals import read_proposals, write_proposals
-from anchorline.runtime.errors import SettingsError
+from anchorline.evaluation.recall import ProposalReport, proposal_recall
+from anchorline.runtime.io.errors import SettingsError
 
 if TYPE_CHECKING:
-    from anchorline.evaluation.dataset import Dataset
+    from anchorline.data.dataset import Dataset
     from anchorline.runtime.detections import Detections
 
 SELECTIVE_SEARCH = "selective-search"
@@ -54,7 +54,7 @@ def _open_proposer(model: Path | None, method: str | None, count: int | None, pr
     if (model is None) == (method is None):
         raise SettingsError(f"model is {model}, method {method}; expected one: --model MODEL or --method")
     if model is None:
-        from anchorline.evaluation.selective_search import SelectiveSearch
+        from anchorline.data.proposals import SelectiveSearch
 
         if method != SELECTIVE_SEARCH:
             raise SettingsError(f"method is {method!r}; expected {SELECTIVE_SEARCH!r}")

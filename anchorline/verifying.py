@@ -9,21 +9,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.evaluation.dataset import Dataset
+from anchorline.data.dataset import Dataset
+from anchorline.data.specs import load_datasets
+from anchorline.data.synthetic import generate_scene
 from anchorline.evaluation.evaluate import Progress
-from anchorline.evaluation.specs import load_datasets
-from anchorline.evaluation.synthetic import generate_scene
-from anchorline.evaluation.verify.material import first_images, from_frames, images_or_video, scenes
-from anchorline.evaluation.verify.record import write_not_executed, write_record
-from anchorline.evaluation.verify.report import VerifyReport
-from anchorline.evaluation.verify.subject import Subject, onnx_subject
-from anchorline.evaluation.verify.tolerances import TOLERANCES
-from anchorline.evaluation.verify.verifying import verify, write_worst_images
+from anchorline.runtime.backends.selection import exact_provider
 from anchorline.runtime.canvas import padded, place
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.engine_manifest import manifest_path
-from anchorline.runtime.errors import GpuError, OutputError, ParityError, SettingsError
-from anchorline.runtime.opening import exact_provider
+from anchorline.runtime.io.errors import GpuError, OutputError, ParityError, SettingsError
+from anchorline.runtime.tensorrt.manifest import manifest_path
+from anchorline.verify.material import first_images, from_frames, images_or_video, scenes
+from anchorline.verify.report import VerifyReport, write_not_executed, write_record
+from anchorline.verify.stages import Subject, onnx_subject
+from anchorline.verify.tolerances import TOLERANCES
+from anchorline.verify.verify import verify, write_worst_images
 
 # torchvision computes the same in another order, and differs from itself by as much when only the memory
 # layout of its tensors changes.
@@ -121,7 +120,7 @@ def verify_import(path: Path) -> str:
     is of a library that has no detector here, that is recorded and said. A model that differs is removed,
     and ``ParityError`` raised.
     """
-    from anchorline.export.importing import LIBRARY_KEY
+    from anchorline.export.importers.importing import LIBRARY_KEY
 
     theirs = _open(path, "auto", None)
     contract = theirs.detector.contract
@@ -190,7 +189,7 @@ def _open(path: Path, provider: str, other: Subject | None) -> Subject:
         return Subject(path, Detector(path, "tensorrt" if provider == "auto" else provider))
     if not _is_checkpoint(path):
         return onnx_subject(path, exact_provider(provider))
-    from anchorline.train.subject import checkpoint_subject
+    from anchorline.train.predict import checkpoint_subject
 
     return checkpoint_subject(path, None if other is None else other.detector.contract)
 
@@ -202,7 +201,7 @@ def _open_in_torchvision(path: Path, other: Subject) -> Subject:
             f"--reference torchvision is for a model.safetensors and detections; got {path} and the task "
             f"{other.detector.contract.task}"
         )
-    from anchorline.export.torchvision_reference import TorchvisionDetector
+    from anchorline.export.importers.torchvision_reference import TorchvisionDetector
     from anchorline.train.checkpoint import load_checkpoint
 
     return Subject(path, TorchvisionDetector.of(*load_checkpoint(path)))

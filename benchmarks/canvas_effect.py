@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from record import append_row
 
-from anchorline.evaluation.compare import compare_all
+from anchorline.data.specs import load_dataset
 from anchorline.evaluation.evaluate import evaluate
-from anchorline.evaluation.specs import load_dataset
+from anchorline.runtime.canvas import Preprocessor
 from anchorline.runtime.contract import ResizeRule
-from anchorline.runtime.preprocess import Preprocessor
 from anchorline.train.checkpoint import load_checkpoint
-from anchorline.train.prediction import TorchDetector
+from anchorline.train.predict import TorchDetector
+from anchorline.verify.compare import compare_all
 
 GROWTH = ((0, 0), (0, 32), (0, 64), (0, 128), (128, 0), (128, 128))  # rows and columns more
 

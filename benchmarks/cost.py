@@ -30,10 +30,10 @@ from numpy.typing import NDArray
 from record import append_row
 from torch.utils.flop_counter import FlopCounterMode
 
-from anchorline.evaluation.synthetic import generate_scene
-from anchorline.export.exporting import export_onnx
+from anchorline.data.synthetic import generate_scene
+from anchorline.export.onnx_export import export_onnx
 from anchorline.runtime import Detector
-from anchorline.runtime.cpu_options import usable_cores
+from anchorline.runtime.backends.cpu_options import usable_cores
 from anchorline.train.checkpoint import load_checkpoint, save_checkpoint
 
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)  # of the canvas's sides

@@ -23,9 +23,9 @@ from record import append_row
 from anchorline.runtime import Detector, GpuError, GpuOptions
 from anchorline.runtime.canvas import place, to_canvas
 from anchorline.runtime.contract import Contract
-from anchorline.runtime.cuda import CUDA_PACKAGES, Cuda, open_cuda
-from anchorline.runtime.gpu.device_frames import DeviceFrame
-from anchorline.runtime.gpu.preprocess import GpuPreprocessor
+from anchorline.runtime.tensorrt.cuda import CUDA_PACKAGES, Cuda, open_cuda
+from anchorline.runtime.tensorrt.frames import DeviceFrame
+from anchorline.runtime.tensorrt.preprocess import GpuPreprocessor
 
 SIZES = {"1080p": (1080, 1920), "4K": (2160, 3840)}
 CANVAS = (800, 1088)

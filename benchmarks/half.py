@@ -18,13 +18,12 @@ from pathlib import Path
 import onnx
 from record import append_row
 
-from anchorline.engine.half_simulation import simulate_half
+from anchorline.data.dataset import Dataset
+from anchorline.data.specs import load_dataset
+from anchorline.engine.fp16_range import network_inputs, simulate_half
+from anchorline.engine.mixed_precision import PrecisionReport, to_precision
 from anchorline.engine.model_file import check_exported, read_model
-from anchorline.engine.precision import PrecisionReport, to_precision
-from anchorline.engine.samples import network_inputs
-from anchorline.evaluation.dataset import Dataset
 from anchorline.evaluation.evaluate import EvaluationReport, evaluate
-from anchorline.evaluation.specs import load_dataset
 from anchorline.runtime import Detector
 
 TOLERANCE = 0.003

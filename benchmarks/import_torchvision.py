@@ -25,11 +25,11 @@ from drawn_weights import draw_weights
 from numpy.typing import NDArray
 from record import append_row
 
-from anchorline.evaluation.compare import ComparisonSummary, compare_all
-from anchorline.export.exporting import export_onnx, trimmed_canvas
-from anchorline.export.torchvision_reference import TorchvisionDetector
+from anchorline.export.importers.torchvision_reference import TorchvisionDetector
+from anchorline.export.onnx_export import export_onnx, trimmed_canvas
 from anchorline.runtime import Detections, Detector
-from anchorline.train.prediction import TorchDetector
+from anchorline.train.predict import TorchDetector
+from anchorline.verify.compare import ComparisonSummary, compare_all
 
 # Smallest first. The number of outputs: COCO's, and a user's.
 MODELS = {
@@ -120,7 +120,7 @@ def import_in_process(name: str, checkpoint: Path, out: Path, classes: Path | No
     """Import in a process of its own, and record its time and its memory beyond the libraries'."""
     program = (
         "import sys, time; from pathlib import Path; import torchvision\n"
-        "from anchorline.export.importing import import_checkpoint\n"
+        "from anchorline.export.importers.importing import import_checkpoint\n"
         "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024\n"
         "name, checkpoint, out, classes = sys.argv[1:]\n"
         "before, start = peak(), time.perf_counter()\n"

@@ -26,14 +26,13 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, qdq_quantizer
 from record import append_row
 
+from anchorline.data.specs import load_datasets
 from anchorline.evaluation.evaluate import evaluate
-from anchorline.evaluation.specs import load_datasets
-from anchorline.export.quantizing_checks import evenly, read_float_model
-from anchorline.export.quantizing_graph import observed_tensors, quantized
-from anchorline.export.quantizing_layers import find_layers
-from anchorline.export.quantizing_ranges import measure_ranges
+from anchorline.export.quantize.checks import evenly, read_float_model
+from anchorline.export.quantize.graph import find_layers, observed_tensors, quantized
+from anchorline.export.quantize.ranges import measure_ranges
 from anchorline.runtime import Detector
-from anchorline.runtime import onnxruntime_backend as backend
+from anchorline.runtime.backends import onnxruntime as backend
 from anchorline.runtime.contract import CONTRACT_KEY
 
 # By name: the weights' type, whether they have 7 bits, whether the rounded values are multiplied in float.

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from record import append_row
 
-from anchorline.evaluation.synthetic_video import write_video
+from anchorline.data.synthetic_video import write_video
 from anchorline.runtime import Detections, Detector, Source, VideoPipeline, VideoReader
 from anchorline.serving.live_view import LiveView
 

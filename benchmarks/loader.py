@@ -15,12 +15,18 @@ import time
 import torch
 from record import append_row
 
-from anchorline.evaluation.specs import load_dataset
+from anchorline.data.specs import load_dataset
 from anchorline.runtime.contract import ResizeRule
-from anchorline.train.batches import Batch, CanvasDataset, build_loader, read_batches, single_threaded_opencv
-from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.train.data.dataset import (
+    Batch,
+    CanvasDataset,
+    build_loader,
+    read_batches,
+    single_threaded_opencv,
+)
+from anchorline.train.loop.trainer import Stepper
+from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.settings import load_preset
-from anchorline.train.stepping import Stepper
 
 
 def main() -> None:

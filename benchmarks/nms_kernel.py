@@ -18,9 +18,8 @@ import torch
 import torchvision
 from record import append_row
 
-from anchorline.runtime.plugins import driver
-from anchorline.runtime.plugins.batched_nms import BatchedNMS
-from anchorline.runtime.plugins.op import Call
+from anchorline.runtime.tensorrt.plugins import driver
+from anchorline.runtime.tensorrt.plugins.ops import BatchedNMS, Call
 
 CASES = ((5, 1000), (90, 1000), (40, 1000), (1, 6000))
 IOU, SCORE = 0.5, 0.0

@@ -32,8 +32,8 @@ from paper_experiments.runs import EXPERIMENTS, Run
 from paper_experiments.state import RESULTS, Result, State, publish, read_rows
 from paper_experiments.study import DEFAULT_PRESET, Study, open_study
 
-from anchorline.runtime.errors import AnchorlineError, DataError, SettingsError
-from anchorline.runtime.files import write_json
+from anchorline.runtime.io.errors import AnchorlineError, DataError, SettingsError
+from anchorline.runtime.io.files import write_json
 
 USER_ERROR, INTERRUPTED = 2, 130
 

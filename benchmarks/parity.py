@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from record import append_row
 
-from anchorline.evaluation.compare import Comparison, compare_detections, summarise
-from anchorline.evaluation.specs import load_dataset
+from anchorline.data.specs import load_dataset
 from anchorline.runtime import Detections, Detector, read_image
-from anchorline.train.prediction import TorchDetector
+from anchorline.train.predict import TorchDetector
+from anchorline.verify.compare import Comparison, compare_detections, summarise
 
 BATCHES = (1, 3, 8)
 SIZES = ((32, 32), (32, 640), (640, 32), (97, 131), (480, 640), (640, 480), (1080, 1920), (3000, 4000))

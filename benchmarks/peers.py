@@ -33,12 +33,12 @@ from import_torchvision import compare, crops
 from numpy.typing import NDArray
 from record import append_row
 
-from anchorline.export.exporting import export_onnx, trimmed_canvas
-from anchorline.export.importing import import_checkpoint
-from anchorline.export.torchvision_reference import TorchvisionDetector
+from anchorline.export.importers.importing import import_checkpoint
+from anchorline.export.importers.torchvision_reference import TorchvisionDetector
+from anchorline.export.onnx_export import export_onnx, trimmed_canvas
 from anchorline.runtime import Detections, Detector
-from anchorline.runtime.cpu_options import usable_cores
-from anchorline.runtime.openvino_library import has_openvino
+from anchorline.runtime.backends.cpu_options import usable_cores
+from anchorline.runtime.backends.openvino import has_openvino
 
 MODELS = ("fasterrcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_resnet50_fpn")
 ASPECT = "4:3"  # 800x1088 at 800/1333

@@ -20,14 +20,13 @@ import numpy as np
 from PIL import Image
 from record import append_row
 
-from anchorline.evaluation.compare import compare_all
+from anchorline.data.synthetic import synthetic_dataset
 from anchorline.evaluation.evaluate import evaluate
-from anchorline.evaluation.synthetic import synthetic_dataset
-from anchorline.runtime.antialiased_resize import resize_antialiased
-from anchorline.runtime.canvas import place
+from anchorline.runtime.canvas import place, resize_antialiased
 from anchorline.runtime.contract import ResizeRule
 from anchorline.train.checkpoint import load_checkpoint
-from anchorline.train.prediction import TorchDetector
+from anchorline.train.predict import TorchDetector
+from anchorline.verify.compare import compare_all
 
 DETECTRON2 = ResizeRule(800, 1333, rounding="nearest")
 FRAMES = ((480, 640), (720, 1280), (1080, 1920))

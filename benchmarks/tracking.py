@@ -19,10 +19,9 @@ from pathlib import Path
 import numpy as np
 from record import append_row
 
-from anchorline.evaluation.boxes import box_areas, intersection_matrix, iou_matrix
-from anchorline.evaluation.synthetic import MIN_VISIBLE, SCENE_SIZE
-from anchorline.evaluation.synthetic_shapes import CLASS_NAMES
-from anchorline.evaluation.synthetic_video import SyntheticVideo, VideoTruth
+from anchorline.data.boxes import box_areas, intersection_matrix, iou_matrix
+from anchorline.data.synthetic import CLASS_NAMES, MIN_VISIBLE, SCENE_SIZE
+from anchorline.data.synthetic_video import SyntheticVideo, VideoTruth
 from anchorline.runtime import Detections, Detector, ObjectTracker
 
 Detect = Callable[[int, VideoTruth], Detections]

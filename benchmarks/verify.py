@@ -21,7 +21,7 @@ from pathlib import Path
 
 from record import append_row
 
-from anchorline.evaluation.verify.report import VerifyReport
+from anchorline.verify.report import VerifyReport
 from anchorline.verifying import verify_files
 
 
@@ -78,9 +78,9 @@ def _made(name: str, folder: Path) -> list[Path]:
     import torchvision
     from drawn_weights import draw_weights
 
-    from anchorline.evaluation.synthetic import CLASS_NAMES, generate_scene
-    from anchorline.export.exporting import export_onnx
-    from anchorline.export.importing import import_checkpoint
+    from anchorline.data.synthetic import CLASS_NAMES, generate_scene
+    from anchorline.export.importers.importing import import_checkpoint
+    from anchorline.export.onnx_export import export_onnx
 
     builder = getattr(torchvision.models.detection, name)
     model = builder(weights=None, weights_backbone=None, num_classes=len(CLASS_NAMES) + 1)
@@ -101,7 +101,7 @@ def _pictures(spec: str, folder: Path) -> list[str]:
     """Generated scenes as files, since a model of other classes can look at them without their labels."""
     import cv2
 
-    from anchorline.evaluation.specs import load_dataset
+    from anchorline.data.specs import load_dataset
 
     target = folder / spec.replace(":", "-")
     target.mkdir(exist_ok=True)

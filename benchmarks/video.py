@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from record import append_row
 
-from anchorline.evaluation.synthetic_video import write_video
+from anchorline.data.synthetic_video import write_video
 from anchorline.runtime import Detections, Detector, Source, VideoPipeline, VideoReader, detect, draw
-from anchorline.runtime.pipeline.av_writer import open_writer
+from anchorline.runtime.video.pyav import open_writer
 
 Image = NDArray[np.uint8]
 COLUMNS = (

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import shutil
 import signal
 
 # Before NumPy, OpenCV and PyTorch are loaded, which read them once. `usable_cores` heeds the first, too.
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     import onnx
 
     from anchorline.runtime.contract import Contract
-    from anchorline.train.faster_rcnn import FasterRCNN
-    from anchorline.train.model_settings import ModelSettings
+    from anchorline.train.model.faster_rcnn import FasterRCNN
+    from anchorline.train.model.settings import ModelSettings
 
 SMALL_CANVAS = (128, 160)
 
@@ -68,6 +69,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
         folder, unfinished = root / name, root / f"{name}.part"
         with FileLock(root / f"{name}.lock"):
             if not folder.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)  # where making it failed before
                 unfinished.mkdir()
                 make(unfinished)
                 unfinished.rename(folder)
@@ -86,12 +88,12 @@ def onnx_of(
     written anew.
     """
 
+    import onnx
+
+    from anchorline.export.onnx_export import OUTPUTS, to_onnx  # here: tests put this function in its place
+    from anchorline.runtime.contract import CONTRACT_KEY
+
     def get(model: FasterRCNN, contract: Contract) -> onnx.ModelProto:
-        import onnx
-
-        from anchorline.export.graph import OUTPUTS, to_onnx
-        from anchorline.runtime.contract import CONTRACT_KEY
-
         kind = (model.settings, contract.task, contract.canvas, contract.input_dtype)
         key = hashlib.sha256(repr(kind).encode())
         for name, tensor in model.state_dict().items():
@@ -115,7 +117,7 @@ def tiny_weights(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     def make(folder: Path) -> None:
         import torch
 
-        from anchorline.train.faster_rcnn import FasterRCNN
+        from anchorline.train.model.faster_rcnn import FasterRCNN
         from anchorline.train.settings import load_preset
 
         torch.manual_seed(0)
@@ -128,7 +130,7 @@ def tiny_weights(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
 @pytest.fixture(scope="session")
 def small_settings() -> Callable[..., ModelSettings]:
     """``small_settings(neck, **changes)``: settings of a narrow model on a canvas of 128x160."""
-    from anchorline.train.model_settings import ModelSettings
+    from anchorline.train.model.settings import ModelSettings
 
     def settings(neck: str = "fpn", **changes: object) -> ModelSettings:
         sizes = ((8.0,), (16.0,), (32.0,), (64.0,), (128.0,)) if neck == "fpn" else ((16.0, 48.0),)
@@ -157,7 +159,7 @@ def small_model(small_settings: Callable[..., ModelSettings]) -> Callable[..., F
     """
     import torch
 
-    from anchorline.train.faster_rcnn import FasterRCNN
+    from anchorline.train.model.faster_rcnn import FasterRCNN
 
     def take_statistics(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
         module.running_mean.copy_(inputs[0].mean(dim=(0, 2, 3)))
@@ -209,7 +211,7 @@ def small_resnet(monkeypatch: pytest.MonkeyPatch) -> str:
     from torch import nn
     from torchvision.models.resnet import Bottleneck, ResNet
 
-    from anchorline.train.backbones import BACKBONES
+    from anchorline.train.model.backbones import BACKBONES
 
     class NarrowResNet(ResNet):
         def __init__(self, norm_layer: Callable[..., nn.Module]) -> None:

@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from anchorline import __version__, cli
-from anchorline.runtime.errors import DataError
+from anchorline.runtime.io.errors import DataError
 
 COMMAND = [sys.executable, "-m", "anchorline"]
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from anchorline import cli
-from anchorline.evaluation.synthetic import CLASS_NAMES, generate_scene
+from anchorline.data.synthetic import CLASS_NAMES, generate_scene
 
 TINY = Path(__file__).with_name("tiny.toml")
 
@@ -55,7 +55,7 @@ def test_from_scenes_to_figures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """train, export, detect and evaluate, each on what the one before has written."""
-    monkeypatch.setattr("anchorline.export.exporting.to_onnx", onnx_of)
+    monkeypatch.setattr("anchorline.export.onnx_export.to_onnx", onnx_of)
     checkpoint, model = run / "model.safetensors", tmp_path / "model.onnx"
     assert json.loads((run / "settings.json").read_text())["training"]["seed"] == 5
     assert cli.main(["export", str(checkpoint), "--out", str(model), "--max-batch", "4"]) == 0

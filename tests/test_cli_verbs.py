@@ -15,9 +15,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from anchorline import cli
-from anchorline.evaluation.synthetic import CLASS_NAMES
+from anchorline.data.synthetic import CLASS_NAMES
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
-from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
+from anchorline.runtime.video.pipeline import VideoPipeline
 
 CANVAS = 64  # pixels, both sides
 CONTRACT = Contract("detections", CLASS_NAMES, (CANVAS, CANVAS), mean=(0.0,) * 3, std=(1.0,) * 3)

@@ -14,11 +14,11 @@ import pytest
 from rich.console import Console
 
 from anchorline import demo as module
+from anchorline.data.synthetic import CLASS_NAMES
+from anchorline.data.synthetic_video import synthetic_video_dataset
 from anchorline.demo import DemoReport, demo, evaluate_lines
-from anchorline.evaluation.synthetic import CLASS_NAMES
-from anchorline.evaluation.synthetic_video import synthetic_video_dataset
-from anchorline.runtime.errors import SettingsError
-from anchorline.runtime.video import VideoReader
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.video.files import VideoReader
 from anchorline.train.checkpoint import load_checkpoint
 
 SCENES, FRAMES = 6, 14
@@ -36,7 +36,7 @@ def made(
     """
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("anchorline.export.exporting.to_onnx", onnx_of)
+        patch.setattr("anchorline.export.onnx_export.to_onnx", onnx_of)
         patch.setattr(module, "TRAINING_SCENES", SCENES)
         patch.setattr(module, "VIDEO_FRAMES", FRAMES)
         seed = ["training.seed=5"]

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anchorline.evaluation.synthetic import MIN_VISIBLE, SCENE_SIZE
-from anchorline.evaluation.synthetic_shapes import CLASS_NAMES
-from anchorline.evaluation.synthetic_video import SyntheticVideo
+from anchorline.data.synthetic import CLASS_NAMES, MIN_VISIBLE, SCENE_SIZE
+from anchorline.data.synthetic_video import SyntheticVideo
 from anchorline.runtime import Detections, Source
 
 pytest.importorskip("supervision", reason="the example counts with supervision")

@@ -106,7 +106,15 @@ def test_the_command_line_imports_no_heavy_library_before_a_verb_runs() -> None:
     ("stage", "allowed"),
     [
         ("runtime", ("anchorline.runtime", "cv2", "numpy")),
-        ("evaluation", ("anchorline.evaluation", "anchorline.runtime", "cv2", "numpy")),
+        ("data", ("anchorline.data", "anchorline.runtime", "cv2", "numpy")),
+        ("evaluation", ("anchorline.data", "anchorline.evaluation", "anchorline.runtime", "cv2", "numpy")),
+        (
+            "verify",
+            (
+                *("anchorline.data", "anchorline.evaluation", "anchorline.runtime", "anchorline.verify"),
+                *("cv2", "numpy"),
+            ),
+        ),
     ],
 )
 def test_torch_free_stages_import_only_numpy_and_opencv_at_the_top(

@@ -10,15 +10,15 @@ import pytest
 
 pytest.importorskip("torch", reason="trains with PyTorch")
 
-from anchorline.evaluation.compare import compare_all
-from anchorline.evaluation.dataset import Dataset
+from anchorline.data.dataset import Dataset
+from anchorline.data.specs import load_dataset
 from anchorline.evaluation.evaluate import evaluate
-from anchorline.evaluation.specs import load_dataset
-from anchorline.export.exporting import export_onnx
+from anchorline.export.onnx_export import export_onnx
 from anchorline.runtime import Detector
-from anchorline.train.prediction import TorchDetector
+from anchorline.train.loop.train import train
+from anchorline.train.predict import TorchDetector
 from anchorline.train.settings import load_preset
-from anchorline.train.training import train
+from anchorline.verify.compare import compare_all
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anchorline.evaluation.synthetic import SCENE_SIZE
-from anchorline.evaluation.synthetic_video import SyntheticVideo, VideoTruth
+from anchorline.data.synthetic import SCENE_SIZE
+from anchorline.data.synthetic_video import SyntheticVideo, VideoTruth
 from anchorline.runtime import Detections
 
 pytest.importorskip("trackers", reason="needs the package trackers; pip install --no-deps trackers")

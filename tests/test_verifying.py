@@ -15,16 +15,16 @@ import pytest
 from onnx import numpy_helper
 
 from anchorline.cli import main
-from anchorline.evaluation.synthetic import CLASS_NAMES, generate_scene
-from anchorline.evaluation.verify.record import record_path
-from anchorline.export import exporting
-from anchorline.export.torchvision_reference import TorchvisionDetector
+from anchorline.data.synthetic import CLASS_NAMES, generate_scene
+from anchorline.export import onnx_export as exporting
+from anchorline.export.importers.torchvision_reference import TorchvisionDetector
 from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.errors import GpuError, OutputError, ParityError, SettingsError
+from anchorline.runtime.io.errors import GpuError, OutputError, ParityError, SettingsError
 from anchorline.train.checkpoint import contract_of, save_checkpoint
-from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.verify.report import record_path
 from anchorline.verifying import verify_engine, verify_files, verify_import
 
 TRAPS = 13
@@ -289,7 +289,7 @@ def test_a_record_that_cannot_be_written_takes_nothing_from_the_verdict(
 
 
 def test_a_video_is_sampled_over_its_whole_length(tmp_path: Path) -> None:
-    from anchorline.evaluation.verify.material import VIDEO_FRAMES, images_or_video
+    from anchorline.verify.material import VIDEO_FRAMES, images_or_video
 
     path = tmp_path / "long.avi"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 25, (64, 48))

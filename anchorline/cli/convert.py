@@ -58,7 +58,7 @@ def import_(
     ] = True,
 ) -> None:
     """Turn another library's checkpoint into a model.safetensors with the same detections."""
-    from anchorline.export.importing import import_checkpoint
+    from anchorline.export.importers.importing import import_checkpoint
     from anchorline.runtime.contract import ResizeRule
 
     result = import_checkpoint(
@@ -103,7 +103,7 @@ def export(
     verify: Annotated[bool, typer.Option(help="Compare with PyTorch before the file is published.")] = True,
 ) -> None:
     """Write a checkpoint as one ONNX file, and prove that onnxruntime gives PyTorch's detections."""
-    from anchorline.export.exporting import export_onnx
+    from anchorline.export.onnx_export import export_onnx
 
     result = export_onnx(
         checkpoint,
@@ -141,7 +141,7 @@ def quantize(
     json: JsonOption = None,
 ) -> None:
     """Turn an exported model's layers into 8-bit integers, as far as its accuracy holds."""
-    from anchorline.export.quantizing import quantize_onnx
+    from anchorline.export.quantize.quantize import quantize_onnx
 
     with progress_bar("quantising") as progress:
         result = quantize_onnx(
@@ -206,8 +206,8 @@ def build(
     ] = True,
 ) -> None:
     """Compile an exported model into a TensorRT engine."""
-    from anchorline.engine.builder import build_engine
-    from anchorline.engine.samples import sample_inputs
+    from anchorline.engine.build import build_engine
+    from anchorline.engine.fp16_range import sample_inputs
 
     samples = sample_inputs(model, images) if images else ()
     with progress_bar("building") as progress:
@@ -241,7 +241,7 @@ def build(
 
 def _batch(text: str) -> tuple[int, int, int]:
     """The three numbers of ``1:4:8``."""
-    from anchorline.runtime.errors import SettingsError
+    from anchorline.runtime.io.errors import SettingsError
 
     parts = text.split(":")
     if len(parts) != 3 or not all(part.isdecimal() for part in parts):
@@ -252,7 +252,7 @@ def _batch(text: str) -> tuple[int, int, int]:
 
 def _capabilities(text: str | None) -> tuple[int, ...]:
     """The numbers of ``86,89``."""
-    from anchorline.runtime.errors import SettingsError
+    from anchorline.runtime.io.errors import SettingsError
 
     parts = [] if text is None else text.split(",")
     if not all(part.strip().isdecimal() for part in parts):

@@ -15,7 +15,7 @@ from anchorline.console import show_report, tell, warn
 
 if TYPE_CHECKING:
     from anchorline.cluster import ClusterSummary
-    from anchorline.runtime.summary import DetectSummary
+    from anchorline.runtime.video.summary import DetectSummary
 
 
 def detect(
@@ -105,8 +105,7 @@ def detect(
     """Detect objects in images, videos, cameras and streams."""
     from anchorline.runtime import Detector
     from anchorline.runtime import detect as detect_sources
-    from anchorline.runtime.pipeline.filters import parse_filters
-    from anchorline.runtime.pipeline.settings import check_files
+    from anchorline.runtime.video.options import check_files, parse_filters
 
     check_files((jsonl, report, json), (model, *sources))
     filters = parse_filters(classes, min_score, region, max_detections)
@@ -170,7 +169,7 @@ def detect(
 
 def _tuning(sources: list[str], policy: Policy | None) -> Literal["latency", "throughput"]:
     """Files are to be done soon as a whole; of a live source each frame is."""
-    from anchorline.runtime.pipeline.source import parse_source
+    from anchorline.runtime.video.source import parse_source
 
     wait = policy != "latest" and all(parse_source(each).chosen_policy == "wait" for each in sources)
     return "throughput" if wait else "latency"
@@ -178,8 +177,8 @@ def _tuning(sources: list[str], policy: Policy | None) -> Literal["latency", "th
 
 def _tell_detected(summary: DetectSummary | ClusterSummary, jsonl: Path | None, json: Path | None) -> None:
     """The figures go to stdout, or to stderr where that takes the JSON lines."""
-    from anchorline.runtime.files import write_json
-    from anchorline.runtime.pipeline.sinks import is_stdout
+    from anchorline.runtime.io.files import write_json
+    from anchorline.runtime.video.sinks import is_stdout
 
     warn(summary.warnings)
     if not is_stdout(jsonl):

@@ -42,9 +42,9 @@ def evaluate(
     json: JsonOption = None,
 ) -> None:
     """Measure a model's accuracy on labelled images: VOC and COCO AP per class, or proposal recall."""
+    from anchorline.data.specs import load_datasets
     from anchorline.evaluation.evaluate import evaluate as evaluate_detector
-    from anchorline.evaluation.proposal_recall import evaluate_proposals
-    from anchorline.evaluation.specs import load_datasets
+    from anchorline.evaluation.recall import evaluate_proposals
 
     if model.suffix == ".jsonl":
         from anchorline.proposing import recall_of_file
@@ -62,7 +62,7 @@ def evaluate(
         )
     show_report(report, json)
     if plots is not None:
-        from anchorline.evaluation.report_files import write_report_files
+        from anchorline.evaluation.pictures import write_report_files
 
         write_report_files(report, dataset, plots, shown_score)
 

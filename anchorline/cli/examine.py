@@ -78,7 +78,7 @@ def bench(
     """Measure how fast models run here: percentiles of each stage, throughput, peak memory."""
     from rich.console import Console
 
-    from anchorline.benchmarking.bench import bench as measure
+    from anchorline.bench.bench import bench as measure
 
     with progress_bar("measuring") as progress:
         report = measure(

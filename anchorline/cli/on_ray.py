@@ -18,7 +18,7 @@ def uses_ray(address: str | None, workers: int | None, others: Mapping[str, obje
 
     ``others`` are the options that make no sense on a cluster, of which none may be set.
     """
-    from anchorline.runtime.errors import SettingsError
+    from anchorline.runtime.io.errors import SettingsError
 
     if address is None and workers is not None:
         raise SettingsError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from anchorline.evaluation.dataset import Dataset
+    from anchorline.data.dataset import Dataset
 
 Provider = Literal["auto", "cpu", "openvino", "cuda", "tensorrt", "tensorrt-rtx"]
 CpuPrecision = Literal["auto", "fp32", "bf16"]
@@ -32,7 +32,7 @@ CpuPrecisionOption = Annotated[
 
 def size(text: str, option: str, form: str) -> tuple[int, int]:
     """The two numbers of ``480x640``, in the order in which they stand."""
-    from anchorline.runtime.errors import SettingsError
+    from anchorline.runtime.io.errors import SettingsError
 
     first, _, second = text.lower().partition("x")
     if not first.isdecimal() or not second.isdecimal():
@@ -66,11 +66,11 @@ def open_detector(
 
         return open_on_proposals(model, proposals, data)
     if model.suffix == ".safetensors":
-        from anchorline.train.prediction import TorchDetector
+        from anchorline.train.predict import TorchDetector
 
         return TorchDetector.load(model)
     from anchorline.runtime import Detector
-    from anchorline.runtime.opening import exact_provider
+    from anchorline.runtime.backends.selection import exact_provider
 
     wanted = provider if cpu_precision == "bf16" else exact_provider(provider)
     return Detector(model, wanted, cpu_precision=cpu_precision)

@@ -15,7 +15,7 @@ from anchorline.cli.options import DataOption, tell_dropped
 from anchorline.console import USER_ERROR, tell
 
 if TYPE_CHECKING:
-    from anchorline.train.training import TrainResult
+    from anchorline.train.loop.train import TrainResult
 
 
 def train(
@@ -58,11 +58,11 @@ def train(
 ) -> None:
     """Train a detector and write its run folder; with torchrun on several devices (docs/training.md)."""
     changes = {"epochs": epochs, "seed": seed, "regime": schedule}
-    from anchorline.evaluation.specs import load_datasets
-    from anchorline.train.distributed import is_main
-    from anchorline.train.progress import training_progress
+    from anchorline.data.specs import load_datasets
+    from anchorline.train.loop.distributed import is_main
+    from anchorline.train.loop.progress import training_progress
+    from anchorline.train.loop.train import train as train_model
     from anchorline.train.settings import load_preset
-    from anchorline.train.training import train as train_model
 
     overrides = [*(set_ or ())]
     overrides += [f"training.{name}={value}" for name, value in changes.items() if value is not None]
@@ -96,7 +96,7 @@ def train(
 @contextlib.contextmanager
 def _joined_processes(device: str) -> Iterator[None]:
     """As ``launch.joined_processes``; a process that another one's failure ends does so without a word."""
-    from anchorline.train.launch import OtherProcessError, joined_processes
+    from anchorline.train.loop.launch import OtherProcessError, joined_processes
 
     try:
         with joined_processes(device):

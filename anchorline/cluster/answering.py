@@ -11,7 +11,7 @@ from anchorline.cluster.merging import Copies, OrderedLines
 from anchorline.cluster.summary import ClusterSummary
 from anchorline.cluster.tally import Tally
 from anchorline.cluster.work_queue import WorkQueue
-from anchorline.runtime.errors import DataError
+from anchorline.runtime.io.errors import DataError
 
 
 class ClosableFleet(Fleet, Protocol):

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from anchorline.runtime.cpu_options import usable_cores
-from anchorline.runtime.errors import AnchorlineError, SettingsError
+from anchorline.runtime.backends.cpu_options import usable_cores
+from anchorline.runtime.io.errors import AnchorlineError, SettingsError
 
 LOCAL, AUTO = "local", "auto"
 _ADDRESS = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):(?P<port>\d{1,5})")

@@ -19,12 +19,11 @@ from anchorline.cluster.summary import ClusterSummary
 from anchorline.cluster.tally import Tally
 from anchorline.cluster.work_queue import WorkQueue
 from anchorline.cluster.worker import DetectionWorker
-from anchorline.runtime.cpu_options import CpuOptions
-from anchorline.runtime.errors import SettingsError
-from anchorline.runtime.pipeline.filters import Filters
-from anchorline.runtime.pipeline.settings import PipelineSettings, check_files
-from anchorline.runtime.pipeline.signals import signals_as_exit
-from anchorline.runtime.pipeline.source import Decoder
+from anchorline.runtime.backends.cpu_options import CpuOptions
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.video.options import Filters, PipelineSettings, check_files
+from anchorline.runtime.video.signals import signals_as_exit
+from anchorline.runtime.video.source import Decoder
 
 _IMAGES = 16  # of an item: some seconds of work, which is what a lost machine costs
 _TRIES = 3

@@ -14,8 +14,8 @@ from anchorline.cluster.merging import Copies, OrderedLines, Part
 from anchorline.cluster.replies import Absent, Broken, Chunk, Dead, Done, NeedsModel, Ready, Refused, Reply
 from anchorline.cluster.tally import Tally
 from anchorline.cluster.work_queue import WorkQueue
-from anchorline.runtime import errors
-from anchorline.runtime.errors import AnchorlineError
+from anchorline.runtime.io import errors
+from anchorline.runtime.io.errors import AnchorlineError
 
 SILENCE = 600.0  # seconds without a word in which a worker counts as dead: more than any frame takes
 _LOOK = 0.25  # seconds between two looks at what is silent, and two reports

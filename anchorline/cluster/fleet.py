@@ -12,7 +12,7 @@ from anchorline.cluster.connecting import Cluster
 from anchorline.cluster.job import Job, WorkItem
 from anchorline.cluster.replies import Dead, Reply
 from anchorline.cluster.worker import DetectionWorker
-from anchorline.runtime.pipeline.signals import TERMINATED
+from anchorline.runtime.video.signals import TERMINATED
 
 _ERROR_LINE = re.compile(r"^\s*(\w+(?:\.\w+)*(?:Error|Exception): .+)$", re.MULTILINE)
 _OUT_OF_MEMORY = ("OutOfMemoryError", "running low on memory")  # every page muses about the OOM killer

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 
-from anchorline.runtime.pipeline.filters import Filters
-from anchorline.runtime.pipeline.source import Decoder
+from anchorline.runtime.video.options import Filters
+from anchorline.runtime.video.source import Decoder
 
 
 @dataclass(frozen=True)

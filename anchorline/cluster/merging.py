@@ -19,10 +19,10 @@ from typing import IO
 from anchorline.cluster.job import WorkItem
 from anchorline.cluster.replies import Copy
 from anchorline.cluster.worker import TOKEN_FILE
-from anchorline.runtime.errors import OutputError
-from anchorline.runtime.files import discard, is_stream, output_errors
-from anchorline.runtime.pipeline.sinks import JsonLines
-from anchorline.runtime.sources import Item
+from anchorline.runtime.io.errors import OutputError
+from anchorline.runtime.io.files import discard, is_stream, output_errors
+from anchorline.runtime.video.paths import Item
+from anchorline.runtime.video.sinks import JsonLines
 
 
 class Part:

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.cluster.job import ModelFile
-from anchorline.runtime.compiled_cache import cache_folder
-from anchorline.runtime.engine_manifest import manifest_path, read_manifest, sha256_of
-from anchorline.runtime.errors import ArtefactError
-from anchorline.runtime.files import atomic_path
-from anchorline.runtime.gpu.engine_fit import onnx_of
+from anchorline.runtime.backends.openvino import cache_folder
+from anchorline.runtime.io.errors import ArtefactError
+from anchorline.runtime.io.files import atomic_path
+from anchorline.runtime.tensorrt.engine import onnx_of
+from anchorline.runtime.tensorrt.manifest import manifest_path, read_manifest, sha256_of
 
 _KEPT_DIGITS = 40
 

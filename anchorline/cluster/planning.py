@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from anchorline.cluster.job import WorkItem
-from anchorline.runtime.errors import SettingsError
-from anchorline.runtime.pipeline.source import Source, parse_source, plan
-from anchorline.runtime.sources import Item
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.video.paths import Item
+from anchorline.runtime.video.source import Source, parse_source, plan
 
 _ROUNDS = 4  # items of images for each worker at least, so that none idles for long at the end
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from anchorline.runtime.summary import DetectSummary
+from anchorline.runtime.video.summary import DetectSummary
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,8 +10,8 @@ from typing import TypeVar
 from anchorline.cluster.job import WorkItem
 from anchorline.cluster.replies import Chunk, Done, Ready
 from anchorline.cluster.summary import ClusterSummary
-from anchorline.runtime.summary import DetectSummary
 from anchorline.runtime.timing import StageTimes
+from anchorline.runtime.video.summary import DetectSummary
 
 Line = TypeVar("Line")
 

@@ -21,15 +21,15 @@ from anchorline.cluster.job import Job, WorkItem
 from anchorline.cluster.model_files import find_model, receive_model
 from anchorline.cluster.replies import Absent, Broken, Chunk, Copy, Done, NeedsModel, Ready, Refused, Reply
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.errors import AnchorlineError, DataError, OutputError, SettingsError
-from anchorline.runtime.files import output_errors
-from anchorline.runtime.pipeline.frames import Result
-from anchorline.runtime.pipeline.readers import open_file
-from anchorline.runtime.pipeline.settings import PipelineSettings
-from anchorline.runtime.pipeline.sinks import line_of
-from anchorline.runtime.pipeline.source import Source
-from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
-from anchorline.runtime.sources import Item
+from anchorline.runtime.io.errors import AnchorlineError, DataError, OutputError, SettingsError
+from anchorline.runtime.io.files import output_errors
+from anchorline.runtime.video.frames import Result
+from anchorline.runtime.video.options import PipelineSettings
+from anchorline.runtime.video.paths import Item
+from anchorline.runtime.video.pipeline import VideoPipeline
+from anchorline.runtime.video.readers import open_file
+from anchorline.runtime.video.sinks import line_of
+from anchorline.runtime.video.source import Source
 
 CHUNK_BYTES = 1 << 18
 CHUNK_SECONDS = 1.0

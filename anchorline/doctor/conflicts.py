@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
 
-from anchorline.doctor.findings import Finding
-from anchorline.doctor.machine import Machine
-from anchorline.doctor.packages import numbers
+from anchorline.doctor.machine import Machine, numbers
+
+# What the doctor found: a problem or a note, each with its remedy.
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``problem``: something does not work or will break; ``note``: worth knowing, nothing more."""
+
+    level: Literal["problem", "note"]
+    text: str
+    remedy: str
+
+    def to_json(self) -> dict[str, str]:
+        """Plain values for ``files.write_json``."""
+        return asdict(self)
+
 
 OPENCV = (
     "opencv-python",

@@ -6,16 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anchorline.doctor.conflicts import find_conflicts
-from anchorline.doctor.findings import Finding
+from anchorline.doctor.conflicts import Finding, find_conflicts
 from anchorline.doctor.machine import Machine, examine_machine
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from anchorline.doctor.artefact import Artefact
+    from anchorline.doctor.artefact import Artefact, Verification
     from anchorline.doctor.runtimes import Runtime
-    from anchorline.doctor.verification import Verification
 
 # What is shown of the installed packages; the JSON has these as well as everything that conflicts.
 SHOWN_PACKAGES = {
@@ -115,9 +113,8 @@ def doctor(artefact: Path | None = None, machine: Machine | None = None) -> Doct
 
 def _examine_artefact(path: Path, machine: Machine) -> tuple[ArtefactReport, list[Finding]]:
     # Here and not above: these need the runtime, and that needs NumPy and OpenCV.
-    from anchorline.doctor.artefact import read_artefact
+    from anchorline.doctor.artefact import read_artefact, read_verification
     from anchorline.doctor.runtimes import runtime_findings, runtimes_for
-    from anchorline.doctor.verification import read_verification
 
     artefact = read_artefact(path)
     runtimes = runtimes_for(artefact, machine)

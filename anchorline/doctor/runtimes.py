@@ -6,17 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from anchorline.doctor.artefact import FLAVOURS, Artefact, source_of
-from anchorline.doctor.conflicts import tensorrt_packages
-from anchorline.doctor.findings import Finding
-from anchorline.doctor.machine import Machine
-from anchorline.doctor.packages import numbers
-from anchorline.runtime.cpu_options import CpuOptions, adds_in_16_bits, has_native_bf16
-from anchorline.runtime.engine_manifest import EngineManifest
-from anchorline.runtime.errors import AnchorlineError, ArtefactError
-from anchorline.runtime.files import sha256_of
-from anchorline.runtime.gpu.options import GpuOptions
-from anchorline.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from anchorline.runtime.opening import open_backend
+from anchorline.doctor.conflicts import Finding, tensorrt_packages
+from anchorline.doctor.machine import Machine, numbers
+from anchorline.runtime.backends.cpu_options import CpuOptions, adds_in_16_bits, has_native_bf16
+from anchorline.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from anchorline.runtime.backends.selection import open_backend
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError
+from anchorline.runtime.io.files import sha256_of
+from anchorline.runtime.tensorrt.manifest import EngineManifest
+from anchorline.runtime.tensorrt.options import GpuOptions
 
 # The providers of onnxruntime that run ONNX files, by their name on the command line: onnxruntime's
 # own name, the package that brings it, and whether it needs an NVIDIA GPU.

@@ -4,8 +4,8 @@
 |---|---|---|
 | onnxruntime | the file's own function | the file's own function |
 | tensorrt | plugin | the file's own function: TensorRT imports RoiAlign, adaptive sampling included |
-| tensorrt-rtx | plugin | ``bodies/grid_sample_align.py``: no adaptive sampling (``deviations``) |
-| either TensorRT with ``nms="fixed-point"`` | ``bodies/fixed_point_nms.py`` | as above |
+| tensorrt-rtx | plugin | ``engine/bodies/grid_sample_align.py``: no adaptive sampling (``deviations``) |
+| either TensorRT with ``nms="fixed-point"`` | ``engine/bodies/fixed_point_nms.py`` | as above |
 
 Everything that is not a plugin is inlined, and then no node of our domain remains that a registered
 plugin could take. Works on graphs of either precision.
@@ -13,25 +13,226 @@ plugin could take. Works on graphs of either precision.
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import onnx.inliner
-from onnx import TensorProto, helper
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
 from anchorline.engine.bodies.fixed_point_nms import fixed_point_nms
 from anchorline.engine.bodies.grid_sample_align import IN_PLACE_OF_ADAPTIVE, grid_sample_align
 from anchorline.engine.bodies.naming import BODY_DOMAIN
 from anchorline.engine.graph_tools import (
+    constants,
+    consumers,
     copy_of,
     drop_unused_constants,
+    element_types,
     fresh_name,
     known_values,
+    replace_nodes,
     tensor_names,
 )
 from anchorline.engine.model_file import DOMAIN, check_exported, state_opset
-from anchorline.engine.tensorrt_rules import bake_casts, cast_bytes_first, check_rules
-from anchorline.engine.topk_pieces import split_large_topk
 from anchorline.runtime.contract import NMS_CONVERGED
-from anchorline.runtime.errors import ArtefactError, SettingsError
+from anchorline.runtime.io.errors import ArtefactError, SettingsError
+
+# Folding batch norm into the convolution before it, in full precision.
+#
+# A folded layer is one layer instead of two, and what is rounded to half precision later are the
+# weights that are really used, not a variance of 1e-6 beside them.
+
+
+_DEFAULT_EPSILON = 1e-5
+
+
+def fold_batch_norm(model: onnx.ModelProto) -> int:
+    """Fold every ``BatchNormalization`` that alone follows a ``Conv``, in place; returns how many.
+
+    The exporter folds most of them itself. Computed in float64 and rounded once to float32.
+    """
+    graph = model.graph
+    values, readers, used = constants(graph), consumers(graph), tensor_names(graph)
+    outputs = {value.name for value in graph.output}
+    convolutions = {node.output[0]: node for node in graph.node if node.op_type == "Conv"}
+    folded = set()
+    for node in graph.node:
+        conv = convolutions.get(node.input[0]) if node.op_type == "BatchNormalization" else None
+        if conv is None or len(readers[conv.output[0]]) > 1 or conv.output[0] in outputs:
+            continue
+        parameters = [*conv.input[1:], *node.input[1:]]
+        if not all(name in values for name in parameters) or len(node.output) > 1:
+            continue
+        weight, bias = _folded(conv, node, values)
+        names = [fresh_name(f"{conv.input[1]}_{part}", used) for part in ("folded", "folded_bias")]
+        graph.initializer.extend(
+            numpy_helper.from_array(a, n) for a, n in zip((weight, bias), names, strict=True)
+        )
+        conv.input[1:] = names
+        conv.output[0] = node.output[0]
+        folded.add(node.output[0])
+    replace_nodes(
+        graph, [n for n in graph.node if not (n.op_type == "BatchNormalization" and n.output[0] in folded)]
+    )
+    drop_unused_constants(graph)
+    return len(folded)
+
+
+def _folded(
+    conv: onnx.NodeProto, norm: onnx.NodeProto, values: dict[str, NDArray[np.generic]]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Weight and bias of ``conv`` with ``norm`` in them."""
+    weight = values[conv.input[1]].astype(np.float64)
+    bias = values[conv.input[2]].astype(np.float64) if len(conv.input) > 2 else np.zeros(len(weight))
+    scale, shift, mean, variance = (values[name].astype(np.float64) for name in norm.input[1:5])
+    epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), _DEFAULT_EPSILON)
+    factor = scale / np.sqrt(variance + epsilon)
+    weight = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
+    return weight.astype(np.float32), ((bias - mean) * factor + shift).astype(np.float32)
+
+
+# What TensorRT's ONNX parser asks of a graph beyond ONNX itself, as rewrites and as a check.
+
+
+# Parsed, and then nothing runs them ("no runners").
+_DATA_DEPENDENT = ("NonMaxSuppression", "NonZero")
+# TensorRT for RTX cannot parse RoiAlign without a driver.
+_NOT_ON = {"tensorrt": _DATA_DEPENDENT, "tensorrt-rtx": (*_DATA_DEPENDENT, "RoiAlign")}
+
+
+def cast_bytes_first(model: onnx.ModelProto) -> None:
+    """Cast every uint8 input to float32 at once, in place: TensorRT moves no uint8 about."""
+    graph = model.graph
+    used, readers = tensor_names(graph), consumers(graph)
+    casts, moved = [], set()
+    for value in graph.input:
+        if value.type.tensor_type.elem_type != TensorProto.UINT8:
+            continue
+        name = fresh_name(f"{value.name}_f32", used)
+        casts.append(
+            helper.make_node("Cast", [value.name], [name], name=f"cast_{name}", to=TensorProto.FLOAT)
+        )
+        for node in readers.get(value.name, []):
+            if node.op_type not in ("Transpose", "Cast"):
+                raise ArtefactError(
+                    f"input {value.name} is uint8 and read by {node.op_type}; expected a Transpose or a Cast"
+                )
+            node.input[0] = name
+            moved.update(node.output)
+    notes = [value for value in graph.value_info if value.name not in moved]
+    del graph.value_info[:]
+    graph.value_info.extend(notes)
+    replace_nodes(graph, [*casts, *graph.node])
+
+
+def bake_casts(model: onnx.ModelProto) -> None:
+    """Turn every ``CastLike`` into a ``Cast`` to the type it stands for, in place."""
+    types = element_types(model)
+    for node in model.graph.node:
+        if node.op_type == "CastLike":
+            kind = types[node.input[1]]
+            node.op_type = "Cast"
+            del node.input[1:]
+            node.attribute.append(helper.make_attribute("to", kind))
+
+
+def check_rules(model: onnx.ModelProto, target: str, plugins: set[str]) -> None:
+    """Raise ``ArtefactError`` naming the first node that ``target`` would refuse."""
+    for node in model.graph.node:
+        where = f"node {node.name or node.output[0]} ({node.op_type})"
+        if node.domain and node.op_type not in plugins:
+            raise ArtefactError(f"{where}: {target} does not know the domain {node.domain!r}; export again")
+        if node.op_type in _NOT_ON[target]:
+            raise ArtefactError(f"{where}: {target} cannot run this op; export the model again")
+        if node.op_type == "Resize" and any(a.name == "antialias" and a.i for a in node.attribute):
+            raise ArtefactError(f"{where}: {target} has no antialiased resizing; export without it")
+
+
+# TopK with more than TensorRT's 3840 entries, taken exactly, in pieces.
+
+
+MOST = 3840
+
+
+def split_large_topk(model: onnx.ModelProto, most: int = MOST) -> int:
+    """Rewrite every sorted ``TopK`` of float32 with K above ``most``, in place; returns how many.
+
+    The best ``most`` are taken and struck out, then the best of what remains, and so on. The results
+    follow each other in falling order, as from one TopK, and entries of -inf come last as there.
+    """
+    graph = model.graph
+    values, used, count = constants(graph), tensor_names(graph), 0
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type != "TopK":
+            nodes.append(node)
+            continue
+        if node.input[1] not in values:
+            raise ArtefactError(
+                f"{node.name or node.output[0]}: the K of this TopK is computed; expected a constant"
+            )
+        wanted = int(values[node.input[1]].reshape(-1)[0])
+        if wanted <= most:
+            nodes.append(node)
+            continue
+        nodes += _Pieces(graph, node, used).nodes(wanted, most)
+        count += 1
+    replace_nodes(graph, nodes)
+    return count
+
+
+class _Pieces:
+    """The nodes that stand for one TopK."""
+
+    def __init__(self, graph: onnx.GraphProto, node: onnx.NodeProto, used: set[str]) -> None:
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if not attributes.get("largest", 1) or not attributes.get("sorted", 1):
+            raise ArtefactError(f"{node.name or node.output[0]}: expected a TopK of the largest, in order")
+        self.graph, self.node, self.used = graph, node, used
+        self.axis = attributes.get("axis", -1)
+
+    def nodes(self, wanted: int, most: int) -> list[onnx.NodeProto]:
+        """``wanted`` entries in pieces of at most ``most``."""
+        source = self.node.input[0]
+        lowest = self._constant("lowest", np.array(np.finfo(np.float32).min, np.float32))
+        struck_out = self._constant("struck_out", np.array(-np.inf, np.float32))
+        # What is struck out has to rank below everything else, -inf included.
+        rest = self._name("rest")
+        made = [helper.make_node("Max", [source, lowest], [rest])]
+        indices: list[str] = []
+        for piece, size in enumerate(_sizes(wanted, most)):
+            if piece:
+                shape, gone, remaining = (self._name(part) for part in ("shape", "gone", "rest"))
+                made += [
+                    helper.make_node("Shape", [indices[-1]], [shape]),
+                    helper.make_node("Expand", [struck_out, shape], [gone]),
+                    helper.make_node(
+                        "ScatterElements", [rest, indices[-1], gone], [remaining], axis=self.axis
+                    ),
+                ]
+                rest = remaining
+            k = self._constant("k", np.array([size], np.int64))
+            best, index = self._name("best"), self._name("index")
+            made.append(helper.make_node("TopK", [rest, k], [best, index], axis=self.axis))
+            indices.append(index)
+        values, all_indices = self.node.output
+        made.append(helper.make_node("Concat", indices, [all_indices], axis=self.axis))
+        made.append(helper.make_node("GatherElements", [source, all_indices], [values], axis=self.axis))
+        return made
+
+    def _name(self, part: str) -> str:
+        return fresh_name(f"{self.node.output[0]}_{part}", self.used)
+
+    def _constant(self, part: str, value: NDArray[np.generic]) -> str:
+        name = self._name(part)
+        self.graph.initializer.append(numpy_helper.from_array(value, name))
+        return name
+
+
+def _sizes(wanted: int, most: int) -> list[int]:
+    full, rest = divmod(wanted, most)
+    return [most] * full + ([rest] if rest else [])
+
 
 TARGETS = ("tensorrt", "tensorrt-rtx", "onnxruntime")
 NMS_FORMS = ("plugin", "fixed-point")

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
-from anchorline.runtime.errors import ArtefactError
+from anchorline.runtime.io.errors import ArtefactError
 
 DOMAIN = "anchorline"
 # The functions in the file and those put in their place are written for this opset.

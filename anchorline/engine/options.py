@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from anchorline.engine.lowering import NMS_FORMS
-from anchorline.engine.precision import PRECISIONS
+from anchorline.engine.mixed_precision import PRECISIONS
 from anchorline.runtime.contract import Contract
-from anchorline.runtime.errors import SettingsError
-from anchorline.runtime.tensorrt_library import FLAVOURS
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.tensorrt.library import FLAVOURS
 
 Batch = tuple[int, int, int]
 _OPTIMIZATION_LEVELS = range(6)

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.evaluation.boxes import box_areas
-from anchorline.evaluation.dataset import LabelledImage
-from anchorline.evaluation.size_classes import SIZE_CLASSES
+from anchorline.data.boxes import box_areas
+from anchorline.data.dataset import LabelledImage
+from anchorline.data.summary import SIZE_CLASSES
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError
 
 Backend = Literal["faster-coco-eval", "pycocotools"]
 

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.evaluation.boxes import box_areas
+from anchorline.data.boxes import box_areas
+from anchorline.data.dataset import Dataset, LabelledImage, list_names
+from anchorline.data.summary import SIZE_CLASSES, in_size_class
 from anchorline.evaluation.coco_ap import CocoFigures, coco_figures
-from anchorline.evaluation.dataset import Dataset, LabelledImage
-from anchorline.evaluation.names import list_names
-from anchorline.evaluation.size_classes import SIZE_CLASSES, in_size_class
 from anchorline.evaluation.voc_ap import PrecisionRecall, voc_curves
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.errors import DataError, SettingsError
+from anchorline.runtime.io.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
     from rich.table import Table

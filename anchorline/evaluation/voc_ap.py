@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.evaluation.boxes import iou_matrix
-from anchorline.evaluation.dataset import LabelledImage
+from anchorline.data.boxes import iou_matrix
+from anchorline.data.dataset import LabelledImage
 from anchorline.runtime.detections import Detections
 
 

@@ -1,7 +1,7 @@
 """What the custom ops mean in standard ONNX: the default function bodies, for onnxruntime.
 
 A runtime that knows an op runs its own kernel; any other inlines the function. The ops are
-described, in the same terms, in ``anchorline/train/ops.py``. Opset 18.
+described, in the same terms, in ``anchorline/train/model/ops.py``. Opset 18.
 """
 
 from __future__ import annotations

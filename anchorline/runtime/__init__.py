@@ -11,7 +11,7 @@ from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.drawing import draw
-from anchorline.runtime.errors import (
+from anchorline.runtime.io.errors import (
     AnchorlineError,
     ArtefactError,
     DataError,
@@ -22,31 +22,31 @@ from anchorline.runtime.errors import (
     SettingsError,
     TrainingError,
 )
-from anchorline.runtime.gpu.device_frames import Nv12
-from anchorline.runtime.gpu.options import GpuOptions
-from anchorline.runtime.images import find_images, read_image, write_image
-from anchorline.runtime.summary import DetectSummary
-from anchorline.runtime.video import VideoReader, VideoWriter
+from anchorline.runtime.io.images import find_images, read_image, write_image
+from anchorline.runtime.tensorrt.frames import Nv12
+from anchorline.runtime.tensorrt.options import GpuOptions
+from anchorline.runtime.video.files import VideoReader, VideoWriter
+from anchorline.runtime.video.summary import DetectSummary
 
 if TYPE_CHECKING:
-    from anchorline.runtime.detecting import detect
-    from anchorline.runtime.pipeline.filters import Filters
-    from anchorline.runtime.pipeline.frames import Result
-    from anchorline.runtime.pipeline.sinks import LatestFrame
-    from anchorline.runtime.pipeline.source import Source
-    from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
     from anchorline.runtime.tracking import ObjectTracker, TrackOptions
+    from anchorline.runtime.video.detection import detect
+    from anchorline.runtime.video.frames import Result
+    from anchorline.runtime.video.options import Filters
+    from anchorline.runtime.video.pipeline import VideoPipeline
+    from anchorline.runtime.video.sinks import LatestFrame
+    from anchorline.runtime.video.source import Source
 
 # The video pipeline is loaded when one of its names is first used: half of the import's time.
 _ON_DEMAND = {
-    "Filters": "pipeline.filters",
-    "LatestFrame": "pipeline.sinks",
+    "Filters": "video.options",
+    "LatestFrame": "video.sinks",
     "ObjectTracker": "tracking",
-    "Result": "pipeline.frames",
-    "Source": "pipeline.source",
+    "Result": "video.frames",
+    "Source": "video.source",
     "TrackOptions": "tracking",
-    "VideoPipeline": "pipeline.video_pipeline",
-    "detect": "detecting",
+    "VideoPipeline": "video.pipeline",
+    "detect": "video.detection",
 }
 
 __all__ = [

@@ -7,6 +7,8 @@ resize, so boxes move with one factor per axis and no offset.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import cast
@@ -15,9 +17,191 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.runtime.antialiased_resize import resize_antialiased
-from anchorline.runtime.contract import ResizeRule
-from anchorline.runtime.float_resize import resize_float
+from anchorline.runtime.contract import Contract, ResizeRule
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.io.errors import ArtefactError, DataError, FrameError
+
+# Pillow's antialiased bilinear resize, to the last bit, for models whose source library resizes so.
+#
+# As ``PIL.Image.resize(size, Resampling.BILINEAR)`` on 8-bit pixels (Pillow, src/libImaging/Resample.c),
+# which is what Detectron2 does: a triangle filter that grows wider as the picture shrinks, with weights of
+# 22 bits after the point; first across, then down, rounded to whole grey levels after each. (Pillow 13 goes
+# down first for pictures that shrink and are more than about twice as tall as wide, which moves single
+# pixels by one grey level.)
+#
+# Each pass is a few products with small matrices, some rows of the result at a time. The weights go in as two
+# halves of 11 bits, so that every sum is a whole number that a float32 holds exactly: products in float32 are
+# what NumPy does fastest, and nothing is rounded but where Pillow rounds.
+
+
+_BITS = 22  # PRECISION_BITS of Resample.c
+_HALF = _BITS // 2
+_ROWS = 8  # of the result in one product
+_FLOAT32_TAPS = 32  # with more, 2**8 grey levels times 2**11 a tap can add up to more than 2**24
+_WIDEST = 1024  # taps of all rows in one product, so that a matrix stays small for extreme shrinking
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some rows of the result: ``weights`` [2 * rows, inputs], all high halves before all low ones."""
+
+    outputs: slice
+    inputs: slice
+    weights: NDArray[np.floating]
+
+
+def resize_antialiased(
+    frame: NDArray[np.uint8], out: NDArray[np.uint8] | NDArray[np.float32]
+) -> NDArray[np.uint8] | NDArray[np.float32]:
+    """Resize ``frame`` (uint8 [H, W, 3]) into ``out`` ([height, width, 3], whole grey levels); returns it."""
+    height, width = out.shape[:2]
+    if frame.shape[1] != width:
+        columns = np.empty((width, len(frame), 3), np.uint8)
+        _resize_rows(np.asarray(cv2.transpose(frame), np.uint8), columns)
+        frame = np.asarray(cv2.transpose(columns), np.uint8)
+    if len(frame) != height:
+        _resize_rows(frame, out)
+    else:
+        out[...] = frame
+    return out
+
+
+def _resize_rows(rows: NDArray[np.uint8], out: NDArray[np.uint8] | NDArray[np.float32]) -> None:
+    """Resize ``rows`` [n, w, 3] along the first axis into ``out`` [m, w, 3]."""
+    flat = rows.reshape(len(rows), -1)
+    for block in _blocks(len(rows), len(out)):
+        sums = block.weights @ flat[block.inputs].astype(block.weights.dtype)
+        high, low = np.split(sums, 2)
+        # (high * 2**11 + low + half) >> 22, where everything in between is a whole number below 2**24.
+        low *= 2.0**-_HALF
+        high += np.floor(low, out=low)
+        high += 2.0 ** (_HALF - 1)
+        high *= 2.0**-_HALF
+        np.floor(high, out=high)
+        if block.weights.dtype == np.float64:  # thousands of weights, each rounded up, may exceed white
+            np.minimum(high, 255, out=high)
+        np.copyto(out[block.outputs], high.reshape(-1, *out.shape[1:]), casting="unsafe")
+
+
+@functools.lru_cache(maxsize=32)
+def _blocks(source: int, target: int) -> tuple[_Block, ...]:
+    """The products that make ``target`` rows of ``source`` ones."""
+    first, weights = _weights(source, target)
+    taps = weights.shape[1]
+    dtype = np.float32 if taps <= _FLOAT32_TAPS else np.float64
+    count = min(_ROWS, max(1, _WIDEST // taps))
+    blocks = []
+    for top in range(0, target, count):
+        outputs = slice(top, min(top + count, target))
+        start, stop = first[top], min(first[outputs.stop - 1] + taps, source)
+        matrix = np.zeros((outputs.stop - top, stop - start + taps), np.int64)
+        columns = first[outputs, None] - start + np.arange(taps)
+        np.put_along_axis(matrix, columns, weights[outputs], axis=1)
+        matrix = matrix[:, : stop - start]  # beyond the last pixel all weights are 0
+        halves = np.concatenate((matrix >> _HALF, matrix & (2**_HALF - 1)))
+        blocks.append(_Block(outputs, slice(int(start), int(stop)), halves.astype(dtype)))
+    return tuple(blocks)
+
+
+def _weights(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each of ``target`` places the first of the ``source`` pixels it is made of, and their weights.
+
+    [target] and [target, taps], of which the weights of a place are whole numbers that add up to about 2**22.
+    ``precompute_coeffs`` and ``normalize_coeffs_8bpc`` of Resample.c, in the same order of operations.
+    """
+    scale = source / target
+    reach = max(scale, 1.0)
+    centres = (np.arange(target) + 0.5) * scale
+    first = np.maximum((centres - reach + 0.5).astype(np.int64), 0)
+    last = np.minimum((centres + reach + 0.5).astype(np.int64), source)
+    places = first[:, None] + np.arange(int((last - first).max()))
+    distances = np.abs((places - centres[:, None] + 0.5) * (1.0 / reach))
+    weights = np.where((places < last[:, None]) & (distances < 1.0), 1.0 - distances, 0.0)
+    weights /= np.cumsum(weights, axis=1)[:, -1:]  # adds one after the other, as the C code does
+    return first, (weights * 2.0**_BITS + 0.5).astype(np.int64)
+
+
+# Bilinear resizing in float32 with PyTorch's arithmetic, for models whose source library resizes so.
+#
+# As ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)``. OpenCV's float resize
+# differs from it by up to 0.003 grey levels, since it computes the sampling places in double precision
+# where PyTorch computes them in single; a detector's scores then differ by four times as much as
+# rounding alone explains.
+
+
+_STRIP = 32  # rows at a time, so that what lies between two steps stays in the processor's cache
+_NO_MAP = np.empty(0, np.uint16)  # cv2.remap's second map holds fractions, and these are whole pixels
+_REMAP_LIMIT = 32767  # pixels a side, cv2.remap's coordinates being 16-bit numbers
+
+
+def resize_float(frame: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+    """Resize ``frame`` (uint8 [H, W, 3]) into ``out`` (float32 [height, width, 3])."""
+    height, width = out.shape[:2]
+    upper, lower, down = _taps(frame.shape[0], height)
+    left, right, across = _columns(frame.shape[1], width)
+    for top in range(0, height, _STRIP):
+        strip = slice(top, min(top + _STRIP, height))
+        above, below = frame.take(upper[strip], axis=0), frame.take(lower[strip], axis=0)
+        weights = down[strip, None]
+        near = _mixed(_pick(above, left), _pick(below, left), weights)
+        far = _mixed(_pick(above, right), _pick(below, right), weights)
+        far -= near
+        far *= across
+        np.add(near.reshape(-1, width, 3), far.reshape(-1, width, 3), out=out[strip])
+
+
+def _mixed(
+    first: NDArray[np.uint8], second: NDArray[np.uint8], weights: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """``first + (second - first) * weights``; pixels [n, W, 3] to [n, 3 W]."""
+    start = first.reshape(len(first), -1).astype(np.float32)
+    mixed = second.reshape(len(second), -1).astype(np.float32)
+    mixed -= start
+    mixed *= weights
+    mixed += start
+    return mixed
+
+
+def _pick(rows: NDArray[np.uint8], places: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """The columns at ``places``, which are as ``_columns`` gives them."""
+    if places.ndim == 1:
+        return rows.take(places, axis=1)
+    picked = cv2.remap(rows, places[: len(rows)], _NO_MAP, cv2.INTER_NEAREST)
+    return cast("NDArray[np.uint8]", picked)
+
+
+@functools.lru_cache(maxsize=64)
+def _columns(
+    source: int, target: int
+) -> tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.float32]]:
+    """The two columns to mix, and the second one's weight, repeated for each channel.
+
+    As coordinates [rows, target, (x, y)] for ``cv2.remap``, which gathers pixels much faster than NumPy;
+    beyond its limit as plain indices.
+    """
+    left, right, across = _taps(source, target)
+    weights = np.repeat(across, 3)
+    if max(source, target) > _REMAP_LIMIT:
+        return left, right, weights
+    maps = []
+    for columns in (left, right):
+        places = np.empty((_STRIP, target, 2), np.int16)
+        places[..., 0], places[..., 1] = columns, np.arange(_STRIP)[:, None]
+        maps.append(places)
+    return maps[0], maps[1], weights
+
+
+@functools.lru_cache(maxsize=64)
+def _taps(source: int, target: int) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
+    """For each of ``target`` places the two of ``source`` pixels to mix, and the second one's weight."""
+    scale = np.float32(source) / np.float32(target)
+    # In double precision and then rounded once: a fused multiply-add of single-precision numbers.
+    centres = np.arange(target, dtype=np.float64) + 0.5
+    place = np.maximum((float(scale) * centres - 0.5).astype(np.float32), np.float32(0))
+    first = np.minimum(place.astype(np.intp), source - 1)
+    second = np.minimum(first + 1, source - 1)
+    return first, second, np.clip(place - first, 0, 1).astype(np.float32)
+
 
 COARSEST_STRIDE = 32
 
@@ -119,3 +303,99 @@ def boxes_to_source(boxes: NDArray[np.float32], placement: Placement) -> NDArray
 
 def _factors(placement: Placement) -> NDArray[np.float64]:
     return np.array([placement.scale_x, placement.scale_y, placement.scale_x, placement.scale_y])
+
+
+# Frames of any size to the network's input batch.
+
+
+_EXPECTATION = "Expected a frame as uint8 BGR array of shape [H, W, 3]"
+
+
+def check_frame(frame: object) -> NDArray[np.uint8]:
+    """Return ``frame`` if it is uint8 [H, W, 3] with at least one pixel; else raise ``FrameError``."""
+    if frame is None:
+        raise FrameError(f"{_EXPECTATION}, got None; an image or video that could not be read gives None")
+    if not isinstance(frame, np.ndarray):
+        raise FrameError(f"{_EXPECTATION}, got a {type(frame).__name__}; convert it with numpy.asarray")
+    got = f"got {frame.dtype} {list(frame.shape)}"
+    if frame.ndim == 2 or (frame.ndim == 3 and frame.shape[2] == 1):
+        raise FrameError(f"{_EXPECTATION}, {got}; convert grey with cv2.cvtColor(frame, cv2.COLOR_GRAY2BGR)")
+    if frame.ndim == 3 and frame.shape[2] == 4:
+        raise FrameError(f"{_EXPECTATION}, {got}; drop the alpha channel with frame[:, :, :3]")
+    if frame.ndim != 3 or frame.shape[2] != 3:
+        raise FrameError(f"{_EXPECTATION}, {got}; give one frame, channels last (several go to batch)")
+    if frame.size == 0:
+        raise FrameError(f"{_EXPECTATION}, {got}; the frame has no pixels, check the crop or the reader")
+    if frame.dtype != np.uint8:
+        raise FrameError(f"{_EXPECTATION}, {got}; scale it to 0..255 and convert with astype(numpy.uint8)")
+    return frame
+
+
+class Preprocessor:
+    """Lays frames onto canvases, into a batch that is allocated once and used again."""
+
+    def __init__(self, contract: Contract) -> None:
+        self._canvas = contract.canvas
+        self._resize = contract.resize
+        self._images = np.empty((0, *contract.canvas, 3), np.dtype(contract.input_dtype))
+
+    def __call__(
+        self, frames: Sequence[NDArray[np.uint8]]
+    ) -> tuple[NDArray[np.generic], NDArray[np.float32], list[Placement]]:
+        """Place checked frames of any sizes.
+
+        Returns ``images`` [B, H, W, 3] in the contract's input dtype (overwritten by the next call),
+        ``image_sizes`` float32 [B, 2], the valid (height, width) of each, and the placements.
+        """
+        if len(self._images) < len(frames):
+            self._images = np.empty((len(frames), *self._images.shape[1:]), self._images.dtype)
+        images = self._images[: len(frames)]
+        placements = [place((f.shape[0], f.shape[1]), self._canvas, self._resize) for f in frames]
+        for frame, placement, canvas in zip(frames, placements, images, strict=True):
+            to_canvas(frame, placement, canvas)
+        return images, np.array([p.valid for p in placements], np.float32), placements
+
+
+# The network's fixed-size output slots to ``Detections`` in source pixels.
+
+
+PROPOSAL_NAMES = ("object",)
+
+
+def to_detections(
+    outputs: Mapping[str, NDArray[np.generic]],
+    placements: Sequence[Placement],
+    contract: Contract,
+    score_threshold: float = 0.0,
+) -> list[Detections]:
+    """Unpack a batch.
+
+    ``outputs`` holds, by the contract's names, boxes [B, D, 4] on the canvas, scores [B, D], for the
+    task ``detections`` labels [B, D], and the number of filled slots [B]. Detections with a score
+    of at least ``score_threshold`` are kept, in the order of the slots. Raises ``ArtefactError``
+    where the values do not fit the contract, such as a label without a name or a box that is NaN.
+    """
+    arrays = [outputs[name] for name in contract.outputs]
+    boxes, scores, counts = arrays[0], arrays[1], arrays[-1]
+    labels = arrays[2] if contract.task == "detections" else np.zeros(scores.shape, np.int64)
+    names = contract.names if contract.task == "detections" else PROPOSAL_NAMES
+    ids = contract.category_ids if contract.task == "detections" else None
+    found = []
+    for index, placement in enumerate(placements):
+        kept = np.flatnonzero(scores[index, : int(counts[index])] >= np.float32(score_threshold))
+        try:
+            found.append(
+                Detections(
+                    boxes=boxes_to_source(boxes[index, kept], placement),
+                    scores=scores[index, kept],
+                    labels=labels[index, kept],
+                    class_names=names,
+                    category_ids=ids,
+                    size=placement.source,
+                )
+            )
+        except DataError as error:
+            raise ArtefactError(
+                f"the model's output does not fit its contract: {error}; export again"
+            ) from error
+    return found

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from anchorline.runtime.errors import ArtefactError
+from anchorline.runtime.io.errors import ArtefactError
 
 CONTRACT_KEY = "anchorline.contract"
 CONTRACT_VERSION = 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from anchorline.runtime.errors import DataError, SettingsError
+from anchorline.runtime.io.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
     import supervision

@@ -13,19 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.runtime.backend import Lane
-from anchorline.runtime.canvas import Placement
+from anchorline.runtime.backends.base import Lane, LanePool, stream_detections
+from anchorline.runtime.backends.cpu_options import CpuOptions
+from anchorline.runtime.backends.selection import open_backend
+from anchorline.runtime.canvas import Placement, Preprocessor, check_frame, to_detections
 from anchorline.runtime.contract import Contract
-from anchorline.runtime.cpu_options import CpuOptions
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.errors import ArtefactError, FrameError, SettingsError
-from anchorline.runtime.gpu.device_frames import Nv12, check_host_nv12, is_device_frame
-from anchorline.runtime.gpu.options import GpuOptions
-from anchorline.runtime.lanes import LanePool
-from anchorline.runtime.opening import open_backend
-from anchorline.runtime.postprocess import to_detections
-from anchorline.runtime.preprocess import Preprocessor, check_frame
-from anchorline.runtime.streaming import stream_detections
+from anchorline.runtime.io.errors import ArtefactError, FrameError, SettingsError
+from anchorline.runtime.tensorrt.frames import Nv12, check_host_nv12, is_device_frame
+from anchorline.runtime.tensorrt.options import GpuOptions
 
 _INPUT_COUNT = 2
 _OUTPUT_COUNTS = {"detections": 4, "proposals": 3}

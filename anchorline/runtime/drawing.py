@@ -3,15 +3,167 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from anchorline.runtime.canvas import check_frame
 from anchorline.runtime.detections import NO_TRACK, Detections
-from anchorline.runtime.label_placement import place_labels
-from anchorline.runtime.label_text import Colour, Lettering, fitted, lettering, write_label
-from anchorline.runtime.preprocess import check_frame
+
+# The text of labels: how large it is in a frame, and how it is set.
+
+
+Colour = tuple[int, int, int]  # BGR
+
+_BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+_FONT_HAS_UNICODE = int(cv2.__version__.split(".")[0]) >= 5
+_TALL_AND_DEEP = "Ag"  # every plate has the height of this text, whatever letters its own has
+_SCALE, _LOWEST_SCALE = 0.5, 0.4  # of the font at unit 1, and below which it cannot be read
+_CUT = "..."
+
+
+class Lettering(NamedTuple):
+    """The size of all text in a frame: OpenCV's scale and stroke, and in pixels the height of capitals,
+    the depth of a g below the line, and the margin around the text on its plate."""
+
+    scale: float
+    weight: int
+    height: int
+    depth: int
+    margin: int
+
+    @property
+    def plate_height(self) -> int:
+        """The height of a label's plate in pixels."""
+        return self.height + self.depth + self.margin
+
+
+@lru_cache(maxsize=64)
+def lettering(unit: float) -> Lettering:
+    """The lettering of frames whose lines are ``2 * unit`` pixels wide."""
+    scale = max(_LOWEST_SCALE, _SCALE * unit)
+    weight = max(1, round(scale * 1.5))
+    (_, height), depth = cv2.getTextSize(_TALL_AND_DEEP, _FONT, scale, weight)
+    return Lettering(scale, weight, height, depth, max(2, round(height * 0.25)))
+
+
+@lru_cache(maxsize=4096)  # names with the hundred scores they are shown with
+def fitted(text: str, letters: Lettering, width: int) -> tuple[str, int]:
+    """The text, cut where its plate would be wider than ``width`` pixels, and the plate's width."""
+    text = _printable(text)
+    room = width - 2 * letters.margin
+    shown, kept = text, len(text)
+    while _text_width(shown, letters) > room and kept > 1:
+        kept = min(kept - 1, int(kept * room / _text_width(shown, letters)))
+        shown = text[: max(1, kept)] + _CUT
+    return shown, _text_width(shown, letters) + 2 * letters.margin
+
+
+def write_label(
+    canvas: NDArray[np.uint8],
+    text: str,
+    corner: tuple[int, int],
+    width: int,
+    letters: Lettering,
+    colour: Colour,
+) -> None:
+    """Draw a plate of ``colour`` with its top left pixel at ``corner`` (x, y), and the text on it."""
+    x, y = corner
+    end = (x + width - 1, y + letters.plate_height - 1)
+    cv2.rectangle(canvas, corner, end, colour, cv2.FILLED)
+    origin = (x + letters.margin, y + letters.margin // 2 + letters.height)
+    cv2.putText(canvas, text, origin, _FONT, letters.scale, ink(colour), letters.weight, cv2.LINE_AA)
+
+
+def ink(colour: Colour) -> Colour:
+    """Black or white, whichever has the higher WCAG contrast with ``colour``."""
+    linear = [(c / 255.0 / 12.92 if c <= 10 else ((c / 255.0 + 0.055) / 1.055) ** 2.4) for c in colour]
+    luminance = 0.0722 * linear[0] + 0.7152 * linear[1] + 0.2126 * linear[2]
+    return _BLACK if (luminance + 0.05) ** 2 > 0.05 * 1.05 else _WHITE
+
+
+def _text_width(text: str, letters: Lettering) -> int:
+    (width, _), _ = cv2.getTextSize(text, _FONT, letters.scale, letters.weight)
+    return int(width)
+
+
+def _printable(text: str) -> str:
+    """OpenCV 4's fonts hold ASCII only and print other characters as one ``?`` per byte."""
+    return text if _FONT_HAS_UNICODE else text.encode("ascii", "replace").decode("ascii")
+
+
+# Where labels go: one after another, each where it hides least of those before it.
+
+
+_HIDDEN = 0.2  # a plate of which more than this share lies under others cannot be read well
+_CROWDED = 0.25  # a plate that would hide more than this share of its own object goes beside it
+_RANK = 1.0  # square pixels of overlap that one place lower in the order is worth
+_ON_SMALL = 100.0  # the same for a place on an object that it would hide
+
+
+def place_labels(
+    boxes: NDArray[np.floating], sizes: NDArray[np.integer], frame_size: tuple[int, int]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Corners (x, y) int64 [N, 2] of plates of ``sizes`` (width, height) [N, 2], and which can be read.
+
+    ``boxes`` [N, 4] are xyxy, the most important first; ``frame_size`` is (height, width). Of the
+    places at its box a plate takes the one where earlier plates cover least of it, by preference
+    above the box, and always inside the frame. It counts as readable where at most a fifth is covered.
+    """
+    left, top, right, bottom = _places(boxes, sizes, frame_size)
+    preference = _preferences(boxes, sizes, (left, top, right, bottom))
+    cost = preference.copy()
+    limits = (_HIDDEN * sizes.prod(axis=1)).tolist()
+    corners = np.zeros((len(boxes), 2), np.int64)
+    readable = np.zeros(len(boxes), bool)
+    for row, limit in enumerate(limits):
+        place = int(cost[row].argmin())
+        corners[row] = left[row, place], top[row, place]
+        readable[row] = cost[row, place] - preference[row, place] <= limit
+        if readable[row]:  # the others are not drawn; it covers the places of those that follow
+            wide = np.minimum(right[row + 1 :], right[row, place])
+            wide -= np.maximum(left[row + 1 :], left[row, place])
+            high = np.minimum(bottom[row + 1 :], bottom[row, place])
+            high -= np.maximum(top[row + 1 :], top[row, place])
+            cost[row + 1 :] += wide.clip(0) * high.clip(0)
+    return corners, readable
+
+
+def _places(
+    boxes: NDArray[np.floating], sizes: NDArray[np.integer], frame_size: tuple[int, int]
+) -> tuple[NDArray[np.float32], ...]:
+    """The edges x1, y1, x2 and y2 of every plate at every place, float32 [N, P] each, the best first."""
+    x1, y1, x2, y2 = np.round(boxes.T).astype(np.float32)
+    wide, high = sizes.T.astype(np.float32)
+    above, middle = y1 - high, np.floor((x1 + x2 - wide) / 2)
+    corners = (
+        (x1, above), (x2 - wide, above), (x1, y1), (x1, y2), (x2 - wide, y2), (x1, y2 - high),
+        (x2, y1), (x1 - wide, y1), (middle, above), (middle, y2), (x2, y2 - high), (x1 - wide, y2 - high),
+    )  # fmt: skip
+    height, width = frame_size
+    x = np.stack([corner[0] for corner in corners], axis=1)
+    y = np.stack([corner[1] for corner in corners], axis=1)
+    x = np.maximum(np.minimum(x, width - wide[:, None]), 0)
+    y = np.maximum(np.minimum(y, height - high[:, None]), 0)
+    return x, y, x + wide[:, None], y + high[:, None]
+
+
+def _preferences(
+    boxes: NDArray[np.floating], sizes: NDArray[np.integer], edges: tuple[NDArray[np.float32], ...]
+) -> NDArray[np.float32]:
+    """What each place costs before anything else is placed, float32 [N, P]."""
+    left, top, right, bottom = edges
+    x1, y1, x2, y2 = np.round(boxes.T)[:, :, None]
+    on_its_object = (left < x2) & (right > x1) & (top < y2) & (bottom > y1)
+    areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+    is_small = np.prod(sizes, axis=1) > _CROWDED * areas
+    cost = np.where(on_its_object & is_small[:, None], _ON_SMALL, 0.0)
+    return np.asarray(cost + np.arange(left.shape[1]) * _RANK, np.float32)
+
 
 # Okabe and Ito's palette for colour-blind readers with a violet for their black, which dark scenes
 # would hide, then lighter and darker steps of it, as BGR.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError
 
 STAGES = ("decode", "preprocess", "upload", "network", "download", "postprocess", "track", "draw", "write")
 PERCENTILES = (50, 95, 99)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.detections import NO_TRACK, Detections
-from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError
 
 if TYPE_CHECKING:
     import supervision

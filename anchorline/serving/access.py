@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from starlette.datastructures import Headers
 
-from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError
 
 Standing = Literal["granted", "missing", "wrong"]
 _SHORTEST_TOKEN = 8

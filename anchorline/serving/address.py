@@ -9,7 +9,7 @@ import re
 import socket
 from dataclasses import dataclass
 
-from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError
 
 LOOPBACK = "127.0.0.1"
 _FORM = re.compile(r"(?:(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):)?(\d{1,5})")

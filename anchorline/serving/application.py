@@ -12,7 +12,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError
 from anchorline.serving.access import same_origin
 from anchorline.serving.gate import GRANTED, HEALTH, Gate
 from anchorline.serving.live_state import LiveState

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from types import TracebackType
 
-from anchorline.runtime.errors import SettingsError
-from anchorline.runtime.pipeline.frames import Result
-from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.video.frames import Result
+from anchorline.runtime.video.pipeline import VideoPipeline
 from anchorline.serving.access import Access
 from anchorline.serving.address import bound_address, browser_url, is_loopback, listen, parse_address
 from anchorline.serving.application import create_application

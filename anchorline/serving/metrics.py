@@ -16,8 +16,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from anchorline import __version__
-from anchorline.runtime.pipeline.figures import SourceFigures
 from anchorline.runtime.timing import HISTOGRAM_BOUNDS, Histogram
+from anchorline.runtime.video.figures import SourceFigures
 from anchorline.serving.live_state import LiveState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

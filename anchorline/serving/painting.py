@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.runtime.cpu_options import usable_cores
+from anchorline.runtime.backends.cpu_options import usable_cores
 from anchorline.runtime.drawing import draw
-from anchorline.runtime.pipeline.frames import Result
+from anchorline.runtime.video.frames import Result
 from anchorline.serving.controls import Controls
 
 _log = logging.getLogger("anchorline.live")

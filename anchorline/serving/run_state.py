@@ -7,11 +7,10 @@ import time
 from collections import Counter
 from typing import Any, Literal
 
-from anchorline.runtime.errors import SettingsError
-from anchorline.runtime.pipeline.figures import Figures, SourceFigures
-from anchorline.runtime.pipeline.frames import Result
-from anchorline.runtime.pipeline.rates import RecentRates
-from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.video.figures import Figures, RecentRates, SourceFigures
+from anchorline.runtime.video.frames import Result
+from anchorline.runtime.video.pipeline import VideoPipeline
 
 Phase = Literal["starting", "running", "ended", "failed"]
 _FAILING = {"lost": "is lost; it is tried again", "stalled": "delivers nothing"}

@@ -15,7 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError
 
 _IDLE_SECONDS = 15.0  # that a connection may take to send a request, or to take the answer
 _MOST_CONNECTIONS = 256

@@ -23,19 +23,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anchorline.evaluation.stored_proposals import write_proposals
-from anchorline.runtime.errors import ArtefactError
-from anchorline.runtime.files import sha256_of, write_json
+from anchorline.data.proposals import write_proposals
+from anchorline.runtime.io.errors import ArtefactError
+from anchorline.runtime.io.files import sha256_of, write_json
 from anchorline.train.checkpoint import load_checkpoint
-from anchorline.train.distributed import from_main, is_main, wait_for_all
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.job import Job, Weights
-from anchorline.train.phase import PhaseResult, Plan, steps_of_epoch
+from anchorline.train.loop.distributed import from_main, is_main, wait_for_all
+from anchorline.train.loop.job import Job, Weights
+from anchorline.train.loop.settings import TrainingSettings
+from anchorline.train.loop.shared_detection import run_shared
+from anchorline.train.loop.trainer import (
+    STATE_FILE,
+    PhaseResult,
+    Plan,
+    check_trained_with,
+    detection_losses,
+    rpn_losses,
+    steps_of_epoch,
+)
+from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.proposing import load_rpn
-from anchorline.train.run_state import STATE_FILE, check_trained_with
-from anchorline.train.shared_detection import run_shared
-from anchorline.train.stepping import detection_losses, rpn_losses
-from anchorline.train.training_settings import TrainingSettings
 
 FINISHED = "finished.json"
 

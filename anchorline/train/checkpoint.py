@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anchorline.runtime.contract import CONTRACT_KEY, Contract, ResizeRule, Thresholds
-from anchorline.runtime.errors import AnchorlineError, ArtefactError
-from anchorline.runtime.files import atomic_path
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.model_settings import ModelSettings
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError
+from anchorline.runtime.io.files import atomic_path
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.model.settings import ModelSettings
 
 MODEL_KEY = "anchorline.model"
 

@@ -10,19 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from anchorline.evaluation.stored_proposals import ImageProposals
-from anchorline.runtime.canvas import boxes_to_canvas
+from anchorline.data.proposals import ImageProposals
+from anchorline.runtime.canvas import boxes_to_canvas, to_detections
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.errors import DataError
-from anchorline.runtime.postprocess import to_detections
+from anchorline.runtime.io.errors import DataError
 from anchorline.train.checkpoint import load_checkpoint
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.ops import SUPPRESSED
-from anchorline.train.prediction import TorchDetector
-from anchorline.train.roi_heads import select_detections
-from anchorline.train.rpn import Proposals
-from anchorline.train.tasks import OUTPUTS, check_own_proposals
+from anchorline.train.model.faster_rcnn import OUTPUTS, FasterRCNN, check_own_proposals
+from anchorline.train.model.ops import SUPPRESSED
+from anchorline.train.model.roi_heads import select_detections
+from anchorline.train.model.rpn import Proposals
+from anchorline.train.predict import TorchDetector
 
 
 def load_rpn(

@@ -1,7 +1,7 @@
 """A model and its training, by preset.
 
 A preset is a TOML file in ``presets/`` with the tables ``[model]`` and ``[training]``; fields it does
-not name keep the defaults written in ``model_settings.py`` and ``training_settings.py``, and the command
+not name keep the defaults written in ``model/settings.py`` and ``loop/settings.py``, and the command
 line may override each one.
 """
 
@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from anchorline.runtime.errors import SettingsError
-from anchorline.train.model_settings import ModelSettings
-from anchorline.train.setting_checks import expect, settings_from
-from anchorline.train.training_settings import TrainingSettings
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.train.loop.settings import TrainingSettings
+from anchorline.train.model.settings import ModelSettings, expect, settings_from
 
 if sys.version_info >= (3, 11):
     import tomllib

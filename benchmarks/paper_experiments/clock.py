@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from anchorline.runtime.errors import ArtefactError
-from anchorline.runtime.files import write_json
+from anchorline.runtime.io.errors import ArtefactError
+from anchorline.runtime.io.files import write_json
 
 _EVERY = 10.0  # seconds between two notes in the file: what a kill may lose
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from anchorline.runtime.errors import SettingsError
-from anchorline.train.batches import Batch, groups, read_batches, single_threaded_opencv
-from anchorline.train.job import Job
-from anchorline.train.phase import Phase, Plan, steps_of_epoch
-from anchorline.train.prediction import TorchDetector
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.train.data.dataset import Batch, groups, read_batches, single_threaded_opencv
+from anchorline.train.loop.job import Job
+from anchorline.train.loop.trainer import Phase, Plan, steps_of_epoch
+from anchorline.train.predict import TorchDetector
 from paper_experiments.proposals import DenseDetector
 from paper_experiments.runs import COUNTS, SELECTIVE_SEARCH, TEST_PROPOSALS, WITHOUT_NMS, Run, runs_of
 from paper_experiments.study import Study

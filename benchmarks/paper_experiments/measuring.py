@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anchorline.data.proposals import read_proposals
 from anchorline.evaluation.evaluate import evaluate, run_detector
-from anchorline.evaluation.proposal_recall import proposal_recall
-from anchorline.evaluation.stored_proposals import read_proposals
+from anchorline.evaluation.recall import proposal_recall
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.errors import TrainingError
+from anchorline.runtime.io.errors import TrainingError
 from anchorline.train.alternating import epochs_of_steps
-from anchorline.train.prediction import TorchDetector
+from anchorline.train.predict import TorchDetector
 from anchorline.train.proposing import StoredProposalDetector
 from paper_experiments.clock import Clock
 from paper_experiments.proposals import ABLATIONS, AblatedRPN, DenseDetector, best_of

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from anchorline.evaluation.plots import new_figure, new_figures, save_figure
+from anchorline.evaluation.pictures import new_figure, new_figures, save_figure
 
 SHOWN = ("50", "100", "300", "1000")  # proposals
 Curves = Mapping[str, Sequence[Mapping[str, Mapping[str, float | None]]]]

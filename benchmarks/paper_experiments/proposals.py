@@ -11,24 +11,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anchorline.evaluation.dataset import Dataset
-from anchorline.evaluation.stored_proposals import ImageProposals
+from anchorline.data.dataset import Dataset
+from anchorline.data.proposals import ImageProposals
+from anchorline.runtime.canvas import to_detections
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.postprocess import to_detections
-from anchorline.train import ops
-from anchorline.train.batches import Batch
-from anchorline.train.box_coder import coder_of
-from anchorline.train.boxes import at_least, clip_to_images
 from anchorline.train.checkpoint import load_checkpoint
-from anchorline.train.epoch_sampler import seed_of
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.model_settings import ModelSettings
-from anchorline.train.prediction import TorchDetector
+from anchorline.train.data.dataset import Batch
+from anchorline.train.data.sampler import seed_of
+from anchorline.train.loop.settings import TrainingSettings
+from anchorline.train.model import ops
+from anchorline.train.model.boxes import at_least, clip_to_images, coder_of
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.model.roi_heads import DetectionBatch, select_detections
+from anchorline.train.model.rpn import Proposals, select_proposals
+from anchorline.train.model.settings import ModelSettings
+from anchorline.train.predict import TorchDetector
 from anchorline.train.proposing import load_rpn
-from anchorline.train.roi_heads import DetectionBatch, select_detections
-from anchorline.train.rpn import Proposals, select_proposals
-from anchorline.train.training_settings import TrainingSettings
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from anchorline.runtime.errors import DataError
-from anchorline.runtime.files import atomic_write_text
+from anchorline.runtime.io.errors import DataError
+from anchorline.runtime.io.files import atomic_write_text
 from paper_experiments.published import CLOSE, TABLES, TIMES, Line, Table, Trend
 from paper_experiments.state import RESULTS, read_rows
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import record
 
-from anchorline.runtime.errors import ArtefactError, SettingsError
-from anchorline.runtime.files import write_json
+from anchorline.runtime.io.errors import ArtefactError, SettingsError
+from anchorline.runtime.io.files import write_json
 from paper_experiments.runs import Run
 
 RESULTS = "paper"

@@ -15,16 +15,16 @@ import cv2
 import numpy as np
 import torch
 
-from anchorline.evaluation.boxes import box_areas
-from anchorline.evaluation.dataset import Dataset
-from anchorline.evaluation.specs import load_dataset
+from anchorline.data.boxes import box_areas
+from anchorline.data.dataset import Dataset
+from anchorline.data.specs import load_dataset
 from anchorline.runtime.canvas import boxes_to_canvas, place
 from anchorline.runtime.contract import ResizeRule
-from anchorline.runtime.errors import SettingsError
-from anchorline.runtime.files import sha256_of
-from anchorline.train.model_settings import ModelSettings
-from anchorline.train.phase import steps_of_epoch
-from anchorline.train.run_checks import choose_device
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.io.files import sha256_of
+from anchorline.train.loop.run_checks import choose_device
+from anchorline.train.loop.trainer import steps_of_epoch
+from anchorline.train.model.settings import ModelSettings
 from anchorline.train.settings import Settings, load_preset
 from paper_experiments.runs import ANCHORS, BASE_LAMBDA, TEST_PROPOSALS, Run
 

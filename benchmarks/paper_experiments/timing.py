@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.prediction import TorchDetector
-from anchorline.train.roi_heads import select_detections
-from anchorline.train.rpn import select_proposals
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.model.roi_heads import select_detections
+from anchorline.train.model.rpn import select_proposals
+from anchorline.train.predict import TorchDetector
 
 PARTS = ("conv", "rpn", "selection", "region")
 WARM, REPETITIONS = 5, 50

@@ -7,17 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from anchorline.evaluation.dataset import Dataset
+from anchorline.data.dataset import Dataset
+from anchorline.data.proposals import SelectiveSearch, write_proposals
 from anchorline.evaluation.evaluate import run_detector
-from anchorline.evaluation.selective_search import SelectiveSearch
-from anchorline.evaluation.stored_proposals import write_proposals
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.files import write_json
+from anchorline.runtime.io.files import write_json
 from anchorline.train.alternating import FINISHED
-from anchorline.train.job import Job
-from anchorline.train.phase import PhaseResult, Plan, Report, StepReport
-from anchorline.train.run_state import STATE_FILE
-from anchorline.train.training import TrainResult, train
+from anchorline.train.loop.job import Job
+from anchorline.train.loop.train import TrainResult, train
+from anchorline.train.loop.trainer import STATE_FILE, PhaseResult, Plan, Report, StepReport
 from paper_experiments.clock import BudgetSpent, Clock
 from paper_experiments.proposals import dense_losses
 from paper_experiments.runs import SELECTIVE_SEARCH, Run

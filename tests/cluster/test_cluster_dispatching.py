@@ -29,8 +29,8 @@ from anchorline.cluster.replies import (
 )
 from anchorline.cluster.tally import Tally
 from anchorline.cluster.work_queue import WorkQueue
-from anchorline.runtime.errors import DataError, SettingsError
-from anchorline.runtime.sources import Item
+from anchorline.runtime.io.errors import DataError, SettingsError
+from anchorline.runtime.video.paths import Item
 
 READY = Ready("machine", 1, "cpu", "fp32")
 Behaviour = Callable[[int, WorkItem], Sequence[Reply]]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from anchorline.cluster.job import WorkItem
 from anchorline.cluster.merging import Copies, OrderedLines
 from anchorline.cluster.replies import Copy
-from anchorline.runtime.errors import OutputError
-from anchorline.runtime.sources import Item
+from anchorline.runtime.io.errors import OutputError
+from anchorline.runtime.video.paths import Item
 
 
 @st.composite

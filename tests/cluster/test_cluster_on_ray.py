@@ -15,7 +15,7 @@ import pytest
 from anchorline.cluster import Progress, detect_on_cluster
 from anchorline.cluster.worker import DetectionWorker
 from anchorline.runtime import Detector, detect
-from anchorline.runtime.errors import DataError, SettingsError
+from anchorline.runtime.io.errors import DataError, SettingsError
 
 pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")

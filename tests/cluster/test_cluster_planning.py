@@ -16,8 +16,8 @@ from anchorline.cluster.connecting import Cluster, check_address
 from anchorline.cluster.fleet import why
 from anchorline.cluster.planning import make_items, plan_files
 from anchorline.cluster.work_queue import WorkQueue
-from anchorline.runtime.errors import ArtefactError, DataError, SettingsError
-from anchorline.runtime.sources import Item, plan_items
+from anchorline.runtime.io.errors import ArtefactError, DataError, SettingsError
+from anchorline.runtime.video.paths import Item, plan_items
 
 
 @settings(deadline=None)

@@ -17,9 +17,9 @@ from anchorline.cluster.model_files import find_model, model_files, receive_mode
 from anchorline.cluster.replies import Absent, Broken, Chunk, Done, NeedsModel, Ready, Refused
 from anchorline.cluster.worker import DetectionWorker
 from anchorline.runtime import Detector, detect
-from anchorline.runtime.errors import ArtefactError
-from anchorline.runtime.pipeline.filters import Filters
-from anchorline.runtime.sources import Item
+from anchorline.runtime.io.errors import ArtefactError
+from anchorline.runtime.video.options import Filters
+from anchorline.runtime.video.paths import Item
 
 pytest.importorskip("onnxruntime")
 

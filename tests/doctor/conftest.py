@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from anchorline.doctor.gpu import Gpu, GpuState
-from anchorline.doctor.machine import PROBED, Cpu, Imported, Machine
+from anchorline.doctor.machine import PROBED, Cpu, Gpu, GpuState, Imported, Machine
 
 PACKAGES = {"numpy": "2.4.6", "opencv-python-headless": "5.0.0.93", "onnxruntime": "1.32.0"}
 

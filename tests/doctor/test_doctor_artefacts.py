@@ -18,17 +18,14 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from anchorline.doctor import runtimes
-from anchorline.doctor.artefact import Artefact, read_artefact
-from anchorline.doctor.gpu import GpuState, find_gpus
-from anchorline.doctor.machine import Imported, Machine
-from anchorline.doctor.onnx_header import read_onnx_header
+from anchorline.doctor.artefact import Artefact, read_artefact, read_onnx_header, read_verification
+from anchorline.doctor.machine import GpuState, Imported, Machine, find_gpus
 from anchorline.doctor.runtimes import Runtime, runtime_findings, runtimes_for
-from anchorline.doctor.verification import read_verification
-from anchorline.evaluation.verify.record import write_not_executed
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.errors import ArtefactError, GpuError
-from anchorline.runtime.files import sha256_of
+from anchorline.runtime.io.errors import ArtefactError, GpuError
+from anchorline.runtime.io.files import sha256_of
+from anchorline.verify.report import write_not_executed
 
 Make = Callable[..., Machine]
 SIDE = 64

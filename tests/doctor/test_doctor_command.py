@@ -16,10 +16,9 @@ from safetensors.numpy import save_file
 from anchorline import cli
 from anchorline.doctor import diagnosis
 from anchorline.doctor.diagnosis import DoctorReport, doctor
-from anchorline.doctor.gpu import GpuState
-from anchorline.doctor.machine import Imported, Machine
+from anchorline.doctor.machine import GpuState, Imported, Machine
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
-from anchorline.runtime.errors import ArtefactError
+from anchorline.runtime.io.errors import ArtefactError
 
 Make = Callable[..., Machine]
 CONTRACT = Contract("proposals", ("[bold]cat", "dog"), (64, 96), mean=(0.0,) * 3, std=(1.0,) * 3)

@@ -6,10 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from anchorline.doctor.conflicts import OLDEST_DRIVER, cuda_packages, find_conflicts
-from anchorline.doctor.findings import Finding
-from anchorline.doctor.gpu import GpuState
-from anchorline.doctor.machine import Imported, Machine
+from anchorline.doctor.conflicts import OLDEST_DRIVER, Finding, cuda_packages, find_conflicts
+from anchorline.doctor.machine import GpuState, Imported, Machine
 
 Make = Callable[..., Machine]
 

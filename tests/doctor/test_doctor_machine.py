@@ -16,10 +16,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anchorline.doctor import gpu, machine
-from anchorline.doctor.gpu import Gpu, GpuState, find_gpus
-from anchorline.doctor.machine import Imported, examine_machine, find_cpu, import_module
-from anchorline.doctor.packages import installed_packages, is_importable, normalised, numbers
+from anchorline.doctor import machine
+from anchorline.doctor import machine as gpu
+from anchorline.doctor.machine import (
+    Gpu,
+    GpuState,
+    Imported,
+    examine_machine,
+    find_cpu,
+    find_gpus,
+    import_module,
+    installed_packages,
+    is_importable,
+    normalised,
+    numbers,
+)
 
 SMI = "NVIDIA GeForce RTX 3090, 8.6, 24576, 580.95.05\nNVIDIA H200, 9.0, 143771, 580.95.05\n"
 

@@ -16,12 +16,12 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from anchorline.runtime.errors import SettingsError
-from anchorline.runtime.tensorrt_library import load_tensorrt
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.tensorrt.library import load_tensorrt
 
 if TYPE_CHECKING:
     from anchorline.runtime.contract import Contract
-    from anchorline.train.faster_rcnn import FasterRCNN
+    from anchorline.train.model.faster_rcnn import FasterRCNN
 
 Outputs = dict[str, NDArray[np.generic]]
 Run = Callable[..., Outputs]

@@ -11,10 +11,10 @@ import pytest
 from numpy.typing import NDArray
 
 from anchorline.engine.lowering import CONVERGED, lower
-from anchorline.engine.precision import to_precision
+from anchorline.engine.mixed_precision import to_precision
 from anchorline.export.functions import default_functions
 from anchorline.runtime.contract import CONTRACT_KEY
-from anchorline.runtime.errors import AnchorlineError, ArtefactError, SettingsError
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError
 
 Outputs = dict[str, NDArray[np.generic]]
 Export = Callable[..., onnx.ModelProto]

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from anchorline.engine.model_file import check_exported, read_model
-from anchorline.runtime.errors import ArtefactError
+from anchorline.runtime.io.errors import ArtefactError
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,17 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from anchorline.engine.half_range import largest_activations, overflows, rounding_loss
-from anchorline.engine.half_simulation import simulate_half
+from anchorline.engine.fp16_range import (
+    largest_activations,
+    network_inputs,
+    overflows,
+    rounding_loss,
+    simulate_half,
+)
 from anchorline.engine.lowering import lower
-from anchorline.engine.precision import to_precision
-from anchorline.engine.samples import network_inputs
+from anchorline.engine.mixed_precision import to_precision
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
-from anchorline.runtime.errors import ArtefactError, FrameError, SettingsError
+from anchorline.runtime.io.errors import ArtefactError, FrameError, SettingsError
 
 Outputs = dict[str, NDArray[np.generic]]
 Inputs = dict[str, NDArray[np.generic]]

@@ -13,13 +13,13 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
-from anchorline.engine.builder import build_engine
-from anchorline.engine.half_simulation import simulate_half
-from anchorline.engine.precision import PrecisionReport, to_precision
-from anchorline.evaluation.synthetic import generate_scene
-from anchorline.export.quantizing import quantize_onnx
+from anchorline.data.synthetic import generate_scene
+from anchorline.engine.build import build_engine
+from anchorline.engine.fp16_range import simulate_half
+from anchorline.engine.mixed_precision import PrecisionReport, to_precision
+from anchorline.export.quantize.quantize import quantize_onnx
 from anchorline.runtime.contract import CONTRACT_KEY
-from anchorline.runtime.images import write_image
+from anchorline.runtime.io.images import write_image
 
 Run = Callable[..., dict[str, NDArray[np.generic]]]
 _LAYERS = ("Conv", "Gemm")

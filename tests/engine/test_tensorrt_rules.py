@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
-from anchorline.engine.tensorrt_rules import bake_casts, cast_bytes_first, check_rules
-from anchorline.runtime.errors import ArtefactError
+from anchorline.engine.lowering import bake_casts, cast_bytes_first, check_rules
+from anchorline.runtime.io.errors import ArtefactError
 
 HEAD = '<ir_version: 10, opset_import: ["" : 18, "other" : 1]>'
 

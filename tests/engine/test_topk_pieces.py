@@ -9,8 +9,8 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from anchorline.engine.topk_pieces import split_large_topk
-from anchorline.runtime.errors import ArtefactError
+from anchorline.engine.lowering import split_large_topk
+from anchorline.runtime.io.errors import ArtefactError
 
 Run = Callable[[onnx.ModelProto, Mapping[str, NDArray[np.generic]]], dict[str, NDArray[np.generic]]]
 

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from anchorline.evaluation.dataset import LabelledImage
+from anchorline.data.dataset import LabelledImage
 from anchorline.runtime.detections import Detections
 
 VocObject = tuple[str, tuple[Any, Any, Any, Any]]

@@ -11,7 +11,7 @@ import pytest
 
 from anchorline.evaluation.coco_ap import coco_average_precision
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError
 
 BACKENDS = ("faster-coco-eval", "pycocotools")
 

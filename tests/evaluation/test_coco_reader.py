@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from anchorline.evaluation.specs import load_dataset
-from anchorline.runtime.errors import DataError
+from anchorline.data.specs import load_dataset
+from anchorline.runtime.io.errors import DataError
 
 MakeCoco = Callable[..., str]
 

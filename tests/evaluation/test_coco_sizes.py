@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from anchorline.data.dataset import Dataset
+from anchorline.data.summary import in_size_class, size_class_counts
 from anchorline.evaluation.coco_ap import coco_figures
-from anchorline.evaluation.dataset import Dataset
 from anchorline.evaluation.evaluate import report_detections
-from anchorline.evaluation.size_classes import in_size_class, size_class_counts
 from anchorline.runtime.detections import Detections
 
 BACKENDS = ("faster-coco-eval", "pycocotools")

@@ -15,13 +15,20 @@ import cv2
 import numpy as np
 import pytest
 
-from anchorline.evaluation.boxes import iou_matrix
-from anchorline.evaluation.dataset import Dataset, LabelledImage
+from anchorline.data.boxes import iou_matrix
+from anchorline.data.dataset import Dataset, LabelledImage
+from anchorline.data.synthetic import (
+    CLASS_NAMES,
+    Pose,
+    contrasting_colour,
+    paint,
+    place,
+    random_shape,
+    surface_texture,
+    synthetic_dataset,
+)
+from anchorline.data.synthetic_video import synthetic_video_dataset
 from anchorline.evaluation.evaluate import evaluate
-from anchorline.evaluation.synthetic import CLASS_NAMES, synthetic_dataset
-from anchorline.evaluation.synthetic_sprites import Pose, paint, place, random_shape
-from anchorline.evaluation.synthetic_textures import contrasting_colour, surface_texture
-from anchorline.evaluation.synthetic_video import synthetic_video_dataset
 from anchorline.runtime.detections import Detections
 
 NEIGHBOURS = 7

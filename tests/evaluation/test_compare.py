@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anchorline.evaluation.compare import compare_all, compare_detections
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.verify.compare import compare_all, compare_detections
 
 NAMES = ("cat", "dog")
 

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anchorline.evaluation.confusion import confusion_matrix
-from anchorline.evaluation.dataset import Dataset
-from anchorline.evaluation.matching import match_image
+from anchorline.data.dataset import Dataset
+from anchorline.evaluation.matching import confusion_matrix, match_image
 from anchorline.runtime.detections import Detections
 
 NAMES = ("cat", "dog", "bird")

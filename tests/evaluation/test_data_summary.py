@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from anchorline.evaluation.data_summary import summarise_data
-from anchorline.evaluation.dataset import Dataset
-from anchorline.evaluation.specs import load_dataset
+from anchorline.data.dataset import Dataset
+from anchorline.data.specs import load_dataset
+from anchorline.data.summary import summarise_data
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from anchorline.evaluation.dataset import Dataset
+from anchorline.data.dataset import Dataset
 from anchorline.evaluation.evaluate import evaluate
-from anchorline.evaluation.proposal_recall import evaluate_proposals, proposal_recall
+from anchorline.evaluation.recall import evaluate_proposals, proposal_recall
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.errors import DataError, SettingsError
+from anchorline.runtime.io.errors import DataError, SettingsError
 
 
 class Oracle:

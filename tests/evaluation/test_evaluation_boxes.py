@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from anchorline.evaluation.boxes import clip_labelled_boxes, iou_matrix
+from anchorline.data.boxes import clip_labelled_boxes, iou_matrix
 
 _coordinates = st.floats(-50, 150, width=32)
 

@@ -12,10 +12,10 @@ import cv2
 import numpy as np
 import pytest
 
-from anchorline.evaluation.dataset import Dataset
+from anchorline.data.dataset import Dataset
 from anchorline.evaluation.evaluate import report_detections
-from anchorline.evaluation.plots import contact_sheet, plot_loss_curve, plot_pr_curves
-from anchorline.runtime.errors import DataError, OutputError, SettingsError
+from anchorline.evaluation.pictures import contact_sheet, plot_loss_curve, plot_pr_curves
+from anchorline.runtime.io.errors import DataError, OutputError, SettingsError
 
 CSV = """step,epoch,lr,loss,loss_objectness,loss_box,map50
 0,0,0.01,2.5,0.7,0.4,
@@ -105,10 +105,10 @@ def test_contact_sheet_wants_images_and_matching_titles(tmp_path: Path) -> None:
 
 def test_evaluation_imports_no_heavy_package() -> None:
     code = (
-        "import sys, anchorline.evaluation.plots, anchorline.evaluation.specs, anchorline.evaluation.compare,"
-        " anchorline.evaluation.synthetic_video, anchorline.evaluation.proposal_recall,"
-        " anchorline.evaluation.yolo, anchorline.evaluation.report_files, anchorline.evaluation.data_summary,"
-        " anchorline.evaluation.traps, anchorline.evaluation.side_by_side;"
+        "import sys, anchorline.evaluation.pictures, anchorline.data.specs, anchorline.verify.compare,"
+        " anchorline.data.synthetic_video, anchorline.evaluation.recall,"
+        " anchorline.data.yolo, anchorline.evaluation.pictures, anchorline.data.summary,"
+        " anchorline.verify.traps, anchorline.verify.detection_check;"
         "heavy = {'torch', 'matplotlib', 'pycocotools', 'faster_coco_eval', 'onnx', 'onnxruntime', 'yaml'};"
         "print(sorted(heavy & set(sys.modules)))"
     )

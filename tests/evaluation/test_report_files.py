@@ -12,16 +12,20 @@ import cv2
 import numpy as np
 import pytest
 
-from anchorline.evaluation.dataset import Dataset
+from anchorline.data.dataset import Dataset
 from anchorline.evaluation.evaluate import EvaluationReport, report_detections
-from anchorline.evaluation.panels import PANEL
-from anchorline.evaluation.plots import plot_pr_curves
-from anchorline.evaluation.proposal_recall import proposal_recall
-from anchorline.evaluation.report_files import write_report_files
-from anchorline.evaluation.report_plots import plot_class_table, plot_recall
-from anchorline.evaluation.worst_images import rank_images, worst_images_sheet
+from anchorline.evaluation.pictures import (
+    PANEL,
+    plot_class_table,
+    plot_pr_curves,
+    plot_recall,
+    rank_images,
+    worst_images_sheet,
+    write_report_files,
+)
+from anchorline.evaluation.recall import proposal_recall
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.errors import OutputError, SettingsError
+from anchorline.runtime.io.errors import OutputError, SettingsError
 
 
 @pytest.fixture
@@ -127,8 +131,8 @@ def test_proposal_recall_in_two_panels(random_results: Callable[..., Any], tmp_p
 def test_many_classes_stay_within_a_picture(
     evaluated: tuple[EvaluationReport, Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anchorline.evaluation.report_plots._MOST_TABLE_ROWS", 15)
-    monkeypatch.setattr("anchorline.evaluation.plots._LEGEND_OUTSIDE", 24)
+    monkeypatch.setattr("anchorline.evaluation.pictures._MOST_TABLE_ROWS", 15)
+    monkeypatch.setattr("anchorline.evaluation.pictures._LEGEND_OUTSIDE", 24)
     report, _ = evaluated
     names = [f"class {number}" for number in range(30)]
     cat, curve = report.per_class["cat"], report.curves["cat"]

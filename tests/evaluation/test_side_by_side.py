@@ -8,9 +8,11 @@ import cv2
 import numpy as np
 import pytest
 
-from anchorline.evaluation.compare import compare_all, compare_detections
-from anchorline.evaluation.panels import PANEL
-from anchorline.evaluation.side_by_side import (
+from anchorline.evaluation.pictures import PANEL
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.io.errors import OutputError, SettingsError
+from anchorline.verify.compare import compare_all, compare_detections
+from anchorline.verify.detection_check import (
     DIFFERING_COLOUR,
     EXTRA_COLOUR,
     MISSED_COLOUR,
@@ -18,8 +20,6 @@ from anchorline.evaluation.side_by_side import (
     severity,
     write_side_by_side,
 )
-from anchorline.runtime.detections import Detections
-from anchorline.runtime.errors import OutputError, SettingsError
 
 NAMES = ("cat", "dog")
 HEIGHT, WIDTH = PANEL

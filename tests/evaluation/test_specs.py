@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from anchorline.evaluation.specs import load_dataset, load_datasets
-from anchorline.evaluation.synthetic import CLASS_NAMES
-from anchorline.runtime.errors import DataError
+from anchorline.data.specs import load_dataset, load_datasets
+from anchorline.data.synthetic import CLASS_NAMES
+from anchorline.runtime.io.errors import DataError
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,27 @@ import cv2
 import numpy as np
 import pytest
 
-from anchorline.evaluation.synthetic import CLASS_NAMES, SCENE_SIZE, generate_scene, synthetic_dataset
-from anchorline.evaluation.synthetic_shapes import enclosed_area, object_contours
-from anchorline.evaluation.synthetic_sprites import Pose, paint, place, random_shape, visible_fractions
-from anchorline.evaluation.synthetic_textures import TEXTURE_SIDE
-from anchorline.evaluation.synthetic_video import (
+from anchorline.data.synthetic import (
+    CLASS_NAMES,
+    SCENE_SIZE,
+    TEXTURE_SIDE,
+    Pose,
+    enclosed_area,
+    generate_scene,
+    object_contours,
+    paint,
+    place,
+    random_shape,
+    synthetic_dataset,
+    visible_fractions,
+)
+from anchorline.data.synthetic_video import (
     SyntheticVideo,
     generate_video,
     synthetic_video_dataset,
     write_video,
 )
-from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError
 
 
 def test_a_scene_is_an_image_with_boxes_and_labels() -> None:
@@ -54,7 +64,7 @@ def test_a_scene_too_small_is_refused() -> None:
 
 def test_scenes_depend_on_seed_and_index_alone() -> None:
     code = (
-        "import hashlib; from anchorline.evaluation.synthetic import generate_scene;"
+        "import hashlib; from anchorline.data.synthetic import generate_scene;"
         "print(hashlib.sha256(b''.join(p.tobytes() for p in generate_scene(5, index=9))).hexdigest())"
     )
     runs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout}

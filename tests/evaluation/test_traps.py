@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from anchorline.evaluation.compare import compare_all
-from anchorline.evaluation.traps import (
+from anchorline.runtime.contract import Contract
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.io.errors import ArtefactError, FrameError, SettingsError
+from anchorline.verify.compare import compare_all
+from anchorline.verify.traps import (
     LARGEST_BATCH,
     OncePerFrame,
     Trap,
@@ -20,9 +23,6 @@ from anchorline.evaluation.traps import (
     run_traps,
     traps,
 )
-from anchorline.runtime.contract import Contract
-from anchorline.runtime.detections import Detections
-from anchorline.runtime.errors import ArtefactError, FrameError, SettingsError
 
 Frame = NDArray[np.uint8]
 ROWS = (

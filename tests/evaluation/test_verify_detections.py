@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from anchorline.evaluation.compare import compare_detections, summarise
-from anchorline.evaluation.dataset import Dataset, LabelledImage
-from anchorline.evaluation.verify.detection_check import DetectionCheck, check_detections
-from anchorline.evaluation.verify.subject import Subject
-from anchorline.evaluation.verify.tolerances import TOLERANCES
+from anchorline.data.dataset import Dataset, LabelledImage
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.errors import ArtefactError, GpuError
+from anchorline.runtime.io.errors import ArtefactError, GpuError
+from anchorline.verify.compare import compare_detections, summarise
+from anchorline.verify.detection_check import DetectionCheck, check_detections
+from anchorline.verify.stages import Subject
+from anchorline.verify.tolerances import TOLERANCES
 
 FP32, FP16 = TOLERANCES["fp32"], TOLERANCES["fp16"]
 CONTRACT = Contract(

@@ -8,14 +8,14 @@ import cv2
 import numpy as np
 import pytest
 
-from anchorline.evaluation.verify.material import (
+from anchorline.runtime.io.errors import DataError
+from anchorline.verify.material import (
     first_images,
     from_frames,
     has_labels,
     images_or_video,
     scenes,
 )
-from anchorline.runtime.errors import DataError
 
 
 def test_scenes_are_the_same_each_time_and_of_many_shapes() -> None:

@@ -10,15 +10,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from anchorline.evaluation.compare import compare_detections, summarise
-from anchorline.evaluation.traps import TrapResult
-from anchorline.evaluation.verify.bisect import LayerResult
-from anchorline.evaluation.verify.detection_check import Accuracy, DetectionCheck
-from anchorline.evaluation.verify.record import record_path, write_not_executed, write_record
-from anchorline.evaluation.verify.report import VerifyReport
-from anchorline.evaluation.verify.stage_check import StageResult
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.files import sha256_of
+from anchorline.runtime.io.files import sha256_of
+from anchorline.verify.compare import compare_detections, summarise
+from anchorline.verify.detection_check import Accuracy, DetectionCheck
+from anchorline.verify.report import VerifyReport, record_path, write_not_executed, write_record
+from anchorline.verify.stage_check import LayerResult, StageResult
+from anchorline.verify.traps import TrapResult
 
 FOUND = Detections([[0, 0, 9, 9]], [0.9], [0], ("cell",))
 SOUND = StageResult("pixels", True, 0.1, "rms 0.1")

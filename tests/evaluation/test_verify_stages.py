@@ -11,17 +11,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from anchorline.evaluation.verify.bisect import first_differing_layer
-from anchorline.evaluation.verify.material import from_frames
-from anchorline.evaluation.verify.stage_check import StageResult, check_stages
-from anchorline.evaluation.verify.stages import tensor_error
-from anchorline.evaluation.verify.subject import Subject
-from anchorline.evaluation.verify.tolerances import TOLERANCES
-from anchorline.evaluation.verify.verifying import verify
+from anchorline.runtime.canvas import Preprocessor
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.errors import ArtefactError, DataError, SettingsError
-from anchorline.runtime.preprocess import Preprocessor
+from anchorline.runtime.io.errors import ArtefactError, DataError, SettingsError
+from anchorline.verify.material import from_frames
+from anchorline.verify.stage_check import StageResult, check_stages, first_differing_layer
+from anchorline.verify.stages import Subject, tensor_error
+from anchorline.verify.tolerances import TOLERANCES
+from anchorline.verify.verify import verify
 
 Arrays = dict[str, NDArray[Any]]
 Change = Callable[[Arrays], None]

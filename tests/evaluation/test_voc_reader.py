@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anchorline.evaluation.specs import load_dataset
-from anchorline.evaluation.voc import _read_annotation
-from anchorline.runtime.errors import AnchorlineError, DataError
+from anchorline.data.specs import load_dataset
+from anchorline.data.voc import _read_annotation
+from anchorline.runtime.io.errors import AnchorlineError, DataError
 
 MakeVoc = Callable[..., Path]
 

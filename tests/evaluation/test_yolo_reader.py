@@ -13,10 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anchorline.evaluation.specs import load_dataset, load_datasets
-from anchorline.evaluation.yolo import _read_labels
-from anchorline.evaluation.yolo_names import YoloConfig, read_yolo_config
-from anchorline.runtime.errors import AnchorlineError, DataError, SettingsError
+from anchorline.data.specs import load_dataset, load_datasets
+from anchorline.data.yolo import YoloConfig, _read_labels, read_yolo_config
+from anchorline.runtime.io.errors import AnchorlineError, DataError, SettingsError
 
 MakeYolo = Callable[..., Path]
 

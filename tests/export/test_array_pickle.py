@@ -17,9 +17,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from anchorline.export.array_pickle import PickledArray, read_array_pickle
-from anchorline.export.checkpoint_files import read_checkpoint_file
-from anchorline.runtime.errors import ArtefactError
+from anchorline.export.importers.checkpoint_files import PickledArray, read_array_pickle, read_checkpoint_file
+from anchorline.runtime.io.errors import ArtefactError
 
 ARRAYS: dict[str, NDArray[Any]] = {
     "weight": np.arange(24, dtype=np.float32).reshape(2, 3, 4),

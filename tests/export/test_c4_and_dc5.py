@@ -16,13 +16,12 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from anchorline.engine.lowering import deviations, lower
-from anchorline.engine.topk_pieces import MOST
-from anchorline.export.exporting import export_onnx
+from anchorline.engine.lowering import MOST, deviations, lower
 from anchorline.export.functions import DOMAIN, default_functions
+from anchorline.export.onnx_export import export_onnx
 from anchorline.runtime.contract import CONTRACT_KEY
 from anchorline.train.checkpoint import contract_of, save_checkpoint
-from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.train.model.faster_rcnn import FasterRCNN
 
 NAMES = ("cat", "dog", "bird")
 CANVAS = (320, 352)  # 20 x 22 places of 15 anchors are 6600 candidates

@@ -17,18 +17,15 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from anchorline.data.synthetic import CLASS_NAMES, synthetic_dataset
 from anchorline.evaluation.evaluate import evaluate
-from anchorline.evaluation.proposal_recall import evaluate_proposals
-from anchorline.evaluation.synthetic import CLASS_NAMES, synthetic_dataset
-from anchorline.evaluation.verify.material import scenes
-from anchorline.evaluation.verify.record import record_path
-from anchorline.evaluation.verify.stages import ORDER
-from anchorline.export import exporting
-from anchorline.export.exporting import ExportResult, export_onnx
+from anchorline.evaluation.recall import evaluate_proposals
+from anchorline.export import onnx_export as exporting
+from anchorline.export.onnx_export import ExportResult, export_onnx
 from anchorline.runtime.canvas import place
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.errors import (
+from anchorline.runtime.io.errors import (
     AnchorlineError,
     ArtefactError,
     FrameError,
@@ -37,9 +34,12 @@ from anchorline.runtime.errors import (
     SettingsError,
 )
 from anchorline.train.checkpoint import contract_of, load_checkpoint, save_checkpoint
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.model_settings import ModelSettings
-from anchorline.train.prediction import TorchDetector
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.model.settings import ModelSettings
+from anchorline.train.predict import TorchDetector
+from anchorline.verify.material import scenes
+from anchorline.verify.report import record_path
+from anchorline.verify.stages import ORDER
 
 CANVAS = (64, 96)
 ToOnnx = Callable[[FasterRCNN, Contract], onnx.ModelProto]

@@ -10,13 +10,13 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from anchorline.evaluation.synthetic import CLASS_NAMES, generate_scene
+from anchorline.data.synthetic import CLASS_NAMES, generate_scene
+from anchorline.runtime.backends.openvino import has_openvino
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.openvino_library import has_openvino
 from anchorline.train.checkpoint import contract_of
-from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.train.model.faster_rcnn import FasterRCNN
 
 pytestmark = pytest.mark.skipif(not has_openvino(), reason="needs the package openvino")
 

@@ -12,17 +12,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from anchorline.export import importing
-from anchorline.export.checkpoint_files import CheckpointFile
-from anchorline.export.importers import detectron2, torchvision
-from anchorline.export.importers.class_names import choose_class_names
-from anchorline.export.importers.library import expected_shapes
-from anchorline.export.importers.rows import background_first, ratio_by_ratio
-from anchorline.export.importing import import_checkpoint
+from anchorline.export.importers import detectron2, importing, torchvision
+from anchorline.export.importers.checkpoint_files import CheckpointFile
+from anchorline.export.importers.importing import import_checkpoint
+from anchorline.export.importers.library import (
+    background_first,
+    choose_class_names,
+    expected_shapes,
+    ratio_by_ratio,
+)
 from anchorline.runtime.contract import ResizeRule
-from anchorline.runtime.errors import AnchorlineError, ArtefactError, SettingsError
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError
 from anchorline.train.checkpoint import load_checkpoint
-from anchorline.train.model_settings import ModelSettings
+from anchorline.train.model.settings import ModelSettings
 
 Shapes = dict[str, tuple[int, ...]]
 

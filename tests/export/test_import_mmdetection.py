@@ -15,14 +15,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from anchorline.export import importing
-from anchorline.export.checkpoint_files import CheckpointFile
-from anchorline.export.importers import mmdetection
+from anchorline.export.importers import importing, mmdetection
+from anchorline.export.importers.checkpoint_files import CheckpointFile
+from anchorline.export.importers.importing import import_checkpoint
 from anchorline.export.importers.library import expected_shapes
-from anchorline.export.importers.mmdetection_config import parse, read_configuration
-from anchorline.export.importing import import_checkpoint
+from anchorline.export.importers.mmdetection import parse, read_configuration
 from anchorline.runtime.contract import ResizeRule
-from anchorline.runtime.errors import AnchorlineError, ArtefactError
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError
 from anchorline.train.checkpoint import load_checkpoint
 
 Shapes = dict[str, tuple[int, ...]]

@@ -14,14 +14,14 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from numpy.typing import NDArray
 
 from anchorline import cli
+from anchorline.export.importers.importing import import_checkpoint
 from anchorline.export.importers.py_faster_rcnn import VOC_CLASSES
-from anchorline.export.importing import import_checkpoint
 from anchorline.runtime.contract import ResizeRule
-from anchorline.runtime.errors import AnchorlineError
+from anchorline.runtime.io.errors import AnchorlineError
 from anchorline.train.checkpoint import load_checkpoint
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.roi_heads import select_detections
-from anchorline.train.rpn import RPN_CODER, Proposals
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.model.roi_heads import select_detections
+from anchorline.train.model.rpn import RPN_CODER, Proposals
 
 Net = dict[str, NDArray[np.float32]]
 # models/pascal_voc: input channels, width and kernel of each convolution.

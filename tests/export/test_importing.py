@@ -21,21 +21,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 
-from anchorline.evaluation.compare import compare_all
-from anchorline.evaluation.synthetic import generate_scene
-from anchorline.export.exporting import export_onnx, trimmed_canvas
+from anchorline.data.synthetic import generate_scene
 from anchorline.export.importers import torchvision as importer
+from anchorline.export.importers.importing import import_checkpoint
 from anchorline.export.importers.library import expected_shapes
 from anchorline.export.importers.torchvision import ARCHITECTURES, coco_classes
-from anchorline.export.importing import import_checkpoint
-from anchorline.export.torchvision_reference import TorchvisionDetector
+from anchorline.export.importers.torchvision_reference import TorchvisionDetector
+from anchorline.export.onnx_export import export_onnx, trimmed_canvas
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.errors import AnchorlineError
+from anchorline.runtime.io.errors import AnchorlineError
 from anchorline.train.checkpoint import load_checkpoint
-from anchorline.train.prediction import TorchDetector
-from anchorline.train.tasks import run_task
+from anchorline.train.model.faster_rcnn import run_task
+from anchorline.train.predict import TorchDetector
+from anchorline.verify.compare import compare_all
 
 SMALLEST = "fasterrcnn_mobilenet_v3_large_320_fpn"
 LARGE = ("fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2")

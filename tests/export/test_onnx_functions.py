@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from anchorline.export.functions import DOMAIN, OPSET, attach_functions, default_functions
-from anchorline.train import ops
+from anchorline.train.model import ops
 
 Floats = NDArray[np.float32]
 PLUGIN = {"plugin_namespace": "anchorline", "plugin_version": "1"}

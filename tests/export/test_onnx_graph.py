@@ -14,11 +14,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from anchorline.evaluation.synthetic import CLASS_NAMES
+from anchorline.data.synthetic import CLASS_NAMES
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.train.checkpoint import contract_of
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.tasks import run_task
+from anchorline.train.model.faster_rcnn import FasterRCNN, run_task
 
 NAMES = ("cat", "dog", "bird")
 # An export takes up to ten seconds; these are exports that other tests need, too. The RPN of the pyramid is

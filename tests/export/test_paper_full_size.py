@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from anchorline.evaluation.specs import load_dataset
-from anchorline.export.exporting import export_onnx
+from anchorline.data.specs import load_dataset
+from anchorline.export.onnx_export import export_onnx
+from anchorline.train.loop.train import train
 from anchorline.train.settings import load_preset
-from anchorline.train.training import train
 
 STEPS = 6
 # Weights, gradients and momentum of 137 million parameters are 1.6 GB.

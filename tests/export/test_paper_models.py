@@ -13,13 +13,13 @@ import torchvision
 from onnx import TensorProto, helper
 
 from anchorline.engine.lowering import lower
-from anchorline.export.exporting import export_onnx
 from anchorline.export.functions import DOMAIN, attach_functions
-from anchorline.train import ops
+from anchorline.export.onnx_export import export_onnx
 from anchorline.train.checkpoint import contract_of, save_checkpoint
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.model_settings import ModelSettings
-from anchorline.train.roi_pooling import RoIMaxPooling
+from anchorline.train.model import ops
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.model.roi_pooling import RoIMaxPooling
+from anchorline.train.model.settings import ModelSettings
 from anchorline.train.settings import load_preset
 
 NAMES = ("cat", "dog", "bird")

@@ -22,28 +22,28 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from anchorline import cli
-from anchorline.evaluation.dataset import Dataset, LabelledImage
+from anchorline.data.dataset import Dataset, LabelledImage
+from anchorline.data.specs import load_datasets
+from anchorline.data.synthetic import generate_scene
 from anchorline.evaluation.evaluate import evaluate
-from anchorline.evaluation.specs import load_datasets
-from anchorline.evaluation.synthetic import generate_scene
-from anchorline.evaluation.verify.record import record_path
-from anchorline.evaluation.verify.stages import is_stage
-from anchorline.export import quantizing_graph, quantizing_search
 from anchorline.export.functions import attach_functions
-from anchorline.export.quantizing import quantize_onnx
-from anchorline.export.quantizing_graph import observed_tensors, quantized
-from anchorline.export.quantizing_layers import find_layers
-from anchorline.export.quantizing_loss import Loss, LossMeter
-from anchorline.export.quantizing_ranges import measure_ranges
-from anchorline.export.quantizing_search import Trial, fewest_float
-from anchorline.export.quantizing_sensitivity import measure_sensitivity
-from anchorline.runtime import onnxruntime_backend
+from anchorline.export.quantize import graph as quantizing_graph
+from anchorline.export.quantize import search as quantizing_search
+from anchorline.export.quantize.checks import Loss, LossMeter
+from anchorline.export.quantize.graph import find_layers, observed_tensors, quantized
+from anchorline.export.quantize.quantize import quantize_onnx
+from anchorline.export.quantize.ranges import measure_ranges
+from anchorline.export.quantize.search import Trial, fewest_float
+from anchorline.export.quantize.sensitivity import measure_sensitivity
+from anchorline.runtime.backends import onnxruntime as onnxruntime_backend
+from anchorline.runtime.backends.onnxruntime import OnnxRuntimeBackend, exact_sums, open_for_checks
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.errors import AnchorlineError, ParityError
-from anchorline.runtime.images import write_image
-from anchorline.runtime.onnxruntime_backend import OnnxRuntimeBackend, exact_sums, open_for_checks
+from anchorline.runtime.io.errors import AnchorlineError, ParityError
+from anchorline.runtime.io.images import write_image
+from anchorline.verify.report import record_path
+from anchorline.verify.stages import is_stage
 from anchorline.verifying import verify_files
 
 SIDE, CELLS, CHANNELS = 64, 16, 8
@@ -814,7 +814,7 @@ def test_a_model_that_finds_nothing_is_warned_of(folder: Path, tmp_path: Path) -
 
 
 def test_pytorch_is_not_needed() -> None:
-    code = "import sys, anchorline.export.quantizing; assert 'torch' not in sys.modules"
+    code = "import sys, anchorline.export.quantize.quantize; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from anchorline.export.exporting import trimmed_canvas
-from anchorline.export.torchvision_reference import TorchvisionDetector, torchvision_model
+from anchorline.export.importers.torchvision_reference import TorchvisionDetector, torchvision_model
+from anchorline.export.onnx_export import trimmed_canvas
+from anchorline.runtime.canvas import Preprocessor
 from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.errors import SettingsError
-from anchorline.runtime.preprocess import Preprocessor
+from anchorline.runtime.io.errors import SettingsError
 from anchorline.train.checkpoint import contract_of
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.prediction import TorchDetector
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.predict import TorchDetector
 
 FIVE = (8.0, 16.0, 32.0, 64.0, 128.0)
 MODELS: dict[str, dict[str, object]] = {

@@ -13,16 +13,15 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from anchorline.evaluation.verify.material import scenes
-from anchorline.evaluation.verify.onnx_stages import OnnxStages
-from anchorline.evaluation.verify.report import VerifyReport
-from anchorline.evaluation.verify.subject import Subject, onnx_subject
-from anchorline.evaluation.verify.verifying import verify
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
-from anchorline.runtime.errors import ArtefactError
+from anchorline.runtime.io.errors import ArtefactError
 from anchorline.train.checkpoint import contract_of, save_checkpoint
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.subject import checkpoint_subject
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.predict import checkpoint_subject
+from anchorline.verify.material import scenes
+from anchorline.verify.report import VerifyReport
+from anchorline.verify.stages import OnnxStages, Subject, onnx_subject
+from anchorline.verify.verify import verify
 
 Plant = Callable[[onnx.ModelProto], None]
 NAMES = ("cat", "dog", "bird")

@@ -10,8 +10,7 @@ from types import ModuleType
 import cv2
 import pytest
 
-from anchorline.evaluation.synthetic import generate_scene
-from anchorline.evaluation.synthetic_shapes import CLASS_NAMES
+from anchorline.data.synthetic import CLASS_NAMES, generate_scene
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = Path(__file__).resolve().parents[1] / "tiny.toml"

@@ -15,9 +15,9 @@ from paper_experiments.costs import Costs, plan_epochs
 from paper_experiments.runs import EXPERIMENTS, Run, runs_of
 from paper_experiments.study import Study, fitted_scales, open_study
 
-from anchorline.evaluation.dataset import Dataset, LabelledImage
-from anchorline.runtime.errors import AnchorlineError, SettingsError
-from anchorline.train.model_settings import ModelSettings
+from anchorline.data.dataset import Dataset, LabelledImage
+from anchorline.runtime.io.errors import AnchorlineError, SettingsError
+from anchorline.train.model.settings import ModelSettings
 
 Command = Callable[..., list[str]]
 COSTS = Costs(step_s=1.0, image_s=0.1, dense_s=0.5, anchors=1300)

@@ -10,9 +10,9 @@ import torch
 from paper_experiments.proposals import ABLATIONS, Ablation, ablated_proposals, best_of, dense_windows
 from torch import Tensor
 
-from anchorline.evaluation.dataset import Dataset, LabelledImage
+from anchorline.data.dataset import Dataset, LabelledImage
 from anchorline.runtime.detections import Detections
-from anchorline.train.model_settings import ModelSettings
+from anchorline.train.model.settings import ModelSettings
 
 RPN, NO_NMS, NO_CLS, NO_REG = ABLATIONS
 SETTINGS = ModelSettings(

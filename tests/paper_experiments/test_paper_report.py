@@ -11,7 +11,7 @@ from paper_experiments.published import TABLES, TIMES
 from paper_experiments.report import BEGIN, END, fill, report
 from paper_experiments.state import publish
 
-from anchorline.runtime.errors import DataError
+from anchorline.runtime.io.errors import DataError
 
 COMMON = {"data": "tiny trainval, test", "images": "8 + 4", "preset": "tiny", "canvas": "64x96"}
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "paper.md"

@@ -16,10 +16,10 @@ from paper_experiments.runs import ANCHORS, COUNTS, LAMBDAS, WITHOUT_NMS
 from paper_experiments.study import open_study
 from paper_experiments.training import train_run
 
-from anchorline.evaluation.specs import concatenate, load_dataset
-from anchorline.evaluation.stored_proposals import write_proposals
+from anchorline.data.proposals import write_proposals
+from anchorline.data.specs import concatenate, load_dataset
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.images import read_image
+from anchorline.runtime.io.images import read_image
 
 Command = Callable[..., list[str]]
 CURVES = 6  # numbers of proposals in a recall curve

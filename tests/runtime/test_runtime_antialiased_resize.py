@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from anchorline.runtime.antialiased_resize import _blocks, resize_antialiased
-from anchorline.runtime.canvas import place, to_canvas
+from anchorline.runtime.canvas import _blocks, place, resize_antialiased, to_canvas
 from anchorline.runtime.contract import ResizeRule
 
 SIDES = st.integers(1, 90)

@@ -6,9 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anchorline.runtime.canvas import Placement, boxes_to_canvas, boxes_to_source, padded, place, to_canvas
+from anchorline.runtime.canvas import (
+    Placement,
+    boxes_to_canvas,
+    boxes_to_source,
+    padded,
+    place,
+    resize_float,
+    to_canvas,
+)
 from anchorline.runtime.contract import ResizeRule
-from anchorline.runtime.float_resize import resize_float
 
 SIDES = st.integers(1, 6000)
 BOUNDS = st.none() | st.integers(1, 2000)

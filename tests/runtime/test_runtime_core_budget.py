@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from anchorline.runtime import core_budget
-from anchorline.runtime.core_budget import CoreBudget
+from anchorline.runtime.backends import cpu_options as core_budget
+from anchorline.runtime.backends.cpu_options import CoreBudget
 from anchorline.runtime.detector import Detector
 
 pytest.importorskip("onnxruntime")

@@ -10,15 +10,15 @@ import threading
 import numpy as np
 import pytest
 
-from anchorline.runtime.detecting import detect
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.errors import DataError, OutputError, SettingsError
-from anchorline.runtime.images import read_image, write_image
-from anchorline.runtime.pipeline import sinks
-from anchorline.runtime.pipeline.source import Source
-from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
-from anchorline.runtime.sources import plan_items
-from anchorline.runtime.video import VideoReader
+from anchorline.runtime.io.errors import DataError, OutputError, SettingsError
+from anchorline.runtime.io.images import read_image, write_image
+from anchorline.runtime.video import sinks
+from anchorline.runtime.video.detection import detect
+from anchorline.runtime.video.files import VideoReader
+from anchorline.runtime.video.paths import plan_items
+from anchorline.runtime.video.pipeline import VideoPipeline
+from anchorline.runtime.video.source import Source
 
 pytest.importorskip("onnxruntime")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.errors import DataError, SettingsError
+from anchorline.runtime.io.errors import DataError, SettingsError
 
 
 @pytest.fixture

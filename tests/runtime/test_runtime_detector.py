@@ -7,12 +7,11 @@ import threading
 import numpy as np
 import pytest
 
+from anchorline.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from anchorline.runtime.canvas import Preprocessor, to_detections
 from anchorline.runtime.contract import Thresholds
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.errors import ArtefactError, FrameError, SettingsError
-from anchorline.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from anchorline.runtime.postprocess import to_detections
-from anchorline.runtime.preprocess import Preprocessor
+from anchorline.runtime.io.errors import ArtefactError, FrameError, SettingsError
 
 pytest.importorskip("onnxruntime")
 

@@ -3,11 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anchorline.runtime import label_text
+from anchorline.runtime import drawing as label_text
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.drawing import PALETTE, class_colour, draw
-from anchorline.runtime.errors import FrameError
-from anchorline.runtime.label_text import ink
+from anchorline.runtime.drawing import PALETTE, class_colour, draw, ink
+from anchorline.runtime.io.errors import FrameError
 
 
 def one(box, label=0, score=0.5, name="cat"):

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anchorline.runtime import files
-from anchorline.runtime.errors import DataError, OutputError
-from anchorline.runtime.files import atomic_path, atomic_write_bytes, atomic_write_text, write_json
+from anchorline.runtime.io import files
+from anchorline.runtime.io.errors import DataError, OutputError
+from anchorline.runtime.io.files import atomic_path, atomic_write_bytes, atomic_write_text, write_json
 
 
 def write_and_fail(target: Path, error: BaseException) -> None:

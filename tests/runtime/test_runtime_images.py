@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchorline.runtime.errors import DataError, OutputError
-from anchorline.runtime.images import find_images, is_image, is_video, read_image, write_image
-from anchorline.runtime.integrity import find_damage
-from anchorline.runtime.opencv_log import quiet_opencv
+from anchorline.runtime.io.errors import DataError, OutputError
+from anchorline.runtime.io.images import find_damage, find_images, is_image, is_video, read_image, write_image
+from anchorline.runtime.io.native_log import quiet_opencv
 
 # What each EXIF orientation says was done to the picture, as a function of the upright one.
 STORED = {

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchorline.runtime.label_placement import place_labels
-from anchorline.runtime.label_text import fitted, lettering
+from anchorline.runtime.drawing import fitted, lettering, place_labels
 
 FRAME = (200, 300)
 

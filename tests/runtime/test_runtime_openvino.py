@@ -11,14 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anchorline.runtime import cpu_options, onnxruntime_backend, opening, openvino_backend
-from anchorline.runtime.compiled_cache import CompiledCache
-from anchorline.runtime.cpu_options import CpuOptions
+from anchorline.runtime.backends import cpu_options
+from anchorline.runtime.backends import onnxruntime as onnxruntime_backend
+from anchorline.runtime.backends import openvino as openvino_backend
+from anchorline.runtime.backends import selection as opening
+from anchorline.runtime.backends.cpu_options import CpuOptions
+from anchorline.runtime.backends.openvino import CompiledCache, has_openvino
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.errors import ArtefactError, FrameError, SettingsError
-from anchorline.runtime.openvino_library import has_openvino
-from anchorline.runtime.pipeline.source import Source
-from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
+from anchorline.runtime.io.errors import ArtefactError, FrameError, SettingsError
+from anchorline.runtime.video.pipeline import VideoPipeline
+from anchorline.runtime.video.source import Source
 
 pytest.importorskip("onnxruntime")
 needs_openvino = pytest.mark.skipif(not has_openvino(), reason="needs the package openvino")
@@ -326,7 +328,7 @@ def test_cores_by_affinity_siblings_quota_and_openmp(tmp_path, monkeypatch):
 
 
 def test_the_cache_stays_within_its_limit(tmp_path, contract):
-    from anchorline.runtime.compiled_cache import Entry
+    from anchorline.runtime.backends.openvino import Entry
 
     cache = CompiledCache(tmp_path / "new", limit=20_000)
     paths = [cache.path({"model": str(number)}) for number in range(4)]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from anchorline.runtime.canvas import place
 from anchorline.runtime.contract import Contract, ResizeRule
-from anchorline.runtime.errors import ArtefactError
+from anchorline.runtime.io.errors import ArtefactError
 
 DETECTRON2 = ResizeRule(800, 1333, interpolation="antialiased", rounding="nearest")
 

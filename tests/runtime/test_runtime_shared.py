@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from anchorline.runtime.images import find_images, read_image
-from anchorline.runtime.video import VideoReader
+from anchorline.runtime.io.images import find_images, read_image
+from anchorline.runtime.video.files import VideoReader
 
 SHARED = os.environ.get("ANCHORLINE_SHARED")
 pytestmark = pytest.mark.skipif(SHARED is None, reason="real data: ANCHORLINE_SHARED is not set")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError
 from anchorline.runtime.timing import HISTOGRAM_BOUNDS, Durations, StageTimes
 
 

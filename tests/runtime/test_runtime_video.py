@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 import pytest
 
-from anchorline.runtime.errors import DataError, FrameError, OutputError, SettingsError
-from anchorline.runtime.native_log import NativeLog
-from anchorline.runtime.video import VideoReader, VideoWriter
+from anchorline.runtime.io.errors import DataError, FrameError, OutputError, SettingsError
+from anchorline.runtime.io.native_log import NativeLog
+from anchorline.runtime.video.files import VideoReader, VideoWriter
 
 ONE = 1 << 16
 MATRICES = {90: (0, ONE, 0, -ONE, 0), 180: (-ONE, 0, 0, 0, -ONE), 270: (0, -ONE, 0, ONE, 0)}

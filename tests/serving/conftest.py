@@ -20,9 +20,9 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.pipeline.frames import Result, Stream
-from anchorline.runtime.pipeline.source import Source
-from anchorline.runtime.pipeline.video_pipeline import VideoPipeline
+from anchorline.runtime.video.frames import Result, Stream
+from anchorline.runtime.video.pipeline import VideoPipeline
+from anchorline.runtime.video.source import Source
 from anchorline.serving import painting
 from anchorline.serving.live_view import LiveView
 

@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError
 from anchorline.serving.address import Address, browser_url, is_loopback, parse_address
 from anchorline.serving.live_view import LiveView
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from anchorline.runtime.drawing import draw
-from anchorline.runtime.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError
 from anchorline.serving import application, live_state, streams
 from anchorline.serving.page import content_policy, read_page
 
@@ -176,7 +176,7 @@ def test_two_viewers_see_the_same(run, read_records):
 
 
 def test_a_score_below_the_model_s_becomes_the_model_s(live_run):
-    from anchorline.runtime.pipeline.filters import Filters
+    from anchorline.runtime.video.options import Filters
 
     with live_run(filters=Filters(min_scores={"": 0.3})) as run:
         answer = json.loads(run.ask("/controls", "POST", {"min_score": 0.1})[2])

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
-from anchorline.runtime.pipeline.frames import Result, Stream
+from anchorline.runtime.video.frames import Result, Stream
 from anchorline.serving import audience, painting, server, streams
 from anchorline.serving.controls import Controls
 from anchorline.serving.painting import Painter

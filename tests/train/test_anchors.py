@@ -7,7 +7,7 @@ import torch
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-from anchorline.train.anchors import base_anchors, grid_anchors, level_anchors
+from anchorline.train.model.anchors import base_anchors, grid_anchors, level_anchors
 
 FPN_SIZES = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
 

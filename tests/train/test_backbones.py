@@ -13,11 +13,11 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anchorline.runtime.errors import ArtefactError
-from anchorline.train.backbone_weights import load_backbone_weights
-from anchorline.train.backbones import build_backbone
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.model_settings import ModelSettings
+from anchorline.runtime.io.errors import ArtefactError
+from anchorline.train.model.backbones import build_backbone
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.model.settings import ModelSettings
+from anchorline.train.pretrained import load_backbone_weights
 
 Settings = Callable[..., ModelSettings]
 

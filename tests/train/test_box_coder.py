@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.models.detection import _utils
 
-from anchorline.train.box_coder import BoxCoder
+from anchorline.train.model.boxes import BoxCoder
 
 WEIGHTS = [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)]
 

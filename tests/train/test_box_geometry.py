@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torchvision.ops import boxes as box_ops
 
-from anchorline.train.boxes import at_least, box_area, clip_to_images, pairwise_iou
+from anchorline.train.model.boxes import at_least, box_area, clip_to_images, pairwise_iou
 
 
 def random_boxes(*shape: int) -> torch.Tensor:

@@ -12,17 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from anchorline.runtime.errors import ArtefactError, SettingsError
-from anchorline.train.anchors import caffe_base_anchors, level_anchors
-from anchorline.train.backbones import BACKBONES, build_backbone
-from anchorline.train.box_coder import BoxCoder
-from anchorline.train.boxes import clip_to_images
+from anchorline.runtime.io.errors import ArtefactError, SettingsError
 from anchorline.train.checkpoint import contract_of
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.model_settings import ModelSettings
-from anchorline.train.rpn import RPNHead
+from anchorline.train.model.anchors import caffe_base_anchors, level_anchors
+from anchorline.train.model.backbones import BACKBONES, SpatialResponseNorm, build_backbone
+from anchorline.train.model.boxes import BoxCoder, clip_to_images
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.model.rpn import RPNHead
+from anchorline.train.model.settings import ModelSettings
 from anchorline.train.settings import load_preset
-from anchorline.train.vgg_and_zf import SpatialResponseNorm
 
 LAST_PIXEL = np.array([0, 0, 1, 1])
 # The table in the comment of py-faster-rcnn's generate_anchors.py is Matlab's, counted from 1; this is

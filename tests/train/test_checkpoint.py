@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from anchorline.runtime.contract import CONTRACT_KEY
-from anchorline.runtime.errors import AnchorlineError, ArtefactError, OutputError
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, OutputError
 from anchorline.train import checkpoint
 from anchorline.train.checkpoint import contract_of, load_checkpoint, read_header, save_checkpoint
-from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.train.model.faster_rcnn import FasterRCNN
 
 NAMES = ("cat", "dog", "bird")
 SOURCE = {"command": "anchorline train", "data": "synthetic:3"}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from anchorline.train import ops
+from anchorline.train.model import ops
 
 Floats = NDArray[np.float32]
 

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torchvision.ops import roi_align
 
-from anchorline.runtime.errors import SettingsError
-from anchorline.train import ops
-from anchorline.train.anchors import level_anchors, unrounded_base_anchors
-from anchorline.train.box_coder import coder_of
-from anchorline.train.model_settings import ModelSettings
-from anchorline.train.roi_pooling import RoIPooling, assign_levels
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.train.model import ops
+from anchorline.train.model.anchors import level_anchors, unrounded_base_anchors
+from anchorline.train.model.boxes import coder_of
+from anchorline.train.model.roi_pooling import RoIPooling, assign_levels
+from anchorline.train.model.settings import ModelSettings
 
 Settings = Callable[..., ModelSettings]
 HEIGHT, WIDTH = 128, 192

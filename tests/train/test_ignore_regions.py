@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from pycocotools import mask
 from torch import Tensor
 
-from anchorline.train import roi_heads, rpn
-from anchorline.train.anchors import level_anchors
-from anchorline.train.boxes import pairwise_ioa
-from anchorline.train.matcher import BACKGROUND, IGNORED, ignore_covered
-from anchorline.train.model_settings import ModelSettings
-from anchorline.train.rpn import Proposals
-from anchorline.train.targets import Targets
-from anchorline.train.training_settings import TrainingSettings
+from anchorline.train.loop.settings import TrainingSettings
+from anchorline.train.model import roi_heads, rpn
+from anchorline.train.model.anchors import level_anchors
+from anchorline.train.model.assign import BACKGROUND, IGNORED, Targets, ignore_covered
+from anchorline.train.model.boxes import pairwise_ioa
+from anchorline.train.model.rpn import Proposals
+from anchorline.train.model.settings import ModelSettings
 
 CANVAS = (64, 96)
 ANCHORS = torch.cat(level_anchors(CANVAS, [(8, 12), (4, 6)], [(16.0,), (40.0,)], (0.5, 1.0, 2.0)))

@@ -18,11 +18,11 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
 from anchorline import cli
-from anchorline.runtime.errors import ArtefactError, SettingsError
-from anchorline.train import backbone_weights
-from anchorline.train.backbone_weights import load_backbone_weights, load_imagenet_weights
-from anchorline.train.backbones import BACKBONES, Body, build_backbone
-from anchorline.train.model_settings import ModelSettings
+from anchorline.runtime.io.errors import ArtefactError, SettingsError
+from anchorline.train import pretrained as backbone_weights
+from anchorline.train.model.backbones import BACKBONES, Body, build_backbone
+from anchorline.train.model.settings import ModelSettings
+from anchorline.train.pretrained import load_backbone_weights, load_imagenet_weights
 
 Settings = Callable[..., ModelSettings]
 States = dict[str, dict[str, Tensor]]

@@ -10,10 +10,10 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
-from anchorline.train import losses, rpn
-from anchorline.train.anchors import level_anchors
-from anchorline.train.targets import Targets
-from anchorline.train.training_settings import TrainingSettings
+from anchorline.train.loop.settings import TrainingSettings
+from anchorline.train.model import losses, rpn
+from anchorline.train.model.anchors import level_anchors
+from anchorline.train.model.assign import Targets
 
 CANVAS = (64, 96)
 ANCHORS = torch.cat(level_anchors(CANVAS, [(16, 24), (8, 12)], [(8.0,), (32.0,)], (0.5, 1.0, 2.0)))

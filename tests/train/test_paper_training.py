@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from anchorline.train.anchors import level_anchors
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.matcher import BACKGROUND, IGNORED, match
-from anchorline.train.optimisation import build_optimiser
-from anchorline.train.rpn import match_anchors, rpn_training_losses
+from anchorline.train.loop.optim import build_optimiser
+from anchorline.train.loop.settings import TrainingSettings
+from anchorline.train.model.anchors import level_anchors
+from anchorline.train.model.assign import BACKGROUND, IGNORED, Targets, match
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.model.rpn import match_anchors, rpn_training_losses
 from anchorline.train.settings import load_preset
-from anchorline.train.targets import Targets
-from anchorline.train.training_settings import TrainingSettings
 
 PAPER = load_preset("vgg16-paper").training
 CANVAS = torch.tensor([[608.0, 1024.0]])

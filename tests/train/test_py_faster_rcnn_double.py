@@ -14,8 +14,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from anchorline.runtime.errors import SettingsError
-from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.settings import load_preset
 
 Array = NDArray[np.float64]

@@ -7,8 +7,8 @@ import torch
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.optimisation import build_schedule
+from anchorline.train.loop.optim import build_schedule
+from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.settings import load_preset
 
 PRESET = load_preset("resnet50-fpn")

@@ -11,12 +11,18 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from anchorline.runtime.errors import ArtefactError
-from anchorline.train.backbone_weights import load_pretrained
-from anchorline.train.backbones import BACKBONES, FrozenBatchNorm, build_backbone, build_last_stage
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.model_settings import ModelSettings
-from anchorline.train.resnet_variants import dilate_last_stage, stride_in_1x1
+from anchorline.runtime.io.errors import ArtefactError
+from anchorline.train.model.backbones import (
+    BACKBONES,
+    FrozenBatchNorm,
+    build_backbone,
+    build_last_stage,
+    dilate_last_stage,
+    stride_in_1x1,
+)
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.model.settings import ModelSettings
+from anchorline.train.pretrained import load_pretrained
 
 SIZES = ((32.0, 64.0, 128.0),)
 

@@ -10,8 +10,8 @@ import torch
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper
 
-from anchorline.train.model_settings import ModelSettings
-from anchorline.train.roi_pooling import RoIPooling, assign_levels, feature_canvas, lay_out
+from anchorline.train.model.roi_pooling import RoIPooling, assign_levels, feature_canvas, lay_out
+from anchorline.train.model.settings import ModelSettings
 
 CANVAS = (128, 192)
 STRIDES = (4, 8, 16, 32)

@@ -10,9 +10,9 @@ import torch
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 
-from anchorline.train import rpn
-from anchorline.train.anchors import level_anchors
-from anchorline.train.model_settings import ModelSettings
+from anchorline.train.model import rpn
+from anchorline.train.model.anchors import level_anchors
+from anchorline.train.model.settings import ModelSettings
 
 CANVAS = (96, 160)
 GRIDS = [(24, 40), (12, 20), (6, 10), (3, 5), (2, 3)]

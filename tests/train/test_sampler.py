@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
-from anchorline.train.sampler import sample
+from anchorline.train.model.assign import sample
 
 
 def candidates(

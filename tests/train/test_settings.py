@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from anchorline.runtime.errors import SettingsError
-from anchorline.train.model_settings import ModelSettings
-from anchorline.train.setting_checks import settings_from
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.train.loop.settings import TrainingSettings
+from anchorline.train.model.settings import ModelSettings, settings_from
 from anchorline.train.settings import Settings, load_preset, preset_names
-from anchorline.train.training_settings import TrainingSettings
 
 QUICK = "mobilenet-v2-fpn-quick"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from anchorline.train.targets import Targets
+from anchorline.train.model.assign import Targets
 
 
 def test_images_are_padded_to_the_most_crowded_one() -> None:

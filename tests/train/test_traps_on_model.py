@@ -10,12 +10,12 @@ import pytest
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anchorline.evaluation.compare import ComparisonSummary, compare_all
-from anchorline.evaluation.traps import TrapResult, run_traps, traps
 from anchorline.runtime.detections import Detections
 from anchorline.train.checkpoint import contract_of
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.prediction import TorchDetector
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.predict import TorchDetector
+from anchorline.verify.compare import ComparisonSummary, compare_all
+from anchorline.verify.traps import TrapResult, run_traps, traps
 
 CLASSES = ("a", "b", "c")
 

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
-from anchorline.runtime.errors import ArtefactError, SettingsError
-from anchorline.train.backbone_weights import IMAGENET, load_pretrained
-from anchorline.train.backbones import build_backbone
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.input_convention import adapt_first_convolution
-from anchorline.train.model_settings import IMAGENET_MEAN, IMAGENET_STD, ModelSettings
+from anchorline.runtime.io.errors import ArtefactError, SettingsError
+from anchorline.train.model.backbones import build_backbone
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.model.settings import IMAGENET_MEAN, IMAGENET_STD, ModelSettings
+from anchorline.train.pretrained import IMAGENET, adapt_first_convolution, load_pretrained
 from anchorline.train.settings import load_preset
 
 

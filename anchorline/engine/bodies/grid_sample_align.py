@@ -12,7 +12,8 @@ trained on BCCD, RoIs aligned, the pooled features then differ by 3 % (1: 18 %, 
 detections stay matched and their scores move by 0.002 on average (1: 0.02, 3 and 4: 0.004 and 0.005).
 
 Samples beyond the map take the value at its edge; ONNX's RoiAlign gives 0 from one pixel beyond on, but
-the canvas of levels with its borders keeps every sample of our models inside (``train/roi_pooling.py``).
+the canvas of levels with its borders keeps every sample of our models inside
+(``train/model/roi_pooling.py``).
 """
 
 from __future__ import annotations

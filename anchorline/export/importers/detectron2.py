@@ -13,22 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anchorline.export.checkpoint_files import CheckpointFile
-from anchorline.export.importers.class_names import ClassNames, coco_80
+from anchorline.export.importers.checkpoint_files import CheckpointFile
 from anchorline.export.importers.library import (
     CLASSIFIER,
     Architecture,
+    ClassNames,
     Description,
+    background_first,
+    coco_80,
+    ratio_by_ratio,
     side_of,
     with_widths,
     without_prefix,
 )
-from anchorline.export.importers.rows import background_first, ratio_by_ratio
 from anchorline.runtime.contract import ResizeRule
-from anchorline.runtime.errors import ArtefactError
-from anchorline.train.anchors import unrounded_base_anchors
-from anchorline.train.backbones import BACKBONES
-from anchorline.train.model_settings import ModelSettings
+from anchorline.runtime.io.errors import ArtefactError
+from anchorline.train.model.anchors import unrounded_base_anchors
+from anchorline.train.model.backbones import BACKBONES
+from anchorline.train.model.settings import ModelSettings
 
 NAME = "Detectron2"
 INPUT_DTYPE = "uint8"

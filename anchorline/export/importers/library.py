@@ -4,20 +4,150 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from anchorline.export.checkpoint_files import CheckpointFile
-from anchorline.export.importers.class_names import ClassNames
+from anchorline.data.dataset import list_names
+from anchorline.export.importers.checkpoint_files import CheckpointFile
 from anchorline.runtime.contract import ResizeRule
-from anchorline.runtime.errors import ArtefactError
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.model_settings import ModelSettings
+from anchorline.runtime.io.errors import ArtefactError, SettingsError
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.model.settings import ModelSettings
+
+# Rows of the last layers in our order: the background first, and anchors ratio by ratio.
+
+
+_PREDICTOR = "roi_heads.box_predictor"
+_RPN = "rpn.head"
+
+
+def background_first(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` (our names) of a library whose classes stand first and whose background is last.
+
+    Logits [K + 1, ...]: the last row goes to the front. Deltas [4K, ...], which the background has none
+    of: four rows of zeros for it, never read, before them. Deltas [4, ...] for all classes at once
+    (class-agnostic regression): the same four rows for each class.
+    """
+    changed = dict(state)
+    for kind in ("weight", "bias"):
+        logits, deltas = (
+            state.get(f"{_PREDICTOR}.cls_score.{kind}"),
+            state.get(f"{_PREDICTOR}.bbox_pred.{kind}"),
+        )
+        if logits is None or deltas is None or min(logits.dim(), deltas.dim()) < 1:
+            continue
+        classes = len(logits) - 1
+        if len(deltas) not in (4, 4 * classes):
+            continue
+        changed[f"{_PREDICTOR}.cls_score.{kind}"] = torch.cat((logits[-1:], logits[:-1]))
+        repeats = classes if len(deltas) == 4 else 1
+        rows = [torch.zeros_like(deltas[:4]), *[deltas] * repeats]
+        changed[f"{_PREDICTOR}.bbox_pred.{kind}"] = torch.cat(rows)
+    return changed
+
+
+def ratio_by_ratio(state: Mapping[str, Tensor], settings: ModelSettings) -> dict[str, Tensor]:
+    """``state`` (our names) of a library whose anchors run size by size, the ratios within each.
+
+    Row ``size * ratios + ratio`` of the objectness becomes row ``ratio * sizes + size``; the four rows of an
+    anchor's deltas move together.
+    """
+    changed, ratios = dict(state), len(settings.aspect_ratios)
+    sizes = settings.anchors_per_place // ratios
+    for name, rows in ((f"{_RPN}.cls_logits", 1), (f"{_RPN}.bbox_pred", 4)):
+        for kind in ("weight", "bias"):
+            tensor = state.get(f"{name}.{kind}")
+            if tensor is not None and tensor.dim() and len(tensor) == sizes * ratios * rows:
+                by_anchor = tensor.reshape(sizes, ratios, rows, *tensor.shape[1:])
+                changed[f"{name}.{kind}"] = by_anchor.transpose(0, 1).reshape(tensor.shape)
+    return changed
+
+
+# The classes of an imported model: from the user's file, from the checkpoint, or COCO's.
+
+
+_BACKGROUND = ("__background__", "background")
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """Names without the background, and COCO's category ids where the classes are COCO's."""
+
+    names: tuple[str, ...]
+    category_ids: tuple[int, ...] | None = None
+
+
+def choose_class_names(
+    path: Path | None, in_checkpoint: tuple[str, ...] | None, coco: ClassNames, outputs: int, where: str
+) -> ClassNames:
+    """Names for a model with ``outputs``, background included.
+
+    Those in the file ``path``, else those in the checkpoint, else ``coco``, in the order and with the gaps
+    that the library gives it. Raises ``SettingsError`` where they do not fit.
+    """
+    if path is not None:
+        return ClassNames(_fitting(_read(path), outputs, str(path), where))
+    if in_checkpoint is not None:
+        names = _fitting(in_checkpoint, outputs, f"{where}: its description", "the model")
+        return coco if names == coco.names else ClassNames(names)
+    if outputs != len(coco.names) + 1:
+        raise SettingsError(
+            f"{where}: has {outputs} outputs, background included; name its {outputs - 1} classes with "
+            f"--classes FILE (COCO's names are known, and need {len(coco.names) + 1})"
+        )
+    return coco
+
+
+def coco_80() -> ClassNames:
+    """COCO's 80 classes without the gaps in their numbers, as Detectron2 and MMDetection order them."""
+    from anchorline.export.importers.torchvision import coco_classes
+
+    with_gaps = coco_classes()
+    used = [
+        (name, number) for number, name in enumerate(with_gaps.names, start=1) if not name.startswith("N/A ")
+    ]
+    return ClassNames(tuple(name for name, _ in used), tuple(number for _, number in used))
+
+
+def _fitting(names: tuple[str, ...], outputs: int, source: str, where: str) -> tuple[str, ...]:
+    if len(names) == outputs and names[0].lower() in _BACKGROUND:
+        names = names[1:]
+    if len(names) != outputs - 1:
+        raise SettingsError(
+            f"{source}: names {len(names)} classes ({list_names(names)}); {where} has {outputs - 1} and the "
+            "background"
+        )
+    return names
+
+
+def _read(path: Path) -> tuple[str, ...]:
+    """The names in ``path``: a JSON list, or one a line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+        found = json.loads(text) if text.startswith("[") else [line.strip() for line in text.splitlines()]
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"{path}: cannot be read as class names ({error}); expected one name a line, or a JSON list"
+        ) from None
+    names = [name for name in found if name != ""]
+    if not are_class_names(names):
+        raise SettingsError(f"{path}: expected class names, each once; got {str(found)[:80]}")
+    return tuple(names)
+
+
+def are_class_names(names: object) -> bool:
+    """Whether ``names`` is a list or tuple of texts, each once and none empty."""
+    if not isinstance(names, list | tuple) or not names:
+        return False
+    return all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names)
+
 
 CLASSIFIER = "roi_heads.box_predictor.cls_score.weight"
 _STEP_COUNTER = "num_batches_tracked"  # no result depends on it, and frozen batch norms have none

@@ -1,31 +1,262 @@
 """MMDetection 2.x and 3.x: Faster R-CNN on ResNets with a pyramid; settings, names and order of the rows.
 
-The files that each rule comes from stand in ``docs/import.md``; ``mmdetection_config.py`` reads the
+The files that each rule comes from stand in ``docs/import.md``; the second part reads the
 configuration that the checkpoints carry.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from anchorline.export.checkpoint_files import CheckpointFile
-from anchorline.export.importers.class_names import ClassNames, are_class_names, coco_80
+from anchorline.export.importers.checkpoint_files import CheckpointFile
 from anchorline.export.importers.library import (
     Architecture,
+    ClassNames,
     Description,
+    are_class_names,
+    background_first,
+    coco_80,
     side_of,
     with_widths,
     without_prefix,
 )
-from anchorline.export.importers.mmdetection_config import Configuration, read_configuration
-from anchorline.export.importers.rows import background_first
 from anchorline.runtime.contract import ResizeRule
-from anchorline.runtime.errors import SettingsError
-from anchorline.train.model_settings import ModelSettings
+from anchorline.runtime.io.errors import ArtefactError, SettingsError
+from anchorline.train.model.settings import ModelSettings
+
+# The configuration that MMDetection writes into its checkpoints, read as data: a Python text never run.
+#
+# Version 2 keeps it under ``meta["config"]``, version 3 under ``meta["cfg"]``: assignments of literals and
+# ``dict(...)`` calls, which are taken apart as a syntax tree. Whatever is not a literal there is unknown.
+
+
+_LONGEST = 300_000  # characters; a configuration has 10 000
+_UNKNOWN = object()
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Fields of ``ModelSettings``, the style of the backbone, and images' shorter and longer side."""
+
+    settings: Mapping[str, Any]
+    style: str | None
+    sides: tuple[int, int] | None
+
+
+def read_configuration(meta: Mapping[str, object], where: str) -> Configuration | None:
+    """The configuration in a checkpoint's ``meta``; ``None`` where there is none that can be read.
+
+    Raises ``ArtefactError`` where it describes a model that has no form here.
+    """
+    text = meta.get("cfg", meta.get("config"))
+    values = parse(text) if isinstance(text, str) else {}
+    if _at(values, "model.type") is None:
+        return None
+    for path, allowed in _EXPECTED.items():
+        found = _at(values, path)
+        kind = found.rpartition(".")[2] if isinstance(found, str) else found  # types may have their module
+        if found is not None and kind not in allowed:
+            instead = " or ".join(map(str, allowed)) or "nothing there"
+            raise ArtefactError(
+                f"{where}: its configuration has {path} = {str(found)[:60]}; only models with {instead} can "
+                "be imported"
+            )
+    return Configuration(_settings(values, where), _at(values, "model.backbone.style"), _sides(values))
+
+
+def parse(text: str) -> dict[str, Any]:
+    """The top-level assignments of ``text`` whose values are literals; empty where it is no Python."""
+    if len(text) > _LONGEST:
+        return {}
+    values: dict[str, Any] = {}
+    try:
+        for statement in ast.parse(text).body:
+            if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+                target = statement.targets[0]
+                if isinstance(target, ast.Name):
+                    values[target.id] = _value(statement.value, values)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # of hostile texts too
+        return {}
+    return values
+
+
+def _value(node: ast.expr, known: Mapping[str, Any]) -> Any:
+    """The literal that ``node`` stands for, with names replaced by what was assigned to them before."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name):
+        return known.get(node.id, _UNKNOWN)
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_value(item, known) for item in node.elts]
+    if isinstance(node, ast.Dict):
+        return _merged(
+            [(k and _value(k, known), _value(v, known)) for k, v in zip(node.keys, node.values, strict=True)]
+        )
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "dict"
+        and not node.args
+    ):
+        return _merged([(keyword.arg, _value(keyword.value, known)) for keyword in node.keywords])
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = _value(node.operand, known)
+        return -value if isinstance(value, int | float) else _UNKNOWN
+    return _UNKNOWN
+
+
+def _merged(items: list[tuple[Any, Any]]) -> dict[str, Any]:
+    """A dictionary of ``items``; those without a key are dictionaries to unpack."""
+    found: dict[str, Any] = {}
+    for key, value in items:
+        if isinstance(key, str):
+            found[key] = value
+        elif key is None and isinstance(value, dict):
+            found.update(value)
+    return found
+
+
+def _at(values: Any, path: str) -> Any:
+    """What stands at ``path``, names with dots between; ``None`` where nothing known does."""
+    for name in path.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
+    return None if values is _UNKNOWN else values
+
+
+_RPN, _ROI, _TEST = "model.rpn_head", "model.roi_head", "model.test_cfg"
+_HEAD = f"{_ROI}.bbox_head"
+_ROI_LAYER = f"{_ROI}.bbox_roi_extractor.roi_layer"
+
+# What a field may be where the configuration has it; other models have other parts than ours.
+_EXPECTED: dict[str, tuple[object, ...]] = {
+    "model.type": ("FasterRCNN",),
+    "model.backbone.type": ("ResNet",),
+    "model.backbone.style": ("pytorch", "caffe"),
+    "model.neck.type": ("FPN",),
+    "model.neck.num_outs": (5,),
+    "model.neck.add_extra_convs": (False,),
+    f"{_RPN}.type": ("RPNHead",),
+    f"{_RPN}.loss_cls.use_sigmoid": (True,),
+    f"{_RPN}.anchor_generator.type": ("AnchorGenerator",),
+    f"{_RPN}.anchor_generator.scale_major": (True,),
+    f"{_RPN}.anchor_generator.center_offset": (0,),
+    f"{_RPN}.anchor_generator.octave_base_scale": (),
+    f"{_RPN}.anchor_generator.base_sizes": (),
+    f"{_RPN}.anchor_generator.centers": (),
+    f"{_RPN}.bbox_coder.type": ("DeltaXYWHBBoxCoder",),
+    f"{_RPN}.bbox_coder.target_means": ([0, 0, 0, 0],),
+    f"{_RPN}.bbox_coder.target_stds": ([1, 1, 1, 1],),
+    f"{_RPN}.target_means": ([0, 0, 0, 0],),
+    f"{_RPN}.target_stds": ([1, 1, 1, 1],),
+    f"{_ROI}.type": ("StandardRoIHead",),
+    f"{_ROI}.bbox_roi_extractor.type": ("SingleRoIExtractor",),
+    f"{_ROI}.bbox_roi_extractor.featmap_strides": ([4, 8, 16, 32],),
+    f"{_ROI_LAYER}.type": ("RoIAlign",),
+    f"{_ROI_LAYER}.pool_mode": ("avg",),
+    f"{_HEAD}.type": ("Shared2FCBBoxHead", "ConvFCBBoxHead"),
+    f"{_HEAD}.loss_cls.use_sigmoid": (False,),
+    f"{_HEAD}.bbox_coder.type": ("DeltaXYWHBBoxCoder",),
+    f"{_HEAD}.bbox_coder.target_means": ([0, 0, 0, 0],),
+    f"{_HEAD}.target_means": ([0, 0, 0, 0],),
+    **{f"{top}.{part}.nms.type": ("nms",) for top in (_TEST, "test_cfg") for part in ("rpn", "rcnn")},
+    **{
+        f"{top}.{part}.nms.class_agnostic": (False,)
+        for top in (_TEST, "test_cfg")
+        for part in ("rpn", "rcnn")
+    },
+    "test_cfg.rpn.nms_across_levels": (False,),
+    "model.data_preprocessor.pad_size_divisor": (32,),
+}
+
+
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
+
+
+def _order(to_rgb: Any) -> str:
+    return "rgb" if to_rgb else "bgr"
+
+
+def _weights(stds: Any) -> tuple[float, ...]:
+    return tuple(1.0 / float(std) for std in stds)
+
+
+# By field of ``ModelSettings``: where the value may stand, newest version first, and how it is read.
+_FIELDS: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
+    "rpn_pre_nms": (("test_cfg.rpn.nms_pre",), int),
+    "rpn_post_nms": (("test_cfg.rpn.max_per_img", "test_cfg.rpn.max_num"), int),
+    "rpn_nms_iou": (("test_cfg.rpn.nms.iou_threshold", "test_cfg.rpn.nms_thr"), float),
+    "rpn_min_side": (("test_cfg.rpn.min_bbox_size",), float),
+    "score_threshold": (("test_cfg.rcnn.score_thr",), float),
+    "nms_iou": (("test_cfg.rcnn.nms.iou_threshold", "test_cfg.rcnn.nms.iou_thr"), float),
+    "max_detections": (("test_cfg.rcnn.max_per_img",), int),
+    "aspect_ratios": ((f"{_RPN}.anchor_generator.ratios", f"{_RPN}.anchor_ratios"), _floats),
+    "roi_sampling": ((f"{_ROI_LAYER}.sampling_ratio", f"{_ROI_LAYER}.sample_num"), int),
+    "roi_aligned": ((f"{_ROI_LAYER}.aligned",), bool),
+    # finest_scale is twice the smallest side of the second level; ours is that of the third.
+    "canonical_size": ((f"{_ROI}.bbox_roi_extractor.finest_scale",), lambda finest: 4.0 * finest),
+    "box_weights": ((f"{_HEAD}.bbox_coder.target_stds", f"{_HEAD}.target_stds"), _weights),
+    "mean": (("model.data_preprocessor.mean", "img_norm_cfg.mean"), _floats),
+    "std": (("model.data_preprocessor.std", "img_norm_cfg.std"), _floats),
+    "channel_order": (("model.data_preprocessor.bgr_to_rgb", "img_norm_cfg.to_rgb"), _order),
+}
+
+
+def _settings(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Fields of ``ModelSettings`` that the configuration sets."""
+    found: dict[str, Any] = {}
+    readers = {**_FIELDS, "anchor_sizes": ((_RPN,), _anchor_sizes)}
+    for name, (paths, read) in readers.items():
+        places = [
+            p for path in paths for p in ((f"model.{path}", path) if path.startswith("test_cfg") else (path,))
+        ]
+        path, value = next(((p, v) for p in places if (v := _at(values, p)) is not None), ("", None))
+        if value is None:
+            continue
+        try:
+            read_value = read(value)
+        except (TypeError, ValueError, ZeroDivisionError, OverflowError, KeyError):
+            raise ArtefactError(
+                f"{where}: its configuration has {path} = {str(value)[:60]}, which cannot be read; expected "
+                "what MMDetection takes there"
+            ) from None
+        if read_value is not None:
+            found[name] = read_value
+    return found
+
+
+def _anchor_sizes(rpn_head: dict[str, Any]) -> tuple[tuple[float, ...], ...] | None:
+    """Stride x scale for each level; ``None`` where the configuration does not say."""
+    generator = rpn_head.get("anchor_generator")
+    old = {name: rpn_head.get(f"anchor_{name}") for name in ("scales", "strides")}
+    given = generator if isinstance(generator, dict) else old
+    scales, strides = given.get("scales"), given.get("strides")
+    if not isinstance(scales, list) or not isinstance(strides, list):
+        return None
+    return tuple(tuple(float(stride * scale) for scale in scales) for stride in strides)
+
+
+def _sides(values: dict[str, Any]) -> tuple[int, int] | None:
+    """The shorter and the longer side that test images are resized to, where one size is given."""
+    for path in ("test_pipeline", "test_dataloader.dataset.pipeline", "data.test.pipeline"):
+        steps = _at(values, path)
+        for step in steps if isinstance(steps, list) else ():
+            if not isinstance(step, dict) or step.get("type") not in ("Resize", "MultiScaleFlipAug"):
+                continue
+            scale = step.get("scale", step.get("img_scale"))
+            if isinstance(scale, list) and len(scale) == 1:
+                scale = scale[0]
+            if isinstance(scale, list) and len(scale) == 2 and all(type(side) is int for side in scale):
+                return min(scale), max(scale)
+    return None
+
 
 NAME = "MMDetection"
 INPUT_DTYPE = "uint8"

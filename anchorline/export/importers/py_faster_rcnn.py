@@ -11,12 +11,18 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from anchorline.export.checkpoint_files import CheckpointFile
-from anchorline.export.importers.class_names import ClassNames, coco_80
-from anchorline.export.importers.library import Architecture, Description, side_of, with_widths
+from anchorline.export.importers.checkpoint_files import CheckpointFile
+from anchorline.export.importers.library import (
+    Architecture,
+    ClassNames,
+    Description,
+    coco_80,
+    side_of,
+    with_widths,
+)
 from anchorline.runtime.contract import ResizeRule
-from anchorline.train.backbones import BACKBONES
-from anchorline.train.model_settings import ModelSettings
+from anchorline.train.model.backbones import BACKBONES
+from anchorline.train.model.settings import ModelSettings
 from anchorline.train.settings import load_preset
 
 NAME = "py-faster-rcnn"

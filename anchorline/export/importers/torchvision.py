@@ -11,11 +11,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from anchorline.export.checkpoint_files import CheckpointFile
-from anchorline.export.importers.class_names import ClassNames
+from anchorline.export.importers.checkpoint_files import CheckpointFile
 from anchorline.export.importers.library import (
     CLASSIFIER,
     Architecture,
+    ClassNames,
     Description,
     expected_shapes,
     find_faults,
@@ -25,8 +25,8 @@ from anchorline.export.importers.library import (
     without_prefix,
 )
 from anchorline.runtime.contract import ResizeRule
-from anchorline.train.backbones import BACKBONES
-from anchorline.train.model_settings import ModelSettings
+from anchorline.train.model.backbones import BACKBONES
+from anchorline.train.model.settings import ModelSettings
 
 NAME = "torchvision"
 INPUT_DTYPE = "float32"

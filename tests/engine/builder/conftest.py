@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import pytest
 
-from anchorline.engine.builder import BuildResult, build_engine
+from anchorline.engine.build import BuildResult, build_engine
 from anchorline.engine.model_file import check_exported
 from anchorline.runtime.contract import CONTRACT_KEY
 

@@ -16,12 +16,12 @@ import onnx
 import pytest
 
 from anchorline.doctor.artefact import read_artefact
-from anchorline.engine.builder import BuildResult, build_engine
-from anchorline.engine.layers import plugin_layers
-from anchorline.runtime.engine_manifest import manifest_path, read_manifest, sha256_of
-from anchorline.runtime.errors import ArtefactError
-from anchorline.runtime.plugins import register_plugins
-from anchorline.runtime.plugins.images import source_hash
+from anchorline.engine.build import BuildResult, build_engine
+from anchorline.engine.toolkit import plugin_layers
+from anchorline.runtime.io.errors import ArtefactError
+from anchorline.runtime.tensorrt.manifest import manifest_path, read_manifest, sha256_of
+from anchorline.runtime.tensorrt.plugins import register_plugins
+from anchorline.runtime.tensorrt.plugins.images import source_hash
 
 RTX = "tensorrt-rtx"
 CAPABILITIES = (86, 89, 120)
@@ -161,7 +161,7 @@ def test_progress_rises_to_the_end(rtx: Any, model_file: ModelFile, tmp_path: Pa
 CANCEL = """
 import os, signal
 from pathlib import Path
-from anchorline.engine.builder import build_engine
+from anchorline.engine.build import build_engine
 def interrupted_at(call):
     calls = 0
     def progress(done, total):

@@ -16,12 +16,13 @@ import onnx.parser
 import pytest
 
 from anchorline import cli
-from anchorline.engine import builder, flavours
-from anchorline.engine.builder import build_engine
+from anchorline.engine import build as builder
+from anchorline.engine import toolkit as flavours
+from anchorline.engine.build import build_engine
 from anchorline.engine.model_file import check_exported
 from anchorline.engine.options import BuildOptions
-from anchorline.runtime.errors import ArtefactError, OutputError, SettingsError
-from anchorline.runtime.tensorrt_library import load_tensorrt
+from anchorline.runtime.io.errors import ArtefactError, OutputError, SettingsError
+from anchorline.runtime.tensorrt.library import load_tensorrt
 
 ModelFile = Callable[[str], Path]
 RTX = "tensorrt-rtx"
@@ -163,7 +164,7 @@ def test_full_tensorrt_that_is_absent_names_its_extra(model_file: ModelFile, tmp
 def test_tensorrt_for_rtx_that_is_absent_names_its_extra() -> None:
     code = (
         "import sys; sys.modules['tensorrt_rtx'] = None\n"
-        "from anchorline.runtime.tensorrt_library import load_tensorrt\n"
+        "from anchorline.runtime.tensorrt.library import load_tensorrt\n"
         "try:\n    load_tensorrt('tensorrt-rtx')\n"
         "except Exception as error:\n    print(type(error).__name__, error)"
     )
@@ -184,7 +185,7 @@ def test_an_old_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tensorrt_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anchorline.runtime.plugins import driver
+    from anchorline.runtime.tensorrt.plugins import driver
 
     def no_driver() -> None:
         raise RuntimeError('"cuda" can only be found via system search')

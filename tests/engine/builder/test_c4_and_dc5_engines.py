@@ -13,12 +13,12 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from anchorline.engine.builder import BuildResult, build_engine
-from anchorline.engine.layers import plugin_layers
+from anchorline.engine.build import BuildResult, build_engine
+from anchorline.engine.toolkit import plugin_layers
 
 if TYPE_CHECKING:
     from anchorline.runtime.contract import Contract
-    from anchorline.train.faster_rcnn import FasterRCNN
+    from anchorline.train.model.faster_rcnn import FasterRCNN
 
 SIZES = ((32.0, 64.0, 128.0, 256.0, 512.0),)
 COMMON: dict[str, Any] = {

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from anchorline.doctor.gpu import find_gpus
-from anchorline.engine.builder import build_engine
+from anchorline.doctor.machine import find_gpus
+from anchorline.engine.build import build_engine
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.errors import SettingsError
-from anchorline.runtime.gpu.options import GpuOptions
-from anchorline.runtime.tensorrt_library import load_tensorrt
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.tensorrt.library import load_tensorrt
+from anchorline.runtime.tensorrt.options import GpuOptions
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from anchorline.engine import builder, flavours
-from anchorline.engine.builder import build_engine
+from anchorline.engine import build as builder
+from anchorline.engine import toolkit as flavours
+from anchorline.engine.build import build_engine, build_identity
 from anchorline.engine.lowering import lower
-from anchorline.engine.manifest import build_identity
 from anchorline.engine.options import BuildOptions, options_hash
-from anchorline.runtime import tensorrt_library
-from anchorline.runtime.errors import SettingsError
-from anchorline.runtime.plugins import adapter
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.tensorrt import library as tensorrt_library
+from anchorline.runtime.tensorrt.plugins import adapter
 
 # Beside this file; test folders are no packages.
 _spec = importlib.util.spec_from_file_location(
@@ -45,7 +45,7 @@ def tensorrt(request: pytest.FixtureRequest, rtx: Any, monkeypatch: pytest.Monke
     monkeypatch.setitem(adapter._registered, "tensorrt", [])
     logger = tensorrt_library.tensorrt_logger("tensorrt-rtx")
     monkeypatch.setattr(flavours, "tensorrt_logger", lambda _: logger)
-    monkeypatch.setattr("anchorline.engine.parsing.tensorrt_logger", lambda _: logger)
+    monkeypatch.setattr("anchorline.engine.toolkit.tensorrt_logger", lambda _: logger)
     tensorrt_library.load_tensorrt.cache_clear()
     flavours.register_plugins(rtx)
     yield module

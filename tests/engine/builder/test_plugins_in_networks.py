@@ -10,11 +10,11 @@ from typing import Any
 import onnx.parser
 import pytest
 
-from anchorline.engine import flavours, parsing, serialising
+from anchorline.engine import toolkit as engine
 from anchorline.engine.options import BuildOptions
-from anchorline.runtime import tensorrt_library
-from anchorline.runtime.errors import AnchorlineError
-from anchorline.runtime.plugins import adapter, register_plugins
+from anchorline.runtime.io.errors import AnchorlineError
+from anchorline.runtime.tensorrt import library as tensorrt_library
+from anchorline.runtime.tensorrt.plugins import adapter, register_plugins
 
 PLUGIN = 'plugin_namespace = "anchorline", plugin_version = "1"'
 NMS = f"""<ir_version: 10, opset_import: ["": 18, "anchorline": 1]>
@@ -29,9 +29,9 @@ pool (KIND[B, 8, 20, 30] features, float[B, 50, 4] rois) => (KIND[R, 8, 7, 7] po
 
 def network_of(text: str) -> tuple[Any, Any, Any, BuildOptions]:
     options = BuildOptions(target="tensorrt-rtx", compute_capabilities=(86,))
-    toolkit = flavours.load_toolkit(options)
+    toolkit = engine.load_toolkit(options)
     builder = toolkit.create_builder()
-    network = parsing.parse(toolkit, builder, onnx.parser.parse_model(text), (1, 2, 8))
+    network = engine.parse(toolkit, builder, onnx.parser.parse_model(text), (1, 2, 8))
     return toolkit, builder, network, options
 
 
@@ -48,7 +48,7 @@ def test_batched_nms_keeps_the_shape_of_the_scores(rtx: Any) -> None:
     toolkit, builder, network, options = network_of(NMS)
     output = plugin_output(network)
     assert (tuple(output.shape), output.dtype) == ((-1, 300), rtx.float32)
-    plan = serialising.serialise(toolkit, builder, network, options, (1, 2, 8))
+    plan = engine.serialise(toolkit, builder, network, options, (1, 2, 8))
     # Five words of 64 boxes: 15 tiles of 512 bytes for each of at most eight groups.
     assert plan.activation_bytes is not None
     assert 8 * 15 * 512 <= plan.activation_bytes < 8 * 15 * 512 + 8192
@@ -60,7 +60,7 @@ def test_roi_pool_takes_either_precision(rtx: Any, kind: str, name: str) -> None
     toolkit, builder, network, options = network_of(POOL.replace("KIND", kind))
     output = plugin_output(network)
     assert (tuple(output.shape), output.dtype.name) == ((-1, 8, 7, 7), name)
-    assert len(serialising.serialise(toolkit, builder, network, options, (1, 2, 8)).content) > 1000
+    assert len(engine.serialise(toolkit, builder, network, options, (1, 2, 8)).content) > 1000
 
 
 def test_attributes_out_of_range_are_refused_with_their_name(
@@ -112,13 +112,13 @@ def test_building_loads_no_cuda(rtx: Any) -> None:
     code = (
         "import sys; sys.modules['cuda'] = None\n"
         "import onnx.parser\n"
-        "from anchorline.engine import flavours, parsing, serialising\n"
+        "from anchorline.engine import toolkit as engine\n"
         "from anchorline.engine.options import BuildOptions\n"
         "options = BuildOptions(target='tensorrt-rtx', compute_capabilities=(86,))\n"
-        "toolkit = flavours.load_toolkit(options)\n"
+        "toolkit = engine.load_toolkit(options)\n"
         "builder = toolkit.create_builder()\n"
-        f"network = parsing.parse(toolkit, builder, onnx.parser.parse_model('''{NMS}'''), (1, 2, 8))\n"
-        "print(len(serialising.serialise(toolkit, builder, network, options, (1, 2, 8)).content))\n"
+        f"network = engine.parse(toolkit, builder, onnx.parser.parse_model('''{NMS}'''), (1, 2, 8))\n"
+        "print(len(engine.serialise(toolkit, builder, network, options, (1, 2, 8)).content))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert int(done.stdout) > 1000, done.stderr
@@ -126,7 +126,7 @@ def test_building_loads_no_cuda(rtx: Any) -> None:
 
 def test_importing_the_plugins_brings_nothing_heavy_along() -> None:
     code = (
-        "import sys, anchorline.runtime.plugins, anchorline.runtime.tensorrt_library\n"
+        "import sys, anchorline.runtime.tensorrt.plugins, anchorline.runtime.tensorrt.library\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,8 +11,8 @@ from typing import Any
 import onnx
 import pytest
 
-from anchorline.engine.builder import build_engine
-from anchorline.engine.layers import plugin_layers
+from anchorline.engine.build import build_engine
+from anchorline.engine.toolkit import plugin_layers
 
 pytestmark = pytest.mark.slow
 CANVAS = (800, 1344)
@@ -24,10 +24,10 @@ def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``resnet50(task)``: the model of 90 classes with random weights, exported for batches of 1 to 8."""
     import torch
 
-    from anchorline.export.graph import to_onnx
+    from anchorline.export.onnx_export import to_onnx
     from anchorline.train.checkpoint import contract_of
-    from anchorline.train.faster_rcnn import FasterRCNN
-    from anchorline.train.model_settings import ModelSettings
+    from anchorline.train.model.faster_rcnn import FasterRCNN
+    from anchorline.train.model.settings import ModelSettings
 
     torch.manual_seed(0)
     settings = ModelSettings(

@@ -11,12 +11,14 @@ import onnx
 import onnx.parser
 import pytest
 
-from anchorline.engine import builder, flavours, parsing
-from anchorline.engine.builder import build_engine
+from anchorline.engine import build as builder
+from anchorline.engine import toolkit as flavours
+from anchorline.engine import toolkit as parsing
+from anchorline.engine.build import build_engine
 from anchorline.engine.model_file import check_exported
 from anchorline.engine.options import BuildOptions
 from anchorline.runtime.contract import CONTRACT_KEY
-from anchorline.runtime.errors import AnchorlineError, ArtefactError
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError
 
 ModelFile = Callable[[str], Path]
 RTX = "tensorrt-rtx"

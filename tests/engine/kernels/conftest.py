@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from anchorline.runtime.plugins import images
-from anchorline.runtime.plugins.op import Launch
+from anchorline.runtime.tensorrt.plugins import images
+from anchorline.runtime.tensorrt.plugins.ops import Launch
 
 HERE = Path(__file__).resolve().parent
 Groups = tuple[NDArray[np.float32], NDArray[np.float32]]

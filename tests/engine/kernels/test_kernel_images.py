@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from anchorline.runtime.errors import ArtefactError
-from anchorline.runtime.plugins import PLUGINS, compile, images
+from anchorline.runtime.io.errors import ArtefactError
+from anchorline.runtime.tensorrt.plugins import PLUGINS, compile, images
 
 ELF = b"\x7fELF"
 
 
 def test_the_images_are_those_of_the_sources() -> None:
-    """After a change to a .cu file: python -m anchorline.runtime.plugins.compile."""
+    """After a change to a .cu file: python -m anchorline.runtime.tensorrt.plugins.compile."""
     assert images.record()["sources"] == {source: images.source_hash(source) for source in images.SOURCES}
     assert images.record()["options"] == list(compile.OPTIONS)
 

@@ -9,10 +9,8 @@ import pytest
 import torch
 import torchvision
 
-from anchorline.runtime.plugins import driver
-from anchorline.runtime.plugins.batched_nms import BatchedNMS
-from anchorline.runtime.plugins.op import Call, Op
-from anchorline.runtime.plugins.roi_pool import RoIPool
+from anchorline.runtime.tensorrt.plugins import driver
+from anchorline.runtime.tensorrt.plugins.ops import BatchedNMS, Call, Op, RoIPool
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,9 +11,8 @@ import torch
 import torchvision
 from numpy.typing import NDArray
 
-from anchorline.runtime.errors import ArtefactError
-from anchorline.runtime.plugins.batched_nms import BatchedNMS
-from anchorline.runtime.plugins.op import Call, Launch
+from anchorline.runtime.io.errors import ArtefactError
+from anchorline.runtime.tensorrt.plugins.ops import BatchedNMS, Call, Launch
 
 KINDS = ("random", "clustered", "identical", "nested", "tied overlaps", "tied scores", "row", "holes")
 GUARD = 0xA5  # what stands beyond the output and the scratch memory, and must go on standing there

@@ -12,9 +12,8 @@ import torch
 import torchvision
 from numpy.typing import NDArray
 
-from anchorline.runtime.errors import ArtefactError
-from anchorline.runtime.plugins.op import Call, Launch
-from anchorline.runtime.plugins.roi_pool import RoIPool
+from anchorline.runtime.io.errors import ArtefactError
+from anchorline.runtime.tensorrt.plugins.ops import Call, Launch, RoIPool
 
 Pool = Callable[..., NDArray[np.floating]]
 

@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from anchorline.evaluation.dataset import Dataset, LabelledImage
-from anchorline.evaluation.synthetic import synthetic_dataset
-from anchorline.train.model_settings import ModelSettings
+from anchorline.data.dataset import Dataset, LabelledImage
+from anchorline.data.synthetic import synthetic_dataset
+from anchorline.train.loop.settings import TrainingSettings
+from anchorline.train.loop.train import StepReport, train
+from anchorline.train.model.settings import ModelSettings
 from anchorline.train.settings import Settings
-from anchorline.train.training import StepReport, train
-from anchorline.train.training_settings import TrainingSettings
 
 # What the processes below import, so that the server they are forked from has it once for all of them.
 PRELOADED = [
     *("torch", "torch.distributed.rendezvous", "torch.utils.data", "torchvision"),
     *("anchorline.cli", "anchorline.cli.train", "anchorline.evaluation.evaluate"),
-    *("anchorline.evaluation.synthetic", "anchorline.train.proposing", "anchorline.train.training"),
+    *("anchorline.data.synthetic", "anchorline.train.proposing", "anchorline.train.loop.train"),
 ]
 
 

@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 
-from anchorline.evaluation.dataset import Dataset
+from anchorline.data.dataset import Dataset
+from anchorline.data.synthetic import synthetic_dataset
 from anchorline.evaluation.evaluate import run_detector
-from anchorline.evaluation.synthetic import synthetic_dataset
-from anchorline.runtime.errors import AnchorlineError, DataError
-from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.runtime.io.errors import AnchorlineError, DataError
+from anchorline.train.loop.shared_detection import run_shared
+from anchorline.train.loop.train import StepReport, train
+from anchorline.train.loop.trainer import Stepper
+from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.proposing import load_rpn
 from anchorline.train.settings import Settings
-from anchorline.train.shared_detection import run_shared
-from anchorline.train.stepping import Stepper
-from anchorline.train.training import StepReport, train
 
 ENVIRONMENT: dict[str, str] = globals().get("ENVIRONMENT", {})
 TASK: str = globals().get("TASK", "")
@@ -69,7 +69,7 @@ def trained(
 
 def proposed(checkpoint: Path, cases: list[tuple[int, int]]) -> list[dict[str, Any]]:
     """The proposals of an RPN, shared and by this process alone, for each number of images and batch."""
-    from anchorline.train.launch import joined_processes
+    from anchorline.train.loop.launch import joined_processes
 
     detect, found = load_rpn(checkpoint).batch, []
     with joined_processes("cpu"):
@@ -83,7 +83,7 @@ def proposed(checkpoint: Path, cases: list[tuple[int, int]]) -> list[dict[str, A
 
 def waiting() -> None:
     """Join other processes, who never come; a file ``.joining`` appears when PyTorch waits for them."""
-    from anchorline.train.launch import joined_processes
+    from anchorline.train.loop.launch import joined_processes
 
     module = importlib.import_module("torch.distributed.rendezvous")
     real = module.rendezvous

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from anchorline.evaluation.dataset import Dataset
-from anchorline.evaluation.stored_proposals import read_proposals
-from anchorline.runtime.errors import ArtefactError, SettingsError
+from anchorline.data.dataset import Dataset
+from anchorline.data.proposals import read_proposals
+from anchorline.runtime.io.errors import ArtefactError, SettingsError
 from anchorline.train import alternating
 from anchorline.train.alternating import epochs_of_steps
 from anchorline.train.checkpoint import read_header
-from anchorline.train.prediction import TorchDetector
+from anchorline.train.loop.settings import TrainingSettings
+from anchorline.train.loop.train import train
+from anchorline.train.predict import TorchDetector
 from anchorline.train.settings import Settings
-from anchorline.train.training import train
-from anchorline.train.training_settings import TrainingSettings
 
 MakeSettings = Callable[..., Settings]
 MakeRecorder = Callable[..., Any]

@@ -15,12 +15,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from anchorline.evaluation.dataset import Dataset, LabelledImage
-from anchorline.evaluation.image_files import load_image
+from anchorline.data.dataset import Dataset, LabelledImage, load_image
 from anchorline.runtime.canvas import place, to_canvas
 from anchorline.runtime.contract import ResizeRule
-from anchorline.runtime.errors import DataError
-from anchorline.train.batches import (
+from anchorline.runtime.io.errors import DataError
+from anchorline.train.data.dataset import (
     Batch,
     CanvasDataset,
     build_loader,
@@ -28,8 +27,8 @@ from anchorline.train.batches import (
     read_batches,
     single_threaded_opencv,
 )
-from anchorline.train.epoch_sampler import EpochSampler
-from anchorline.train.training_settings import TrainingSettings
+from anchorline.train.data.sampler import EpochSampler
+from anchorline.train.loop.settings import TrainingSettings
 
 CANVAS = (64, 96)
 VARIED = TrainingSettings(

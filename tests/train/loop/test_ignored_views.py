@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision import tv_tensors
 
-from anchorline.evaluation.dataset import Dataset, LabelledImage
+from anchorline.data.dataset import Dataset, LabelledImage
 from anchorline.runtime.contract import ResizeRule
-from anchorline.train.batches import CanvasDataset, build_loader, collate, read_batches
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.sample_sheet import write_sample_sheet
+from anchorline.train.data.dataset import CanvasDataset, build_loader, collate, read_batches
+from anchorline.train.data.sample_sheet import write_sample_sheet
+from anchorline.train.data.transforms import RandomZoom, build_transforms
+from anchorline.train.loop.settings import TrainingSettings
+from anchorline.train.loop.train import train
+from anchorline.train.model.assign import IGNORE_LABEL, Targets
+from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.settings import Settings
-from anchorline.train.targets import IGNORE_LABEL, Targets
-from anchorline.train.training import train
-from anchorline.train.training_settings import TrainingSettings
-from anchorline.train.transforms import RandomZoom, build_transforms
 
 Box = tuple[int, int, int, int]
 Labelled = Callable[..., LabelledImage]
@@ -222,7 +222,7 @@ def test_regions_reach_the_losses_of_a_training(
     for ignore in (True, False):
         if not ignore:
             monkeypatch.setattr(
-                "anchorline.train.batches.collate",
+                "anchorline.train.data.dataset.collate",
                 lambda items: collate([{**item, "ignored": torch.zeros(0, 4)} for item in items]),
             )
         reports: list[dict[str, float]] = []

@@ -18,16 +18,16 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import nn
 
-from anchorline.evaluation.dataset import Dataset
-from anchorline.runtime.errors import SettingsError
-from anchorline.train import data_parallel, distributed, shared_detection
-from anchorline.train.data_parallel import synchronise_norms
-from anchorline.train.epoch_sampler import EpochSampler, batch_sizes
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.launch import Place, joined_processes, own_cuda_device, place
-from anchorline.train.run_checks import check_processes
+from anchorline.data.dataset import Dataset
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.train.data.sampler import EpochSampler, batch_sizes
+from anchorline.train.loop import data_parallel, distributed, shared_detection
+from anchorline.train.loop.data_parallel import synchronise_norms
+from anchorline.train.loop.launch import Place, joined_processes, own_cuda_device, place
+from anchorline.train.loop.run_checks import check_processes
+from anchorline.train.loop.shared_detection import own_share
+from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.settings import Settings
-from anchorline.train.shared_detection import own_share
 
 MakeSettings = Callable[..., Settings]
 PATIENCE = 240  # seconds, on a machine that is busy with other work

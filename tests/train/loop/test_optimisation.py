@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from anchorline.train.backbones import FrozenBatchNorm
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.model_settings import ModelSettings
-from anchorline.train.optimisation import MovingAverage, build_optimiser, build_schedule
-from anchorline.train.training_settings import TrainingSettings
+from anchorline.train.loop.optim import MovingAverage, build_optimiser, build_schedule
+from anchorline.train.loop.settings import TrainingSettings
+from anchorline.train.model.backbones import FrozenBatchNorm
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.model.settings import ModelSettings
 
 SINGLE = ModelSettings(
     neck="single", anchor_sizes=((16.0,),), canvas=(64, 64), representation=8, backbone_norm="live"

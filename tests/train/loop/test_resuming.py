@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from anchorline.evaluation.dataset import Dataset
-from anchorline.runtime.errors import ArtefactError
-from anchorline.train import job
+from anchorline.data.dataset import Dataset
+from anchorline.runtime.io.errors import ArtefactError
 from anchorline.train.checkpoint import load_checkpoint
-from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.train.loop import job
+from anchorline.train.loop.train import train
+from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.settings import Settings
-from anchorline.train.training import train
 
 MakeSettings = Callable[..., Settings]
 MakeRecorder = Callable[..., Any]

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from anchorline.runtime.errors import ArtefactError, SettingsError
-from anchorline.train.metrics import COLUMNS, MetricsFile
-from anchorline.train.precision import autocast, computes_bf16
-from anchorline.train.progress import training_progress
-from anchorline.train.run_checks import choose_device, first_not_finite, not_finite
-from anchorline.train.training import StepReport
+from anchorline.runtime.io.errors import ArtefactError, SettingsError
+from anchorline.train.loop.metrics import COLUMNS, MetricsFile
+from anchorline.train.loop.optim import autocast, computes_bf16
+from anchorline.train.loop.progress import training_progress
+from anchorline.train.loop.run_checks import choose_device, first_not_finite, not_finite
+from anchorline.train.loop.train import StepReport
 
 LOSSES = {
     "loss": 4.25,

@@ -23,10 +23,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from anchorline.data.proposals import read_proposals
+from anchorline.data.synthetic import synthetic_dataset
 from anchorline.evaluation.evaluate import run_detector
-from anchorline.evaluation.proposal_recall import proposal_recall
-from anchorline.evaluation.stored_proposals import read_proposals
-from anchorline.evaluation.synthetic import synthetic_dataset
+from anchorline.evaluation.recall import proposal_recall
 from anchorline.train.checkpoint import load_checkpoint
 from anchorline.train.proposing import load_rpn
 from anchorline.train.settings import Settings

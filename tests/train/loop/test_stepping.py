@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from anchorline.evaluation.dataset import Dataset, LabelledImage
+from anchorline.data.dataset import Dataset, LabelledImage
 from anchorline.runtime.contract import ResizeRule
-from anchorline.runtime.errors import SettingsError
-from anchorline.train import job
-from anchorline.train.batches import Batch, CanvasDataset, collate, groups
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.optimisation import build_schedule
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.train.data.dataset import Batch, CanvasDataset, collate, groups
+from anchorline.train.loop import job
+from anchorline.train.loop.optim import build_schedule
+from anchorline.train.loop.train import train
+from anchorline.train.loop.trainer import NotFiniteError, Stepper
+from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.settings import Settings
-from anchorline.train.stepping import NotFiniteError, Stepper
-from anchorline.train.training import train
 
 MakeSettings = Callable[..., Settings]
 CPU = torch.device("cpu")

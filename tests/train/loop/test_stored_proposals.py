@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from anchorline.evaluation.dataset import Dataset
-from anchorline.evaluation.selective_search import SelectiveSearch
-from anchorline.evaluation.stored_proposals import ImageProposals, read_proposals, write_proposals
+from anchorline.data.dataset import Dataset
+from anchorline.data.proposals import ImageProposals, SelectiveSearch, read_proposals, write_proposals
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.errors import DataError
-from anchorline.train.batches import CanvasDataset, collate
-from anchorline.train.training_settings import TrainingSettings
+from anchorline.runtime.io.errors import DataError
+from anchorline.train.data.dataset import CanvasDataset, collate
+from anchorline.train.loop.settings import TrainingSettings
 
 
 def truth_as_proposals(data: Dataset) -> list[ImageProposals]:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from anchorline.evaluation.dataset import Dataset
-from anchorline.runtime.errors import SettingsError
-from anchorline.train.metrics import COLUMNS, TensorBoard
+from anchorline.data.dataset import Dataset
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.train.loop.metrics import COLUMNS, TensorBoard
+from anchorline.train.loop.train import train
 from anchorline.train.settings import Settings
-from anchorline.train.training import train
 
 MakeSettings = Callable[..., Settings]
 FIGURES = COLUMNS[2:]

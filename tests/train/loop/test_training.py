@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from anchorline.evaluation.boxes import iou_matrix
-from anchorline.evaluation.dataset import Dataset
+from anchorline.data.boxes import iou_matrix
+from anchorline.data.dataset import Dataset
 from anchorline.train.checkpoint import read_header
-from anchorline.train.faster_rcnn import FasterRCNN
-from anchorline.train.prediction import TorchDetector
+from anchorline.train.loop.train import StepReport, TrainResult, train
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.predict import TorchDetector
 from anchorline.train.settings import Settings
-from anchorline.train.training import StepReport, TrainResult, train
 
 MakeSettings = Callable[..., Settings]
 LAST = Path("last") / "model.safetensors"

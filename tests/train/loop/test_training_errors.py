@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from anchorline.evaluation.dataset import Dataset, LabelledImage
+from anchorline.data.dataset import Dataset, LabelledImage
 from anchorline.runtime.contract import ResizeRule
-from anchorline.runtime.errors import (
+from anchorline.runtime.io.errors import (
     AnchorlineError,
     ArtefactError,
     DataError,
@@ -24,12 +24,12 @@ from anchorline.runtime.errors import (
     SettingsError,
     TrainingError,
 )
-from anchorline.train.batches import CanvasDataset
 from anchorline.train.checkpoint import load_checkpoint
-from anchorline.train.epoch_sampler import EpochSampler
-from anchorline.train.faster_rcnn import FasterRCNN
+from anchorline.train.data.dataset import CanvasDataset
+from anchorline.train.data.sampler import EpochSampler
+from anchorline.train.loop.train import StepReport, train
+from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.settings import Settings
-from anchorline.train.training import StepReport, train
 
 MakeSettings = Callable[..., Settings]
 Labelled = Callable[..., LabelledImage]

@@ -1,0 +1,151 @@
+"""One model on one provider, measured in this process: ``python -m anchorline.bench.work``.
+
+Reads its task as JSON from stdin and prints a row as JSON; a user's mistake is one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.bench.figures import STAGES, TOTAL, BenchRow, summarise
+from anchorline.runtime.backends.cpu_options import usable_cores
+from anchorline.runtime.detector import Detector
+from anchorline.runtime.io.errors import AnchorlineError, DataError
+from anchorline.runtime.io.files import sha256_of
+from anchorline.runtime.io.images import find_images, is_video, read_image
+from anchorline.runtime.video.files import VideoReader
+
+MAX_HELD = 64  # frames in memory; more batches see them again
+_SCENES = 8
+_SCENE_SIZE = (1080, 1920)
+
+Frame = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What to measure; see ``bench``."""
+
+    model: str
+    source: str | None
+    provider: str
+    batch: int
+    batches: int
+    warmup: int
+    threads: int | None
+    cpu_precision: str
+
+
+def measure(work: Work) -> BenchRow:
+    """Open the model, warm it up and time ``work.batches`` calls. Raises ``AnchorlineError``."""
+    frames = load_frames(work.source)
+    forget_peak()
+    base = peak_memory()
+    start = time.perf_counter()
+    detector = Detector(work.model, work.provider, threads=work.threads, cpu_precision=work.cpu_precision)
+    with detector:
+        open_s = time.perf_counter() - start
+        batches = _batches(frames, work.batch)
+        start = time.perf_counter()
+        detector.batch(next(batches))
+        first = time.perf_counter() - start
+        for group in islice(batches, max(0, work.warmup - 1)):
+            detector.batch(group)
+        seconds: dict[str, list[float]] = {stage: [] for stage in (*STAGES, TOTAL)}
+        found = 0
+        for group in islice(batches, work.batches):
+            start = time.perf_counter()
+            detections = detector.batch(group)
+            seconds[TOTAL].append(time.perf_counter() - start)
+            for stage in STAGES:
+                seconds[stage].append(detector.timings[stage])
+            found += sum(map(len, detections))
+        count = work.batch * work.batches
+        return BenchRow(
+            model=Path(work.model).name,
+            sha256=sha256_of(work.model),
+            provider=detector.provider,
+            precision=detector.precision,
+            batch=work.batch,
+            threads=work.threads or usable_cores(),
+            frame_size=" ".join(sorted({f"{f.shape[1]}x{f.shape[0]}" for f in frames})),
+            frames=count,
+            batches=work.batches,
+            warmup=max(1, work.warmup),
+            fps=count / sum(seconds[TOTAL]),
+            open_s=open_s,
+            first_ms=1000.0 * first,
+            peak_mib=peak_memory(),
+            base_mib=base,
+            detections=found / count,
+            stages={stage: summarise(values) for stage, values in seconds.items()},
+        )
+
+
+def load_frames(source: str | None) -> list[Frame]:
+    """The first frames of a video or folder, an image, or generated scenes. Raises ``DataError``."""
+    if source is None:
+        from anchorline.data.synthetic import generate_scene
+
+        return [generate_scene(0, _SCENE_SIZE, index)[0] for index in range(_SCENES)]
+    if is_video(source):
+        with VideoReader(source) as reader:
+            frames = [frame for _, _, frame in islice(reader, MAX_HELD)]
+    else:
+        frames = [read_image(path) for path in find_images(source)[:MAX_HELD]]
+    if not frames:
+        raise DataError(f"{source}: holds no frame; give a video, an image or a folder of images")
+    return frames
+
+
+def forget_peak() -> None:
+    """Let ``peak_memory`` count from here, without what it took to make the frames (Linux only)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory() -> float:
+    """The largest resident memory of this process, in MiB; 0 where the system does not say."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, IndexError, ValueError):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def _batches(frames: list[Frame], size: int) -> Iterator[list[Frame]]:
+    place = 0
+    while True:
+        yield [frames[(place + index) % len(frames)] for index in range(size)]
+        place += size
+
+
+def main() -> int:
+    """Do the work that stdin describes."""
+    try:
+        row = measure(Work(**json.load(sys.stdin)))
+    except AnchorlineError as error:
+        print(error)
+        return 2
+    print(json.dumps(asdict(row)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

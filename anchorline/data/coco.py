@@ -1,0 +1,179 @@
+"""COCO detection data: a folder of images and one JSON file with images, annotations and categories."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anchorline.data.boxes import clip_labelled_boxes, is_coordinate
+from anchorline.data.dataset import Dataset, LabelledImage, image_size, load_image, unknown_class
+from anchorline.runtime.io.errors import DataError
+
+Record = dict[str, Any]
+
+
+def load_coco(folder: Path, annotations: Path, names: Sequence[str] | None = None, spec: str = "") -> Dataset:
+    """Read a COCO annotation file whose images lie in ``folder``.
+
+    Labels index ``names``, or the categories in the order of their ids. A category that is not in
+    ``names`` is a ``DataError`` when an annotation uses it. ``category_ids`` are the file's own, and
+    ``iscrowd`` becomes ``crowd``. Boxes of zero area, reversed or outside the image are dropped and
+    counted. Raises ``DataError`` for anything missing, broken or contradictory.
+    """
+    spec = spec or f"coco:{folder},{annotations}"
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; expected the folder of COCO's images")
+    content = _read_json(annotations)
+    categories = _read_categories(content, annotations)
+    objects = _objects_by_image(content, categories, annotations)
+    names, label_of = _labels(categories, objects, names, annotations)
+    dropped: Counter[str] = Counter()
+    images = []
+    for record, path in _image_paths(content, folder, annotations):
+        image, reasons = _labelled_image(record, path, objects[record["id"]], label_of)
+        images.append(image)
+        dropped.update(reasons)
+    return Dataset(spec, tuple(names), tuple(images), _category_ids(categories, names), dropped)
+
+
+def _read_json(path: Path) -> Record:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; expected COCO annotations as JSON") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); expected a JSON file") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: broken JSON ({error}); expected COCO annotations") from None
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{path}: holds a {type(content).__name__}; expected COCO's object with images, annotations"
+        )
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content.get(key), list):
+            raise DataError(
+                f"{path}: has no list {key!r}; expected COCO's images, annotations and categories"
+            )
+    if not content["images"]:
+        raise DataError(f"{path}: lists no images; expected at least one")
+    return content
+
+
+def _read_categories(content: Record, path: Path) -> dict[int, str]:
+    """Category names by id, in the order of the ids."""
+    categories: dict[int, str] = {}
+    for number, record in enumerate(content["categories"], start=1):
+        where = f"{path}: category {number}"
+        id, name = _whole(record, "id", where), _text(record, "name", where)
+        if id in categories or name in categories.values():
+            raise DataError(f"{where}: id {id} or name {name!r} stands twice; expected each once")
+        categories[id] = name
+    if not categories:
+        raise DataError(f"{path}: lists no categories; expected at least one")
+    return dict(sorted(categories.items()))
+
+
+def _objects_by_image(content: Record, categories: dict[int, str], path: Path) -> dict[int, list[Record]]:
+    """The annotations of each image id, checked."""
+    image_ids: set[int] = set()
+    for number, record in enumerate(content["images"], start=1):
+        id = _whole(record, "id", f"{path}: image {number}")
+        if id in image_ids:
+            raise DataError(f"{path}: image id {id} stands twice; expected each image once")
+        image_ids.add(id)
+    objects: dict[int, list[Record]] = defaultdict(list)
+    for number, record in enumerate(content["annotations"], start=1):
+        where = f"{path}: annotation {number}"
+        image_id = _whole(record, "image_id", where)
+        category_id = _whole(record, "category_id", where)
+        if image_id not in image_ids:
+            raise DataError(
+                f"{where}: image_id {image_id} is not among the images; take it out or add the image"
+            )
+        if category_id not in categories:
+            raise DataError(f"{where}: category_id {category_id} is not among the categories")
+        _check_box(record.get("bbox"), where)
+        objects[image_id].append(record)
+    return objects
+
+
+def _labels(
+    categories: dict[int, str], objects: dict[int, list[Record]], names: Sequence[str] | None, path: Path
+) -> tuple[Sequence[str], dict[int, int]]:
+    """The class names, and the label of each category id that is used."""
+    if names is None:
+        return list(categories.values()), {id: label for label, id in enumerate(categories)}
+    index = {name: label for label, name in enumerate(names)}
+    used = {record["category_id"] for records in objects.values() for record in records}
+    for id in sorted(used):
+        if categories[id] not in index:
+            raise unknown_class(str(path), categories[id], names)
+    return names, {id: index[categories[id]] for id in used}
+
+
+def _category_ids(categories: dict[int, str], names: Sequence[str]) -> tuple[int, ...] | None:
+    """The ids of the names, None when the file does not know them all."""
+    id_of = {name: id for id, name in categories.items()}
+    return tuple(id_of[name] for name in names) if all(name in id_of for name in names) else None
+
+
+def _image_paths(content: Record, folder: Path, annotations: Path) -> list[tuple[Record, Path]]:
+    """The image records with their files; one ``DataError`` that counts all that are absent."""
+    pairs = []
+    for number, record in enumerate(content["images"], start=1):
+        pairs.append((record, folder / _text(record, "file_name", f"{annotations}: image {number}")))
+    absent = [path for _, path in pairs if not path.is_file()]
+    if absent:
+        raise DataError(
+            f"{annotations}: lists {len(pairs)} images and {len(absent)} are not in {folder}, the first is "
+            f"{absent[0].name!r}; restore them or take them out of the file"
+        )
+    return pairs
+
+
+def _labelled_image(
+    record: Record, path: Path, objects: list[Record], label_of: dict[int, int]
+) -> tuple[LabelledImage, Counter[str]]:
+    size = _size(record, path)
+    raw = np.array([each["bbox"] for each in objects], dtype=np.float64).reshape(-1, 4)
+    corners = np.concatenate([raw[:, :2], raw[:, :2] + raw[:, 2:]], axis=1)
+    boxes, kept, dropped = clip_labelled_boxes(corners, size)
+    labels = np.array([label_of[each["category_id"]] for each in objects], dtype=np.int64)[kept]
+    crowd = np.array([bool(each.get("iscrowd", 0)) for each in objects], dtype=np.bool_)[kept]
+    load = partial(load_image, path, size)
+    image = LabelledImage(str(record["id"]), size, boxes, labels, np.zeros_like(crowd), crowd, load)
+    return image, dropped
+
+
+def _size(record: Record, path: Path) -> tuple[int, int]:
+    """(height, width) from the record, or from the image where the record does not say."""
+    height, width = record.get("height"), record.get("width")
+    if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
+        return height, width
+    return image_size(path)
+
+
+def _whole(record: Any, key: str, where: str) -> int:
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise DataError(f"{where}: {key} is {value!r}; expected a whole number")
+    return value
+
+
+def _text(record: Any, key: str, where: str) -> str:
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where}: {key} is {value!r}; expected a name")
+    return value
+
+
+def _check_box(box: Any, where: str) -> None:
+    numbers = isinstance(box, list) and len(box) == 4 and all(is_coordinate(value) for value in box)
+    if not numbers:
+        raise DataError(f"{where}: bbox is {box!r}; expected x, y, width, height in pixels")

@@ -1,0 +1,228 @@
+"""What a labelled data set holds, to be looked at before training on it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.data.boxes import box_areas
+from anchorline.data.dataset import Dataset
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+# COCO's size classes of objects, by the area of their boxes in square pixels of the source image.
+
+
+SIZE_CLASSES: dict[str, tuple[float, float]] = {
+    "small": (0.0, 32.0**2),
+    "medium": (32.0**2, 96.0**2),
+    "large": (96.0**2, math.inf),
+}
+"""From and to. COCO's annotations measure the area of the mask; here it is always that of the box."""
+
+
+def in_size_class(areas: NDArray[np.floating], name: str) -> NDArray[np.bool_]:
+    """Which of the areas [N] belong to a size class, both bounds included.
+
+    As in COCO's evaluation, so a box of exactly 32 x 32 pixels is small and medium.
+    """
+    low, high = SIZE_CLASSES[name]
+    return np.asarray((areas >= low) & (areas <= high))
+
+
+def size_class_counts(areas: NDArray[np.floating]) -> dict[str, int]:
+    """How many of the areas [N] each size class holds; a box on a bound counts in the larger class only."""
+    return {name: int(((areas >= low) & (areas < high)).sum()) for name, (low, high) in SIZE_CLASSES.items()}
+
+
+SIDE_EDGES = (0.0, 8.0, 16.0, 32.0, 64.0, 96.0, 128.0, 256.0, 512.0, math.inf)
+"""Edges of the histogram of object sizes: the square root of the area, in pixels of the image."""
+ASPECT_EDGES = (0.0, 0.25, 0.5, 1 / math.sqrt(2), math.sqrt(2), 2.0, 4.0, math.inf)
+"""Edges of the histogram of aspect ratios: height over width, as anchors have it."""
+_BAR_LENGTH = 28
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """Boxes of one class, the images they are in, and how many of them are difficult, crowds, or of
+    each COCO size class."""
+
+    boxes: int
+    images: int
+    difficult: int
+    crowd: int
+    sizes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Bin:
+    """One bar of a histogram: values from ``low`` up to, but not including, ``high``."""
+
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """Counts over the boxes that are kept, difficult ones and crowds included.
+
+    ``empty_images`` have no box; ``unlabelled_images`` are those of them without a label file.
+    ``sides`` and ``aspects`` are histograms, see ``SIDE_EDGES`` and ``ASPECT_EDGES``. ``imbalance`` is
+    the count of the most frequent class over that of the rarest one that occurs; None without boxes.
+    ``dropped`` counts what was left out, by reason.
+    """
+
+    spec: str
+    images: int
+    empty_images: int
+    unlabelled_images: int
+    per_class: dict[str, ClassCounts]
+    sizes: dict[str, int]
+    sides: tuple[Bin, ...]
+    aspects: tuple[Bin, ...]
+    imbalance: float | None
+    dropped: dict[str, int]
+
+    @property
+    def boxes(self) -> int:
+        return sum(each.boxes for each in self.per_class.values())
+
+    @property
+    def absent_classes(self) -> list[str]:
+        """Names without a single box."""
+        return [name for name, each in self.per_class.items() if not each.boxes]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the open end of a histogram is None."""
+        return {
+            "data": self.spec,
+            "images": self.images,
+            "empty_images": self.empty_images,
+            "unlabelled_images": self.unlabelled_images,
+            "boxes": self.boxes,
+            "per_class": {name: vars(each) for name, each in self.per_class.items()},
+            "sizes": self.sizes,
+            "side_histogram": [_bin_json(each) for each in self.sides],
+            "aspect_histogram": [_bin_json(each) for each in self.aspects],
+            "imbalance": self.imbalance,
+            "absent_classes": self.absent_classes,
+            "dropped": self.dropped,
+        }
+
+    def render(self) -> Table:
+        """The classes, the two histograms, and a line of remarks, for rich's console."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        layout = Table.grid(padding=(0, 0, 1, 0))
+        layout.add_row(self._class_table())
+        layout.add_row(_histogram_table("size of objects, pixels", self.sides))
+        layout.add_row(_histogram_table("height / width", self.aspects))
+        for remark in self.remarks():
+            layout.add_row(escape(remark))
+        return layout
+
+    def _class_table(self) -> Table:
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(
+            title=escape(f"{self.spec}: {self.images} images, {self.boxes} boxes"), title_justify="left"
+        )
+        table.add_column("class")
+        for column in ("boxes", "images", *self.sizes, "difficult", "crowd"):
+            table.add_column(column, justify="right")
+        for name, each in self.per_class.items():
+            row = (each.boxes, each.images, *each.sizes.values(), each.difficult, each.crowd)
+            table.add_row(escape(name), *map(str, row))
+        return table
+
+    def remarks(self) -> list[str]:
+        """What deserves attention, a sentence each."""
+        remarks = []
+        if self.empty_images:
+            unlabelled = f", {self.unlabelled_images} of them without a label file"
+            remarks.append(
+                f"{self.empty_images} images without objects{unlabelled if self.unlabelled_images else ''}"
+            )
+        if self.imbalance is not None and len(self.per_class) > 1:
+            remarks.append(f"the most frequent class has {self.imbalance:.1f} times the boxes of the rarest")
+        if self.absent_classes:
+            remarks.append(f"no boxes of {', '.join(self.absent_classes)}")
+        if self.dropped:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
+            remarks.append(f"left out: {reasons}")
+        return remarks
+
+
+def summarise_data(dataset: Dataset) -> DataSummary:
+    """Count what the data set holds; no image is loaded."""
+    boxes = np.concatenate([np.zeros((0, 4)), *(image.boxes for image in dataset)])
+    labels = _joined([image.labels for image in dataset], np.int64)
+    difficult = _joined([image.difficult for image in dataset], np.bool_)
+    crowd = _joined([image.crowd for image in dataset], np.bool_)
+    owners = np.repeat(np.arange(len(dataset)), [len(image.boxes) for image in dataset])
+    areas = box_areas(boxes)
+    per_class = {}
+    for label, name in enumerate(dataset.names):
+        of_class = labels == label
+        per_class[name] = ClassCounts(
+            boxes=int(of_class.sum()),
+            images=len(np.unique(owners[of_class])),
+            difficult=int(difficult[of_class].sum()),
+            crowd=int(crowd[of_class].sum()),
+            sizes=size_class_counts(areas[of_class]),
+        )
+    counts = [each.boxes for each in per_class.values() if each.boxes]
+    sides = boxes[:, 2:] - boxes[:, :2]
+    return DataSummary(
+        spec=dataset.spec,
+        images=len(dataset),
+        empty_images=len(dataset) - len(np.unique(owners)),
+        unlabelled_images=dataset.unlabelled,
+        per_class=per_class,
+        sizes=size_class_counts(areas),
+        sides=_histogram(np.sqrt(areas), SIDE_EDGES),
+        aspects=_histogram(sides[:, 1] / sides[:, 0], ASPECT_EDGES),
+        imbalance=max(counts) / min(counts) if counts else None,
+        dropped=dict(dataset.dropped),
+    )
+
+
+def _joined(arrays: list[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
+    return np.concatenate([np.zeros(0, dtype), *arrays])
+
+
+def _histogram(values: NDArray[np.float64], edges: tuple[float, ...]) -> tuple[Bin, ...]:
+    places = np.searchsorted(edges, values, side="right") - 1
+    counts = np.bincount(places, minlength=len(edges) - 1)
+    return tuple(
+        Bin(low, high, int(count)) for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    )
+
+
+def _bin_json(each: Bin) -> dict[str, float | int | None]:
+    return {"from": each.low, "to": None if math.isinf(each.high) else each.high, "count": each.count}
+
+
+def _histogram_table(title: str, bins: tuple[Bin, ...]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("from", justify="right")
+    table.add_column("to", justify="right")
+    table.add_column("boxes", justify="right")
+    table.add_column("", min_width=_BAR_LENGTH)
+    most = max(1, *(each.count for each in bins))
+    for each in bins:
+        high = "" if math.isinf(each.high) else f"{each.high:.3g}"
+        length = math.ceil(_BAR_LENGTH * each.count / most)
+        table.add_row(f"{each.low:.3g}", high, str(each.count), "█" * length)
+    return table

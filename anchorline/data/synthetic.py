@@ -1,0 +1,515 @@
+"""Labelled scenes made from a seed: objects of five shapes among clutter, in any colour and texture.
+
+Only the outline tells the class: colours and textures are drawn from one palette for objects, for
+the distractors between them and for the background. Scene ``i`` of ``synthetic:N`` depends on the
+seed and ``i`` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.data.boxes import clip_labelled_boxes
+from anchorline.data.dataset import Dataset, LabelledImage
+from anchorline.runtime.io.errors import SettingsError
+
+# The outlines of the generated scenes: five object classes, and shapes that are no object.
+#
+# A shape is a list of closed contours, each float64 [K, 2] within the unit circle; areas enclosed
+# twice are holes.
+
+
+Contours = list[NDArray[np.float64]]
+
+CLASS_NAMES = ("arrow", "cross", "heart", "ring", "star")
+
+_CURVE_POINTS = 40
+
+
+def object_contours(label: int) -> Contours:
+    """The outline of an object class; ``label`` indexes ``CLASS_NAMES``."""
+    return _OBJECTS[CLASS_NAMES[label]]()
+
+
+def distractor_contours(rng: np.random.Generator) -> Contours:
+    """The outline of a random shape that belongs to no class."""
+    return _DISTRACTORS[int(rng.integers(len(_DISTRACTORS)))](rng)
+
+
+def enclosed_area(contours: Contours) -> float:
+    """The area of a shape: its outer contour less its holes."""
+    outer, *holes = (_polygon_area(contour) for contour in contours)
+    return outer - sum(holes)
+
+
+def _polygon_area(points: NDArray[np.float64]) -> float:
+    x, y = points.T
+    return 0.5 * abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))))
+
+
+def _arrow() -> Contours:
+    points = [
+        (-1.0, -0.26),
+        (0.05, -0.26),
+        (0.05, -0.72),
+        (1.0, 0.0),
+        (0.05, 0.72),
+        (0.05, 0.26),
+        (-1.0, 0.26),
+    ]
+    return [np.array(points)]
+
+
+def _cross() -> Contours:
+    arm = 0.3
+    corner = [(1.0, -arm), (1.0, arm), (arm, arm)]
+    quarter_turns = [np.array([[c, -s], [s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
+    return [np.concatenate([np.array(corner) @ turn.T for turn in quarter_turns])]
+
+
+def _heart() -> Contours:
+    t = np.linspace(0.0, 2.0 * np.pi, _CURVE_POINTS, endpoint=False)
+    x = 16.0 * np.sin(t) ** 3
+    y = -(13.0 * np.cos(t) - 5.0 * np.cos(2 * t) - 2.0 * np.cos(3 * t) - np.cos(4 * t)) - 2.5
+    return [np.stack([x, y], axis=1) / 16.5]
+
+
+def _ring() -> Contours:
+    outer = _ellipse(1.0, 1.0)
+    return [outer, 0.55 * outer]
+
+
+def _star() -> Contours:
+    angles = np.arange(10) * (np.pi / 5.0) - np.pi / 2.0
+    radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
+    return [radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)]
+
+
+def _ellipse(a: float, b: float) -> NDArray[np.float64]:
+    t = np.linspace(0.0, 2.0 * np.pi, _CURVE_POINTS, endpoint=False)
+    return np.stack([a * np.cos(t), b * np.sin(t)], axis=1)
+
+
+def _disc(rng: np.random.Generator) -> Contours:
+    return [_ellipse(1.0, rng.uniform(0.45, 1.0))]
+
+
+def _half_disc(rng: np.random.Generator) -> Contours:
+    t = np.linspace(0.0, np.pi * rng.uniform(0.9, 1.2), _CURVE_POINTS)
+    return [np.stack([np.cos(t), np.sin(t)], axis=1)]
+
+
+def _bar(rng: np.random.Generator) -> Contours:
+    side = rng.uniform(0.2, 0.7)
+    return [np.array([(-0.7, -side), (0.7, -side), (0.7, side), (-0.7, side)])]
+
+
+def _triangle(rng: np.random.Generator) -> Contours:
+    angles = np.arange(3) * (2.0 * np.pi / 3.0) + rng.uniform(-0.35, 0.35, 3)
+    return [np.stack([np.cos(angles), np.sin(angles)], axis=1)]
+
+
+def _blob(rng: np.random.Generator) -> Contours:
+    t = np.linspace(0.0, 2.0 * np.pi, _CURVE_POINTS, endpoint=False)
+    radii = 0.75 + 0.12 * np.sin(2 * t + rng.uniform(0, 6.3)) + 0.1 * np.sin(3 * t + rng.uniform(0, 6.3))
+    return [radii[:, None] * np.stack([np.cos(t), np.sin(t)], axis=1)]
+
+
+_OBJECTS: dict[str, Callable[[], Contours]] = {
+    "arrow": _arrow,
+    "cross": _cross,
+    "heart": _heart,
+    "ring": _ring,
+    "star": _star,
+}
+_DISTRACTORS = (_disc, _half_disc, _bar, _triangle, _blob)
+
+
+# Colours, surface textures, backgrounds, light and noise of the generated scenes.
+
+
+TEXTURE_SIDE = 64
+
+Colour = NDArray[np.float32]
+Colours = NDArray[np.float32]
+Image = NDArray[np.float32]
+
+
+def random_colours(rng: np.random.Generator, count: int) -> Colours:
+    """BGR colours [count, 3] in grey levels: any hue, from pale to strong, neither black nor white."""
+    hsv = rng.uniform((0, 50, 70), (180, 225, 250), (1, count, 3)).astype(np.uint8)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0].astype(np.float32)
+
+
+def contrasting_colour(rng: np.random.Generator, others: Colours, least: float = 90.0) -> Colour:
+    """A random colour at least ``least`` grey levels (BGR distance) from ``others`` [K, 3], if any is."""
+    colours = random_colours(rng, 10)
+    distances = np.linalg.norm(colours[:, None] - others[None], axis=2).min(axis=1)
+    far_enough = np.flatnonzero(distances >= least)
+    return np.asarray(colours[far_enough[0] if len(far_enough) else distances.argmax()])
+
+
+def surface_texture(rng: np.random.Generator, colour: Colour) -> Image:
+    """A texture [TEXTURE_SIDE, TEXTURE_SIDE, 3] around a colour: plain, stripes, checks, dots or marble."""
+    y, x = _texture_grid()
+    # The second colour stays near the first, so that the outline, not the pattern, makes the shape.
+    second = np.clip(colour * rng.uniform(0.55, 0.8) + rng.uniform(-25, 25, 3), 0, 255)
+    angle, period = rng.uniform(0, np.pi), rng.uniform(9.0, 18.0)
+    along = (x * np.cos(angle) + y * np.sin(angle)) * (2 * np.pi / period)
+    across = (y * np.cos(angle) - x * np.sin(angle)) * (2 * np.pi / period)
+    kind = int(rng.integers(5))
+    if kind == 0:
+        mix = (x * np.cos(angle) + y * np.sin(angle)) / (2 * TEXTURE_SIDE) + 0.5
+    elif kind == 1:
+        mix = np.clip(2 * np.sin(along), -1, 1) * 0.5 + 0.5
+    elif kind == 2:
+        mix = np.clip(4 * np.sin(along) * np.sin(across), -1, 1) * 0.5 + 0.5
+    elif kind == 3:
+        mix = np.clip(3 * (np.sin(along) + np.sin(across) - 0.7), 0, 1)
+    else:
+        mix = crop_noise(rng, (TEXTURE_SIDE, TEXTURE_SIDE), cell=8) * 0.5 + 0.5
+    weight = np.clip(mix, 0, 1)[..., None].astype(np.float32)
+    return np.asarray(colour + (second - colour).astype(np.float32) * weight, dtype=np.float32)
+
+
+def background(rng: np.random.Generator, size: tuple[int, int]) -> Image:
+    """A background [H, W, 3]: soft patches of three colours, fine grain and a tangle of lines."""
+    height, width = size
+    # The patches are soft: a quarter of the size is enough for them.
+    small = (height // 4 + 1, width // 4 + 1)
+    colours = 0.85 * random_colours(rng, 1)
+    for _ in range(2):  # patches that differ, so that no one colour stands for the background
+        colours = np.concatenate([colours, 0.85 * contrasting_colour(rng, colours)[None]])
+    patches = np.tile(colours[0], (*small, 1))
+    for colour, cell in zip(colours[1:], (16, 8), strict=True):
+        weight = np.clip(0.3 + 0.9 * crop_noise(rng, small, cell), 0, 0.9)[..., None]
+        patches += (colour - patches) * weight
+    image = np.asarray(cv2.resize(patches, (width, height), interpolation=cv2.INTER_LINEAR), np.float32)
+    coarse, fine = rng.uniform(6.0, 18.0), rng.uniform(3.0, 9.0)
+    grain = coarse * crop_noise(rng, size, cell=8) + fine * crop_noise(rng, size, cell=2)
+    image += grain[..., None]
+    _draw_lines(rng, image)
+    return image
+
+
+def light_field(rng: np.random.Generator, size: tuple[int, int]) -> Image:
+    """Light [H, W, 1] as a factor per pixel: a gradient across the image and a soft spot."""
+    y, x = np.meshgrid(np.linspace(-1, 1, 24), np.linspace(-1, 1, 32), indexing="ij")
+    angle, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.28)
+    gradient = (x * np.cos(angle) + y * np.sin(angle)) * strength
+    spot_x, spot_y = rng.uniform(-1, 1, 2)
+    spot = rng.uniform(0, 0.3) * np.exp(-2 * (x - spot_x) ** 2 - 2 * (y - spot_y) ** 2)
+    light = (rng.uniform(0.85, 1.05) + gradient + spot).astype(np.float32)
+    return np.asarray(cv2.resize(light, (size[1], size[0])), dtype=np.float32)[..., None]
+
+
+def camera_image(rng: np.random.Generator, image: Image, blur: float, noise: float) -> NDArray[np.uint8]:
+    """What a camera makes of the scene: blur (sigma in pixels), noise (sigma in grey levels), 8 bits."""
+    if blur > 0.2:
+        image = cv2.GaussianBlur(image, (0, 0), blur).astype(np.float32, copy=False)
+    bank = _grain_bank()
+    height, width = image.shape[:2]
+    tiles_y, tiles_x = -(-height // (bank.shape[0] // 2)), -(-width // (bank.shape[1] // 2))
+    grain = np.tile(bank, (tiles_y, tiles_x, 1)) if tiles_y * tiles_x > 1 else bank
+    top = int(rng.integers(grain.shape[0] - height + 1))
+    left = int(rng.integers(grain.shape[1] - width + 1))
+    noisy = image + np.float32(noise) * grain[top : top + height, left : left + width]
+    return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
+
+
+def crop_noise(rng: np.random.Generator, size: tuple[int, int], cell: int) -> Image:
+    """Smooth noise [H, W] of about unit spread whose features are ``cell`` pixels wide."""
+    height, width = size
+    coarse = rng.standard_normal((height // cell + 3, width // cell + 3), dtype=np.float32)
+    grown = cv2.resize(coarse, None, fx=cell, fy=cell, interpolation=cv2.INTER_CUBIC)
+    return np.asarray(grown[cell : cell + height, cell : cell + width], dtype=np.float32)
+
+
+def _draw_lines(rng: np.random.Generator, image: Image) -> None:
+    """Curves and straight lines in the colours objects may have."""
+    height, width = image.shape[:2]
+    thickest = max(2, min(height, width) // 60)
+    for _ in range(int(rng.integers(3, 8))):
+        start, bend, end = (rng.uniform(-0.1, 1.1, 2) * (width, height) for _ in range(3))
+        t = np.linspace(0, 1, 24)[:, None]
+        curve = (1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end
+        points = [np.rint(curve * 8).astype(np.int32)]
+        colour = tuple(random_colours(rng, 1)[0].tolist())
+        thickness = int(rng.integers(1, thickest + 1))
+        cv2.polylines(image, points, False, colour, thickness, cv2.LINE_8, 3)
+
+
+@lru_cache(maxsize=1)
+def _texture_grid() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    y, x = np.mgrid[:TEXTURE_SIDE, :TEXTURE_SIDE] - (TEXTURE_SIDE - 1) / 2
+    return y, x
+
+
+@lru_cache(maxsize=1)
+def _grain_bank() -> Image:
+    """A sheet of sensor noise drawn once; frames take random pieces, far cheaper than fresh noise."""
+    rng = np.random.Generator(np.random.PCG64(20240))
+    return rng.standard_normal((480, 640, 3), dtype=np.float32)
+
+
+def mean_colours(image: Image, cells: int) -> Colours:
+    """The mean colours [cells * cells, 3] of the parts of an image."""
+    return np.asarray(cv2.resize(image, (cells, cells), interpolation=cv2.INTER_AREA).reshape(-1, 3))
+
+
+# Shapes laid into a scene: their pose, their outline in pixels, painting, and what stays visible.
+
+
+NO_OBJECT = -1
+
+_FRACTION_BITS = 4
+_SAMPLES = 2  # masks are drawn at twice the size and averaged down
+_SHADOW_STRENGTH = 0.4
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """What is laid into a scene, before it has a place or a surface.
+
+    ``label`` is the object class or ``NO_OBJECT``; ``contours`` lie in the unit circle; ``stretch``
+    is the ratio of width to height and ``shear`` the slant.
+    """
+
+    label: int
+    contours: Contours
+    stretch: float
+    shear: float
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Where a shape lies: centre and radius in pixels, angle in radians."""
+
+    x: float
+    y: float
+    radius: float
+    angle: float
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """A shape at a pose: its contours and tight box in pixels with continuous edges.
+
+    ``transform`` [2, 3] takes the unit circle to pixels.
+    """
+
+    label: int
+    contours: Contours
+    transform: NDArray[np.float64]
+    box: tuple[float, float, float, float]
+
+
+def random_shape(rng: np.random.Generator, label: int) -> Shape:
+    """A shape of the class ``label``, or a random distractor for ``NO_OBJECT``, slightly deformed."""
+    contours = distractor_contours(rng) if label == NO_OBJECT else object_contours(label)
+    return Shape(label, contours, stretch=rng.uniform(0.82, 1.22), shear=rng.uniform(-0.15, 0.15))
+
+
+def place(shape: Shape, pose: Pose) -> Placed:
+    """The shape's outline and tight box in pixels."""
+    cos, sin = np.cos(pose.angle), np.sin(pose.angle)
+    root = float(np.sqrt(shape.stretch))
+    deformed = np.array([[root, shape.shear], [0.0, 1.0 / root]])
+    linear = pose.radius * np.array([[cos, -sin], [sin, cos]]) @ deformed
+    contours = [points @ linear.T + (pose.x, pose.y) for points in shape.contours]
+    (x1, y1), (x2, y2) = contours[0].min(axis=0), contours[0].max(axis=0)
+    transform = np.concatenate([linear, [[pose.x], [pose.y]]], axis=1)
+    return Placed(shape.label, contours, transform, (float(x1), float(y1), float(x2), float(y2)))
+
+
+def paint(image: Image, placed: Placed, texture: Image, shadow: tuple[float, float]) -> None:
+    """Lay a shape with its texture, and its soft shadow ``shadow`` pixels (x, y) away, over the image.
+
+    ``texture`` float32 [TEXTURE_SIDE, TEXTURE_SIDE, 3] covers the square around the unit circle.
+    ``image`` float32 [H, W, 3] is changed in place.
+    """
+    margin = 2 + int(np.ceil(max(abs(shadow[0]), abs(shadow[1]))))
+    window = _window(placed, image.shape[:2], margin)
+    if window is None:
+        return
+    left, top, right, bottom = window
+    patch = image[top:bottom, left:right]
+    mask = _mask(placed, window)
+    moved = np.array([[1, 0, shadow[0]], [0, 1, shadow[1]]])
+    shade = cv2.blur(cv2.warpAffine(mask, moved, (right - left, bottom - top)), (3, 3))
+    patch *= 1.0 - _SHADOW_STRENGTH / 255.0 * shade[..., None].astype(np.float32)
+    alpha = (mask * np.float32(1 / 255.0))[..., None]
+    patch += (_surface(placed, texture, window) - patch) * alpha
+
+
+def visible_fractions(layers: Sequence[Placed], size: tuple[int, int]) -> list[float]:
+    """The share of each shape that shows; parts outside the image are hidden, later layers lie on top."""
+    owner = np.full(size, -1, np.int16)
+    windows = [_window(placed, size, 0) for placed in layers]
+    for index, (placed, window) in enumerate(zip(layers, windows, strict=True)):
+        if window is not None:
+            left, top, right, bottom = window
+            owner[top:bottom, left:right][_mask(placed, window) > 127] = index
+    fractions = []
+    for index, (placed, window) in enumerate(zip(layers, windows, strict=True)):
+        left, top, right, bottom = window or (0, 0, 0, 0)
+        visible = np.count_nonzero(owner[top:bottom, left:right] == index)
+        fractions.append(min(1.0, visible / max(enclosed_area(placed.contours), 1e-6)))
+    return fractions
+
+
+def _window(placed: Placed, size: tuple[int, int], margin: int) -> tuple[int, int, int, int] | None:
+    """The pixels (left, top, right, bottom) that the sprite touches, or None when it is outside."""
+    x1, y1, x2, y2 = placed.box
+    left, top = max(0, int(np.floor(x1)) - margin), max(0, int(np.floor(y1)) - margin)
+    right = min(size[1], int(np.ceil(x2)) + margin)
+    bottom = min(size[0], int(np.ceil(y2)) + margin)
+    return (left, top, right, bottom) if left < right and top < bottom else None
+
+
+def _mask(placed: Placed, window: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+    """How much of each pixel in the window the shape covers, 0 to 255."""
+    left, top, right, bottom = window
+    mask = np.zeros((_SAMPLES * (bottom - top), _SAMPLES * (right - left)), np.uint8)
+    # OpenCV's whole coordinates are pixel centres, half a (fine) pixel from the edges used here.
+    points = [(contour - (left, top)) * _SAMPLES - 0.5 for contour in placed.contours]
+    fixed = [np.rint(contour * (1 << _FRACTION_BITS)).astype(np.int32) for contour in points]
+    cv2.fillPoly(mask, fixed, 255, cv2.LINE_8, _FRACTION_BITS)
+    return np.asarray(cv2.resize(mask, (right - left, bottom - top), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _surface(placed: Placed, texture: Image, window: tuple[int, int, int, int]) -> Image:
+    """The texture as it lies in the window [h, w, 3]."""
+    left, top, right, bottom = window
+    to_unit = np.array([[2.0 / TEXTURE_SIDE, 0.0, -1.0], [0.0, 2.0 / TEXTURE_SIDE, -1.0], [0.0, 0.0, 1.0]])
+    matrix = placed.transform @ to_unit
+    matrix[:, 2] -= (left, top)
+    warped = cv2.warpAffine(
+        texture,
+        matrix,
+        (right - left, bottom - top),
+        flags=cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REFLECT,
+    )
+    return np.asarray(warped, dtype=np.float32)
+
+
+__all__ = ["CLASS_NAMES", "MIN_VISIBLE", "SCENE_SIZE", "Scene", "generate_scene", "synthetic_dataset"]
+
+SCENE_SIZE = (240, 320)
+MIN_VISIBLE = 0.35
+"""An object of which a smaller share than this shows is not part of a scene's ground truth."""
+
+# As a share of the image's shorter side: objects of 24 to 90 pixels in an image 240 high.
+RADIUS_RANGE = (0.055, 0.18)
+SMALLEST_SIDE = 64
+
+_SCENE_STREAM = 1
+_PLACING_TRIES = 12
+
+Scene = tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]
+
+
+def generate_scene(seed: int, size: tuple[int, int] = SCENE_SIZE, index: int = 0) -> Scene:
+    """Scene ``index`` of a seed: image uint8 BGR [H, W, 3], boxes float32 [N, 4], labels int64 [N].
+
+    ``size`` is (height, width) in pixels, at least 64 each. Boxes are tight around the whole object,
+    clipped to the image. Two to six objects are laid out; one that would show less than
+    ``MIN_VISIBLE`` of itself is taken out of the scene.
+    """
+    rng, layers = _lay_out(seed, size, index)
+    image = background(rng, size)
+    shadow = (rng.uniform(-3.0, 3.0), rng.uniform(1.0, 3.0))
+    for placed in layers:
+        colour = contrasting_colour(rng, _colour_under(image, placed))
+        paint(image, placed, surface_texture(rng, colour), shadow)
+    image *= light_field(rng, size)
+    boxes, labels = _truth(layers, size)
+    return camera_image(rng, image, blur=rng.uniform(0.0, 0.9), noise=rng.uniform(2.0, 8.0)), boxes, labels
+
+
+def synthetic_dataset(
+    count: int, seed: int = 0, size: tuple[int, int] = SCENE_SIZE, spec: str = ""
+) -> Dataset:
+    """``count`` scenes of a seed; the ground truth is worked out now, pixels are drawn when loaded."""
+    images = []
+    for index in range(count):
+        _, layers = _lay_out(seed, size, index)
+        boxes, labels = _truth(layers, size)
+        plain = np.zeros(len(labels), dtype=np.bool_)
+        load = partial(_load_scene, seed, size, index)
+        images.append(
+            LabelledImage(f"scene-{seed}-{index:06d}", size, boxes, labels, plain, plain.copy(), load)
+        )
+    return Dataset(spec or f"synthetic:{count}@{seed}", CLASS_NAMES, tuple(images))
+
+
+def random_radius(rng: np.random.Generator, size: tuple[int, int]) -> float:
+    """A radius in pixels; every octave of sizes is as likely as the next."""
+    low, high = np.log(RADIUS_RANGE)
+    return float(np.exp(rng.uniform(low, high)) * min(size))
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """Raise ``SettingsError`` for a scene too small to hold an object one can make out."""
+    if min(size) < SMALLEST_SIDE:
+        raise SettingsError(
+            f"scene size is {size[0]}x{size[1]}; expected at least {SMALLEST_SIDE} pixels a side"
+        )
+
+
+def _load_scene(seed: int, size: tuple[int, int], index: int) -> NDArray[np.uint8]:
+    return generate_scene(seed, size, index)[0]
+
+
+def _lay_out(seed: int, size: tuple[int, int], index: int) -> tuple[np.random.Generator, list[Placed]]:
+    """The shapes of a scene from back to front, and the generator to go on drawing with."""
+    check_size(size)
+    rng = np.random.Generator(np.random.PCG64([_SCENE_STREAM, seed, index]))
+    labels = [int(label) for label in rng.integers(len(CLASS_NAMES), size=rng.integers(2, 7))]
+    labels += [NO_OBJECT] * int(rng.integers(2, 7))
+    rng.shuffle(labels)
+    poses: list[Pose] = []
+    for _ in labels:
+        poses.append(_free_pose(rng, size, poses))
+    layers = [place(random_shape(rng, label), pose) for label, pose in zip(labels, poses, strict=True)]
+    shown = visible_fractions(layers, size)
+    kept = [p for p, share in zip(layers, shown, strict=True) if p.label == NO_OBJECT or share >= MIN_VISIBLE]
+    return rng, kept
+
+
+def _free_pose(rng: np.random.Generator, size: tuple[int, int], others: Sequence[Pose]) -> Pose:
+    """A random pose that overlaps the others only so far; the last try stands when none is free."""
+    height, width = size
+    radius = random_radius(rng, size)
+    closeness = rng.uniform(0.55, 1.0)
+    angle = rng.uniform(0.0, 2.0 * np.pi)
+    x = y = 0.0
+    for _ in range(_PLACING_TRIES):
+        inset = 0.4 * radius
+        x, y = rng.uniform(inset, width - inset), rng.uniform(inset, height - inset)
+        if all(np.hypot(x - o.x, y - o.y) >= closeness * (radius + o.radius) for o in others):
+            break
+    return Pose(x, y, radius, angle)
+
+
+def _truth(layers: Sequence[Placed], size: tuple[int, int]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Boxes [N, 4] and labels [N] of the objects among the shapes."""
+    objects = [placed for placed in layers if placed.label != NO_OBJECT]
+    boxes = np.array([placed.box for placed in objects], dtype=np.float64).reshape(-1, 4)
+    labels = np.array([placed.label for placed in objects], dtype=np.int64)
+    clipped, kept, _ = clip_labelled_boxes(boxes, size)
+    return clipped, labels[kept]
+
+
+def _colour_under(image: NDArray[np.float32], placed: Placed) -> NDArray[np.float32]:
+    """The mean colour [1, 3] of the image where the shape will lie."""
+    height, width = image.shape[:2]
+    x1, y1, x2, y2 = np.clip(np.rint(placed.box), 0, [width, height, width, height]).astype(int)
+    return mean_colours(image[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)], cells=1)

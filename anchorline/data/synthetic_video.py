@@ -1,0 +1,297 @@
+"""A generated video: objects cross one scene, turn, cover each other and keep their identity.
+
+Frame ``i`` depends on the seed and ``i`` alone, so frames can be drawn in any order. Each slot of
+the scene holds one shape at a time; when it has left, the next one enters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.data.boxes import clip_labelled_boxes
+from anchorline.data.dataset import Dataset, LabelledImage
+from anchorline.data.synthetic import (
+    CLASS_NAMES,
+    MIN_VISIBLE,
+    NO_OBJECT,
+    SCENE_SIZE,
+    Image,
+    Pose,
+    Shape,
+    background,
+    camera_image,
+    check_size,
+    contrasting_colour,
+    light_field,
+    mean_colours,
+    paint,
+    place,
+    random_radius,
+    random_shape,
+    surface_texture,
+    visible_fractions,
+)
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.video.files import VideoWriter
+
+OBJECT_SLOTS = len(CLASS_NAMES)  # each round of tracks shows every class once
+DISTRACTOR_SLOTS = 3
+
+_SCENE_STREAM, _DECK_STREAM, _FRAME_STREAM = 2, 3, 4
+_SWAY = 6.0  # pixels the camera moves each way, in an image 240 high
+_NOISE, _BLUR = 4.0, 0.4
+_WAY_TRIES = 6
+_CROWDING_STEP = 6
+
+
+class VideoFrame(NamedTuple):
+    """A frame uint8 BGR [H, W, 3] and its objects: boxes float32 [N, 4], labels and ids int64 [N].
+
+    An id belongs to one object for as long as it is in the scene.
+    """
+
+    frame: NDArray[np.uint8]
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    ids: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class VideoTruth:
+    """The objects of one frame. ``visible`` float64 [N] is the share of each that shows."""
+
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    visible: NDArray[np.float64]
+
+
+def generate_video(seed: int, frames: int, size: tuple[int, int] = SCENE_SIZE) -> Iterator[VideoFrame]:
+    """The frames of a video one after another, without objects that show less than ``MIN_VISIBLE``."""
+    _check_frames(frames)
+    video = SyntheticVideo(seed, size)
+    for index in range(frames):
+        truth = video.truth(index)
+        clear = truth.visible >= MIN_VISIBLE
+        yield VideoFrame(video.frame(index), truth.boxes[clear], truth.labels[clear], truth.ids[clear])
+
+
+def write_video(
+    path: str | Path, seed: int, frames: int, size: tuple[int, int] = SCENE_SIZE, fps: float = 25.0
+) -> None:
+    """Write a generated video to ``path``; ``synthetic_video_dataset`` is its ground truth."""
+    with VideoWriter(path, size, fps) as writer:
+        for each in generate_video(seed, frames, size):
+            writer.write(each.frame)
+
+
+def synthetic_video_dataset(seed: int, frames: int, size: tuple[int, int] = SCENE_SIZE) -> Dataset:
+    """The frames of a video as labelled images, drawn when loaded.
+
+    Objects that show less than ``MIN_VISIBLE``, as when they enter or pass behind another, are
+    marked difficult: an evaluation neither asks for them nor counts them as mistakes.
+    """
+    _check_frames(frames)
+    video = _cached_video(seed, size)
+    images = []
+    for index in range(frames):
+        truth = video.truth(index)
+        difficult = truth.visible < MIN_VISIBLE
+        load = partial(_load_frame, seed, size, index)
+        id = f"video-{seed}-{index:06d}"
+        crowd = np.zeros_like(difficult)
+        images.append(LabelledImage(id, size, truth.boxes, truth.labels, difficult, crowd, load))
+    return Dataset(f"synthetic video of {frames} frames, seed {seed}", CLASS_NAMES, tuple(images))
+
+
+@dataclass(frozen=True, eq=False)
+class _Track:
+    """One shape's way through the scene, from outside one edge to outside the opposite one."""
+
+    id: int
+    shape: Shape
+    texture: Image
+    radius: float
+    entry: NDArray[np.float64]
+    exit: NDArray[np.float64]
+    first: float
+    duration: float
+    angle: float
+    spin: float
+    wobble: float
+
+    @property
+    def last(self) -> float:
+        """The frame in which it has left."""
+        return self.first + self.duration
+
+    def pose(self, index: float) -> Pose:
+        """Where the shape is in frame ``index``."""
+        done = (index - self.first) / self.duration
+        x, y = self.entry + (self.exit - self.entry) * done
+        swing = self.wobble * np.sin(2 * np.pi * done * 1.5)
+        along_x = abs(self.exit[0] - self.entry[0]) > abs(self.exit[1] - self.entry[1])
+        x, y = (x, y + swing) if along_x else (x + swing, y)
+        breath = 1.0 + 0.08 * np.sin(2 * np.pi * done * 2)
+        return Pose(
+            float(x), float(y), self.radius * float(breath), self.angle + self.spin * (index - self.first)
+        )
+
+
+class SyntheticVideo:
+    """A moving scene; ``frame`` and ``truth`` give the picture and the objects of any frame."""
+
+    def __init__(self, seed: int, size: tuple[int, int] = SCENE_SIZE) -> None:
+        """``size`` is (height, width) in pixels, at least 64 each."""
+        check_size(size)
+        self.seed = seed
+        self.size = size
+        rng = np.random.Generator(np.random.PCG64([_SCENE_STREAM, seed]))
+        self._sway = _SWAY * min(size) / 240
+        self._margin = int(np.ceil(self._sway)) + 1
+        self._background = background(rng, (size[0] + 2 * self._margin, size[1] + 2 * self._margin))
+        self._colours = mean_colours(self._background, cells=3)
+        self._light = light_field(rng, size)
+        self._shadow = (rng.uniform(-3.0, 3.0), rng.uniform(1.0, 3.0))
+        self._phases = rng.uniform(0, 2 * np.pi, 2)
+        self._rng = rng
+        self._slots: list[list[_Track]] = [[] for _ in range(OBJECT_SLOTS + DISTRACTOR_SLOTS)]
+
+    def frame(self, index: int) -> NDArray[np.uint8]:
+        """The picture of frame ``index``, uint8 BGR [H, W, 3]."""
+        image = self._scenery(index)
+        for track in self._tracks(index):
+            paint(image, place(track.shape, track.pose(index)), track.texture, self._shadow)
+        image *= self._light * np.float32(1.0 + 0.03 * np.sin(index / 9.0))
+        rng = np.random.Generator(np.random.PCG64([_FRAME_STREAM, self.seed, index]))
+        return camera_image(rng, image, _BLUR, _NOISE)
+
+    def truth(self, index: int) -> VideoTruth:
+        """The objects of frame ``index`` of which at least one pixel shows."""
+        tracks = self._tracks(index)
+        layers = [place(track.shape, track.pose(index)) for track in tracks]
+        visible = np.array(visible_fractions(layers, self.size))
+        labels = np.array([track.shape.label for track in tracks], dtype=np.int64)
+        shown = (labels != NO_OBJECT) & (visible > 0)
+        ids = np.array([track.id for track in tracks], dtype=np.int64)[shown]
+        whole = np.array([placed.box for placed in layers], dtype=np.float64)
+        boxes, kept, _ = clip_labelled_boxes(whole[shown], self.size)
+        return VideoTruth(boxes, labels[shown][kept], ids[kept], visible[shown][kept])
+
+    def _scenery(self, index: int) -> Image:
+        """The background, moved by the swaying camera."""
+        height, width = self.size
+        dx = self._margin + self._sway * np.sin(index / 23.0 + self._phases[0])
+        dy = self._margin + self._sway * np.sin(index / 31.0 + self._phases[1])
+        shift = np.array([[1.0, 0.0, -dx], [0.0, 1.0, -dy]])
+        return np.asarray(cv2.warpAffine(self._background, shift, (width, height)), dtype=np.float32)
+
+    def _tracks(self, index: int) -> list[_Track]:
+        """The tracks that are in the scene in frame ``index``, from back to front."""
+        self._extend(index)
+        current = (next(track for track in reversed(slot) if track.first <= index) for slot in self._slots)
+        return sorted(current, key=_depth)
+
+    def _extend(self, index: int) -> None:
+        """Add tracks until every slot reaches past frame ``index``.
+
+        The slot that ends first is always served first, so the tracks do not depend on which frames
+        are asked for, nor in which order.
+        """
+        while True:
+            ends = [slot[-1].last if slot else -np.inf for slot in self._slots]
+            if min(ends) > index:
+                return
+            slot = int(np.argmin(ends))
+            self._slots[slot].append(self._next_track(slot))
+
+    def _next_track(self, slot: int) -> _Track:
+        """A new shape, on the way (of several drawn) that runs into the others least."""
+        rounds = len(self._slots[slot])
+        shape = random_shape(self._rng, self._label(slot, rounds))
+        texture = surface_texture(self._rng, contrasting_colour(self._rng, self._colours))
+        start = self._slots[slot][-1].last if rounds else None
+        id = rounds * len(self._slots) + slot
+        others = [track for tracks in self._slots for track in tracks]
+        ways = [_random_way(self._rng, self.size, start) for _ in range(_WAY_TRIES)]
+        return min((_Track(id, shape, texture, **way) for way in ways), key=partial(_crowding, others))
+
+    def _label(self, slot: int, round: int) -> int:
+        """Classes are dealt like cards: every round of tracks shows each class once."""
+        if slot >= OBJECT_SLOTS:
+            return NO_OBJECT
+        deck = np.random.Generator(np.random.PCG64([_DECK_STREAM, self.seed, round]))
+        return int(deck.permutation(OBJECT_SLOTS)[slot])
+
+
+def _random_way(rng: np.random.Generator, size: tuple[int, int], start: float | None) -> dict[str, Any]:
+    """A radius and a path across the scene for a ``_Track`` that starts at frame ``start``."""
+    scale = min(size) / 240
+    radius = random_radius(rng, size)
+    entry, exit = _crossing(rng, size, 1.3 * radius)
+    duration = float(np.hypot(*(exit - entry))) / (rng.uniform(1.6, 3.4) * scale)
+    opening = -rng.uniform(0.15, 0.6) * duration  # the video opens with shapes already on their way
+    return {
+        "radius": radius,
+        "entry": entry,
+        "exit": exit,
+        "first": opening if start is None else start,
+        "duration": duration,
+        "angle": rng.uniform(0.0, 2 * np.pi),
+        "spin": rng.uniform(-0.05, 0.05),
+        "wobble": rng.uniform(0.0, 14.0) * scale,
+    }
+
+
+def _crossing(
+    rng: np.random.Generator, size: tuple[int, int], beyond: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Two points (x, y) ``beyond`` pixels outside opposite edges, in either direction."""
+    height, width = size
+    from_y, to_y = rng.uniform(0.12, 0.88, 2) * height
+    from_x, to_x = rng.uniform(0.12, 0.88, 2) * width
+    if rng.random() < width / (width + height):
+        ends = np.array([[-beyond, from_y], [width + beyond, to_y]])
+    else:
+        ends = np.array([[from_x, -beyond], [to_x, height + beyond]])
+    return (ends[0], ends[1]) if rng.random() < 0.5 else (ends[1], ends[0])
+
+
+def _crowding(others: list[_Track], track: _Track) -> float:
+    """How deep and how long a track runs into others, sampled every few frames."""
+    total = 0.0
+    for index in np.arange(max(0.0, track.first), track.last, _CROWDING_STEP):
+        here = track.pose(index)
+        for other in others:
+            if other.first <= index < other.last:
+                there = other.pose(index)
+                gap = np.hypot(here.x - there.x, here.y - there.y) / (here.radius + there.radius)
+                total += max(0.0, 1.0 - float(gap)) ** 2
+    return total
+
+
+def _depth(track: _Track) -> tuple[int, int]:
+    """A fixed order from back to front that mixes objects and distractors."""
+    return (track.id * 7919 % 101, track.id)
+
+
+def _check_frames(frames: int) -> None:
+    if frames < 1:
+        raise SettingsError(f"frames is {frames}; expected at least 1")
+
+
+@lru_cache(maxsize=4)
+def _cached_video(seed: int, size: tuple[int, int]) -> SyntheticVideo:
+    return SyntheticVideo(seed, size)
+
+
+def _load_frame(seed: int, size: tuple[int, int], index: int) -> NDArray[np.uint8]:
+    return _cached_video(seed, size).frame(index)

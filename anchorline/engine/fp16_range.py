@@ -1,0 +1,229 @@
+"""What half precision can hold: weights, activations on sample frames, and a simulation of the rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from anchorline.engine.graph_tools import (
+    FLOAT,
+    HALF,
+    copy_of,
+    element_types,
+    fresh_name,
+    replace_nodes,
+    tensor_names,
+)
+from anchorline.engine.model_file import check_exported, read_model
+from anchorline.runtime.backends.onnxruntime import open_for_checks
+from anchorline.runtime.canvas import Preprocessor, check_frame
+from anchorline.runtime.contract import Contract
+from anchorline.runtime.io.errors import ArtefactError, SettingsError
+from anchorline.verify.material import images_or_video
+
+# Each costs two passes of the network on the CPU.
+SAMPLES = 4
+
+
+def network_inputs(
+    frames: Iterable[NDArray[np.uint8]], contract: Contract
+) -> list[dict[str, NDArray[np.generic]]]:
+    """Each frame (BGR uint8 [H, W, 3], any size) laid onto the canvas, as a batch of one by input name."""
+    preprocess = Preprocessor(contract)
+    samples = []
+    for frame in frames:
+        images, image_sizes, _ = preprocess([check_frame(frame)])
+        # The preprocessor uses its batch again.
+        samples.append(dict(zip(contract.inputs, (images.copy(), image_sizes), strict=True)))
+    return samples
+
+
+def sample_inputs(
+    model: Path, sources: Sequence[str | Path], count: int = SAMPLES
+) -> list[dict[str, NDArray[np.generic]]]:
+    """``count`` images at even distances out of ``sources`` (images, folders, a video), for ``model``."""
+    contract = check_exported(read_model(model), str(model))
+    images = images_or_video(sources, contract.names).images
+    chosen = images[:: max(1, len(images) // count)][:count]
+    return network_inputs((image.load() for image in chosen), contract)
+
+
+# What half precision can hold: weights that are too large or too small for it, and activations.
+#
+# float16 ends at 65504, its smallest normal number is 6.1e-5, and below that digits are lost one by
+# one. onnxruntime's CPU provider computes float16 in float32 and shows neither; hence magnitudes are
+# measured in float32, and what half precision makes of them is worked out or really rounded
+# (below).
+
+
+LARGEST = float(np.finfo(np.float16).max)
+SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
+# Other images have larger activations than the samples: these may use half of the range.
+MARGIN = 2.0
+# A weight tensor of which rounding takes more than this share (of its norm) lies among the subnormals;
+# rounding a normal number costs 0.0005 at most.
+WORST_ROUNDING = 0.01
+
+
+Sample = Mapping[str, NDArray[np.generic]]
+
+
+def largest_weight(values: NDArray[np.generic]) -> float:
+    """The largest magnitude; infinite when a value is not a number."""
+    largest = float(np.abs(values).max(initial=0.0))
+    return float("inf") if np.isnan(largest) else largest
+
+
+def overflows(magnitude: float) -> bool:
+    """Whether a number of this ``magnitude`` becomes infinite when rounded to half precision."""
+    with np.errstate(over="ignore"):
+        return not np.isfinite(np.float16(np.float32(magnitude)))
+
+
+def rounding_loss(values: NDArray[np.generic]) -> float:
+    """Norm of what rounding to half precision takes away, as a share of the norm of ``values``."""
+    exact = values.astype(np.float64)
+    with np.errstate(over="ignore"):
+        lost = exact - values.astype(np.float16).astype(np.float64)
+    norm = float(np.linalg.norm(exact))
+    return float(np.linalg.norm(lost)) / norm if norm > 0 else 0.0
+
+
+def largest_activations(
+    model: onnx.ModelProto, tensors: Iterable[str], samples: Sequence[Sample]
+) -> dict[str, float]:
+    """The largest magnitude of each float32 tensor over all ``samples``, on onnxruntime's CPU provider.
+
+    Infinite when a value is infinite or not a number. The maxima are taken inside the graph, each as
+    soon as its tensor is there, so the memory needed is nearly that of a plain run.
+    """
+    names = sorted(set(tensors))
+    if not names or not samples:
+        return {}
+    observed, outputs = _observed(model, names)
+    session = _session(observed)
+    largest = np.zeros(len(names), np.float32)
+    for index, sample in enumerate(samples):
+        found = np.array(_run(session, outputs, sample, index), np.float32).reshape(len(names), 3)
+        magnitudes = np.abs(found[:, :2]).max(axis=1)
+        # The maxima pass over NaN; the sum does not.
+        magnitudes[~np.isfinite(found).all(axis=1)] = np.inf
+        largest = np.maximum(largest, magnitudes)
+    return {name: float(value) for name, value in zip(names, largest, strict=True)}
+
+
+def _observed(model: onnx.ModelProto, names: Sequence[str]) -> tuple[onnx.ModelProto, list[str]]:
+    """``model`` with three scalar outputs for each tensor, its maximum, minimum and sum, and no others.
+
+    Each is taken as soon as the tensor is there, so that it need not be kept until the end.
+    """
+    observed = copy_of(model)
+    graph = observed.graph
+    used, wanted = tensor_names(graph), set(names)
+    results: dict[str, list[str]] = {}
+    nodes: list[onnx.NodeProto] = []
+
+    def observe(name: str) -> None:
+        if name in wanted and name not in results:
+            results[name] = [fresh_name(f"{name}_{what}", used) for what in ("max", "min", "sum")]
+            for operator, result in zip(("ReduceMax", "ReduceMin", "ReduceSum"), results[name], strict=True):
+                nodes.append(helper.make_node(operator, [name], [result], keepdims=0))
+
+    for value in graph.input:
+        observe(value.name)
+    for node in graph.node:
+        nodes.append(node)
+        for name in node.output:
+            observe(name)
+    replace_nodes(graph, nodes)
+    del graph.output[:]
+    outputs = [result for name in names for result in results[name]]
+    graph.output.extend(helper.make_tensor_value_info(result, TensorProto.FLOAT, []) for result in outputs)
+    return observed, outputs
+
+
+def _session(model: onnx.ModelProto) -> Any:
+    try:
+        # In the order of the graph and without an arena: a third of the memory.
+        return open_for_checks(model.SerializeToString(), arena=False, in_order=True)
+    except ImportError as error:
+        raise SettingsError(
+            f"checking activations on samples needs onnxruntime ({error}); pip install 'anchorline[cpu]', "
+            "or build without samples"
+        ) from error
+    except Exception as error:  # onnxruntime's exceptions have no common base of their own
+        raise ArtefactError(
+            f"onnxruntime cannot load the model to check its activations ({_reason(error)}); "
+            "samples need the exported file, not one lowered for TensorRT"
+        ) from error
+
+
+def _run(session: Any, outputs: list[str], sample: Sample, index: int) -> list[NDArray[np.generic]]:
+    wanted = [tensor.name for tensor in session.get_inputs()]
+    if set(wanted) != set(sample):
+        raise SettingsError(
+            f"sample {index} has the tensors {', '.join(sample) or 'none'}; expected {', '.join(wanted)}"
+        )
+    try:
+        return list(session.run(outputs, dict(sample)))
+    except Exception as error:
+        raise SettingsError(
+            f"sample {index} does not fit the model ({_reason(error)}); expected inputs as the contract says"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    return message if len(message) <= 300 else message[:297] + "..."
+
+
+# A float32 graph that shows what half precision does: every weight and activation is really rounded.
+#
+# onnxruntime's CPU provider computes a float16 graph in float32, so running the mixed graph there hides
+# rounding between fused layers and overflow. Here each half-precision value passes through float16 and
+# back (onnxruntime keeps such pairs of casts), sums run in float32 as in tensor cores.
+
+
+def simulate_half(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The float32 graph whose numbers are those of the mixed graph ``model`` (from ``to_precision``).
+
+    Inputs, outputs and tensor names stay. A value beyond float16's range becomes infinite, as it would
+    in the engine.
+    """
+    simulated = copy_of(model)
+    graph, types = simulated.graph, element_types(model)
+    used = tensor_names(graph)
+    for tensor in graph.initializer:
+        if tensor.data_type == HALF:
+            tensor.CopyFrom(
+                numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
+            )
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        for place, name in enumerate(node.output):
+            if types.get(name) != HALF:
+                continue
+            exact, rounded = fresh_name(f"{name}_exact", used), fresh_name(f"{name}_rounded", used)
+            if node.op_type == "Cast":
+                _cast_to_float(node)
+            node.output[place] = exact
+            nodes.append(helper.make_node("Cast", [exact], [rounded], to=HALF))
+            nodes.append(helper.make_node("Cast", [rounded], [name], to=FLOAT))
+    replace_nodes(graph, nodes)
+    notes = [value for value in graph.value_info if types.get(value.name) != HALF]
+    del graph.value_info[:]
+    graph.value_info.extend(notes)
+    return simulated
+
+
+def _cast_to_float(node: onnx.NodeProto) -> None:
+    """Let a cast to half precision be one to float32: the rounding follows as a node of its own."""
+    del node.attribute[:]
+    node.attribute.append(helper.make_attribute("to", FLOAT))

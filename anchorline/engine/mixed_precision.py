@@ -1,0 +1,439 @@
+"""Precision as a property of the graph: the exported float32 file to a mixed, strongly typed one.
+
+TensorRT 11 takes only strongly typed networks, so what runs in half precision is written into the
+graph. Converters exist, and none fits: onnxconverter-common's ``float16`` and its descendant in
+onnxruntime convert all that is not forbidden, including box geometry, and clamp weights to the range in
+silence; nvidia-modelopt's autocast looks at activations but needs PyTorch, which this stage does not
+import, and pins an older onnx.
+
+In half precision run convolutions, fully connected layers, and what lies between them: a list of what may be
+half, not of what may not. Everything that decides geometry or order (anchors, decoding, IoU, NMS, TopK,
+softmax, sigmoid) is float32 because it is not on the list or does not lie between two layers.
+``fp16_range.py`` tells which layers would overflow or lose their digits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from anchorline.engine.fp16_range import (
+    LARGEST,
+    MARGIN,
+    SMALLEST_NORMAL,
+    WORST_ROUNDING,
+    Sample,
+    largest_activations,
+    largest_weight,
+    overflows,
+    rounding_loss,
+    simulate_half,
+)
+from anchorline.engine.graph_tools import (
+    FLOAT,
+    HALF,
+    constants,
+    copy_of,
+    drop_unused_constants,
+    element_types,
+    fresh_name,
+    replace_nodes,
+    tensor_names,
+)
+from anchorline.engine.lowering import fold_batch_norm
+from anchorline.engine.model_file import DOMAIN, HALF_SCALES_OPSET, check_exported, state_opset
+from anchorline.runtime.contract import CONTRACT_KEY
+from anchorline.runtime.io.errors import SettingsError
+
+_CONVOLUTIONS = {"Conv", "ConvTranspose"}
+_FULLY_CONNECTED = {"Gemm", "MatMul"}
+_TO_FLOAT = "DequantizeLinear"
+# Averages (pooling, ReduceMean) are not here: their sums of many terms are kept in float32.
+_BETWEEN = {
+    "Add", "Clip", "Concat", "Flatten", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "MaxPool", "Mul",
+    "Pad", "Relu", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
+    "QuantizeLinear", "DequantizeLinear",
+}  # fmt: skip
+# Inputs whose type is their own whatever the node computes in: Resize's region and scales, and the
+# coordinates of RoIs, which in half precision are a quarter of a cell off on a large map.
+_OWN_TYPE = {("", "Resize"): (1, 2), (DOMAIN, "RoIAlign"): (1,), (DOMAIN, "RoIPool"): (1,)}
+
+
+def half_region(
+    graph: onnx.GraphProto, types: dict[str, int], constant: Collection[str]
+) -> list[onnx.NodeProto]:
+    """The nodes that may compute in half precision, in order.
+
+    ``types`` are element types by tensor name, ``constant`` the names of constants: a fully connected
+    layer is a product with one. In a model quantised for TensorRT the integers between a QuantizeLinear
+    and its DequantizeLinear pass on what the two are between, and a DequantizeLinear before a layer has
+    the layer's precision: with a cast between the two TensorRT would not take integers for the layer.
+    """
+    weights = {n.output[0] for n in graph.node if n.op_type == _TO_FLOAT and n.input[0] in constant}
+    layers = {n.output[0] for n in graph.node if _is_layer(n, {*constant, *weights})}
+    between = {node.output[0] for node in graph.node if _is_between(node)}
+    after: set[str] = set()  # tensors that a layer produces, or nodes between from such tensors
+    for node in graph.node:
+        key = node.output[0]
+        if key in layers or (key in between and after & set(_passed_on(node, types))):
+            after.update(node.output)
+    before: set[str] = set()  # tensors that end in a layer in the same way
+    for node in reversed(graph.node):
+        key = node.output[0]
+        if key in layers or (key in between and before & set(node.output)):
+            before.update(_passed_on(node, types))
+    read = {name for node in graph.node if node.output[0] in layers for name in node.input[:2]}
+    return [
+        node
+        for node in graph.node
+        if node.output[0] in layers
+        or (node.output[0] in between and node.output[0] in after and before & set(node.output))
+        or (node.op_type == _TO_FLOAT and node.output[0] in read)
+    ]
+
+
+def _passed_on(node: onnx.NodeProto, types: dict[str, int]) -> list[str]:
+    """The inputs through which half precision goes on."""
+    return [*half_inputs(node, types), *(node.input[:1] if node.op_type == _TO_FLOAT else ())]
+
+
+def half_places(node: onnx.NodeProto, types: dict[str, int]) -> list[int]:
+    """The places of the float inputs that take the type the node computes in."""
+    own = _OWN_TYPE.get((node.domain, node.op_type), ())
+    return [place for place, name in enumerate(node.input) if place not in own and types.get(name) == FLOAT]
+
+
+def half_inputs(node: onnx.NodeProto, types: dict[str, int]) -> list[str]:
+    """The names of those inputs."""
+    return [node.input[place] for place in half_places(node, types)]
+
+
+def factors(node: onnx.NodeProto) -> list[str]:
+    """The inputs that multiply: weights, not biases or bounds, whose small values nothing depends on."""
+    if node.op_type in _CONVOLUTIONS:
+        return list(node.input[1:2])
+    if node.op_type in (_TO_FLOAT, "QuantizeLinear"):
+        return list(node.input[1:2])
+    return list(node.input[:2]) if node.op_type in (*_FULLY_CONNECTED, "Mul") else []
+
+
+def half_outputs(node: onnx.NodeProto, types: dict[str, int]) -> list[str]:
+    """The float outputs."""
+    return [name for name in node.output if types.get(name) == FLOAT]
+
+
+def _is_layer(node: onnx.NodeProto, constant: Collection[str]) -> bool:
+    if node.domain:
+        return False
+    if node.op_type in _CONVOLUTIONS:
+        return node.input[1] in constant
+    return node.op_type in _FULLY_CONNECTED and any(name in constant for name in node.input[:2])
+
+
+def _is_between(node: onnx.NodeProto) -> bool:
+    if node.domain == DOMAIN:
+        return node.op_type in ("RoIAlign", "RoIPool")
+    return not node.domain and node.op_type in _BETWEEN
+
+
+# Writing a mixed graph: chosen nodes in half precision, the others untouched, casts where they meet.
+
+
+# They read a shape, whatever the type.
+_TYPELESS = ("Shape", "Size")
+
+
+def write_half(model: onnx.ModelProto, half: Collection[str], types: dict[str, int]) -> dict[str, str]:
+    """Turn the nodes whose first output is in ``half`` to half precision, in place.
+
+    Tensors keep their names; of one that exists in both types the float32 form keeps it, and the other
+    is ``x_half``. Returns the name of each tensor's half-precision form. The graph is strongly typed:
+    every node's inputs have the types ONNX prescribes, nothing is left to the runtime's choice.
+    """
+    writer = _Writer(model.graph, types)
+    for node in list(model.graph.node):
+        if node.output[0] in half:
+            writer.half_node(node)
+        else:
+            writer.float_node(node)
+    renamed = writer.names_to_give_back()
+    for node in writer.nodes:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+    replace_nodes(model.graph, writer.nodes)
+    notes = [value for value in model.graph.value_info if value.name not in renamed.values()]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(notes)
+    drop_unused_constants(model.graph)
+    return {name: renamed.get(half_name, half_name) for name, half_name in writer.half_names.items()}
+
+
+class _Writer:
+    """The nodes written so far, and the half-precision name of every tensor that has one."""
+
+    def __init__(self, graph: onnx.GraphProto, types: dict[str, int]) -> None:
+        self.graph = graph
+        self.types = types
+        self.constants = constants(graph)
+        self.outputs = {value.name for value in graph.output}
+        self.used = tensor_names(graph)
+        self.nodes: list[onnx.NodeProto] = []
+        self.half_names: dict[str, str] = {}
+        self.made_half: set[str] = set()  # tensors that a half node produces: no float32 form by itself
+        self.made_float: set[str] = set()  # those of them for which a cast back stands already
+
+    def names_to_give_back(self) -> dict[str, str]:
+        """The half-precision tensors that have no float32 form, to whose names they are entitled."""
+        alone = self.made_half - self.made_float
+        return {self.half_names[name]: name for name in alone}
+
+    def half_node(self, node: onnx.NodeProto) -> None:
+        places = half_places(node, self.types)
+        produced = set(half_outputs(node, self.types))
+        written = onnx.NodeProto.FromString(node.SerializeToString())
+        for place, name in enumerate(node.input):
+            if place in places:
+                written.input[place] = self._half(name)
+            else:
+                self._want_float(name)
+        for place, name in enumerate(node.output):
+            if name in produced:
+                self.half_names[name] = written.output[place] = fresh_name(f"{name}_half", self.used)
+                self.made_half.add(name)
+        self.nodes.append(written)
+        for name in produced & self.outputs:
+            self._want_float(name)
+
+    def float_node(self, node: onnx.NodeProto) -> None:
+        if node.op_type in _TYPELESS and node.input[0] in self.made_half:
+            node = onnx.NodeProto.FromString(node.SerializeToString())
+            node.input[0] = self.half_names[node.input[0]]
+        else:
+            for name in node.input:
+                self._want_float(name)
+        self.nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+
+    def _want_float(self, name: str) -> None:
+        """Make sure that ``name`` exists in float32."""
+        if name in self.made_half and name not in self.made_float:
+            self.nodes.append(_cast(self.half_names[name], name, FLOAT))
+            self.made_float.add(name)
+
+    def _half(self, name: str) -> str:
+        """The half-precision name of ``name``: a rounded constant, or made by a cast."""
+        if name not in self.half_names:
+            half = self.half_names[name] = fresh_name(f"{name}_half", self.used)
+            if name in self.constants:
+                rounded = self.constants[name].astype(np.float16)
+                self.graph.initializer.append(numpy_helper.from_array(rounded, half))
+            else:
+                self.nodes.append(_cast(name, half, HALF))
+        return self.half_names[name]
+
+
+def _cast(source: str, result: str, kind: int) -> onnx.NodeProto:
+    return helper.make_node("Cast", [source], [result], name=f"cast_{result}", to=kind)
+
+
+PRECISIONS = ("fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class KeptLayer:
+    """A layer that stays float32: ``reason`` is "overflow" or "underflow", ``tensor`` where it would
+    happen, ``magnitude`` the largest there."""
+
+    name: str
+    op: str
+    reason: str
+    tensor: str
+    magnitude: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} ({self.op}) stays fp32: {self.reason} in {self.tensor}, up to {self.magnitude:.3g}"
+        )
+
+
+@dataclass(frozen=True)
+class PrecisionReport:
+    """What ``to_precision`` did.
+
+    ``half`` names the nodes now in half precision, ``kept`` those that could not be. ``samples`` is the
+    number of samples on which activations were checked; with 0 only the weights were. ``largest`` is
+    the largest activation seen in half precision, as (tensor, magnitude). ``folded`` counts batch norms.
+    """
+
+    precision: str
+    half: tuple[str, ...] = ()
+    kept: tuple[KeptLayer, ...] = ()
+    samples: int = 0
+    largest: tuple[str, float] | None = None
+    folded: int = 0
+
+    def lines(self) -> list[str]:
+        """The report for a reader, a line each."""
+        if self.precision == "fp32":
+            return ["precision fp32: the graph as exported"]
+        checked = f"weights, and activations on {self.samples} samples" if self.samples else "weights only"
+        lines = [f"precision fp16: {len(self.half)} nodes in half precision, {len(self.kept)} kept fp32"]
+        lines.append(f"range checked: {checked}")
+        if not self.samples:
+            lines.append("no sample images were given: an activation beyond 65504 would not be noticed")
+        if self.largest is not None:
+            lines.append(f"largest activation in half precision: {self.largest[1]:.4g} in {self.largest[0]}")
+        return lines + [str(layer) for layer in self.kept]
+
+    def to_json(self) -> dict[str, object]:
+        """The report as JSON values."""
+        return dataclasses.asdict(self)
+
+
+def to_precision(
+    model: onnx.ModelProto, precision: str, samples: Sequence[Sample] = ()
+) -> tuple[onnx.ModelProto, PrecisionReport]:
+    """``model`` (an exported file, its functions inlined or not) in ``precision``, and what was done.
+
+    "fp16": convolutions, fully connected layers and what lies between them in half precision, batch
+    norm folded first; a node whose weights, inputs or outputs half precision cannot hold stays float32.
+    ``samples`` are network inputs by name (``images``, ``image_sizes``) on which activations are
+    measured, with a margin of ``MARGIN``; without them only weights are. "fp32": a copy.
+    Raises ``SettingsError`` for another precision or samples that do not fit, ``ArtefactError`` for a
+    model that is not ours.
+    """
+    if precision not in PRECISIONS:
+        raise SettingsError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    check_exported(model)
+    mixed = copy_of(model)
+    if precision == "fp32":
+        return mixed, PrecisionReport("fp32")
+    folded = fold_batch_norm(mixed)
+    types, values = element_types(mixed), constants(mixed.graph)
+    region = half_region(mixed.graph, types, values)
+    kept = _weight_findings(region, types, values)
+    magnitudes = _magnitudes(mixed, region, types, values, samples)
+    kept |= _activation_findings(region, types, magnitudes, kept)
+    kept |= _rounded_findings(mixed, region, types, kept, samples)
+    half = [node for node in region if node.output[0] not in kept]
+    inside = {name for node in half for name in half_outputs(node, types)} & set(magnitudes)
+    report = PrecisionReport(
+        precision,
+        half=tuple(_layer_name(node, values) for node in half),
+        kept=tuple(kept.values()),
+        samples=len(samples),
+        largest=max(((n, magnitudes[n]) for n in inside), key=lambda item: item[1], default=None),
+        folded=folded,
+    )
+    write_half(mixed, {node.output[0] for node in half}, types)
+    if any(node.op_type == "DequantizeLinear" for node in half):
+        state_opset(mixed, HALF_SCALES_OPSET)
+    _state_precision(mixed, precision)
+    return mixed, report
+
+
+def _weight_findings(
+    region: Sequence[onnx.NodeProto], types: dict[str, int], values: dict[str, NDArray[np.generic]]
+) -> dict[str, KeptLayer]:
+    """Nodes with constants that half precision cannot hold, by first output."""
+    found: dict[str, KeptLayer] = {}
+    for node in region:
+        for name in half_inputs(node, types):
+            if name not in values:
+                continue
+            magnitude = largest_weight(values[name])
+            reason = ""
+            if overflows(magnitude):
+                reason = "overflow"
+            elif name in factors(node) and rounding_loss(values[name]) > WORST_ROUNDING:
+                reason = "underflow"
+            if reason:
+                layer = KeptLayer(_layer_name(node, values), node.op_type, reason, name, magnitude)
+                found.setdefault(node.output[0], layer)
+    return found
+
+
+def _magnitudes(
+    model: onnx.ModelProto,
+    region: Sequence[onnx.NodeProto],
+    types: dict[str, int],
+    values: dict[str, NDArray[np.generic]],
+    samples: Sequence[Sample],
+) -> dict[str, float]:
+    """The largest magnitude in float32 of every tensor that the region would round."""
+    tensors = {name for node in region for name in (*half_inputs(node, types), *half_outputs(node, types))}
+    return largest_activations(model, tensors - set(values), samples)
+
+
+def _activation_findings(
+    region: Sequence[onnx.NodeProto],
+    types: dict[str, int],
+    magnitudes: dict[str, float],
+    known: dict[str, KeptLayer],
+) -> dict[str, KeptLayer]:
+    """Nodes that read or write a tensor beyond the range, or one wholly among the subnormals."""
+    found: dict[str, KeptLayer] = {}
+    for node in region:
+        for name in (*half_inputs(node, types), *half_outputs(node, types)):
+            magnitude = magnitudes.get(name, 0.0)
+            too_small = 0.0 < magnitude < SMALLEST_NORMAL
+            if node.output[0] not in known and (magnitude * MARGIN > LARGEST or too_small):
+                reason = "underflow" if too_small else "overflow"
+                found.setdefault(
+                    node.output[0], KeptLayer(_layer_name(node), node.op_type, reason, name, magnitude)
+                )
+    return found
+
+
+def _rounded_findings(
+    model: onnx.ModelProto,
+    region: Sequence[onnx.NodeProto],
+    types: dict[str, int],
+    known: dict[str, KeptLayer],
+    samples: Sequence[Sample],
+) -> dict[str, KeptLayer]:
+    """Nodes whose outputs are not finite once everything before them is rounded.
+
+    Magnitudes in float32 do not show it when rounding itself drives values apart. Of a chain of such
+    nodes the first is kept, and the rest looked at again.
+    """
+    found: dict[str, KeptLayer] = {}
+    while samples:
+        half = [node for node in region if node.output[0] not in {**known, **found}]
+        trial = copy_of(model)
+        names = write_half(trial, {node.output[0] for node in half}, types)
+        # In the simulation a half tensor is float32, and not finite if it overflowed.
+        tensors = {node.output[0]: names[node.output[0]] for node in half}
+        magnitudes = largest_activations(simulate_half(trial), tensors.values(), samples)
+        first = next((node for node in half if not np.isfinite(magnitudes[tensors[node.output[0]]])), None)
+        if first is None:
+            break
+        found[first.output[0]] = KeptLayer(
+            _layer_name(first), first.op_type, "overflow", first.output[0], float("inf")
+        )
+    return found
+
+
+def _layer_name(node: onnx.NodeProto, values: dict[str, NDArray[np.generic]] | None = None) -> str:
+    """A layer's name: that of its weight, as the checkpoint has it, else the node's own."""
+    for name in node.input[1:2]:
+        weight = name.removesuffix("_DequantizeLinear_Output").removesuffix("_folded")
+        if weight.endswith(".weight"):
+            return weight.removesuffix(".weight")
+    return node.name or node.output[0]
+
+
+def _state_precision(model: onnx.ModelProto, precision: str) -> None:
+    """Let the contract inside the model say so; of a quantised one the integers are what counts."""
+    contract = check_exported(model)
+    if contract.precision == "int8":
+        return
+    contract = dataclasses.replace(contract, precision=precision)
+    for entry in model.metadata_props:
+        if entry.key == CONTRACT_KEY:
+            entry.value = contract.to_json()

@@ -1,0 +1,380 @@
+"""TensorRT (10.12 and later, 11) and TensorRT for RTX as the builder uses them: parser, builder, layers."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import re
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from anchorline.engine.options import Batch, BuildOptions
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError
+from anchorline.runtime.io.files import atomic_write_bytes
+from anchorline.runtime.tensorrt.library import FLAVOURS, captured_log, load_tensorrt, tensorrt_logger
+from anchorline.runtime.tensorrt.plugins import register_plugins
+
+_NOT_A_CAPABILITY = ("NONE", "CURRENT")
+# Alone by NVIDIA's advice (TensorRT for RTX, support matrix): in an engine with others it costs speed, and
+# several times the activation memory.
+_TURING = 75
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """A loaded flavour: ``trt`` is its Python module, ``capabilities`` what the engine will be built for.
+
+    ``gpu`` names the GPU an engine is timed on; TensorRT for RTX builds without one.
+    """
+
+    name: str
+    trt: Any
+    capabilities: tuple[int, ...]
+    gpu: str | None
+
+    @property
+    def title(self) -> str:
+        return FLAVOURS[self.name].title
+
+    @property
+    def version(self) -> str:
+        return str(self.trt.__version__)
+
+    def create_builder(self) -> Any:
+        """A builder, or ``AnchorlineError`` with TensorRT's own reason."""
+        with captured_log() as records:
+            try:
+                builder = self.trt.Builder(tensorrt_logger(self.name))
+            except TypeError:  # how the bindings say that there is none
+                builder = None
+        if builder is None:
+            reason = records[-1].getMessage() if records else "no reason given"
+            raise AnchorlineError(
+                f"{self.title} {self.version} could not start ({reason}); see anchorline doctor"
+            )
+        return builder
+
+    def create_network(self, builder: Any) -> Any:
+        """An empty, strongly typed network: types are those of the graph, in each version of TensorRT."""
+        return builder.create_network(1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+
+    def create_config(self, builder: Any, options: BuildOptions) -> Any:
+        """The builder's settings, without profiles, progress and timing cache."""
+        config = builder.create_builder_config()
+        if options.workspace is not None:
+            config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, options.workspace * _MIB)
+        if options.optimization_level is not None:
+            config.builder_optimization_level = options.optimization_level
+        if options.version_compatible:
+            config.set_flag(self.trt.BuilderFlag.VERSION_COMPATIBLE)
+        if options.hardware_compatible:
+            config.hardware_compatibility_level = self.trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        if self.name == "tensorrt-rtx":
+            config.num_compute_capabilities = len(self.capabilities)
+            for index, number in enumerate(self.capabilities):
+                config.set_compute_capability(getattr(self.trt.ComputeCapability, f"SM{number}"), index)
+        return config
+
+
+def load_toolkit(options: BuildOptions) -> Toolkit:
+    """Load the flavour that ``options`` ask for, with our plugins registered.
+
+    Raises ``SettingsError`` when it is not installed, when a compute capability is not known to it, or
+    when it needs a GPU and there is none.
+    """
+    trt = load_tensorrt(options.target)
+    register_plugins(trt)
+    if options.target == "tensorrt-rtx":
+        return Toolkit(options.target, trt, _rtx_capabilities(trt, options.compute_capabilities), None)
+    name, capability = current_gpu()
+    return Toolkit(options.target, trt, (capability,), name)
+
+
+def current_gpu() -> tuple[str, int]:
+    """Name and compute capability (86 for 8.6) of the first GPU; raises ``SettingsError`` without one."""
+    try:
+        from anchorline.runtime.tensorrt.plugins.driver import first_gpu
+
+        return first_gpu()
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"{error.name} is not installed, and TensorRT's builder needs it: pip install 'anchorline[gpu]'"
+        ) from None
+    except Exception as error:  # cuda-bindings raise errors of their own where there is no driver
+        reason = str(error).partition(";")[0]
+        raise SettingsError(
+            f"TensorRT needs an NVIDIA GPU to build, and none can be used here ({reason}); build on the "
+            "machine that will run the engine, or with --target tensorrt-rtx"
+        ) from None
+
+
+def _rtx_capabilities(trt: Any, asked: tuple[int, ...]) -> tuple[int, ...]:
+    members = trt.ComputeCapability.__members__
+    known = sorted(int(name.removeprefix("SM")) for name in members if name not in _NOT_A_CAPABILITY)
+    for number in asked:
+        if number not in known:
+            raise SettingsError(
+                f"compute capability is {number}; TensorRT for RTX {trt.__version__} builds for "
+                f"{', '.join(map(str, known))}"
+            )
+    return tuple(sorted(set(asked))) or tuple(number for number in known if number != _TURING)
+
+
+# The per-layer report: the parsed network, layer by layer.
+#
+# TensorRT for RTX compiles all of it into one fused node, so the network tells more than the engine.
+
+
+# Weights and shape arithmetic: hundreds of layers that do no work.
+_LEFT_OUT = ("CONSTANT", "SHAPE")
+PLUGIN_LAYER = "PLUGIN_V3"
+
+
+def layer_report(network: Any) -> list[dict[str, Any]]:
+    """For each layer its name, type, precision (of its first output) and that output's shape (-1: free)."""
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    return [_row(layer) for layer in layers if layer.type.name not in _LEFT_OUT and layer.num_outputs]
+
+
+def plugin_layers(report: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the layers that are plugins."""
+    return [row for row in report if row["type"] == PLUGIN_LAYER]
+
+
+def _row(layer: Any) -> dict[str, Any]:
+    output = layer.get_output(0)
+    return {
+        "name": layer.name,
+        "type": layer.type.name,
+        "precision": _type_name(output.dtype.name),
+        "shape": _shape(output),
+    }
+
+
+def _shape(tensor: Any) -> list[int] | None:
+    """The shape, or None where TensorRT does not know how many axes there are."""
+    try:
+        return [int(side) for side in tensor.shape]
+    except ValueError:  # the bindings refuse to list axes of unknown number
+        return None
+
+
+def _type_name(name: str) -> str:
+    """TensorRT's name of a type as the manifest has it: FLOAT is fp32."""
+    return {"FLOAT": "fp32", "HALF": "fp16"}.get(name, name.lower())
+
+
+# From the lowered graph to TensorRT's network, with its errors in words.
+
+
+_CAUSES = (
+    (r"plugin|Plugin not found|creator", "the plugin is not registered or refused the node's attributes"),
+    (r"TopK|topk", "TensorRT's TopK takes at most 3840 values"),
+    (r"UINT8|uint8", "TensorRT moves no uint8 about: it must be Cast first"),
+    (r"NonZero|NonMaxSuppression", "TensorRT does not run operators whose output size depends on the data"),
+    (r"RoiAlign", "TensorRT for RTX cannot parse RoiAlign without a driver"),
+    (r"opset|Opset", "this TensorRT does not know the graph's opset"),
+)
+
+
+def parse(toolkit: Toolkit, builder: Any, model: onnx.ModelProto, batch: Batch) -> Any:
+    """The network of ``model``; where the batch does not vary, its inputs have that batch fixed.
+
+    Raises ``ArtefactError`` naming node and operator, with the known cause if there is one.
+    """
+    network = toolkit.create_network(builder)
+    parser = toolkit.trt.OnnxParser(network, tensorrt_logger(toolkit.name))
+    with captured_log() as records:
+        parsed = parser.parse(model.SerializeToString())
+    if not parsed:
+        told = [_describe(parser.get_error(index), model) for index in range(parser.num_errors)]
+        reason = (told or [record.getMessage() for record in records] or ["no reason given"])[0]
+        raise ArtefactError(f"{toolkit.title} {toolkit.version} cannot parse the graph: {reason}")
+    if batch[0] == batch[2]:
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            tensor.shape = (batch[0], *tuple(tensor.shape)[1:])
+    return network
+
+
+def _describe(error: Any, model: onnx.ModelProto) -> str:
+    """One parser error: node and operator, what TensorRT says, and the known cause.
+
+    Inside a function the node has no name, but the stack of calls has; elsewhere its number helps.
+    """
+    text = " ".join(str(error.desc()).split())
+    names = [name for name in (error.node_name(), *error.local_function_stack()) if name]
+    operator, index, nodes = error.node_operator(), error.node(), model.graph.node
+    if 0 <= index < len(nodes):
+        names.append(nodes[index].name or ", ".join(nodes[index].output))
+        operator = operator or nodes[index].op_type
+    node = f"node {names[0]} ({operator or 'unknown operator'})" if names else "the graph"
+    cause = next((cause for pattern, cause in _CAUSES if re.search(pattern, f"{text} {node}")), None)
+    return f"{node}: {text}" + (f" ({cause})" if cause else "")
+
+
+# Running TensorRT's builder: profile, progress, timing cache, cancelling.
+
+
+Progress = Callable[[int, int], None]
+_STEPS = 1000  # of the progress bar
+_ACTIVATION = re.compile(r"Total Activation Memory: (\d+) bytes")
+_MOST_WARNINGS = 20
+_WAKE_S = 0.1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A serialised engine, with what TensorRT said: warnings, and the activation memory it will need."""
+
+    content: bytes
+    activation_bytes: int | None
+    warnings: tuple[str, ...]
+
+
+@dataclass
+class _Phases:
+    """How far a build is: phases with steps, some of which stand for whole phases of their own."""
+
+    steps: dict[str, int] = field(default_factory=dict)
+    done: dict[str, int] = field(default_factory=dict)
+    parents: dict[str, str | None] = field(default_factory=dict)
+    reached: float = 0.0
+
+    def start(self, name: str, parent: str | None, steps: int) -> None:
+        self.steps[name], self.done[name], self.parents[name] = max(steps, 1), 0, parent
+
+    def finish(self, name: str) -> None:
+        self.steps.pop(name, None)
+        self.done.pop(name, None)
+        self.parents.pop(name, None)
+
+    def fraction(self) -> float:
+        """From 0 to 1, never falling."""
+        roots = [name for name, parent in self.parents.items() if parent is None or parent not in self.steps]
+        self.reached = max([self.reached, *(self._fraction(name) for name in roots[:1])])
+        return min(self.reached, 1.0)
+
+    def _fraction(self, name: str) -> float:
+        inside = [self._fraction(child) for child, parent in self.parents.items() if parent == name]
+        return min((self.done[name] + max(inside, default=0.0)) / self.steps[name], 1.0)
+
+
+def serialise(
+    toolkit: Toolkit,
+    builder: Any,
+    network: Any,
+    options: BuildOptions,
+    batch: Batch,
+    timing_cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Build ``network``. A Ctrl-C ends the build at TensorRT's next step and is raised again.
+
+    ``timing_cache`` is a folder with one file for each GPU and version. Raises ``AnchorlineError`` with
+    TensorRT's reason when the build fails, ``OutputError`` when the timing cache cannot be written.
+    """
+    config = toolkit.create_config(builder, options)
+    if batch[0] != batch[2]:
+        config.add_optimization_profile(_profile(builder, network, batch))
+    cache_file = None if timing_cache is None else _load_timing_cache(toolkit, config, timing_cache)
+    cancelled = threading.Event()
+    failures: list[BaseException] = []
+    config.progress_monitor = monitor = _monitor(toolkit.trt, progress, cancelled, failures)
+    with captured_log() as records:
+        plan = _run(lambda: builder.build_serialized_network(network, config), cancelled)
+    del monitor  # until here TensorRT has held no reference of its own
+    if failures:
+        raise failures[0]
+    texts = [(record.levelname, " ".join(record.getMessage().split())) for record in records]
+    if plan is None:
+        reason = next((text for level, text in reversed(texts) if level == "ERROR"), "no reason given")
+        raise AnchorlineError(f"{toolkit.title} {toolkit.version} could not build the engine: {reason}")
+    if cache_file is not None:
+        atomic_write_bytes(cache_file, bytes(config.get_timing_cache().serialize()))
+    found = [match for _, text in texts for match in _ACTIVATION.findall(text)]
+    warnings = [text for level, text in texts if level == "WARNING"]
+    return Plan(bytes(plan), int(found[-1]) if found else None, _readable(warnings))
+
+
+def _run(build: Callable[[], Any], cancelled: threading.Event) -> Any:
+    """Build in a thread of its own, so that this one hears Ctrl-C at once and can pass it on."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(build)
+        try:
+            while not concurrent.futures.wait([running], timeout=_WAKE_S).done:
+                pass  # Windows delivers a Ctrl-C only between two waits
+            return running.result()
+        except BaseException:
+            cancelled.set()  # leaving the block waits for the thread
+            raise
+
+
+def _profile(builder: Any, network: Any, batch: Batch) -> Any:
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        rest = tuple(tensor.shape)[1:]
+        profile.set_shape(tensor.name, *((size, *rest) for size in batch))
+    return profile
+
+
+def _monitor(
+    trt: Any, progress: Progress | None, cancelled: threading.Event, failures: list[BaseException]
+) -> Any:
+    """TensorRT's progress monitor. An error of ``progress`` ends the build and is kept in ``failures``."""
+    phases = _Phases()
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            phases.start(phase_name, parent_phase, num_steps)
+
+        def phase_finish(self, phase_name: str) -> None:
+            phases.finish(phase_name)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            """False ends the build."""
+            if phase_name in phases.done:
+                phases.done[phase_name] = step + 1
+            try:
+                if progress is not None:
+                    progress(int(phases.fraction() * _STEPS), _STEPS)
+            except BaseException as error:
+                failures.append(error)
+                cancelled.set()
+            return not cancelled.is_set()
+
+    return Monitor()
+
+
+def _load_timing_cache(toolkit: Toolkit, config: Any, folder: Path) -> Path:
+    """Give ``config`` the timings of earlier builds on this GPU with this version; returns their file."""
+    if toolkit.gpu is None:
+        raise SettingsError(
+            f"timing cache is {str(folder)!r}; {toolkit.title} times nothing when it builds, leave it out"
+        )
+    gpu = re.sub(r"[^A-Za-z0-9]+", "-", toolkit.gpu)
+    file = folder / f"{toolkit.name}-{toolkit.version}-{gpu}.cache"
+    content = file.read_bytes() if file.is_file() else b""
+    cache = config.create_timing_cache(content)
+    if not config.set_timing_cache(cache, ignore_mismatch=False):
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+    return file
+
+
+def _readable(warnings: Sequence[str]) -> tuple[str, ...]:
+    """Each warning once, with how often it came."""
+    counts: dict[str, int] = {}
+    for text in warnings:
+        counts[text] = counts.get(text, 0) + 1
+    lines = [text if count == 1 else f"{text} ({count} times)" for text, count in counts.items()]
+    rest = len(lines) - _MOST_WARNINGS
+    return (*lines[:_MOST_WARNINGS], *([f"... and {rest} more"] if rest > 0 else []))

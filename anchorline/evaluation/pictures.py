@@ -1,0 +1,493 @@
+"""Pictures of an evaluation and of a run: curves, confusion matrix, contact sheets, the worst images.
+
+On matplotlib's object interface, without pyplot and its global state. Files are written whole.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.data.dataset import Dataset
+from anchorline.evaluation.evaluate import EvaluationReport
+from anchorline.evaluation.matching import (
+    BACKGROUND,
+    ConfusionMatrix,
+    ImageMatches,
+    confusion_matrix,
+    match_image,
+)
+from anchorline.evaluation.recall import ProposalReport
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.drawing import draw
+from anchorline.runtime.io.errors import DataError, SettingsError
+from anchorline.runtime.io.files import atomic_path, write_json
+from anchorline.runtime.io.images import write_image
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+_SMOOTHING = 25  # steps over which the drawn loss is averaged
+_LEGEND_INSIDE = 8  # classes; more would cover the curves
+_LEGEND_OUTSIDE = 96  # beside the plot; beyond this the JSON has to tell
+_LEGEND_ROWS = 32
+_TITLE_HEIGHT = 22
+_GAP = 6
+_PAPER = 255
+
+
+def plot_pr_curves(report: EvaluationReport, path: str | Path) -> None:
+    """Precision over recall at IoU 0.5, one line for each class, as a PNG, SVG or PDF by the suffix."""
+    classes = len(report.curves)
+    columns = -(-classes // _LEGEND_ROWS) if _LEGEND_INSIDE < classes <= _LEGEND_OUTSIDE else 0
+    figure, axes = new_figure(6.4 + 1.7 * columns, 5.2)
+    for name, curve in report.curves.items():
+        if curve.objects:
+            recall = np.concatenate([[0.0][: len(curve.recall)], curve.recall])  # none without detections
+            precision = np.concatenate([curve.precision[:1], curve.precision])
+            axes.plot(recall, precision, linewidth=1.8, label=f"{literal(name)}  {curve.area:.3f}")
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.03))
+    axes.set_title(f"mAP50 {report.map50:.3f} on {report.images} images")
+    if axes.lines and columns:
+        figure.legend(loc="outside right upper", title="AP50", frameon=False, ncols=columns, fontsize=7)
+    elif axes.lines and classes <= _LEGEND_INSIDE:
+        axes.legend(loc="lower left", title="AP50", frameon=False)
+    save_figure(figure, path)
+
+
+def plot_loss_curve(csv_path: str | Path, path: str | Path) -> None:
+    """The losses of a training run over its steps, smoothed, and the validation mAP50 where it is given.
+
+    Reads the columns ``step``, ``loss`` and any ``loss_*``; empty cells are left out, so validation
+    rows (column ``map50``) may stand between training rows. Raises ``DataError`` for another file.
+    """
+    columns = _read_columns(Path(csv_path))
+    figure, axes = new_figure(7.2, 4.6)
+    for name in sorted(name for name in columns if name == "loss" or name.startswith("loss_")):
+        steps, values = columns[name]
+        total = name == "loss"
+        label = "total" if total else name.removeprefix("loss_").replace("_", " ")
+        axes.plot(steps, _smoothed(values), linewidth=2.0 if total else 1.1, label=label, zorder=3 - total)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.set_ylim(bottom=0)
+    handles, labels = axes.get_legend_handles_labels()
+    if "map50" in columns and len(columns["map50"][0]):
+        accuracy = axes.twinx()
+        accuracy.plot(
+            *columns["map50"], "o--", color="black", linewidth=1, markersize=4, label="mAP50 (right)"
+        )
+        accuracy.set(ylabel="validation mAP50", ylim=(0, 1))
+        more_handles, more_labels = accuracy.get_legend_handles_labels()
+        handles, labels = handles + more_handles, labels + more_labels
+    axes.legend(handles, labels, frameon=False, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.17))
+    save_figure(figure, path)
+
+
+def contact_sheet(
+    images: Sequence[NDArray[np.uint8]],
+    path: str | Path,
+    columns: int = 4,
+    titles: Sequence[str] | None = None,
+    cell: tuple[int, int] = (240, 320),
+) -> None:
+    """Images (uint8 BGR [H, W, 3]) side by side in one picture, each fitted into ``cell`` (h, w) pixels."""
+    if not images or columns < 1:
+        raise SettingsError(
+            f"contact sheet of {len(images)} images in {columns} columns; expected at least 1 each"
+        )
+    if titles is not None and len(titles) != len(images):
+        raise SettingsError(
+            f"contact sheet of {len(images)} images has {len(titles)} titles; expected one each"
+        )
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    title_height = _TITLE_HEIGHT if titles is not None else 0
+    row_height, column_width = cell[0] + title_height + _GAP, cell[1] + _GAP
+    sheet = np.full((rows * row_height + _GAP, columns * column_width + _GAP, 3), _PAPER, np.uint8)
+    for index, image in enumerate(images):
+        top, left = index // columns * row_height + _GAP, index % columns * column_width + _GAP
+        if titles is not None:
+            _write_title(sheet, titles[index], left, top, cell[1])
+        _fit(sheet[top + title_height : top + title_height + cell[0], left : left + cell[1]], image)
+    write_image(path, sheet)
+
+
+def _fit(place: NDArray[np.uint8], image: NDArray[np.uint8]) -> None:
+    """Scale an image into the middle of its place."""
+    scale = min(place.shape[0] / image.shape[0], place.shape[1] / image.shape[1])
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    top, left = (place.shape[0] - height) // 2, (place.shape[1] - width) // 2
+    place[top : top + height, left : left + width] = cv2.resize(image, (width, height), interpolation=method)
+
+
+def _write_title(sheet: NDArray[np.uint8], title: str, left: int, top: int, width: int) -> None:
+    font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.45
+    while len(title) > 1 and cv2.getTextSize(title, font, scale, 1)[0][0] > width:
+        title = title[:-1]
+    cv2.putText(sheet, title, (left, top + _TITLE_HEIGHT - 7), font, scale, (40, 40, 40), 1, cv2.LINE_AA)
+
+
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure with one plot, its size in inches."""
+    figure, (axes,) = new_figures(width, height, 1)
+    return figure, axes
+
+
+def new_figures(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with plots side by side, without pyplot's global state, so that it needs no display."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SettingsError("plots need matplotlib, which is not installed; pip install matplotlib") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    plots = [figure.add_subplot(1, count, number) for number in range(1, count + 1)]
+    for axes in plots:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, plots
+
+
+def literal(text: str) -> str:
+    """A name as matplotlib's text: what stands between two dollar signs would be a formula."""
+    return text.replace("$", r"\$")
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write the figure as a PNG, SVG or PDF by the suffix, whole or not at all."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+
+
+def _read_columns(path: Path) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Each numeric column with the steps at which it has a value: (steps, values)."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read ({error}); expected the CSV of a training run") from None
+    if not rows or "step" not in rows[0] or "loss" not in rows[0]:
+        raise DataError(f"{path}: expected a CSV with the columns step and loss, and at least one row")
+    columns: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+    for name in (name for name in rows[0] if isinstance(name, str)):
+        points = [(row["step"], row[name]) for row in rows if row["step"] and row[name]]
+        try:
+            values = np.array(points, dtype=np.float64).reshape(-1, 2)
+        except ValueError:
+            continue  # a column of text
+        columns[name] = (values[:, 0], values[:, 1])
+    return columns
+
+
+def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The running mean over the last steps, shorter at the start."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - _SMOOTHING)
+    return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
+
+
+# Two pictures of one image beside each other, for contact sheets that compare two results.
+
+
+PANEL = (360, 480)
+"""Height and width in pixels of one of the two pictures of an image."""
+_PAIR_GAP = 4
+GREY = (110, 110, 110)  # visible on light and on dark images
+
+Pixels = NDArray[np.uint8]
+
+
+def fit_panel(pixels: Pixels) -> tuple[Pixels, float]:
+    """The image in a panel's size, and the factor; drawn on afterwards, so that lines and letters have
+    the sheet's size and not the image's."""
+    scale = min(PANEL[0] / pixels.shape[0], PANEL[1] / pixels.shape[1])
+    width, height = (max(1, round(side * scale)) for side in (pixels.shape[1], pixels.shape[0]))
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(pixels, (width, height), interpolation=method), dtype=np.uint8), scale
+
+
+def outline(
+    picture: Pixels,
+    boxes: NDArray[np.float32],
+    scale: float,
+    colour: tuple[int, int, int] = GREY,
+    thickness: int = 1,
+) -> None:
+    """Draw boxes without labels into the panel; thin and grey is what needs no attention."""
+    for box in np.round(boxes * scale).astype(int).tolist():
+        cv2.rectangle(picture, (box[0], box[1]), (box[2] - 1, box[3] - 1), colour, thickness)
+
+
+def to_panel(detections: Detections, scale: float) -> Detections:
+    """The detections in the panel's pixels."""
+    return Detections(detections.boxes * scale, detections.scores, detections.labels, detections.class_names)
+
+
+def pair(left: Pixels, right: Pixels) -> Pixels:
+    """Two panels of one image as one picture."""
+    gap = np.full((len(left), _PAIR_GAP, 3), 255, np.uint8)
+    return np.concatenate([left, gap, right], axis=1)
+
+
+def pair_sheet(pairs: Sequence[Pixels], titles: Sequence[str], path: str | Path, columns: int) -> None:
+    """Write pairs with their titles as one picture."""
+    contact_sheet(pairs, path, columns=columns, titles=titles, cell=(PANEL[0], 2 * PANEL[1] + _PAIR_GAP))
+
+
+# Pictures of an evaluation: proposal recall, the table of classes and sizes, the confusion matrix.
+
+
+_SHOWN_COUNTS = (50, 100, 300, 1000)
+_SHOWN_IOUS = (0.5, 0.7, 0.9)
+_MOST_NUMBERED_CLASSES = 20  # numbers in the cells of a larger confusion matrix would not be legible
+_MOST_NAMED_CLASSES = 100  # and neither would their names
+_MOST_TABLE_ROWS = 200
+_GOOD = (0.36, 0.62, 0.84)  # RGB of a table cell with AP 1; lighter below
+_NO_FIGURE = "-"
+
+
+def plot_recall(report: ProposalReport, path: str | Path) -> None:
+    """Recall over IoU (the paper's figure 4), and over the number of proposals."""
+    figure, (over_iou, over_count) = new_figures(11.0, 4.8, 2)
+    counts = [count for count in _SHOWN_COUNTS if count in report.recall] or list(report.recall)
+    for drawn, count in enumerate(counts):
+        by_iou = report.recall[count]
+        width = 3.2 - 2.0 * drawn / len(counts)  # a line that lies on another one leaves its rim visible
+        over_iou.plot(list(by_iou), list(by_iou.values()), linewidth=width, label=f"{count} proposals")
+    over_iou.set(xlabel="IoU", ylabel="recall", xlim=(0.5, 0.95), ylim=(0, 1.03))
+    over_iou.legend(loc="lower left", frameon=False)
+    for iou in _SHOWN_IOUS:
+        shares = [by_iou[iou] for by_iou in report.recall.values()]
+        over_count.plot(list(report.recall), shares, "o-", markersize=3, linewidth=1.8, label=f"IoU {iou}")
+    average = [float(np.mean(list(by_iou.values()))) for by_iou in report.recall.values()]
+    over_count.plot(list(report.recall), average, "k--", linewidth=1.4, label="average, IoU .5:.95")
+    over_count.set(xlabel="proposals an image", ylabel="recall", xscale="log", ylim=(0, 1.03))
+    over_count.xaxis.set_major_formatter("{x:g}")
+    over_count.legend(loc="upper left", frameon=False)
+    figure.suptitle(f"{report.objects} objects in {report.images} images, average recall {report.ar:.3f}")
+    save_figure(figure, path)
+
+
+def plot_class_table(report: EvaluationReport, path: str | Path) -> None:
+    """A table: for each class its objects and AP, over all sizes and by size; darker cells are better."""
+    columns = ["objects", "AP50", "VOC07", "AP"]
+    for size in report.per_size:
+        columns += [f"{size}\nobjects", f"{size}\nAP50", f"{size}\nAP"]
+    rows: dict[str, list[float]] = {}
+    for name, each in list(report.per_class.items())[:_MOST_TABLE_ROWS]:
+        rows[literal(name)] = [each.objects, each.ap50, each.voc07, each.ap]
+        for by_size in report.per_size.values():
+            figures = by_size.per_class[name]
+            rows[literal(name)] += [figures.objects, figures.ap50, figures.ap]
+    objects = sum(each.objects for each in report.per_class.values())
+    mean = [objects, report.map50, report.voc07, report.map]
+    for by_size in report.per_size.values():
+        mean += [by_size.objects, by_size.map50, by_size.map]
+    _draw_table({**rows, "all, mean": mean}, columns, _title(report), path)
+
+
+def _title(report: EvaluationReport) -> str:
+    classes = len(report.per_class)
+    cut = f", the first {_MOST_TABLE_ROWS} of {classes} classes" if classes > _MOST_TABLE_ROWS else ""
+    return f"{report.images} images, {report.provider}, {report.precision}{cut}"
+
+
+def _draw_table(rows: dict[str, list[float]], columns: list[str], title: str, path: str | Path) -> None:
+    from matplotlib.transforms import Bbox
+
+    figure, axes = new_figure(2.2 + 0.75 * len(columns), 1.1 + 0.3 * len(rows))
+    axes.set_axis_off()
+    counts = [column.endswith("objects") for column in columns]
+    texts, colours = [], []
+    for values in rows.values():
+        pairs = list(zip(values, counts, strict=True))
+        texts.append([_cell_text(value, count) for value, count in pairs])
+        colours.append([_cell_colour(0.0 if count else value) for value, count in pairs])
+    table = axes.table(
+        cellText=texts,
+        cellColours=colours,
+        rowLabels=list(rows),
+        colLabels=columns,
+        bbox=Bbox.unit(),
+        cellLoc="center",
+    )
+    table.auto_set_font_size(False)
+    table.set_fontsize(9)
+    for (row, _), cell in table.get_celld().items():
+        cell.set_edgecolor("0.85")
+        if row in (0, len(rows)):
+            cell.set_text_props(weight="bold")
+        if row == 0:
+            cell.set_height(2 * cell.get_height())
+    axes.set_title(title)
+    save_figure(figure, path)
+
+
+def _cell_text(value: float, count: bool) -> str:
+    if np.isnan(value):
+        return _NO_FIGURE
+    return f"{value:.0f}" if count else f"{value:.3f}"
+
+
+def _cell_colour(value: float) -> tuple[float, float, float]:
+    share = 0.0 if np.isnan(value) else value
+    red, green, blue = (1.0 - share * (1.0 - channel) for channel in _GOOD)
+    return red, green, blue
+
+
+def plot_confusion(confusion: ConfusionMatrix, path: str | Path) -> None:
+    """The counts as numbers, and the share of each object class (of each row) as the shade."""
+    names = [*map(literal, confusion.names), BACKGROUND]
+    totals = confusion.counts.sum(axis=1, keepdims=True)
+    shares = confusion.counts / np.maximum(totals, 1)
+    side = 2.6 + min(0.6 * len(names), 14.0)
+    figure, axes = new_figure(side + 1.6, side)
+    axes.grid(False)
+    picture = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    places = range(len(names))
+    if len(names) <= _MOST_NAMED_CLASSES + 1:
+        axes.set_xticks(places, names, rotation=90 if len(names) > 6 else 0)
+        axes.set_yticks(places, names)
+    axes.set(xlabel=f"detected class (score from {confusion.min_score:g} on)", ylabel="class of the object")
+    if len(names) <= _MOST_NUMBERED_CLASSES + 1:
+        for row in places:
+            for column in places:
+                ink = "white" if shares[row, column] > 0.55 else "black"
+                count = str(confusion.counts[row, column])
+                axes.text(column, row, count, ha="center", va="center", color=ink, fontsize=9)
+    axes.set_title(f"matched from IoU {confusion.iou_threshold:g} on")
+    figure.colorbar(picture, ax=axes, shrink=0.75, label="share of the row")
+    save_figure(figure, path)
+
+
+# The images a detector does worst on, as a contact sheet of ground truth beside detections.
+
+
+@dataclass(frozen=True)
+class ImageErrors:
+    """How many objects of an image were missed and how many detections are false.
+
+    ``index`` is the image's place in the data set. An object detected as another class is both: one
+    missed and one false.
+    """
+
+    index: int
+    id: str
+    missed: int
+    false_positives: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"image": self.id, "missed": self.missed, "false_positives": self.false_positives}
+
+
+def rank_images(
+    dataset: Dataset, detections: Sequence[Detections], min_score: float = 0.5, iou_threshold: float = 0.5
+) -> list[ImageErrors]:
+    """All images, those with the most errors first; detections count from ``min_score`` on.
+
+    ``detections``, one for each image, have labels that index ``dataset.names``. Difficult and crowd
+    objects count neither way.
+    """
+    errors = []
+    for index, (image, found) in enumerate(zip(dataset, detections, strict=True)):
+        matches = match_image(image, found, min_score, iou_threshold)
+        errors.append(ImageErrors(index, image.id, len(matches.missed), len(matches.false_positives)))
+    return sorted(errors, key=lambda each: -(each.missed + each.false_positives))
+
+
+def worst_images_sheet(
+    dataset: Dataset,
+    detections: Sequence[Detections],
+    path: str | Path,
+    count: int = 12,
+    min_score: float = 0.5,
+    iou_threshold: float = 0.5,
+) -> list[ImageErrors]:
+    """Write the ``count`` worst images side by side: ground truth left, detections right.
+
+    Only errors carry a label and their class's colour: missed objects left, false detections right.
+    What was found is drawn in grey. Returns the images shown.
+    """
+    worst = rank_images(dataset, detections, min_score, iou_threshold)[:count]
+    pictures = []
+    for each in worst:
+        image, found = dataset.images[each.index], detections[each.index]
+        truth = Detections(image.boxes, np.ones(len(image.boxes), np.float32), image.labels, dataset.names)
+        named = Detections(found.boxes, found.scores, found.labels, dataset.names)
+        matches = match_image(image, found, min_score, iou_threshold)
+        pictures.append(_side_by_side(image.load(), truth, named, matches))
+    titles = [
+        f"{each.id}: {each.missed} missed (left), {each.false_positives} false (right)" for each in worst
+    ]
+    pair_sheet(pictures, titles, path, columns=2)
+    return worst
+
+
+def _side_by_side(pixels: Pixels, truth: Detections, found: Detections, matches: ImageMatches) -> Pixels:
+    small, scale = fit_panel(pixels)
+    not_missed = np.setdiff1d(np.arange(len(truth)), matches.missed)
+    left = _panel(small, truth[not_missed], truth[matches.missed], scale, scores=False)
+    right = _panel(small, found[matches.pairs[:, 0]], found[matches.false_positives], scale, scores=True)
+    return pair(left, right)
+
+
+def _panel(small: Pixels, right: Detections, wrong: Detections, scale: float, scores: bool) -> Pixels:
+    picture = small.copy()
+    outline(picture, right.boxes, scale)
+    return draw(picture, to_panel(wrong, scale), scores=scores)
+
+
+# Everything an evaluation can show, written into one folder.
+
+
+def write_report_files(
+    report: EvaluationReport | ProposalReport,
+    dataset: Dataset,
+    folder: str | Path,
+    shown_score: float = 0.5,
+    worst_images: int = 12,
+) -> None:
+    """Write each of an evaluation's results as a picture and, with the same name, as JSON.
+
+    For detections ``per_class``, ``pr_curves``, ``confusion`` and ``worst_images`` (a .jpg); the last
+    two count detections from ``shown_score`` on. For proposals ``recall``. ``dataset`` is the one
+    that was evaluated.
+    """
+    folder = Path(folder)
+    if isinstance(report, ProposalReport):
+        plot_recall(report, folder / "recall.png")
+        write_json(folder / "recall.json", report.to_json())
+        return
+    if not 0.0 <= shown_score <= 1.0:
+        raise SettingsError(f"shown score is {shown_score}; expected 0 to 1")
+    if len(report.detections) != len(dataset):
+        raise SettingsError(
+            f"the report holds detections of {len(report.detections)} images and {dataset.spec} has "
+            f"{len(dataset)}; give the data set that was evaluated"
+        )
+    plot_class_table(report, folder / "per_class.png")
+    write_json(folder / "per_class.json", report.to_json())
+    plot_pr_curves(report, folder / "pr_curves.png")
+    curves = {name: curve.to_json() for name, curve in report.curves.items()}
+    write_json(folder / "pr_curves.json", {"iou_threshold": 0.5, "classes": curves})
+    confusion = confusion_matrix(dataset, report.detections, shown_score)
+    plot_confusion(confusion, folder / "confusion.png")
+    write_json(folder / "confusion.json", confusion.to_json())
+    sheet = folder / "worst_images.jpg"
+    worst = worst_images_sheet(dataset, report.detections, sheet, worst_images, shown_score)
+    write_json(
+        folder / "worst_images.json",
+        {"min_score": shown_score, "images": [each.to_json() for each in worst]},
+    )

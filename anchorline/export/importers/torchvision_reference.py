@@ -1,0 +1,154 @@
+"""torchvision's own detector with a checkpoint's weights: the reference that ours must agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+
+from anchorline.runtime.canvas import check_frame, place
+from anchorline.runtime.contract import Contract
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.train.model.backbones import BACKBONES
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.model.settings import ModelSettings
+
+
+class TorchvisionDetector:
+    """A detector of torchvision with its own resizing, as a ``BatchDetector``.
+
+    ``model`` is the network in evaluation mode; label n + 1 of it is ``contract.names[n]``. Frames go
+    through it one by one, since torchvision pads a batch to its largest image, which changes results.
+    Where ``contract.resize`` sets no bounds, frames are resized as they are for ``contract.canvas``.
+    """
+
+    provider = "torchvision"
+    precision = "fp32"
+
+    def __init__(self, model: TorchvisionFasterRCNN, contract: Contract) -> None:
+        self.model, self.contract = model.eval(), contract
+        # torchvision derives the scales of RoI pooling from the first image it sees and keeps them; a
+        # narrow one would mislead it (48 rows padded to 64 look like stride 16 instead of 32).
+        self.batch([np.zeros((256, 256, 3), np.uint8)])
+
+    @classmethod
+    def of(cls, model: FasterRCNN, contract: Contract) -> TorchvisionDetector:
+        """torchvision's form of our ``model``, with the same weights and settings."""
+        return cls(torchvision_model(model, contract), contract)
+
+    def __call__(self, frame: NDArray[np.uint8]) -> Detections:
+        """Detections of one BGR frame [H, W, 3], boxes in its own pixels."""
+        return self.batch([frame])[0]
+
+    @torch.inference_mode()
+    def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        """Detections of several BGR frames of any sizes."""
+        return [self._detect(check_frame(frame)) for frame in frames]
+
+    def _detect(self, frame: NDArray[np.uint8]) -> Detections:
+        size, resize = (frame.shape[0], frame.shape[1]), self.contract.resize
+        if resize.shorter_side is None or resize.longer_side is None:
+            height, width = place(size, self.contract.canvas, resize).valid
+            self.model.transform.fixed_size = (width, height)
+        rgb = torch.from_numpy(np.ascontiguousarray(frame[:, :, ::-1])).permute(2, 0, 1).float() / 255
+        found: dict[str, Tensor] = self.model([rgb])[0]
+        return Detections(
+            boxes=found["boxes"].numpy(),
+            scores=found["scores"].numpy(),
+            labels=found["labels"].numpy() - 1,
+            class_names=self.contract.names,
+            category_ids=self.contract.category_ids,
+            size=size,
+        )
+
+
+def torchvision_model(model: FasterRCNN, contract: Contract) -> TorchvisionFasterRCNN:
+    """torchvision's ``FasterRCNN`` with the settings and the weights of ``model``, in evaluation mode.
+
+    Raises ``SettingsError`` for a model that torchvision has no parts for.
+    """
+    s, classes = model.settings, len(contract.names) + 1
+    plain = (s.profile, s.channel_order, s.rpn_channels, s.rpn_score, s.roi_pooling) == (
+        *("torchvision", "rgb", 0, "sigmoid"),
+        "align",
+    )
+    parts = (s.box_head, s.bottleneck_stride, s.roi_level_rule) == ("fc", "3x3", "torchvision")
+    plain = plain and parts and s.neck != "dc5" and not s.roi_aligned
+    if not plain or s.box_min_side != 1e-2 or int(s.canonical_size) != s.canonical_size:
+        raise SettingsError(
+            "torchvision has no model with these settings; expected the torchvision profile, RGB, RoIAlign "
+            "and a sigmoid, roi_aligned false, box_min_side 0.01 and a canonical_size without fraction, its "
+            "level rule, the box head 'fc', bottleneck_stride '3x3' and another neck than 'dc5'"
+        )
+    backbone, levels = _backbone(s), len(s.anchor_sizes)
+    names = [str(level) for level in range(max(1, levels - 1))]  # of a pyramid all but the pooled map
+    channels, size = backbone.out_channels, s.roi_size
+    built = TorchvisionFasterRCNN(
+        backbone,
+        min_size=contract.resize.shorter_side or min(s.canvas),
+        max_size=contract.resize.longer_side or max(s.canvas),
+        image_mean=[value / 255 for value in s.mean],
+        image_std=[value / 255 for value in s.std],
+        rpn_anchor_generator=AnchorGenerator(s.anchor_sizes, (s.aspect_ratios,) * levels),
+        rpn_head=RPNHead(channels, s.anchors_per_place, conv_depth=s.rpn_convs),
+        rpn_pre_nms_top_n_test=s.rpn_pre_nms,
+        rpn_post_nms_top_n_test=s.rpn_post_nms,
+        rpn_nms_thresh=s.rpn_nms_iou,
+        rpn_score_thresh=s.rpn_score_threshold,
+        box_roi_pool=MultiScaleRoIAlign(names, size, s.roi_sampling, canonical_scale=int(s.canonical_size)),
+        box_head=FastRCNNConvFCHead(
+            (channels, size, size), [channels] * s.box_convs, [s.representation], nn.BatchNorm2d
+        )
+        if s.box_convs
+        else TwoMLPHead(channels * size**2, s.representation),
+        box_predictor=FastRCNNPredictor(s.representation, classes),
+        box_score_thresh=s.score_threshold,
+        box_nms_thresh=s.nms_iou,
+        box_detections_per_img=s.max_detections,
+        bbox_reg_weights=s.box_weights,
+    )
+    built.rpn.min_size = s.rpn_min_side
+    own = built.state_dict()  # torchvision's frozen batch norms have no step counters
+    built.load_state_dict({name: value for name, value in model.state_dict().items() if name in own})
+    return built.eval()
+
+
+def _backbone(settings: ModelSettings) -> Any:
+    """torchvision's backbone and pyramid with its own batch norms, randomly initialised."""
+    spec = BACKBONES[settings.backbone]
+    live = settings.backbone_norm == "live"
+    network = spec.build(
+        partial(nn.BatchNorm2d if live else FrozenBatchNorm2d, eps=settings.backbone_norm_eps)
+    )
+    body = cast(nn.Module, getattr(network, "features", network))
+    if settings.neck == "single":
+        single = nn.Sequential()
+        layers = list(spec.layers(network))
+        for name in layers[: layers.index(spec.maps[16][0]) + 1]:
+            single.append(cast(nn.Module, getattr(body, name)))
+        wrapped = nn.Sequential()
+        wrapped.body, wrapped.out_channels = single, spec.maps[16][1]  # type: ignore[assignment]
+        return wrapped
+    levels = 4 if settings.finest_stride == 4 else 3
+    taps = dict(list(spec.maps.values())[-levels:])
+    if settings.neck == "fpn32" and spec.coarse is not None:
+        taps = spec.coarse
+    return BackboneWithFPN(
+        body,
+        {tap: str(level) for level, tap in enumerate(taps)},
+        list(taps.values()),
+        settings.fpn_channels,
+        norm_layer=nn.BatchNorm2d if live else None,
+    )

@@ -1,0 +1,258 @@
+"""A checkpoint as one ONNX file: PyTorch's exporter, the custom ops' functions, stage names, the contract.
+
+Published only if onnxruntime agrees with PyTorch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from anchorline import __version__
+from anchorline.export.functions import OPSET, attach_functions
+from anchorline.runtime.canvas import padded, place
+from anchorline.runtime.contract import CANVAS_KEY, CONTRACT_KEY, TASKS, Contract
+from anchorline.runtime.io.errors import ParityError, SettingsError
+from anchorline.runtime.io.files import atomic_path
+from anchorline.train.checkpoint import load_checkpoint, read_header
+from anchorline.train.model.faster_rcnn import OUTPUTS, FasterRCNN, check_own_proposals, run_task
+from anchorline.train.model.stages import MARKER
+from anchorline.train.predict import TorchDetector, TorchStages
+from anchorline.verify.material import from_frames, scenes
+from anchorline.verify.report import VerifyReport, write_not_executed, write_record
+from anchorline.verify.stages import Subject, onnx_subject
+from anchorline.verify.verify import verify as verify_subjects
+
+# Giving the values between the stages of a graph their stable names (see ``train/model/stages.py``).
+
+
+def name_stages(proto: onnx.ModelProto) -> None:
+    """Take the stage markers out of ``proto``, in place; each marked value gets the marker's name.
+
+    Where a marked value is an output of the graph, which has a name of its own, an Identity remains.
+    """
+    graph = proto.graph
+    outputs = {value.name for value in graph.output}
+    renamed: dict[str, str] = {}
+    kept = []
+    for node in graph.node:
+        if node.op_type != MARKER:
+            kept.append(node)
+            continue
+        stage = node.attribute[0].s.decode()
+        renamed[node.input[0]] = stage
+        if node.output[0] in outputs:
+            kept.append(onnx.helper.make_node("Identity", [stage], [node.output[0]], name=f"stage_{stage}"))
+        else:
+            renamed[node.output[0]] = stage
+    for node in kept:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+    shapes = {renamed.get(value.name, value.name): value for value in graph.value_info}
+    for name, value in shapes.items():
+        value.name = name
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(kept)
+    graph.value_info.extend(shapes.values())
+
+
+# A model as one ONNX graph: PyTorch's exporter, the custom ops' functions, the contract.
+
+
+class TaskGraph(nn.Module):
+    """A model and a task, with the outputs as a tuple in the contract's order."""
+
+    def __init__(self, model: FasterRCNN, task: str) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, ...]:
+        return tuple(run_task(self.model, self.task, images, image_sizes).values())
+
+
+def to_onnx(model: FasterRCNN, contract: Contract) -> onnx.ModelProto:
+    """The ONNX form of ``model`` for ``contract.task``, with a dynamic batch and the contract inside.
+
+    ``model`` is in evaluation mode on the CPU, and its canvas is the contract's.
+    """
+    contract = dataclasses.replace(contract, outputs=OUTPUTS[contract.task])
+    # Two images: torch.export would take a batch of one for a constant.
+    images = torch.zeros(2, *contract.canvas, 3, dtype=getattr(torch, contract.input_dtype))
+    sizes = torch.tensor([contract.canvas] * 2, dtype=torch.float32)
+    batch = torch.export.Dim("batch")
+    with torch.no_grad(), _quiet_exporter():
+        # One eager pass makes the anchors, which then enter the graph as constants.
+        model.propose(model.features(images, sizes), sizes)
+        program = torch.onnx.export(
+            TaskGraph(model, contract.task),
+            (images, sizes),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=({0: batch}, {0: batch}),
+            input_names=list(contract.inputs),
+            output_names=list(contract.outputs),
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    name_stages(proto)
+    attach_functions(proto)
+    del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, {CONTRACT_KEY: contract.to_json()})
+    proto.producer_name = "anchorline"
+    _drop_traces(proto)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def _drop_traces(proto: onnx.ModelProto) -> None:
+    """Remove the exporter's notes on nodes and values: Python stack traces with paths of this machine."""
+    for node in proto.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+        del value.metadata_props[:]
+    del proto.graph.metadata_props[:]
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter warns about its own internals; its errors still come through as exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+_NO_LIMIT = 1 << 20  # pixels
+
+# The quick set, for about half a minute: ``anchorline verify`` tries everything. On a large canvas, where one
+# image takes seconds, less of it.
+QUICK_SCENES = 3
+QUICK_TRAPS = ("empty image", "all 255", "mixed sizes in a batch")
+LARGE_CANVAS = 500_000  # pixels
+LARGE_SCENES = 1
+LARGE_TRAPS = ("mixed sizes in a batch",)
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The published file, its contract, and how it compared with PyTorch (None when not verified)."""
+
+    path: Path
+    contract: Contract
+    verification: VerifyReport | None
+
+
+def export_onnx(
+    checkpoint: Path,
+    out: Path,
+    *,
+    task: str | None = None,
+    canvas: tuple[int, int] | None = None,
+    frame_size: tuple[int, int] | None = None,
+    max_batch: int | None = None,
+    verify: bool = True,
+    images: Sequence[NDArray[np.uint8]] = (),
+) -> ExportResult:
+    """Write the ONNX form of ``checkpoint`` to ``out``.
+
+    ``canvas`` (height, width; multiples of 32) replaces the checkpoint's own; ``frame_size`` (height,
+    width) trims it to what frames of a camera fill (see ``trimmed_canvas``). ``max_batch`` bounds the
+    otherwise free batch. With ``verify`` the new file must give what PyTorch gives, stage by stage and
+    detection by detection, on ``images`` (BGR uint8, any sizes; generated scenes when empty) and in a
+    few traps, or ``ParityError`` is raised and nothing is published. The verdict, or that there is none,
+    goes to the record beside the file.
+    """
+    if task is not None and task not in TASKS:
+        raise SettingsError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
+    if max_batch is not None and max_batch < 1:
+        raise SettingsError(f"max batch is {max_batch}; expected at least 1")
+    if out.suffix.lower() != ".onnx":
+        raise SettingsError(f"output is {str(out)!r}; expected a file name that ends in .onnx")
+    if frame_size is not None:
+        if canvas is not None:
+            raise SettingsError(
+                f"both a canvas {canvas} and a frame size {frame_size} are given; expected one"
+            )
+        canvas = trimmed_canvas(frame_size, read_header(checkpoint)[1])
+    model, contract = load_checkpoint(checkpoint, canvas)
+    task = task or contract.task
+    check_own_proposals(checkpoint, contract, task)
+    contract = dataclasses.replace(
+        contract,
+        task=task,
+        outputs=OUTPUTS[task],
+        max_batch=max_batch,
+        source={
+            **contract.source,
+            **({CANVAS_KEY: list(canvas)} if canvas else {}),
+            "exported_by": f"anchorline {__version__}",
+        },
+    )
+    proto = to_onnx(model, contract)
+    report = None
+    with atomic_path(out) as temporary:
+        onnx.save(proto, temporary)
+        if verify:
+            report = verify_with_pytorch(checkpoint, model, temporary, images)
+            if not report.passed:
+                raise ParityError(
+                    f"{out}: onnxruntime and PyTorch disagree in {report.reason}; "
+                    "the file was not published, --no-verify publishes it all the same"
+                )
+    if report is None:
+        write_not_executed(out, "exported with --no-verify", checkpoint)
+    else:
+        write_record(out, report)
+    return ExportResult(out, contract, report)
+
+
+def trimmed_canvas(frame_size: tuple[int, int], contract: Contract) -> tuple[int, int]:
+    """The smallest canvas that holds frames of ``frame_size`` at the scale they have on the model's own.
+
+    Both are (height, width). Objects keep their size in pixels, and the empty part of the canvas,
+    which costs as much time as the full part, is gone. Frames of an imported model have the scale that
+    its source library gives them, whatever the model's canvas, and this is the size it pads them to.
+    """
+    if min(frame_size) < 1:
+        raise SettingsError(f"frame size is {frame_size}; expected a height and a width of at least 1 pixel")
+    room = (_NO_LIMIT, _NO_LIMIT) if contract.resize.is_bounded else contract.canvas
+    return padded(place(frame_size, room, contract.resize).valid)
+
+
+def verify_with_pytorch(
+    checkpoint: Path, model: FasterRCNN, path: Path, images: Sequence[NDArray[np.uint8]] = ()
+) -> VerifyReport:
+    """Compare the ONNX file at ``path``, on onnxruntime's CPU provider, with ``model``: the quick set."""
+    candidate = onnx_subject(path)
+    detector = TorchDetector(model, candidate.detector.contract)
+    contract = candidate.detector.contract
+    large = contract.canvas[0] * contract.canvas[1] > LARGE_CANVAS
+    made = scenes(contract.names, LARGE_SCENES if large else QUICK_SCENES)
+    dataset = from_frames("the given images", contract.names, images) if images else made
+    which = LARGE_TRAPS if large else QUICK_TRAPS
+    try:
+        return verify_subjects(
+            Subject(checkpoint, detector, TorchStages(detector)), candidate, dataset, which_traps=which
+        )
+    finally:
+        candidate.close()

@@ -1,0 +1,1 @@
+"""What runs a network on a processor, how it uses the cores, and the choice between them."""

@@ -1,0 +1,285 @@
+"""What a detector needs from whatever runs the network: lanes, who may use them, batches under way."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.runtime.canvas import Placement, Preprocessor
+from anchorline.runtime.contract import Contract
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.io.errors import FrameError, GpuError, SettingsError
+from anchorline.runtime.tensorrt.frames import Nv12, host_bgr
+
+Outputs = Mapping[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class LaneResult:
+    """The network's ``outputs`` by name, no views of the lane's buffers; seconds by stage."""
+
+    outputs: Outputs
+    placements: list[Placement]
+    timings: dict[str, float]
+
+
+class Lane(Protocol):
+    """One batch's way through preprocessing and network: buffers of its own, used by one caller at a time."""
+
+    def entered(self) -> AbstractContextManager[None]:
+        """What a thread has to be in while it calls the rest; entered again inside, it costs nothing."""
+        ...
+
+    def submit(self, frames: Sequence[Any], stream: Any = None) -> None:
+        """Take a batch of checked frames. On a GPU this returns while the work goes on.
+
+        ``stream`` is the CUDA stream that device frames become ready on.
+        """
+        ...
+
+    def collect(self) -> LaneResult:
+        """Wait for the batch that was submitted."""
+        ...
+
+    def drain(self) -> None:
+        """Wait for whatever was submitted, and forget it."""
+        ...
+
+    def close(self) -> None:
+        """Release the buffers, once nothing runs any more. Safe to call twice."""
+        ...
+
+
+class Backend(Protocol):
+    """A loaded network. ``provider`` names the hardware path, ``precision`` the arithmetic.
+
+    ``device_frames`` says whether frames in GPU memory can be handed to its lanes. ``timings`` holds the
+    seconds of this thread's last ``infer`` by stage: upload, network, download.
+    """
+
+    contract: Contract
+    provider: str
+    precision: str
+    device_frames: bool
+
+    @property
+    def timings(self) -> dict[str, float]: ...
+
+    def infer(self, inputs: Outputs) -> dict[str, NDArray[np.generic]]:
+        """Run the network on named inputs; returns its outputs by the contract's names."""
+        ...
+
+    def create_lane(self) -> Lane:
+        """A lane of this network; callable from any thread, one at a time."""
+        ...
+
+    def close(self) -> None:
+        """Release the network. Safe to call twice."""
+        ...
+
+
+# A lane whose preprocessing is done by OpenCV and whose network takes arrays of the host.
+
+
+class HostLane:
+    """Preprocesses when a batch is submitted and runs the network when it is collected."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._preprocess = Preprocessor(backend.contract)
+        self._batch: tuple[Any, ...] | None = None
+
+    def entered(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def submit(self, frames: Sequence[Any], stream: Any = None) -> None:
+        if stream is not None:
+            raise SettingsError(f"stream: the model runs on {self._backend.provider}, which takes none")
+        start = time.perf_counter()
+        pixels = [host_bgr(frame) if isinstance(frame, Nv12) else frame for frame in frames]
+        self._batch = (*self._preprocess(pixels), time.perf_counter() - start)
+
+    def collect(self) -> LaneResult:
+        assert self._batch is not None
+        images, image_sizes, placements, seconds = self._batch
+        names = self._backend.contract.inputs
+        outputs = self._backend.infer(dict(zip(names, (images, image_sizes), strict=True)))
+        return LaneResult(outputs, placements, {"preprocess": seconds, **self._backend.timings})
+
+    def drain(self) -> None:
+        self._batch = None
+
+    def close(self) -> None:
+        self._batch = None
+
+
+# The lanes of a detector: who may use the network now, from which thread and process.
+
+
+class LanePool:
+    """Lanes made on demand and used again. Each belongs to one caller at a time.
+
+    At most ``workers`` calls run at once, others wait their turn. ``borrow`` does not wait, so that a
+    stream that is paused with its lanes in hand cannot hold up anybody.
+    """
+
+    def __init__(self, create: Callable[[], Lane], workers: int, name: str) -> None:
+        self._create, self._workers, self._name = create, workers, name
+        self._permits = threading.BoundedSemaphore(workers)
+        self._lock = threading.Lock()
+        self._idle: list[Lane] = []
+        self._all: list[Lane] = []
+        self._closed = False
+        self._failure: str | None = None  # not the exception: its traceback would keep buffers alive
+        self._process = os.getpid()
+
+    @contextlib.contextmanager
+    def lane(self) -> Iterator[Lane]:
+        """A lane for one call."""
+        self.check()
+        with self._permits:
+            lane = self.borrow()
+            try:
+                yield lane
+            except BaseException as error:
+                self.give_back(lane, error)
+                raise
+            self.give_back(lane)
+
+    def borrow(self) -> Lane:
+        """A lane, to be given back."""
+        self.check()  # before the lock, which a fork may have inherited locked
+        with self._lock:
+            self.check()
+            if self._idle:
+                return self._idle.pop()
+            try:
+                lane = self._create()
+            except GpuError as error:
+                self._note(error)
+                raise
+            self._all.append(lane)
+            return lane
+
+    def give_back(self, lane: Lane, error: BaseException | None = None) -> None:
+        """After an ``error`` the lane's state is not known, so it is dropped; a refused frame or argument
+        did not get that far."""
+        with self._lock:
+            self._note(error)
+            if lane not in self._all:  # the pool was closed meanwhile
+                return
+            if error is None or isinstance(error, (FrameError, SettingsError)):
+                self._idle.append(lane)
+                return
+            lane.close()  # still under the lock: closing the pool must not overtake it
+            self._all.remove(lane)
+
+    def note(self, error: BaseException) -> None:
+        """Remember an error that loses the GPU, after which no lane is lent any more."""
+        with self._lock:
+            self._note(error)
+
+    @property
+    def in_fork(self) -> bool:
+        """Whether this is another process than the one that made the lanes: nothing may be touched."""
+        return os.getpid() != self._process
+
+    def check(self) -> None:
+        """Raise ``SettingsError`` when closed or in a forked process, ``GpuError`` after the GPU was lost."""
+        if self.in_fork:
+            raise SettingsError(
+                f"{self._name}: was opened in process {self._process} and is used in its fork {os.getpid()}; "
+                "open it again there, or start processes with the spawn method"
+            )
+        if self._closed:
+            raise SettingsError(f"{self._name}: the model is closed; open it again")
+        if self._failure is not None:
+            raise GpuError(f"{self._name}: refused after an earlier failure: {self._failure}")
+
+    def close(self) -> bool:
+        """Let running calls finish, then release the lanes; whether that was to be done.
+
+        In a fork nothing is touched: what the lanes hold belongs to the other process, whose threads may
+        have held the lock when it forked.
+        """
+        if self.in_fork:
+            return False
+        with self._lock:
+            if self._closed:
+                return False
+            self._closed = True
+        for _ in range(self._workers):
+            self._permits.acquire()
+        for _ in range(self._workers):
+            self._permits.release()  # whoever waited learns that the pool is closed
+        with self._lock:
+            lanes, self._all, self._idle = self._all, [], []
+        for lane in lanes:
+            lane.close()
+        return True
+
+    def _note(self, error: BaseException | None) -> None:
+        if isinstance(error, GpuError) and getattr(error, "sticky", False):
+            self._failure = self._failure or str(error)
+
+
+# Several batches under way at once, their results in the order of the frames.
+
+
+def stream_detections(
+    frames: Iterable[Any],
+    batch: int,
+    in_flight: int,
+    lanes: LanePool,
+    check: Callable[[Sequence[Any]], list[Any]],
+    finish: Callable[[Lane], list[Detections]],
+) -> Iterator[Detections]:
+    """See ``Detector.stream``. The lanes go back when the iterator ends, fails or is closed."""
+    source = iter(frames)
+    pending: deque[Lane] = deque()
+
+    def oldest() -> list[Detections]:
+        lanes.check()
+        with pending[0].entered():
+            found = finish(pending[0])
+        lanes.give_back(pending.popleft())
+        return found
+
+    try:
+        while chunk := list(itertools.islice(source, batch)):
+            checked = check(chunk)
+            pending.append(lanes.borrow())
+            with pending[-1].entered():
+                pending[-1].submit(checked)
+            if len(pending) == in_flight:  # now, and not after the next frames have been waited for
+                yield from oldest()
+        while pending:
+            yield from oldest()
+    except BaseException as error:
+        if not lanes.in_fork:
+            lanes.note(error)
+        raise
+    finally:
+        while pending and not lanes.in_fork:
+            _abandon(pending.popleft(), lanes)
+
+
+def _abandon(lane: Lane, lanes: LanePool) -> None:
+    """Wait for a batch that nobody wants any more; a lane that failed is dropped."""
+    try:
+        lane.drain()
+    except Exception as error:
+        lanes.give_back(lane, error)
+    else:
+        lanes.give_back(lane)

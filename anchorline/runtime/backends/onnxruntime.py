@@ -1,0 +1,417 @@
+"""Running an exported ONNX file with onnxruntime, on the CPU or on a GPU.
+
+The only module that imports onnxruntime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.runtime.backends.base import HostLane
+from anchorline.runtime.backends.cpu_options import CpuOptions, adds_in_16_bits, core_budget
+from anchorline.runtime.contract import CONTRACT_KEY, Contract
+from anchorline.runtime.io.errors import ArtefactError, GpuError, SettingsError
+from anchorline.runtime.tensorrt.cuda.interface import CudaError
+from anchorline.runtime.tensorrt.options import GpuOptions
+
+# Running an onnxruntime session with its inputs and outputs bound to memory of the device.
+#
+# The buffers of a batch size are made once, so that the session copies nothing by itself and its CUDA
+# graph, which replays the very addresses it was captured with, stays valid.
+
+
+_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """The buffers of one batch size."""
+
+    binding: Any
+    run_options: Any
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
+
+
+class BoundNetwork:
+    """``session`` with buffers on ``device_type`` (``cuda``, ``cpu``) for each batch size.
+
+    One call runs at a time. With ``graph`` each batch size has a CUDA graph of its own.
+    """
+
+    def __init__(
+        self, session: Any, contract: Contract, device_type: str, device: int, graph: bool = False
+    ) -> None:
+        self._session, self._contract = session, contract
+        self._where = (device_type, device)
+        self._graph = graph
+        self._sizes: dict[int, _Bound] = {}
+        self._lock = threading.Lock()
+
+    def infer(
+        self, inputs: Mapping[str, NDArray[np.generic]]
+    ) -> tuple[dict[str, NDArray[np.generic]], dict[str, float]]:
+        """Outputs by name, as arrays of the host, and the seconds of upload, network and download."""
+        batch = len(inputs[self._contract.inputs[0]])
+        with self._lock:
+            started = time.perf_counter()
+            bound = self._sizes.get(batch)
+            if bound is None:
+                bound = self._bind(batch, inputs)
+            for name, value in bound.inputs.items():
+                value.update_inplace(np.ascontiguousarray(inputs[name]))
+            uploaded = time.perf_counter()
+            self._session.run_with_iobinding(bound.binding, bound.run_options)
+            bound.binding.synchronize_outputs()
+            ran = time.perf_counter()
+            # A copy, for on the CPU numpy() is a view of the buffer that the next call fills.
+            outputs = {name: np.array(value.numpy()) for name, value in bound.outputs.items()}
+            done = time.perf_counter()
+        seconds = {"upload": uploaded - started, "network": ran - uploaded, "download": done - ran}
+        return outputs, seconds
+
+    def _bind(self, batch: int, inputs: Mapping[str, NDArray[np.generic]]) -> _Bound:
+        import onnxruntime
+
+        def buffer(shape: list[int], dtype: Any) -> Any:
+            return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, *self._where)
+
+        binding, options = self._session.io_binding(), onnxruntime.RunOptions()
+        if self._graph:
+            options.add_run_config_entry("gpu_graph_id", str(batch))
+        bound_inputs = {name: buffer(list(inputs[name].shape), inputs[name].dtype) for name in inputs}
+        for name, value in bound_inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        described = {output.name: output for output in self._session.get_outputs()}
+        bound_outputs = {}
+        for name in self._contract.outputs:
+            shape = [batch, *described[name].shape[1:]]
+            bound_outputs[name] = buffer(shape, _NUMPY_TYPES[described[name].type])
+            binding.bind_ortvalue_output(name, bound_outputs[name])
+        return self._sizes.setdefault(batch, _Bound(binding, options, bound_inputs, bound_outputs))
+
+
+# By their names on the command line; those of a GPU come with onnxruntime-gpu.
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
+_GRAPH_OPTIONS = {
+    "cuda": "enable_cuda_graph",
+    "tensorrt": "trt_cuda_graph_enable",
+    "tensorrt-rtx": "enable_cuda_graph",
+}
+_LOST = range(700, 721)  # cudaError_t from an illegal address to a failed launch
+_FATAL_ONLY = 4  # onnxruntime's log severity: its errors come back as exceptions anyway
+_ONNX_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
+# Quantises float layers that stand between rounded values, with one scale for all channels.
+_UNWANTED_OPTIMIZERS = ["WeightBiasQuantization"]
+
+log = logging.getLogger("anchorline.runtime")
+
+
+def available_providers() -> list[str]:
+    """The names in ``PROVIDERS`` that the installed onnxruntime was built with; ``cpu`` without any."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return ["cpu"]
+    there = onnxruntime.get_available_providers()
+    return [name for name, provider in PROVIDERS.items() if provider in there]
+
+
+class OnnxRuntimeBackend:
+    """A network in an ONNX file that carries its contract. A context manager; for any number of threads.
+
+    ``provider`` is one of ``PROVIDERS``; ``threads`` bounds the CPU threads, ``None`` leaves the
+    choice to onnxruntime. Raises ``ArtefactError`` for a file that is missing, damaged, no ONNX,
+    without contract or at odds with it, ``GpuError`` where the provider does not start.
+    """
+
+    device_frames = False
+
+    def __init__(
+        self,
+        path: str | Path,
+        provider: str = "cpu",
+        threads: int | None = None,
+        options: GpuOptions | None = None,
+    ) -> None:
+        if provider not in available_providers():
+            raise SettingsError(
+                f"provider is {provider!r}; available for ONNX files here: {', '.join(available_providers())}"
+            )
+        cpu = CpuOptions(threads)
+        cpu.check()
+        self.path = Path(path)
+        self.provider = provider
+        options = options or GpuOptions()
+        self._threads = cpu.thread_count
+        self._session: Any = _open_session(self.path, provider, _session_options(cpu), options)
+        self.contract = _read_contract(self.path, self._session)
+        wide = exact_sums(self.contract)
+        if provider == "cpu" and wide:
+            self._session = _open_session(self.path, provider, _session_options(cpu, wide), options)
+            log.warning(
+                "%s: its 8-bit weights need VNNI, which this processor has not; it is computed in float32, "
+                "quantise the float model again for full speed",
+                self.path,
+            )
+        _check_graph(self.path, self._session, self.contract)
+        self.precision = self.contract.precision
+        self._thread = threading.local()
+        # On a GPU inputs and outputs stay bound to device memory. TensorRT's providers move them themselves.
+        self._bound = (
+            BoundNetwork(self._session, self.contract, "cuda", options.device, bool(options.graph))
+            if provider == "cuda"
+            else None
+        )
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Of this thread's last ``infer``."""
+        return dict(getattr(self._thread, "timings", {"upload": 0.0, "network": 0.0, "download": 0.0}))
+
+    def infer(self, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+        """Run the network: ``images`` [B, H, W, 3] and ``image_sizes`` float32 [B, 2] by the
+        contract's input names, to the contract's outputs by name."""
+        session, bound = self._session, self._bound
+        if session is None:
+            raise SettingsError(f"{self.path}: the model is closed; open it again")
+        try:
+            if bound is not None:
+                outputs, self._thread.timings = bound.infer(inputs)
+                return outputs
+            # No IO binding here: on the CPU onnxruntime reads the arrays where they are.
+            with self._cores():
+                start = time.perf_counter()
+                values = session.run(list(self.contract.outputs), dict(inputs))
+                seconds = time.perf_counter() - start
+        except Exception as error:  # onnxruntime's exceptions have no common base of their own
+            if self.provider != "cpu":
+                raise _gpu_failure(self.path, self.provider, error) from None
+            raise ArtefactError(f"{self.path}: onnxruntime cannot run it ({_reason(error)})") from error
+        self._thread.timings = {"upload": 0.0, "network": seconds, "download": 0.0}
+        return dict(zip(self.contract.outputs, values, strict=True))
+
+    def _cores(self) -> contextlib.AbstractContextManager[None]:
+        """The cores that a run takes, shared with the other detectors of this process."""
+        if self.provider != "cpu":
+            return contextlib.nullcontext()
+        return core_budget().lent(self._threads)
+
+    def create_lane(self) -> HostLane:
+        """A lane; any number of them may be at work."""
+        return HostLane(self)
+
+    def close(self) -> None:
+        """Release the session. Safe to call twice."""
+        self._session = None
+        self._bound = None
+
+    def __enter__(self) -> OnnxRuntimeBackend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def write_inlined(path: Path, target: Path) -> Contract:
+    """Write the graph of ``path`` to ``target`` with our custom ops replaced by their function bodies.
+
+    For runtimes that do not know model-local functions. Returns the contract; raises ``ArtefactError``
+    as ``OnnxRuntimeBackend`` does.
+    """
+
+    def configure(onnxruntime: Any) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _FATAL_ONLY
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.optimized_model_filepath = str(target)  # functions are inlined even so
+        return options
+
+    session = _open_session(path, "cpu", configure, GpuOptions())
+    contract = _read_contract(path, session)
+    _check_graph(path, session, contract)
+    return contract
+
+
+def open_for_checks(
+    model: bytes,
+    *,
+    provider: str = PROVIDERS["cpu"],
+    arena: bool = True,
+    in_order: bool = False,
+    config: Mapping[str, str] | None = None,
+) -> Any:
+    """An ``onnxruntime.InferenceSession`` of a graph in memory, quiet and on the cores of this process.
+
+    Without ``arena`` memory is given back after each value's last use; ``in_order`` keeps the order of the
+    graph, where that lets values die early. ``config`` are session config entries by key. Raises
+    ``ImportError`` and onnxruntime's own errors.
+    """
+    import onnxruntime
+
+    options = _session_options(CpuOptions(), config)(onnxruntime)
+    options.enable_cpu_mem_arena = arena
+    if in_order:
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    return onnxruntime.InferenceSession(
+        model, options, providers=[provider], disabled_optimizers=_UNWANTED_OPTIMIZERS
+    )
+
+
+def exact_sums(contract: Contract) -> dict[str, str]:
+    """The session config with which onnxruntime computes this model's integer products exactly here.
+
+    Empty but for a model that needs VNNI on a processor without: there the rounded values are multiplied in
+    float32. (``session.x64quantprecision`` would keep integers, but fails on weights that several layers
+    share, as the RPN's.)
+    """
+    return {"session.disable_quant_qdq": "1"} if contract.needs_vnni and adds_in_16_bits() else {}
+
+
+def _session_options(cpu: CpuOptions, config: Mapping[str, str] | None = None) -> Callable[[Any], Any]:
+    def configure(onnxruntime: Any) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _FATAL_ONLY
+        # Always a number: left to itself onnxruntime pins the threads of every session to the same cores,
+        # and several detectors stand in each other's way. It also overlooks a container's limit.
+        options.intra_op_num_threads = cpu.thread_count
+        for key, value in (config or {}).items():
+            options.add_session_config_entry(key, value)
+        return options
+
+    return configure
+
+
+def _open_session(path: Path, provider: str, configure: Callable[[Any], Any], gpu: GpuOptions) -> Any:
+    check_file(path)
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ArtefactError(
+            f"{path}: running ONNX files needs onnxruntime ({error}); pip install 'anchorline[cpu]'"
+        ) from error
+    try:
+        # Without its own fallback, which says so on stdout and forgets the options: the GPU's number, too.
+        session = onnxruntime.InferenceSession(
+            str(path),
+            configure(onnxruntime),
+            providers=_provider_list(provider, gpu),
+            enable_fallback=0,
+            disabled_optimizers=_UNWANTED_OPTIMIZERS,
+        )
+    except Exception as error:
+        reason = _reason(error)
+        if "Protobuf parsing failed" in reason or "No graph was found" in reason:
+            raise ArtefactError(
+                f"{path}: not an ONNX file, or one that was cut off; export or copy it again"
+            ) from error
+        if provider != "cpu":  # a file that is at fault fails on the CPU as well
+            raise GpuError(
+                f"{path}: onnxruntime {onnxruntime.__version__} cannot start {PROVIDERS[provider]} here "
+                f"({reason}); see anchorline doctor, or use the provider cpu"
+            ) from None
+        raise ArtefactError(
+            f"{path}: onnxruntime {onnxruntime.__version__} cannot load it ({reason}); "
+            "upgrade onnxruntime or export the model again"
+        ) from error
+    if PROVIDERS[provider] not in session.get_providers():  # it goes on without one that does not start
+        raise GpuError(
+            f"{path}: onnxruntime {onnxruntime.__version__} cannot start {PROVIDERS[provider]} here; it "
+            "needs an NVIDIA GPU and the CUDA it was built for, see anchorline doctor"
+        )
+    return session
+
+
+def _provider_list(provider: str, gpu: GpuOptions) -> list[Any]:
+    """The provider with its options, and for what it cannot run those below it."""
+    if provider == "cpu":
+        return [PROVIDERS["cpu"]]
+    options = {"device_id": str(gpu.device)}
+    if gpu.graph:
+        options[_GRAPH_OPTIONS[provider]] = "1"
+    below = [PROVIDERS["cpu"]] if provider == "cuda" else [PROVIDERS["cuda"], PROVIDERS["cpu"]]
+    return [(PROVIDERS[provider], options), *below]
+
+
+def _gpu_failure(path: Path, provider: str, error: Exception) -> GpuError:
+    """The error for a run that failed on a GPU; sticky where the text says that the context is lost."""
+    reason = _reason(error)
+    number = re.search(r"CUDA failure (\d+)", reason)
+    if number is not None and int(number[1]) in _LOST:
+        return CudaError(f"running {path} in onnxruntime", f"CUDA failure {number[1]}", reason, sticky=True)
+    return GpuError(
+        f"{path}: onnxruntime cannot run it on {provider} ({reason}); close other programs on the GPU, lower "
+        "the batch or the workers, or use the provider cpu"
+    )
+
+
+def check_file(path: Path) -> None:
+    """Raise ``ArtefactError`` unless ``path`` is a file that can be read and is not empty."""
+    try:
+        if path.is_dir():
+            raise ArtefactError(f"{path}: is a folder, expected an ONNX file")
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise ArtefactError(f"{path}: the file is empty, expected an ONNX file; export it again")
+    except FileNotFoundError:
+        raise ArtefactError(f"{path}: no such file; give an ONNX file written by anchorline export") from None
+    except OSError as error:
+        raise ArtefactError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+
+
+def _read_contract(path: Path, session: Any) -> Contract:
+    text = session.get_modelmeta().custom_metadata_map.get(CONTRACT_KEY)
+    if text is None:
+        raise ArtefactError(
+            f"{path}: has no anchorline contract; export it with anchorline export (a file that was cut "
+            "off loses it as well)"
+        )
+    return Contract.from_json(text, where=str(path))
+
+
+def _check_graph(path: Path, session: Any, contract: Contract) -> None:
+    """The tensors that the contract names must be there, and ``images`` must be the canvas it states."""
+    inputs = {tensor.name: tensor for tensor in session.get_inputs()}
+    outputs = [tensor.name for tensor in session.get_outputs()]
+    for kind, have, want in (
+        ("inputs", list(inputs), contract.inputs),
+        ("outputs", outputs, contract.outputs),
+    ):
+        missing = set(want) - set(have)
+        if missing or (kind == "inputs" and len(have) != len(want)):
+            raise ArtefactError(
+                f"{path}: graph {kind} are {', '.join(have)}; its contract expects {', '.join(want)}; "
+                "export the model again"
+            )
+    images = inputs[contract.inputs[0]]
+    expected = [*contract.canvas, 3]
+    if images.type != _ONNX_TYPES[contract.input_dtype] or list(images.shape[1:]) != expected:
+        raise ArtefactError(
+            f"{path}: input {images.name} is {images.type} {images.shape}; its contract expects "
+            f"{contract.input_dtype} [B, {', '.join(map(str, expected))}]; export the model again"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """onnxruntime's message on one line, without its code prefix."""
+    message = " ".join(str(error).split()).rsplit("[ONNXRuntimeError] : ", 1)[-1]
+    return message if len(message) <= 300 else message[:297] + "..."

@@ -1,0 +1,128 @@
+"""Choosing what runs a model file, by what is here: TensorRT, onnxruntime or OpenVINO."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+from anchorline.runtime.backends.base import Backend
+from anchorline.runtime.backends.cpu_options import CpuOptions
+from anchorline.runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, available_providers
+from anchorline.runtime.backends.openvino import has_openvino
+from anchorline.runtime.io.errors import ArtefactError, GpuError, SettingsError
+from anchorline.runtime.tensorrt.engine import CannotRunHereError, check_flavour, onnx_of
+from anchorline.runtime.tensorrt.manifest import EngineManifest, read_manifest
+from anchorline.runtime.tensorrt.options import GpuOptions
+
+OPENVINO = "openvino"
+_ENGINE_PROVIDERS = ("tensorrt", "tensorrt-rtx")
+_BEST_FIRST = ("cuda", OPENVINO)  # what "auto" tries for an ONNX file before onnxruntime on the CPU
+
+log = logging.getLogger("anchorline.runtime")
+_said: set[tuple[str, str]] = set()  # what was logged once already in this process
+_saying = threading.Lock()
+
+
+def open_backend(path: Path, provider: str, cpu: CpuOptions, options: GpuOptions) -> Backend:
+    """Load ``path``; see ``Detector`` for the arguments."""
+    options.check()
+    cpu.check()
+    if provider not in ("auto", OPENVINO, *PROVIDERS):
+        raise SettingsError(f"provider is {provider!r}; available here: {', '.join(_offered())}")
+    if path.suffix.lower() == ".safetensors":
+        raise ArtefactError(
+            f"{path}: checkpoints are not run directly; first anchorline export {path} --out model.onnx"
+        )
+    if path.suffix.lower() == ".engine":
+        return _open_engine(path, provider, cpu, options)
+    return _open_onnx(path, provider, cpu, options)
+
+
+def exact_provider(provider: str) -> str:
+    """What ``auto`` means where figures are compared: never bf16 without being told."""
+    return "cpu" if provider == "auto" and "cuda" not in available_providers() else provider
+
+
+def _open_engine(path: Path, provider: str, cpu: CpuOptions, options: GpuOptions) -> Backend:
+    manifest = read_manifest(path)
+    check_flavour(manifest)
+    if provider == "tensorrt-rtx" and manifest.flavour != provider:
+        raise SettingsError(f"provider is {provider!r}, but {path} is an engine of {manifest.flavour}")
+    if provider != "auto" and provider not in _ENGINE_PROVIDERS:
+        return _open_onnx(onnx_of(path, manifest), provider, cpu, options)
+    # Here, not above: who runs ONNX files need not wait for the GPU's modules.
+    from anchorline.runtime.tensorrt.backend import TensorRTBackend
+
+    try:
+        return TensorRTBackend(path, manifest, options)
+    except CannotRunHereError as error:
+        if provider != "auto":
+            raise GpuError(f"{path}: cannot run here: {error}") from None
+        return _instead_of(path, manifest, error, cpu, options)
+
+
+def _instead_of(
+    path: Path, manifest: EngineManifest, reason: GpuError, cpu: CpuOptions, options: GpuOptions
+) -> Backend:
+    """The engine's ONNX file on the CPU; an error that names both reasons where that cannot be had."""
+    try:
+        onnx = onnx_of(path, manifest)
+    except ArtefactError as error:
+        raise GpuError(f"{path}: cannot run here: {reason}. Nor can its ONNX file instead: {error}") from None
+    backend = _open_best(onnx, (OPENVINO,), cpu, options)
+    _say_once(path, f"TensorRT cannot run it here ({reason}); {onnx.name} runs on the CPU instead")
+    return backend
+
+
+def _open_onnx(path: Path, provider: str, cpu: CpuOptions, options: GpuOptions) -> Backend:
+    if provider == "auto":
+        return _open_best(path, _BEST_FIRST, cpu, options)
+    if provider not in _offered():
+        package = "the package openvino" if provider == OPENVINO else "onnxruntime-gpu"
+        extra = "; pip install 'anchorline[openvino]'" if provider == OPENVINO else ""
+        raise SettingsError(
+            f"provider is {provider!r}, which is not to be had here (it comes with {package}{extra}); "
+            f"available here: {', '.join(_offered())}"
+        )
+    return _open_on(path, provider, cpu, options)
+
+
+def _open_best(path: Path, names: tuple[str, ...], cpu: CpuOptions, options: GpuOptions) -> Backend:
+    """On the first of the providers ``names`` that is here and starts, or else on onnxruntime's CPU."""
+    refused = []
+    for name in names:
+        if name in _offered():
+            try:
+                return _open_on(path, name, cpu, options)
+            except (GpuError, ArtefactError) as error:
+                refused.append(f"{name} cannot run it here ({error}); it runs on the CPU instead")
+    backend = _open_on(path, "cpu", cpu, options)
+    for text in refused:  # now that it does run there
+        _say_once(path, text)
+    return backend
+
+
+def _open_on(path: Path, provider: str, cpu: CpuOptions, options: GpuOptions) -> Backend:
+    if provider == OPENVINO:
+        from anchorline.runtime.backends.openvino import OpenVINOBackend
+
+        return OpenVINOBackend(path, cpu)
+    if cpu.precision == "bf16":
+        raise SettingsError(
+            f"cpu_precision is 'bf16', but the provider {provider} does not compute in bf16 on a processor; "
+            f"that takes the provider {OPENVINO}; pip install 'anchorline[openvino]', or use auto"
+        )
+    return OnnxRuntimeBackend(path, provider, cpu.threads, options)
+
+
+def _offered() -> list[str]:
+    return ["auto", *available_providers(), *([OPENVINO] if has_openvino() else [])]
+
+
+def _say_once(path: Path, text: str) -> None:
+    with _saying:
+        if (str(path), text) in _said:
+            return
+        _said.add((str(path), text))
+    log.warning("%s: %s", path, text)

@@ -1,0 +1,132 @@
+"""Writing files whole or not at all: a temporary sibling, renamed when it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anchorline.runtime.io.errors import AnchorlineError, OutputError
+
+_OPEN_FILES = ("/dev", "/dev/fd", "/proc/self/fd")
+_KEPT_NAME_LENGTH = 60  # of the target's name in the temporary one, well under the 255 bytes of a file name
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` with the same suffix; rename it to ``path`` on success.
+
+    Missing parent folders are made. On any failure, an interrupt included, the temporary file is
+    removed and a file that stood at ``path`` before is left as it was. An ``OSError`` inside the
+    block becomes an ``OutputError``. A device or a pipe (``/dev/stdout``) is handed out as it is.
+    """
+    target = Path(path)
+    if is_stream(target):
+        with output_errors(target):
+            yield target
+        return
+    temporary = temporary_sibling(target)
+    try:
+        with output_errors(target):
+            yield temporary
+            publish(temporary, target)
+    except BaseException:
+        discard(temporary)
+        raise
+
+
+def temporary_sibling(target: Path) -> Path:
+    """A hidden, unused name beside ``target`` with its suffix; makes the folder when it is missing."""
+    if target.is_dir():
+        raise OutputError(f"{target}: is a folder, expected a file to write; give a file name")
+    with output_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    return target.with_name(f".{target.stem[:_KEPT_NAME_LENGTH]}-{secrets.token_hex(4)}{target.suffix}")
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Flush ``temporary`` to the disk, where late "no space left" errors appear, and rename it."""
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, target)
+
+
+def discard(temporary: Path) -> None:
+    """Remove a temporary file, if it is there."""
+    with contextlib.suppress(OSError):
+        temporary.unlink()
+
+
+def is_stream(path: Path) -> bool:
+    """Whether ``path`` is a device or a pipe, which is written to directly and never renamed over.
+
+    So is a name for an open file, such as ``/dev/stdout``, even where that is an ordinary file just now:
+    what would be replaced is the name, for every program on the machine.
+    """
+    if path.is_dir():
+        return False
+    return str(path.absolute().parent) in _OPEN_FILES or (path.exists() and not path.is_file())
+
+
+@contextlib.contextmanager
+def output_errors(path: str | Path) -> Iterator[None]:
+    """Turn an ``OSError`` of the block into an ``OutputError`` of one line that names ``path``."""
+    try:
+        yield
+    except AnchorlineError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(
+            f"{path}: cannot be written ({reason}); free space or choose another place for the output"
+        ) from error
+
+
+def atomic_write_bytes(path: str | Path, content: bytes) -> None:
+    """Write ``content`` to ``path``, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def atomic_write_text(path: str | Path, content: str) -> None:
+    """Write ``content`` to ``path`` as UTF-8 with the line ends it has, whole or not at all."""
+    atomic_write_bytes(path, content.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write ``value`` as indented JSON; NumPy values become plain ones, NaN and infinities ``null``."""
+    atomic_write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def sha256_of(path: str | Path) -> str:
+    """The file's SHA-256 as 64 hexadecimal digits, read in pieces."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,197 @@
+"""Reading and writing image files, and finding those that were cut off or damaged."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.runtime.io.errors import DataError, OutputError
+from anchorline.runtime.io.files import atomic_write_bytes
+from anchorline.runtime.io.native_log import quiet_opencv
+
+# Finding image files that were cut off or damaged, which decoders may fill with grey in silence.
+
+
+_JPEG_START = b"\xff\xd8"
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_START_OF_SCAN = 0xDA
+_END_OF_IMAGE = 0xD9
+_RESTART_INTERVAL = 0xDD
+_JPEG_BARE_MARKERS = {0x01, *range(0xD0, 0xD9)}  # TEM, restarts and a second start: no segment follows
+_JPEG_TABLES = {0xC4, *range(0xDA, 0xDE), *range(0xE0, 0xF0), 0xFE}  # tables, scans, APPn, comments
+_JPEG_SEGMENTS = _JPEG_TABLES | set(range(0xC0, 0xF0)) - set(range(0xD0, 0xDA))  # frame headers as well
+
+# Inside a scan FF 00 is a stuffed byte and FF FF padding; FF D0..D7 are restarts where the file has
+# declared an interval for them. Anything else ends the scan.
+_SCAN_END = re.compile(rb"\xff[^\x00\xff]")
+_SCAN_END_WITH_RESTARTS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+
+
+def find_damage(content: bytes) -> str | None:
+    """Say what is wrong with the bytes of an image file, or ``None``.
+
+    Checks the structure of JPEG (down to the end-of-image marker) and PNG (down to IEND, with every
+    checksum), and the length that WebP states; other formats are left to their decoder.
+    """
+    if content.startswith(_JPEG_START):
+        return _jpeg_damage(content)
+    if content.startswith(_PNG_SIGNATURE):
+        return _png_damage(content)
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        stated = int.from_bytes(content[4:8], "little") + 8
+        return _cut_off(len(content), stated) if len(content) < stated else None
+    return None
+
+
+def _jpeg_damage(content: bytes) -> str | None:
+    """Walk the segments from marker to marker: a thumbnail's end inside EXIF is not the picture's."""
+    position = len(_JPEG_START)
+    allowed, scan_end = _JPEG_SEGMENTS | _JPEG_BARE_MARKERS, _SCAN_END
+    while True:
+        position = content.find(b"\xff", position)
+        if position < 0 or position + 1 >= len(content):
+            return "truncated: the JPEG stops before its end-of-image marker"
+        marker = content[position + 1]
+        position += 1 if marker == 0xFF else 2
+        if marker == _END_OF_IMAGE:
+            return None
+        if marker == 0xFF:
+            continue
+        if marker not in allowed:
+            return f"damaged: JPEG marker FF{marker:02X} where none belongs, at byte {position - 2}"
+        if marker in _JPEG_BARE_MARKERS:
+            continue
+        length = int.from_bytes(content[position : position + 2], "big")
+        if marker == _RESTART_INTERVAL and any(content[position + 2 : position + 4]):
+            scan_end = _SCAN_END_WITH_RESTARTS
+        position += length
+        if marker == _START_OF_SCAN:
+            end = scan_end.search(content, position)
+            position = end.start() if end else len(content)
+            allowed = _JPEG_TABLES
+
+
+def _png_damage(content: bytes) -> str | None:
+    position = len(_PNG_SIGNATURE)
+    while position + 12 <= len(content):
+        body_end = position + 8 + int.from_bytes(content[position : position + 4], "big")
+        if body_end + 4 > len(content):
+            break
+        checksum = int.from_bytes(content[body_end : body_end + 4], "big")
+        kind = content[position + 4 : position + 8]
+        if zlib.crc32(memoryview(content)[position + 4 : body_end]) != checksum:
+            return f"damaged: the checksum of PNG chunk {kind.decode('latin-1')} does not match"
+        if kind == b"IEND":
+            return None
+        position = body_end + 4
+    return "truncated: the PNG stops before its IEND chunk"
+
+
+def _cut_off(length: int, stated: int) -> str:
+    return f"truncated: {length} bytes of the {stated} that its header states"
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
+
+
+def is_image(path: str | Path) -> bool:
+    """Whether the name of ``path`` ends as an image's does; the file itself is not opened."""
+    return Path(path).suffix.lower() in IMAGE_SUFFIXES
+
+
+def is_video(path: str | Path) -> bool:
+    """Whether the name of ``path`` ends as a video's does; the file itself is not opened."""
+    return Path(path).suffix.lower() in VIDEO_SUFFIXES
+
+
+def find_images(path: str | Path) -> list[Path]:
+    """The image files of a folder (not of its subfolders) in natural order, or the one image given.
+
+    Hidden files are left out. Raises ``DataError`` where nothing is found.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; give an image or a folder of images")
+    if not path.is_dir():
+        return [path]
+    try:
+        found = [p for p in path.iterdir() if is_image(p) and not p.name.startswith(".") and p.is_file()]
+    except OSError as error:
+        raise DataError(
+            f"{path}: this folder cannot be read ({error.strerror}); check its permissions"
+        ) from None
+    if not found:
+        suffixes = ", ".join(IMAGE_SUFFIXES)
+        raise DataError(f"{path}: no images in this folder; expected files ending in {suffixes}")
+    return sorted(found, key=_natural_key)
+
+
+def read_image(path: str | Path) -> NDArray[np.uint8]:
+    """Read an image file as uint8 BGR [H, W, 3], upright (EXIF orientation applied).
+
+    Grey becomes three channels, an alpha channel is dropped, 16-bit samples become 8-bit. A file
+    that is missing, empty, damaged, cut off or no image raises ``DataError``.
+    """
+    content = _read_bytes(Path(path))
+    if not len(content):
+        raise DataError(f"{path}: the file is empty, expected an image; copy or download it again")
+    damage = find_damage(content.tobytes())
+    if damage:
+        raise DataError(f"{path}: {damage}; copy or download the image again")
+    try:
+        with quiet_opencv():
+            image = cv2.imdecode(content, cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        raise DataError(f"{path}: cannot be decoded ({_first_line(error)}); expected an image") from error
+    if image is None:
+        raise DataError(f"{path}: cannot be decoded; expected an undamaged image such as JPEG or PNG")
+    return np.asarray(image, dtype=np.uint8)
+
+
+def write_image(path: str | Path, image: NDArray[np.uint8]) -> None:
+    """Write a uint8 BGR [H, W, 3] image in the format of the suffix, whole or not at all."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in IMAGE_SUFFIXES:
+        raise OutputError(
+            f"{path}: unknown image suffix {suffix!r}; expected one of {', '.join(IMAGE_SUFFIXES)}"
+        )
+    try:
+        with quiet_opencv():
+            done, encoded = cv2.imencode(suffix, image)
+    except cv2.error as error:
+        raise OutputError(
+            f"{path}: cannot be encoded as {suffix} ({_first_line(error)}); use .png"
+        ) from error
+    if not done:
+        raise OutputError(f"{path}: cannot be encoded as {suffix}; use .png")
+    atomic_write_bytes(path, encoded.tobytes())
+
+
+def _read_bytes(path: Path) -> NDArray[np.uint8]:
+    """The file as bytes: OpenCV's own file functions fail on non-ASCII paths on some systems."""
+    try:
+        if path.is_dir():
+            raise DataError(f"{path}: is a folder, expected an image file")
+        return np.fromfile(path, dtype=np.uint8)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; expected an image") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+
+
+def _first_line(error: cv2.error) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "OpenCV error"
+
+
+def _natural_key(path: Path) -> list[tuple[int, int, str]]:
+    """Sorts ``frame2`` before ``frame10``; the name itself breaks ties such as ``01`` and ``1``."""
+    parts = re.split(r"([0-9]+)", path.name.lower())
+    key = [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part]
+    return [*key, (2, 0, path.name)]

@@ -1,0 +1,171 @@
+"""Loading TensorRT or TensorRT for RTX: one API under two module names, and the only place that imports them.
+
+Both have one log for the whole process; it goes to Python's logging under ``anchorline.tensorrt``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib
+import importlib.util
+import logging
+import os
+import re
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anchorline.runtime.io.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """A distribution of TensorRT: its module, the extra that brings it, and the oldest usable version."""
+
+    name: str
+    title: str
+    module: str
+    extra: str
+    oldest: tuple[int, ...]
+
+
+FLAVOURS = {
+    "tensorrt": Flavour("tensorrt", "TensorRT", "tensorrt", "gpu", (10, 12)),
+    "tensorrt-rtx": Flavour("tensorrt-rtx", "TensorRT for RTX", "tensorrt_rtx", "rtx", (1, 1)),
+}
+
+# In this order: the parser looks for the first among the libraries that are loaded.
+_RTX_LIBRARIES = ("libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so")
+_LEVELS = {
+    "INTERNAL_ERROR": logging.ERROR,
+    "ERROR": logging.ERROR,
+    "WARNING": logging.WARNING,
+    "INFO": logging.INFO,
+    "VERBOSE": logging.DEBUG,
+}
+
+_loggers: dict[str, Any] = {}
+_loading = threading.Lock()
+
+log = logging.getLogger("anchorline.tensorrt")
+log.addHandler(logging.NullHandler())  # otherwise Python prints warnings on stderr by itself
+
+
+@functools.cache
+def load_tensorrt(name: str) -> Any:
+    """The module for flavour ``name``, a key of ``FLAVOURS``.
+
+    Raises ``SettingsError`` when it is not installed, cannot be loaded or is too old.
+    """
+    flavour = FLAVOURS[name]
+    install = f"pip install 'anchorline[{flavour.extra}]'"
+    try:
+        if name == "tensorrt-rtx" and sys.platform.startswith("linux"):
+            _load_rtx_libraries()
+        module = importlib.import_module(flavour.module)
+    except ModuleNotFoundError:
+        raise SettingsError(f"{flavour.title} is not installed, and this needs it: {install}") from None
+    except (ImportError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(
+            f"{flavour.title} cannot be loaded ({reason}); install it again: {install}"
+        ) from None
+    version = tuple(int(number) for number in re.findall(r"\d+", module.__version__)[:2])
+    if version < flavour.oldest:
+        raise SettingsError(
+            f"{flavour.title} is {module.__version__}; expected at least "
+            f"{'.'.join(map(str, flavour.oldest))}: {install}"
+        )
+    return module
+
+
+def tensorrt_logger(name: str) -> Any:
+    """The process's one logger of flavour ``name``, which every builder, parser and runtime is given.
+
+    TensorRT goes on to use the first that it was given, so there must not be a second for a moment.
+    """
+    with _loading:
+        if name not in _loggers:
+            _loggers[name] = _logger_class(load_tensorrt(name))()
+        return _loggers[name]
+
+
+def _logger_class(trt: Any) -> type:
+    class Logger(trt.ILogger):
+        """TensorRT's messages as log records. Called from its threads; never raises."""
+
+        def log(self, severity: Any, message: str) -> None:
+            with contextlib.suppress(Exception):
+                log.log(_LEVELS.get(severity.name, logging.INFO), "%s", message.strip())
+
+    return Logger
+
+
+@contextlib.contextmanager
+def captured_log() -> Iterator[list[logging.LogRecord]]:
+    """Collect what TensorRT logs inside the block, from INFO on."""
+    records: list[logging.LogRecord] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record)
+
+    handler, level = Collector(logging.INFO), log.level
+    log.addHandler(handler)
+    log.setLevel(min(level or logging.INFO, logging.INFO))
+    try:
+        yield records
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def _load_rtx_libraries() -> None:
+    """Load the wheel's libraries under the names they look for each other by.
+
+    The wheel ships ``libtensorrt_rtx.so.1`` and its ONNX parser opens ``libtensorrt_rtx.so``: without that
+    name a plugin node aborts the process. The links stand in a cache folder, not in the installed package.
+    """
+    spec = importlib.util.find_spec("tensorrt_rtx_libs")
+    if spec is None or spec.origin is None:
+        return
+    folder = Path(spec.origin).resolve().parent
+    names = [name for name in _RTX_LIBRARIES if (folder / f"{name}.1").is_file()]
+    links = _link_folder(folder)
+    for name in names:
+        _link(links / f"{name}.1", folder / f"{name}.1")
+        _link(links / name, folder / f"{name}.1")
+    for name in names:
+        ctypes.CDLL(str(links / f"{name}.1"))
+
+
+def _link_folder(folder: Path) -> Path:
+    """A folder of our own for links to ``folder``: in the user's cache, or a temporary one."""
+    key = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        links = cache / "anchorline" / f"tensorrt-rtx-{key}"
+        links.mkdir(parents=True, exist_ok=True)
+        if os.access(links, os.W_OK):
+            return links
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="anchorline-tensorrt-rtx-"))
+
+
+def _link(link: Path, target: Path) -> None:
+    """Make or renew a link in one step, so that two processes may do it at once."""
+    with contextlib.suppress(OSError):
+        if Path(os.readlink(link)) == target:
+            return
+    temporary = link.with_name(f"{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(link)

@@ -1,0 +1,63 @@
+"""The compiled kernels: one image for each GPU architecture, and PTX for those that come later.
+
+``kernels/kernels.zip`` holds ``<source>.sm_<cc>.cubin`` and ``<source>.compute_75.ptx``;
+``kernels/kernels.json`` says which sources and which compiler they come from. ``compile.py`` writes both.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from anchorline.runtime.io.errors import ArtefactError
+
+FOLDER = Path(__file__).parent / "kernels"
+SOURCES = ("nms", "preprocess", "roi_pool")
+PTX_ARCHITECTURE = 75
+
+
+def source_hash(source: str) -> str:
+    """The sha256 of a kernel's source file."""
+    return hashlib.sha256((FOLDER / f"{source}.cu").read_bytes()).hexdigest()
+
+
+@functools.cache
+def record() -> dict[str, Any]:
+    """``kernels.json``: compiler, options, architectures, and each source's sha256 when it was compiled."""
+    value: dict[str, Any] = json.loads(_read("kernels.json"))
+    return value
+
+
+@functools.cache
+def image(source: str, architecture: int) -> bytes:
+    """The image of ``source`` for a GPU of compute capability ``architecture`` (86 for 8.6).
+
+    The architecture's own code where there is one, else PTX, which the driver compiles when it loads
+    it. Raises ``ArtefactError`` for a GPU older than 7.5 and when the package is damaged.
+    """
+    if architecture < PTX_ARCHITECTURE:
+        raise ArtefactError(
+            f"the GPU has compute capability {architecture / 10}; the plugins need 7.5 or above"
+        )
+    name = f"{source}.sm_{architecture}.cubin"
+    try:
+        with zipfile.ZipFile(FOLDER / "kernels.zip") as archive:
+            own = name in archive.namelist()
+            return archive.read(name if own else f"{source}.compute_{PTX_ARCHITECTURE}.ptx")
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise ArtefactError(
+            f"{FOLDER / 'kernels.zip'}: cannot be read ({error}); install anchorline again"
+        ) from None
+
+
+def _read(name: str) -> bytes:
+    try:
+        return (FOLDER / name).read_bytes()
+    except OSError as error:
+        raise ArtefactError(
+            f"{FOLDER / name}: cannot be read ({error.strerror}); install anchorline again"
+        ) from None

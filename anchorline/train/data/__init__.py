@@ -1,0 +1,1 @@
+"""From labelled images to training batches on the canvas."""

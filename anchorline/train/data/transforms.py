@@ -1,0 +1,123 @@
+"""Random views of a training image, with torchvision's transforms v2; boxes follow the pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from anchorline.train.loop.settings import TrainingSettings
+from anchorline.train.model.assign import PROPOSAL_LABEL
+
+# Of an object cut by the edge of a crop, this share of its area must remain for it to stay labelled.
+LEAST_VISIBLE = 0.3
+PAD_VALUE = 114.0
+
+
+class RandomZoom(nn.Module):
+    """Magnify by a random factor: above 1 crop a part, below 1 set the image in a larger frame.
+
+    No pixel is resampled here; the resize onto the canvas that follows does it, once. Objects of
+    which less than ``LEAST_VISIBLE`` remains lose their box; of any other box whatever is left stays.
+    """
+
+    def __init__(self, lowest: float, highest: float) -> None:
+        super().__init__()
+        self.lowest, self.highest = lowest, highest
+
+    def forward(
+        self, image: tv_tensors.Image, target: dict[str, Any]
+    ) -> tuple[tv_tensors.Image, dict[str, Any]]:
+        low, high = torch.tensor([self.lowest, self.highest]).log().tolist()
+        factor = float(torch.empty(1).uniform_(low, high).exp())
+        height, width = image.shape[-2:]
+        new_height, new_width = max(1, round(height / factor)), max(1, round(width / factor))
+        top = int(_between(0, height - new_height))
+        left = int(_between(0, width - new_width))
+        area = _areas(target["boxes"])
+        if factor < 1:
+            margins = [-left, -top, new_width - width + left, new_height - height + top]
+            image = F.pad(image, margins, fill=PAD_VALUE)
+            boxes = F.pad(target["boxes"], margins)
+        else:
+            image = F.crop(image, top, left, new_height, new_width)
+            boxes = F.clamp_bounding_boxes(F.crop(target["boxes"], top, left, new_height, new_width))
+        left_over, objects = _areas(boxes), target["labels"] >= 0
+        keep = torch.where(objects, left_over >= LEAST_VISIBLE * area, left_over > 0)
+        return image, {"boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": target["labels"][keep]}
+
+
+class RandomIoUCrop(nn.Module):
+    """A part of the image that keeps at least one object to a random degree (SSD, section 2.2).
+
+    torchvision's, which divides by zero on images a few pixels wide and searches long where there is
+    no object: these stay as they are. Boxes of no object have no say in the choice, and are cut by it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.crop = v2.RandomIoUCrop()
+
+    def forward(
+        self, image: tv_tensors.Image, target: dict[str, Any]
+    ) -> tuple[tv_tensors.Image, dict[str, Any]]:
+        boxes, objects = target["boxes"], target["labels"] >= 0
+        if min(image.shape[-2:]) * self.crop.min_scale < 1 or not objects.any():
+            return image, target
+        params = self.crop.make_params([image, tv_tensors.wrap(boxes[objects], like=boxes)])
+        if not params:  # one of the draws is to leave the image whole
+            return image, target
+        window = [params[name] for name in ("top", "left", "height", "width")]
+        boxes = F.crop(boxes, *window)
+        keep = (~objects).masked_scatter(objects, params["is_within_crop_area"])
+        kept = tv_tensors.wrap(boxes[keep], like=boxes)
+        return F.crop(image, *window), {"boxes": kept, "labels": target["labels"][keep]}
+
+
+class Sanitize(nn.Module):
+    """Drop boxes less than a pixel wide or high (torchvision's rule); a proposal stays while it has area."""
+
+    def forward(
+        self, image: tv_tensors.Image, target: dict[str, Any]
+    ) -> tuple[tv_tensors.Image, dict[str, Any]]:
+        boxes, labels = target["boxes"], target["labels"]
+        _, sound = F.sanitize_bounding_boxes(boxes)
+        keep = torch.where(labels <= PROPOSAL_LABEL, _areas(boxes) > 0, sound)
+        return image, {"boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": labels[keep]}
+
+
+def build_transforms(settings: TrainingSettings) -> v2.Compose:
+    """The random views that ``settings`` ask for, from (image, {boxes, labels}) to the same.
+
+    Boxes with a negative label are no objects: ``IGNORE_LABEL`` marks ignore regions, ``PROPOSAL_LABEL``
+    and below stored proposals. They change no draw, and stay while any of them shows.
+    """
+    steps: list[nn.Module] = []
+    if settings.flip:
+        steps.append(v2.RandomHorizontalFlip(settings.flip))
+    if settings.vertical_flip:
+        steps.append(v2.RandomVerticalFlip(settings.vertical_flip))
+    if settings.zoom != (1.0, 1.0):
+        steps.append(RandomZoom(*settings.zoom))
+    if settings.iou_crop:
+        steps.append(v2.RandomApply([RandomIoUCrop()], settings.iou_crop))
+        steps.append(Sanitize())
+    if settings.photometric:
+        strength = settings.photometric
+        steps.append(v2.ColorJitter(0.5 * strength, 0.5 * strength, 0.5 * strength, 0.08 * strength))
+    return v2.Compose([*steps, v2.Identity()])
+
+
+def _between(a: int, b: int) -> int:
+    """A random whole number between ``a`` and ``b``, both possible, in whichever order they are."""
+    low, high = min(a, b), max(a, b)
+    return int(torch.randint(low, high + 1, ()))
+
+
+def _areas(boxes: Tensor) -> Tensor:
+    plain = boxes.as_subclass(Tensor)
+    return (plain[:, 2] - plain[:, 0]) * (plain[:, 3] - plain[:, 1])

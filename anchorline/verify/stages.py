@@ -1,0 +1,350 @@
+"""The stages of a detector: where two sides are compared, and what each side gives there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.runtime.backends.onnxruntime import exact_sums, open_for_checks
+from anchorline.runtime.canvas import Placement
+from anchorline.runtime.contract import CONTRACT_KEY, Contract
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.io.errors import ArtefactError
+from anchorline.runtime.io.files import sha256_of
+from anchorline.verify.tolerances import Tolerance
+
+# From pixels to detections. ``preprocess`` (frame to canvas) is outside the graph, ``detections`` are
+# its outputs; a stage of several levels numbers its values (``fpn.0``).
+ORDER = (
+    "preprocess",
+    "pixels",
+    "backbone",
+    "fpn",
+    "objectness",
+    "bbox_deltas",
+    "proposals",
+    "roi_features",
+    "class_logits",
+    "box_regression",
+    "detections",
+)
+_IN_GRAPH = {*ORDER, "proposal_scores"} - {"preprocess", "detections"}
+
+
+def is_stage(value: str) -> bool:
+    """Whether a value of the graph has a stage's name, with the number of its level where it has levels."""
+    stage, _, level = value.partition(".")
+    return stage in _IN_GRAPH and (not level or level.isdecimal())
+
+
+def stage_of(value: str) -> str:
+    """The stage a value belongs to: ``fpn`` for ``fpn.2``, ``proposals`` for ``proposal_scores``."""
+    return "proposals" if value == "proposal_scores" else value.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """How far two tensors are apart, relative to the reference: the root mean square of the difference
+    by that of the reference, and the largest difference by the largest magnitude. ``reason`` says in
+    words what no number says (another shape, values that are not finite)."""
+
+    value: str
+    rms: float
+    peak: float
+    reason: str | None = None
+
+    def share_of(self, tolerance: Tolerance) -> float:
+        """How much of the tolerance is used up: above 1 the tensors differ."""
+        return max(self.rms / tolerance.stage_rms, self.peak / tolerance.stage_peak)
+
+    def describe(self) -> str:
+        return self.reason or f"rms {self.rms:.2g}, peak {self.peak:.2g} ({self.value})"
+
+
+def tensor_error(value: str, reference: NDArray[Any], candidate: NDArray[Any], images: int) -> TensorError:
+    """Compare two tensors of the same name; the worst of the ``images`` in the batch counts."""
+    if reference.shape != candidate.shape:
+        return _apart(
+            value, f"{value} has the shape {list(candidate.shape)}, expected {list(reference.shape)}"
+        )
+    worst = TensorError(value, 0.0, 0.0)
+    for ours, theirs in zip(reference.reshape(images, -1), candidate.reshape(images, -1), strict=True):
+        one = _array_error(value, ours.astype(np.float32), theirs.astype(np.float32))
+        if one.reason is not None:
+            return one
+        worst = TensorError(value, max(worst.rms, one.rms), max(worst.peak, one.peak))
+    return worst
+
+
+def worst_of(errors: Mapping[str, TensorError], tolerance: Tolerance) -> dict[str, TensorError]:
+    """The worst error of each stage, by stage."""
+    worst: dict[str, TensorError] = {}
+    for value, error in errors.items():
+        stage = stage_of(value)
+        if stage not in worst or error.share_of(tolerance) > worst[stage].share_of(tolerance):
+            worst[stage] = error
+    return worst
+
+
+def _array_error(value: str, reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> TensorError:
+    for side, values in (("the reference's ", reference), ("", candidate)):
+        broken = values.size - int(np.isfinite(values).sum())
+        if broken:
+            return _apart(value, f"{side}{value} has {broken} values that are not finite (an overflow)")
+    difference = candidate - reference
+    scale, largest = _rms(reference), float(np.abs(reference).max(initial=0.0))
+    rms, peak = _rms(difference), float(np.abs(difference).max(initial=0.0))
+    # Where the reference is all zero (a black image) nothing is there to be relative to.
+    return TensorError(value, rms / (scale or 1.0), peak / (largest or 1.0))
+
+
+def _rms(values: NDArray[np.float32]) -> float:
+    """In float64, in which the squares of large values do not overflow; 0 for no values."""
+    return float(np.sqrt(np.square(values, dtype=np.float64).mean())) if values.size else 0.0
+
+
+def _apart(value: str, reason: str) -> TensorError:
+    return TensorError(value, float("inf"), float("inf"), reason)
+
+
+# The inside of an ONNX file, for verification: the graph with its stages as outputs and as inputs.
+
+
+Prepare = Callable[[Sequence[NDArray[np.uint8]]], tuple[dict[str, NDArray[np.generic]], list[Placement]]]
+
+_WEIGHTED = ("Conv", "Gemm", "MatMul")
+_FED = "fed/"
+
+
+class OnnxStages:
+    """Runs an exported ONNX file in onnxruntime as a ``StageRunner``.
+
+    ``prepare`` is that of the detector which runs the file. The file is read once and never changed:
+    sessions run edited copies. A layer is named by its weight (``backbone.body.0.0`` for
+    ``model.backbone.body.0.0.weight``), with ``#2`` and so on where a weight is used several times.
+    Raises ``ArtefactError`` for a file that is no ONNX or not ours.
+    """
+
+    def __init__(self, path: Path, prepare: Prepare, provider: str = "CPUExecutionProvider") -> None:
+        import onnx
+
+        try:
+            self._model = onnx.load(path)
+        except Exception as error:  # protobuf's own kinds, and the file system's
+            raise ArtefactError(f"{path}: cannot be read as ONNX ({error}); export it again") from None
+        text = {p.key: p.value for p in self._model.metadata_props}.get(CONTRACT_KEY)
+        if text is None:
+            raise ArtefactError(f"{path}: has no anchorline contract; export it with anchorline export")
+        self.contract = Contract.from_json(text, where=str(path))
+        self.prepare, self._path, self._provider = prepare, path, provider
+        made = [name for node in self._model.graph.node for name in node.output]
+        self.stages = tuple(name for name in made if is_stage(name))
+        self._layer_values = _layer_values(self._model)
+        self.layers = tuple(self._layer_values)
+        self._sessions: dict[tuple[frozenset[str], tuple[str, ...]], Any] = {}
+
+    def run(
+        self, inputs: Mapping[str, NDArray[Any]], feed: Mapping[str, NDArray[Any]]
+    ) -> dict[str, NDArray[Any]]:
+        """All stages and outputs; a stage in ``feed`` is replaced for what follows it."""
+        wanted = [*self.stages, *self.contract.outputs]
+        values = self._infer(inputs, feed, wanted, keep=True)
+        return {n: v.astype(np.float32, copy=False) if is_stage(n) else v for n, v in values.items()}
+
+    def run_layers(
+        self, inputs: Mapping[str, NDArray[Any]], feed: Mapping[str, NDArray[Any]], layers: Sequence[str]
+    ) -> dict[str, NDArray[np.float32]]:
+        """The outputs of ``layers``."""
+        value_of = {layer: self._layer_values[layer] for layer in layers if layer in self._layer_values}
+        values = self._infer(inputs, feed, list(dict.fromkeys(value_of.values())), keep=False)
+        return {layer: values[value].astype(np.float32) for layer, value in value_of.items()}
+
+    def release(self) -> None:
+        """Close the sessions that were kept: each holds all weights and the largest batch's maps."""
+        self._sessions.clear()
+
+    def _infer(
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        feed: Mapping[str, NDArray[Any]],
+        wanted: Sequence[str],
+        *,
+        keep: bool,
+    ) -> dict[str, NDArray[Any]]:
+        fed = {name: value for name, value in feed.items() if name in self.stages}
+        key = (frozenset(fed), tuple(wanted))
+        arrays = {name: inputs[name] for name in self.contract.inputs}
+        arrays.update({f"{_FED}{name}": value.astype(np.float32, copy=False) for name, value in fed.items()})
+        try:
+            session = self._sessions.get(key) or self._open(fed, wanted)
+            if keep:
+                self._sessions[key] = session
+            values = session.run(list(wanted), arrays)
+        except Exception as error:  # onnxruntime's exceptions have no common base of their own
+            reason = " ".join(str(error).split())[:300]
+            raise ArtefactError(f"{self._path}: onnxruntime cannot run its stages ({reason})") from error
+        return dict(zip(wanted, values, strict=True))
+
+    def _open(self, fed: Iterable[str], wanted: Sequence[str]) -> Any:
+        model = opened_up(self._model, sorted(fed), wanted)
+        # An arena grows in doublings and keeps them; every stage of a large canvas is an output here.
+        return open_for_checks(
+            model.SerializeToString(), provider=self._provider, arena=False, config=exact_sums(self.contract)
+        )
+
+
+def opened_up(model: Any, fed: Sequence[str], wanted: Sequence[str]) -> Any:
+    """A copy of ``model`` (onnx.ModelProto) that delivers the values ``wanted`` and takes those ``fed``.
+
+    A fed value ``x`` becomes the float32 input ``fed/x``, cast to x's own type, for all nodes that read
+    x; x itself is still computed.
+    """
+    import onnx
+
+    edited = onnx.ModelProto()
+    edited.CopyFrom(model)
+    graph = edited.graph
+    reading = {name: f"{_FED}{name}/cast" for name in fed}
+    for node in graph.node:
+        node.input[:] = [reading.get(name, name) for name in node.input]
+    casts = []
+    for name in fed:
+        graph.input.append(onnx.helper.make_tensor_value_info(f"{_FED}{name}", onnx.TensorProto.FLOAT, None))
+        # CastLike needs no knowledge of the type; its second input is the value that is replaced.
+        casts.append((name, onnx.helper.make_node("CastLike", [f"{_FED}{name}", name], [reading[name]])))
+    _insert_after_producers(graph, casts)
+    there = {value.name for value in graph.output}
+    del graph.output[:]
+    graph.output.extend(
+        next(v for v in model.graph.output if v.name == name)
+        if name in there
+        else onnx.ValueInfoProto(name=name)
+        for name in wanted
+    )
+    return edited
+
+
+def _insert_after_producers(graph: Any, casts: Sequence[tuple[str, Any]]) -> None:
+    """Put each cast behind the node that makes its value, as ONNX wants nodes in order."""
+    waiting = dict(casts)
+    nodes = []
+    for node in graph.node:
+        nodes.append(node)
+        nodes += [waiting.pop(name) for name in node.output if name in waiting]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _layer_values(model: Any) -> dict[str, str]:
+    """The output value of each layer with weights, in order; behind the batch norm where one follows."""
+    normed = {n.input[0]: n.output[0] for n in model.graph.node if n.op_type == "BatchNormalization"}
+    weights = {tensor.name for tensor in model.graph.initializer}
+    runs: Counter[str] = Counter()
+    found = {}
+    for node in model.graph.node:
+        if node.op_type not in _WEIGHTED:
+            continue
+        weight = next((name for name in node.input[1:] if name in weights), None)
+        if weight is None:
+            continue
+        layer = weight.removeprefix("model.").removesuffix(".weight")
+        runs[layer] += 1
+        name = layer if runs[layer] == 1 else f"{layer}#{runs[layer]}"
+        found[name] = normed.get(node.output[0], node.output[0])
+    return found
+
+
+# What can be verified: an artefact that runs, whole and, where it can, stage by stage.
+#
+# The PyTorch side lives in ``train/predict.py`` and is handed in by whoever has it; the ONNX side is
+# ``OnnxStages``.
+
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class BatchDetector(Protocol):
+    """Frames to detections, as the runtime's ``Detector``."""
+
+    @property
+    def contract(self) -> Contract: ...
+
+    @property
+    def provider(self) -> str: ...
+
+    @property
+    def precision(self) -> str: ...
+
+    def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        """Detections of several frames of any sizes, boxes in the frames' own pixels."""
+        ...
+
+
+class StageRunner(Protocol):
+    """A network whose inside can be seen.
+
+    ``prepare`` gives the network's inputs for frames, by name, as this side makes them, and where each
+    frame lies on the canvas. ``run`` executes it on the contract's inputs and returns every stage by name
+    (``stages.ORDER``), float32, and the contract's outputs. A stage in ``feed`` is still computed and
+    returned, but what follows it is computed from the fed value, so an error is seen where it arises and
+    nowhere else.
+    ``layers`` names the layers with weights in the order of execution, and ``run_layers`` returns the
+    outputs of some of them. ``release`` gives back what was kept for the next run.
+    """
+
+    @property
+    def layers(self) -> tuple[str, ...]: ...
+
+    def prepare(
+        self, frames: Sequence[NDArray[np.uint8]]
+    ) -> tuple[dict[str, NDArray[np.generic]], list[Placement]]: ...
+
+    def run(self, inputs: Arrays, feed: Arrays) -> dict[str, NDArray[Any]]: ...
+
+    def run_layers(
+        self, inputs: Arrays, feed: Arrays, layers: Sequence[str]
+    ) -> dict[str, NDArray[np.float32]]: ...
+
+    def release(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One side of a verification. ``stages`` is None where only the whole can be run (an engine)."""
+
+    path: Path
+    detector: BatchDetector
+    stages: StageRunner | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """Name, sha256, provider and precision, as the record states them."""
+        return {
+            "name": self.path.name,
+            "sha256": sha256_of(self.path) if self.path.is_file() else None,
+            "provider": self.detector.provider,
+            "precision": self.detector.precision,
+        }
+
+    def close(self) -> None:
+        """Release what holds resources."""
+        close = getattr(self.detector, "close", None)
+        if close is not None:
+            close()
+
+
+def onnx_subject(path: Path, provider: str = "cpu") -> Subject:
+    """An exported ONNX file, its inside on onnxruntime's CPU provider; raises ``ArtefactError``.
+
+    A graph without the stages' names, as the first versions wrote it, is compared as a whole.
+    """
+    from anchorline.runtime.detector import Detector
+
+    detector = Detector(path, provider)
+    inside = OnnxStages(path, detector.prepare)
+    return Subject(path, detector, inside if inside.stages else None)
