@@ -186,10 +186,11 @@ def small_model(small_settings: Callable[..., ModelSettings]) -> Callable[..., F
 
 @pytest.fixture(scope="session")
 def model_without_ties(small_model: Callable[..., FasterRCNN]) -> FasterRCNN:
-    """An untrained model for the five synthetic classes that detects the same on every processor.
+    """An untrained model for the five synthetic classes that detects alike on every processor.
 
     Without NMS, and with room for every proposal and every detection: among hundreds of overlapping boxes of
     random weights rounding decides some comparison; a trained model's detections stand apart.
+    Only a score at a threshold is still left to rounding.
     """
     return small_model(
         "single",
@@ -235,7 +236,7 @@ def small_resnet(monkeypatch: pytest.MonkeyPatch) -> str:
 def check_same_rows() -> Callable[..., None]:
     """``check_same_rows(found, expected)`` for detections as rows (x1, y1, x2, y2, score[, label]).
 
-    Each row needs a partner within the issue's tolerances, in whatever slot: near-equal scores swap
+    Each row needs a partner within the tolerances, in whatever slot: near-equal scores swap
     places. With random weights hundreds of overlapping boxes meet, and rounding may decide an
     overlap at the NMS threshold either way; hence 3 % of the rows may go without.
     """

@@ -1,8 +1,8 @@
 """A model and its training, by preset.
 
 A preset is a TOML file in ``presets/`` with the tables ``[model]`` and ``[training]``; fields it does
-not name keep the defaults written in ``model/settings.py`` and ``loop/settings.py``, and the command
-line may override each one.
+not name keep the defaults written in ``train/model/settings.py`` and ``train/loop/settings.py``, and the
+command line may override each one.
 """
 
 from __future__ import annotations

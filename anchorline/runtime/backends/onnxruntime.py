@@ -163,9 +163,9 @@ class OnnxRuntimeBackend:
         self._threads = cpu.thread_count
         self._session: Any = _open_session(self.path, provider, _session_options(cpu), options)
         self.contract = _read_contract(self.path, self._session)
-        wide = exact_sums(self.contract)
-        if provider == "cpu" and wide:
-            self._session = _open_session(self.path, provider, _session_options(cpu, wide), options)
+        exact = exact_sums(self.contract)
+        if provider == "cpu" and exact:
+            self._session = _open_session(self.path, provider, _session_options(cpu, exact), options)
             log.warning(
                 "%s: its 8-bit weights need VNNI, which this processor has not; it is computed in float32, "
                 "quantise the float model again for full speed",
