@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -83,6 +84,8 @@ def test_lines_copies_and_warnings_are_those_of_the_local_run(
 def test_workers_that_are_killed(write_clip, pictures, local, on_cluster, tmp_path):
     """One amid a clip costs no file its answer; a file that always kills its worker is given up."""
 
+    died = tmp_path / "died"
+
     class Mortal(DetectionWorker):  # inside the function, so that Ray sends the class itself
         def __init__(self, version, job):
             from anchorline.cluster import worker
@@ -93,20 +96,21 @@ def test_workers_that_are_killed(write_clip, pictures, local, on_cluster, tmp_pa
         def begin(self, item):
             if any(path.endswith("5.png") for path in item.paths):
                 os.kill(os.getpid(), signal.SIGKILL)
+            self.clip, self.pieces = item.paths[0].endswith(".mp4"), 0
             return super().begin(item)
+
+        def more(self):
+            self.pieces += 1
+            if self.clip and self.pieces == 3:  # two have been given: only the first worker dies of it
+                with contextlib.suppress(FileExistsError):
+                    died.touch(exist_ok=False)
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return super().more()
 
     clips = [write_clip(tmp_path / f"{index}.mp4", frames=100) for index in range(2)]
     expected, _ = local([*clips, *(path for path in pictures if path.name != "5.png")])
-    killed: list[int] = []
-
-    def kill(now: Progress) -> None:
-        for worker in now.workers:
-            if worker.doing.endswith(".mp4") and now.frames and not killed:
-                killed.append(worker.pid)
-                os.kill(worker.pid, signal.SIGKILL)
-
-    found = on_cluster([*clips, *pictures], progress=kill, images_per_item=3, worker_type=Mortal)
-    assert len(killed) == 1
+    found = on_cluster([*clips, *pictures], images_per_item=3, worker_type=Mortal)
+    assert died.exists()
     (line,) = found.failed
     assert line.startswith(f"{pictures[5]}: given up after 3 tries: the worker on ")
     assert line.endswith("died: its process ended")
