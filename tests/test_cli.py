@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from anchorline import __version__, cli
+from anchorline.cli.options import respelled
 from anchorline.runtime.io.errors import DataError
 
 COMMAND = [sys.executable, "-m", "anchorline"]
@@ -145,3 +146,58 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     done = subprocess.run([*COMMAND, "--version"], stdout=writing, stderr=subprocess.PIPE, timeout=60)
     os.close(writing)
     assert done.stderr == b""
+
+
+@pytest.mark.parametrize(
+    ("given", "taken", "told"),
+    [
+        (
+            "build m --target tensorrt-rtx",
+            "build m --for tensorrt-rtx",
+            "--target is now spelled --for",
+        ),
+        ("build m --target=tensorrt", "build m --for=tensorrt", "--target is now spelled --for"),
+        ("export m --for 1920x1080", "export m --frame 1920x1080", "--for is now spelled --frame"),
+        ("quantize m --calibrate voc:d", "quantize m --data voc:d", "--calibrate is now spelled --data"),
+        (
+            "quantize m --calibrate photos",
+            "quantize m --images photos",
+            "--calibrate is now spelled --images",
+        ),
+        ("evaluate m --plots there", "evaluate m --pictures there", "--plots is now spelled --pictures"),
+        ("bench m --source a.mp4", "bench m --images a.mp4", "--source is now spelled --images"),
+        ("verify a b --worst w.png", "verify a b --pictures w.png", "--worst is now spelled --pictures"),
+    ],
+)
+def test_a_former_spelling_still_works_with_a_word_on_the_new_one(
+    given: str, taken: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert respelled(given.split()) == taken.split()
+    assert error_line(capsys) == f"{given.split()[0]} {told}"
+
+
+def test_the_command_takes_a_former_spelling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", str(tmp_path / "none.safetensors"), "--out", "m.onnx", "--for", "64"]) == 2
+    told, error = capsys.readouterr().err.splitlines()
+    assert told == "anchorline: export --for is now spelled --frame"
+    assert error.startswith("anchorline: --frame is '64'; expected WIDTHxHEIGHT")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["quantize m --for cpu", "detect a.mp4 --classes a", "import m --classes a,b", "", "-h"],
+)
+def test_today_s_spelling_is_taken_as_it_is(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert respelled(arguments.split()) == arguments.split()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_file_of_class_names_was_once_given_as_classes(tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("cat\n", encoding="utf-8")
+    assert respelled(["import", "m", "--classes", str(names)])[2] == "--classes-file"
+
+
+def test_quantize_wants_images(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["quantize", "m.onnx", "--out", "m.int8.onnx"]) == 2
+    assert "--data" in error_line(capsys)

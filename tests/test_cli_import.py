@@ -35,7 +35,7 @@ def test_a_checkpoint_becomes_a_model(
 
     classes, out = tmp_path / "classes.txt", tmp_path / "model.safetensors"
     classes.write_text("cat\ndog\n", encoding="utf-8")
-    options = ["--classes", str(classes), "--canvas", "64x96", "--resize", "60x96", "--fast-resize"]
+    options = ["--classes-file", str(classes), "--canvas", "64x96", "--resize", "60x96", "--fast-resize"]
     options += [
         "--batch-norm-eps",
         "0.001",
@@ -61,7 +61,7 @@ def test_a_checkpoint_becomes_a_model(
     [
         ([], "give --arch"),
         (["--arch", "resnet50"], "arch is 'resnet50'"),
-        (["--arch", SMALLEST], "name its 2 classes with --classes FILE"),
+        (["--arch", SMALLEST], "name its 2 classes with --classes A,B,... or --classes-file FILE"),
         (["--arch", "fasterrcnn_resnet18_fpn"], "looks like fasterrcnn_mobilenet_v3_large_fpn"),
         (["--arch", SMALLEST, "--canvas", "64"], "--canvas is '64'"),
         (["--arch", SMALLEST, "--canvas", "65x64"], "multiples of 32"),
@@ -113,7 +113,16 @@ def test_a_model_of_another_library_says_what_it_was_taken_for(
 
     classes, out = tmp_path / "classes.txt", tmp_path / "model.safetensors"
     classes.write_text("cat\ndog\n", encoding="utf-8")
-    arguments = ["import", str(foreign), "--out", str(out), "--classes", str(classes), "--canvas", "64x96"]
+    arguments = [
+        "import",
+        str(foreign),
+        "--out",
+        str(out),
+        "--classes-file",
+        str(classes),
+        "--canvas",
+        "64x96",
+    ]
     assert cli.main(arguments) == 0
     captured = capsys.readouterr()
     assert "the checkpoint is Detectron2's, taken as detectron2_r50_fpn" in captured.err

@@ -223,7 +223,7 @@ def test_evaluate_tells_of_boxes_left_out(
 
 
 def test_evaluate_writes_its_pictures(model: Path, tmp_path: Path) -> None:
-    options = ["--plots", str(tmp_path / "plots"), "--shown-score", "0.25"]
+    options = ["--pictures", str(tmp_path / "plots"), "--shown-score", "0.25"]
     assert cli.main(["evaluate", str(model), "--data", "synthetic:2", *options]) == 0
     names = {"per_class.png", "pr_curves.png", "confusion.png", "worst_images.jpg"}
     assert names <= {path.name for path in (tmp_path / "plots").iterdir()}

@@ -90,7 +90,16 @@ def test_two_that_differ(
     """The exit code is 1, the layer at fault is named, the images are shown side by side."""
     _, sound, faulty = artefacts
     worst = tmp_path / "worst.png"
-    command = ["verify", str(sound), str(faulty), "--images", str(picture), "--bisect", "--worst", str(worst)]
+    command = [
+        "verify",
+        str(sound),
+        str(faulty),
+        "--images",
+        str(picture),
+        "--bisect",
+        "--pictures",
+        str(worst),
+    ]
     assert main(command) == 1
     shown = " ".join(capsys.readouterr().out.split())
     assert "they differ; class_logits" in shown
@@ -103,7 +112,7 @@ def test_a_detector_equals_itself(artefacts: tuple[Path, Path, Path], picture: P
     checkpoint = artefacts[0]
     worst = tmp_path / "worst.png"
     assert (
-        main(["verify", str(checkpoint), str(checkpoint), "--images", str(picture), "--worst", str(worst)])
+        main(["verify", str(checkpoint), str(checkpoint), "--images", str(picture), "--pictures", str(worst)])
         == 0
     )
     assert not worst.exists()
@@ -118,7 +127,7 @@ def test_a_detector_equals_itself(artefacts: tuple[Path, Path, Path], picture: P
         (["{sound}", "{sound}", "--data", "synthetic:2", "--images", "{picture}"], "expected one of them"),
         (["{sound}", "{sound}", "--images", "nowhere"], "nowhere: no such file or folder"),
         (["{sound}", "{sound}", "--data", "voc:nowhere@test"], "nowhere"),
-        (["{sound}", "{sound}", "--worst", "worst.jpg"], "expected a .png"),
+        (["{sound}", "{sound}", "--pictures", "worst.jpg"], "expected a .png"),
     ],
 )
 def test_what_cannot_be_compared(

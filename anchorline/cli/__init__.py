@@ -8,6 +8,7 @@ interrupted; a traceback means a bug.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from anchorline.cli.demo import demo
 from anchorline.cli.detect import detect
 from anchorline.cli.evaluate import evaluate, proposals
 from anchorline.cli.examine import bench, doctor, verify
+from anchorline.cli.options import respelled
 from anchorline.cli.train import train
 
 app = typer.Typer(
@@ -61,4 +63,4 @@ app.command()(doctor)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command on ``arguments`` (default: ``sys.argv``) and return its exit code."""
-    return console.run(app, arguments)
+    return console.run(app, respelled(sys.argv[1:] if arguments is None else arguments))

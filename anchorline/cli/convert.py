@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from anchorline.cli.options import JsonOption, size
+from anchorline.cli.options import ImagesOption, JsonOption, names, size
 from anchorline.console import progress_bar, show_report, warn
 
 
@@ -30,11 +30,14 @@ def import_(
         ),
     ] = None,
     classes: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Class names without the background, one a line or a JSON list (default: the "
-            "checkpoint's, or COCO's)."
+            metavar="A,B,...",
+            help="Class names without the background (default: the checkpoint's, or COCO's).",
         ),
+    ] = None,
+    classes_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The same, one a line or a JSON list.")
     ] = None,
     canvas: Annotated[
         str | None, typer.Option(metavar="HxW", help="Another network input size, multiples of 32.")
@@ -65,7 +68,7 @@ def import_(
         checkpoint,
         out,
         arch=arch,
-        classes=classes,
+        classes=classes_file if classes is None else names(classes, classes_file),
         canvas=None if canvas is None else size(canvas, "--canvas", "HEIGHTxWIDTH"),
         resize=None if resize is None else ResizeRule(*size(resize, "--resize", "MINxMAX")),
         batch_norm_eps=batch_norm_eps,
@@ -95,9 +98,8 @@ def export(
     canvas: Annotated[
         str | None, typer.Option(metavar="HxW", help="Another network input size, multiples of 32.")
     ] = None,
-    frames: Annotated[
-        str | None,
-        typer.Option("--for", metavar="WxH", help="Trim the canvas to what a camera's frames fill."),
+    frame: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Trim the canvas to what a camera's frames fill.")
     ] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Largest batch the runtime will use.")] = None,
     verify: Annotated[bool, typer.Option(help="Compare with PyTorch before the file is published.")] = True,
@@ -110,7 +112,7 @@ def export(
         out,
         task=task,
         canvas=None if canvas is None else size(canvas, "--canvas", "HEIGHTxWIDTH"),
-        frame_size=None if frames is None else size(frames, "--for", "WIDTHxHEIGHT")[::-1],
+        frame_size=None if frame is None else size(frame, "--frame", "WIDTHxHEIGHT")[::-1],
         max_batch=max_batch,
         verify=verify,
     )
@@ -122,13 +124,13 @@ def export(
 def quantize(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="An exported model.onnx in float32.")],
     out: Annotated[Path, typer.Option(help="The ONNX file to write, such as model.int8.onnx.")],
-    calibrate: Annotated[
-        list[str],
+    data: Annotated[
+        list[str] | None,
         typer.Option(
-            metavar="SPEC|SOURCE",
-            help="Labelled data as for evaluate, or images, folders, a video; may be repeated.",
+            metavar="SPEC", help="Labelled images to calibrate on, as for evaluate; may be repeated."
         ),
-    ],
+    ] = None,
+    images: ImagesOption = None,
     target: Annotated[
         Literal["cpu", "tensorrt"],
         typer.Option("--for", help="cpu: onnxruntime's integer kernels; tensorrt: Q/DQ nodes for build."),
@@ -142,12 +144,15 @@ def quantize(
 ) -> None:
     """Turn an exported model's layers into 8-bit integers, as far as its accuracy holds."""
     from anchorline.export.quantize.quantize import quantize_onnx
+    from anchorline.runtime.io.errors import SettingsError
 
+    if not data and not images:
+        raise SettingsError("nothing to calibrate on; expected --data SPEC or --images SOURCE")
     with progress_bar("quantising") as progress:
         result = quantize_onnx(
             model,
             out,
-            calibrate,
+            [*(data or ()), *(images or ())],
             target=target,
             max_drop=max_drop,
             limit=limit,
@@ -164,7 +169,9 @@ def build(
     out: Annotated[Path, typer.Option(help="The .engine file to write; its manifest goes beside it.")],
     target: Annotated[
         Literal["tensorrt", "tensorrt-rtx"],
-        typer.Option(help="tensorrt builds for the GPU at hand, tensorrt-rtx for any GeForce, without one."),
+        typer.Option(
+            "--for", help="tensorrt builds for the GPU at hand, tensorrt-rtx for any GeForce, without one."
+        ),
     ] = "tensorrt",
     precision: Annotated[
         Literal["fp16", "fp32"], typer.Option(help="Of convolutions and fully connected layers.")
@@ -193,13 +200,7 @@ def build(
     hardware_compatible: Annotated[
         bool, typer.Option("--hardware-compatible", help="Let other GPUs, from Ampere on, load it.")
     ] = False,
-    images: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SOURCE",
-            help="Images, folders or a video: some of them to check the range of fp16 on; may be repeated.",
-        ),
-    ] = None,
+    images: ImagesOption = None,
     force: Annotated[bool, typer.Option("--force", help="Build even what has been built before.")] = False,
     verify: Annotated[
         bool, typer.Option(help="Compare the engine with the ONNX file, where it can run here.")

@@ -11,6 +11,7 @@ from anchorline.cli.options import (
     CpuPrecisionOption,
     DataOption,
     JsonOption,
+    PicturesOption,
     ProviderOption,
     open_detector,
     tell_dropped,
@@ -31,10 +32,7 @@ def evaluate(
     ] = None,
     cpu_precision: CpuPrecisionOption = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Images a batch; the figures do not depend on it.")] = 1,
-    plots: Annotated[
-        Path | None,
-        typer.Option(help="Write curves, tables, confusion matrix and the worst images into this folder."),
-    ] = None,
+    pictures: PicturesOption = None,
     shown_score: Annotated[
         float,
         typer.Option(min=0, max=1, help="Confusion and worst images count detections from this score on."),
@@ -61,10 +59,10 @@ def evaluate(
             detector.batch, dataset, batch, progress, provider=detector.provider, precision=detector.precision
         )
     show_report(report, json)
-    if plots is not None:
+    if pictures is not None:
         from anchorline.evaluation.pictures import write_report_files
 
-        write_report_files(report, dataset, plots, shown_score)
+        write_report_files(report, dataset, pictures, shown_score)
 
 
 def proposals(

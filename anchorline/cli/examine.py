@@ -7,7 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from anchorline.cli.options import CpuPrecisionOption, JsonOption, ProviderOption
+from anchorline.cli.options import (
+    CpuPrecisionOption,
+    ImagesOption,
+    JsonOption,
+    PicturesOption,
+    ProviderOption,
+    picture_file,
+)
 from anchorline.console import progress_bar, show_report
 
 
@@ -18,15 +25,10 @@ def verify(
         list[str] | None,
         typer.Option(metavar="SPEC", help="Labelled images, as for evaluate; may be repeated."),
     ] = None,
-    images: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SOURCE", help="Images, folders or a video, without labels; may be repeated."),
-    ] = None,
+    images: ImagesOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N images only.")] = None,
     bisect: Annotated[bool, typer.Option("--bisect", help="Name the first layer that differs.")] = False,
-    worst: Annotated[
-        Path | None, typer.Option(help="Write the images that differ most side by side to this .png.")
-    ] = None,
+    pictures: PicturesOption = None,
     reference_by: Annotated[
         Literal["anchorline", "torchvision"],
         typer.Option("--reference", help="Whose model runs the weights of A: ours, or torchvision's own."),
@@ -44,7 +46,7 @@ def verify(
             images=images or (),
             limit=limit,
             bisect=bisect,
-            worst=worst,
+            worst=picture_file(pictures, "worst.png"),
             reference_by=reference_by,
             provider=provider,
             progress=progress,
@@ -56,9 +58,12 @@ def verify(
 
 def bench(
     models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="Exported models or engines.")],
-    source: Annotated[
+    images: Annotated[
         Path | None,
-        typer.Option(help="A video, an image or a folder of images (default: generated scenes, 1920x1080)."),
+        typer.Option(
+            metavar="SOURCE",
+            help="A video, an image or a folder of images (default: generated scenes, 1920x1080).",
+        ),
     ] = None,
     provider: Annotated[
         list[str] | None,
@@ -72,7 +77,7 @@ def bench(
     ] = None,
     cpu_precision: CpuPrecisionOption = "auto",
     csv: Annotated[Path | None, typer.Option(help="Write the figures to this file as CSV.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw them to this .png.")] = None,
+    pictures: PicturesOption = None,
     json: JsonOption = None,
 ) -> None:
     """Measure how fast models run here: percentiles of each stage, throughput, peak memory."""
@@ -83,7 +88,7 @@ def bench(
     with progress_bar("measuring") as progress:
         report = measure(
             models,
-            source=source,
+            source=images,
             providers=provider or ("auto",),
             batch=batch,
             batches=batches,
@@ -92,7 +97,7 @@ def bench(
             cpu_precision=cpu_precision,
             json_file=json,
             csv_file=csv,
-            plot=plot,
+            plot=picture_file(pictures, "bench.png"),
             progress=progress,
         )
     Console().print(report.render())

@@ -23,6 +23,14 @@ DataOption = Annotated[
         help="voc:DIR@split, coco:IMAGES,ANN.json, yolo:DIR@split or synthetic:N; may be repeated.",
     ),
 ]
+ImagesOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="SOURCE", help="Images, folders or a video, without labels; may be repeated."),
+]
+PicturesOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER|FILE.png", help="Draw what was found into this folder, or one picture."),
+]
 ProviderOption = Annotated[Provider, typer.Option(help="What runs the model; auto takes the best one here.")]
 CpuPrecisionOption = Annotated[
     CpuPrecision,
@@ -38,6 +46,50 @@ def size(text: str, option: str, form: str) -> tuple[int, int]:
     if not first.isdecimal() or not second.isdecimal():
         raise SettingsError(f"{option} is {text!r}; expected {form} in pixels, such as 480x640")
     return int(first), int(second)
+
+
+def names(text: str, file: Path | None) -> tuple[str, ...]:
+    """The class names of ``cat,dog``."""
+    from anchorline.runtime.io.errors import SettingsError
+
+    if file is not None:
+        raise SettingsError("both --classes and --classes-file are given; expected one of them")
+    return tuple(name.strip() for name in text.split(","))
+
+
+def picture_file(pictures: Path | None, name: str) -> Path | None:
+    """Where a verb's one picture goes: the file ``pictures``, or ``name`` in that folder."""
+    return pictures if pictures is None or pictures.suffix else pictures / name
+
+
+# Former spellings of options by verb: they go on working, with a word on the new one.
+_RENAMED = {
+    "bench": {"--plot": "--pictures", "--source": "--images"},
+    "build": {"--target": "--for"},
+    "evaluate": {"--plots": "--pictures"},
+    "export": {"--for": "--frame"},
+    "import": {"--classes": "--classes-file"},
+    "quantize": {"--calibrate": "--data"},
+    "verify": {"--worst": "--pictures"},
+}
+
+
+def respelled(arguments: Sequence[str]) -> list[str]:
+    """``arguments`` (the verb first) in today's spelling; each former one is told on stderr."""
+    verb, *rest = arguments or [""]
+    found = [*arguments[:1]]
+    for place, argument in enumerate(rest):
+        option, equals, value = argument.partition("=")
+        new = _RENAMED.get(verb, {}).get(option)
+        value = value if equals else "".join(rest[place + 1 : place + 2])
+        if new == "--classes-file" and not Path(value).is_file():
+            new = None  # names, as they are given today
+        if new == "--data" and not value.startswith(("voc:", "coco:", "yolo:", "synthetic:")):
+            new = "--images"
+        if new is not None:
+            print(f"anchorline: {verb} {option} is now spelled {new}", file=sys.stderr)
+        found.append(argument if new is None else new + argument.removeprefix(option))
+    return found
 
 
 def tell_dropped(dataset: Dataset | None) -> None:

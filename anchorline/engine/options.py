@@ -55,7 +55,7 @@ class BuildOptions:
             named = ", ".join(map(str, self.compute_capabilities))
             raise SettingsError(
                 f"compute capability is {named}; TensorRT builds for the GPU at hand, so leave it out or "
-                "build with --target tensorrt-rtx"
+                "build with --for tensorrt-rtx"
             )
         if self.target == "tensorrt-rtx":
             for name in ("version_compatible", "hardware_compatible"):

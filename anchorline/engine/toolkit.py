@@ -109,7 +109,7 @@ def current_gpu() -> tuple[str, int]:
         reason = str(error).partition(";")[0]
         raise SettingsError(
             f"TensorRT needs an NVIDIA GPU to build, and none can be used here ({reason}); build on the "
-            "machine that will run the engine, or with --target tensorrt-rtx"
+            "machine that will run the engine, or with --for tensorrt-rtx"
         ) from None
 
 

@@ -192,7 +192,7 @@ def test_without_matplotlib_the_rest_works(bench_model, picture, monkeypatch, tm
 def test_the_verb(bench_model, picture, tmp_path, capsys):
     from anchorline.cli import main
 
-    arguments = ["bench", str(bench_model), "--source", str(picture), "--batches", "2", "--threads", "1"]
+    arguments = ["bench", str(bench_model), "--images", str(picture), "--batches", "2", "--threads", "1"]
     assert main([*arguments, "--provider", "cpu", "--csv", str(tmp_path / "b.csv")]) == 0
     assert "frames/s" in capsys.readouterr().out
     assert (tmp_path / "b.csv").is_file()

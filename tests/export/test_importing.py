@@ -523,7 +523,7 @@ def test_weights_by_name_know_their_architecture(
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (None, "3 classes with --classes FILE"),
+        (None, "3 classes with --classes A,B,... or --classes-file FILE"),
         ("a\nb", "names 2 classes (a, b)"),
         ("a\nb\nc\nd", "names 4 classes"),
         ("a\nb\na", "each once"),

@@ -568,7 +568,7 @@ def test_a_drop_that_cannot_be_kept_publishes_nothing(
         ParityError, match=r"agreement 1\.0000 in float, 0\.\d+ in int8, with the 0 most costly"
     ):
         quantize_onnx(model, out, [str(folder / "images")])
-    arguments = ["quantize", str(model), "--out", str(out), "--calibrate", str(folder / "images")]
+    arguments = ["quantize", str(model), "--out", str(out), "--images", str(folder / "images")]
     assert cli.main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "was not published" in line
@@ -580,7 +580,7 @@ def test_the_command_shows_the_layers_and_writes_them(
 ) -> None:
     out, figures = tmp_path / "int8.onnx", tmp_path / "figures.json"
     arguments = ["quantize", str(folder / "tiny.onnx"), "--out", str(out), "--json", str(figures)]
-    arguments += ["--calibrate", str(folder / "images"), "--limit", "3", "--max-drop", "0.9", "--no-verify"]
+    arguments += ["--images", str(folder / "images"), "--limit", "3", "--max-drop", "0.9", "--no-verify"]
     assert cli.main(arguments) == 0
     shown = capsys.readouterr().out
     assert "roi.fc6" in shown

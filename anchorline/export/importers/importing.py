@@ -54,7 +54,7 @@ def import_checkpoint(
     out: Path,
     *,
     arch: str | None = None,
-    classes: Path | None = None,
+    classes: Path | tuple[str, ...] | None = None,
     canvas: tuple[int, int] | None = None,
     resize: ResizeRule | None = None,
     batch_norm_eps: float | None = None,
@@ -65,12 +65,12 @@ def import_checkpoint(
 
     ``checkpoint`` is a file or the name of torchvision's weights; ``arch`` a name in the libraries'
     ``ARCHITECTURES`` (torchvision's weights know theirs, Detectron2's and MMDetection's tensors show it).
-    ``classes`` names the classes, one a line or as a JSON list, without the background; the checkpoint's
-    own are the default, and COCO's where the model has as many outputs. The sides of ``resize`` replace
-    the architecture's own, and ``canvas`` (height, width; multiples of 32) the one that holds landscape
-    frames. ``batch_norm_eps`` belongs to the body's batch norms. ``fast_resize`` resizes plainly and in
-    whole grey levels. ``overrides`` change settings that the tensors do not show, as
-    ``score_threshold=0.3``. Raises ``ArtefactError`` and ``SettingsError``.
+    ``classes`` are the class names without the background, or a file of them, one a line or a JSON list;
+    the checkpoint's own are the default, and COCO's where the model has as many outputs. The sides of
+    ``resize`` replace the architecture's own, and ``canvas`` (height, width; multiples of 32) the one
+    that holds landscape frames. ``batch_norm_eps`` belongs to the body's batch norms. ``fast_resize``
+    resizes plainly and in whole grey levels. ``overrides`` change settings that the tensors do not show,
+    as ``score_threshold=0.3``. Raises ``ArtefactError`` and ``SettingsError``.
     """
     if out.suffix != ".safetensors":
         raise SettingsError(f"output is {str(out)!r}; expected a file name that ends in .safetensors")

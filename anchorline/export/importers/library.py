@@ -85,22 +85,30 @@ class ClassNames:
 
 
 def choose_class_names(
-    path: Path | None, in_checkpoint: tuple[str, ...] | None, coco: ClassNames, outputs: int, where: str
+    given: Path | tuple[str, ...] | None,
+    in_checkpoint: tuple[str, ...] | None,
+    coco: ClassNames,
+    outputs: int,
+    where: str,
 ) -> ClassNames:
     """Names for a model with ``outputs``, background included.
 
-    Those in the file ``path``, else those in the checkpoint, else ``coco``, in the order and with the gaps
-    that the library gives it. Raises ``SettingsError`` where they do not fit.
+    Those ``given``, or in that file, else those in the checkpoint, else ``coco``, in the order and with the
+    gaps that the library gives it. Raises ``SettingsError`` where they do not fit.
     """
-    if path is not None:
-        return ClassNames(_fitting(_read(path), outputs, str(path), where))
+    if given is not None:
+        names = given if isinstance(given, tuple) else _read(given)
+        if not are_class_names(names):
+            raise SettingsError(f"classes are {', '.join(names)!r}; expected class names, each once")
+        return ClassNames(_fitting(names, outputs, "--classes" if given is names else str(given), where))
     if in_checkpoint is not None:
         names = _fitting(in_checkpoint, outputs, f"{where}: its description", "the model")
         return coco if names == coco.names else ClassNames(names)
     if outputs != len(coco.names) + 1:
         raise SettingsError(
             f"{where}: has {outputs} outputs, background included; name its {outputs - 1} classes with "
-            f"--classes FILE (COCO's names are known, and need {len(coco.names) + 1})"
+            "--classes A,B,... or --classes-file FILE (COCO's names are known, and need "
+            f"{len(coco.names) + 1})"
         )
     return coco
 

@@ -203,7 +203,7 @@ def test_a_full_disk_leaves_nothing(rtx: Any, model_file: ModelFile, tmp_path: P
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "from anchorline.cli import main\n"
-        f"sys.exit(main(['build', {str(model_file('proposals'))!r}, '--out', {str(out)!r}, '--target', "
+        f"sys.exit(main(['build', {str(model_file('proposals'))!r}, '--out', {str(out)!r}, '--for', "
         "'tensorrt-rtx', '--compute-capability', '86']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -242,7 +242,7 @@ def test_the_command_s_own_mistakes(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command = ["build", str(model_file("proposals")), "--out", str(tmp_path / "m.engine"), "--target", RTX]
+    command = ["build", str(model_file("proposals")), "--out", str(tmp_path / "m.engine"), "--for", RTX]
     assert cli.main([*command, *arguments]) == 2
     assert message in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
