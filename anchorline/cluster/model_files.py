@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from anchorline.cluster.job import ModelFile
 from anchorline.runtime.backends.openvino import cache_folder
 from anchorline.runtime.io.errors import ArtefactError
-from anchorline.runtime.io.files import atomic_path
+from anchorline.runtime.io.files import atomic_path, sha256_of
 from anchorline.runtime.tensorrt.engine import onnx_of
-from anchorline.runtime.tensorrt.manifest import manifest_path, read_manifest, sha256_of
+from anchorline.runtime.tensorrt.manifest import manifest_path, read_manifest
 
 _KEPT_DIGITS = 40
 

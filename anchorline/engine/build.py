@@ -18,13 +18,13 @@ from anchorline import __version__
 from anchorline.engine.fp16_range import Sample
 from anchorline.engine.lowering import deviations, lower
 from anchorline.engine.mixed_precision import PrecisionReport, to_precision
-from anchorline.engine.model_file import DOMAIN, check_exported, read_model
+from anchorline.engine.model_file import check_exported, read_model
 from anchorline.engine.options import Batch, BuildOptions, options_hash
 from anchorline.engine.toolkit import Plan, Progress, Toolkit, layer_report, load_toolkit, parse, serialise
-from anchorline.runtime.contract import Contract
+from anchorline.runtime.contract import DOMAIN, Contract
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
-from anchorline.runtime.io.files import atomic_path, write_json
-from anchorline.runtime.tensorrt.manifest import EngineManifest, manifest_path, read_manifest, sha256_of
+from anchorline.runtime.io.files import atomic_path, sha256_of, write_json
+from anchorline.runtime.tensorrt.manifest import EngineManifest, manifest_path, read_manifest
 from anchorline.runtime.tensorrt.plugins import PLUGIN_NAMESPACE, PLUGIN_VERSION, PLUGINS
 from anchorline.runtime.tensorrt.plugins.images import source_hash
 

@@ -33,8 +33,8 @@ from anchorline.engine.graph_tools import (
     replace_nodes,
     tensor_names,
 )
-from anchorline.engine.model_file import DOMAIN, check_exported, state_opset
-from anchorline.runtime.contract import NMS_CONVERGED
+from anchorline.engine.model_file import check_exported, state_opset
+from anchorline.runtime.contract import DOMAIN, NMS_CONVERGED, OP_VERSION
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
 
 # Folding batch norm into the convolution before it, in full precision.
@@ -236,7 +236,6 @@ def _sizes(wanted: int, most: int) -> list[int]:
 
 TARGETS = ("tensorrt", "tensorrt-rtx", "onnxruntime")
 NMS_FORMS = ("plugin", "fixed-point")
-PLUGIN_VERSION = "1"
 CONVERGED = NMS_CONVERGED
 
 _PLUGIN_OPS = ("BatchedNMS", "RoIPool")
@@ -378,7 +377,7 @@ def _mark_for_plugin(node: onnx.NodeProto) -> None:
     del node.attribute[:]
     node.attribute.extend(kept)
     node.attribute.append(helper.make_attribute("plugin_namespace", DOMAIN))
-    node.attribute.append(helper.make_attribute("plugin_version", PLUGIN_VERSION))
+    node.attribute.append(helper.make_attribute("plugin_version", str(OP_VERSION)))
 
 
 def _use_body(model: onnx.ModelProto, node: onnx.NodeProto, body: onnx.FunctionProto) -> None:

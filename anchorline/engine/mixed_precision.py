@@ -47,8 +47,8 @@ from anchorline.engine.graph_tools import (
     tensor_names,
 )
 from anchorline.engine.lowering import fold_batch_norm
-from anchorline.engine.model_file import DOMAIN, HALF_SCALES_OPSET, check_exported, state_opset
-from anchorline.runtime.contract import CONTRACT_KEY
+from anchorline.engine.model_file import HALF_SCALES_OPSET, check_exported, state_opset
+from anchorline.runtime.contract import CONTRACT_KEY, DOMAIN
 from anchorline.runtime.io.errors import SettingsError
 
 _CONVOLUTIONS = {"Conv", "ConvTranspose"}

@@ -9,7 +9,6 @@ import onnx
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.io.errors import ArtefactError
 
-DOMAIN = "anchorline"
 # The functions in the file and those put in their place are written for this opset.
 OPSET = 18
 # The first whose QuantizeLinear takes scales in half precision. Nothing of ours has another meaning in it;

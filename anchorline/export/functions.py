@@ -9,9 +9,9 @@ from __future__ import annotations
 import onnx
 import onnx.parser
 
+from anchorline.runtime.contract import DOMAIN, OP_VERSION
+
 OPSET = 18
-DOMAIN = "anchorline"
-OP_VERSION = 1
 
 # Entries that do not count get the score -inf, which no threshold lets pass. IoU is inter / union in
 # float32, and of equal scores the first in order wins, in onnxruntime's NonMaxSuppression as here.

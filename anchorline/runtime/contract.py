@@ -19,6 +19,10 @@ from anchorline.runtime.io.errors import ArtefactError
 CONTRACT_KEY = "anchorline.contract"
 CONTRACT_VERSION = 1
 
+# The custom ops' domain in an ONNX file, which is also the namespace of their TensorRT plugins.
+DOMAIN = "anchorline"
+OP_VERSION = 1
+
 # The output that an engine with the fixed-point NMS has besides the contract's: bool [1], false when
 # suppression needed more rounds than the engine has, so that duplicates may be left.
 NMS_CONVERGED = "nms_converged"

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from anchorline.engine.lowering import MOST, deviations, lower
-from anchorline.export.functions import DOMAIN, default_functions
+from anchorline.export.functions import default_functions
 from anchorline.export.onnx_export import export_onnx
-from anchorline.runtime.contract import CONTRACT_KEY
+from anchorline.runtime.contract import CONTRACT_KEY, DOMAIN
 from anchorline.train.checkpoint import contract_of, save_checkpoint
 from anchorline.train.model.faster_rcnn import FasterRCNN
 

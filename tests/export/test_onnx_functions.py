@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from anchorline.export.functions import DOMAIN, OPSET, attach_functions, default_functions
+from anchorline.export.functions import OPSET, attach_functions, default_functions
+from anchorline.runtime.contract import DOMAIN
 from anchorline.train.model import ops
 
 Floats = NDArray[np.float32]
@@ -217,7 +218,7 @@ def test_functions_declare_the_attributes_that_name_a_plugin() -> None:
         "RoIAlign": {"output_size", "sampling_ratio", "plugin_namespace", "plugin_version"},
     }
     for function in functions.values():
-        assert function.domain == DOMAIN == ops.DOMAIN
+        assert function.domain == DOMAIN
         assert [(o.domain, o.version) for o in function.opset_import] == [("", OPSET)]
     assert ops.PLUGIN_ATTRIBUTES == PLUGIN
 

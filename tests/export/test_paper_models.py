@@ -13,8 +13,9 @@ import torchvision
 from onnx import TensorProto, helper
 
 from anchorline.engine.lowering import lower
-from anchorline.export.functions import DOMAIN, attach_functions
+from anchorline.export.functions import attach_functions
 from anchorline.export.onnx_export import export_onnx
+from anchorline.runtime.contract import DOMAIN
 from anchorline.train.checkpoint import contract_of, save_checkpoint
 from anchorline.train.model import ops
 from anchorline.train.model.faster_rcnn import FasterRCNN

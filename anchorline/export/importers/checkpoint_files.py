@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import mmap
 import pickle
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from anchorline.export.importers.caffemodel_file import read_caffemodel
 from anchorline.runtime.io.errors import ArtefactError
+from anchorline.runtime.io.files import sha256_of
 
 # Pickles of NumPy arrays and plain containers, as Detectron2's ``.pkl``, read without running any of them.
 #
@@ -364,7 +364,7 @@ def read_checkpoint_file(path: Path) -> CheckpointFile:
         )
     tensors = {name: _tensor(value) for name, value in state.items()}
     meta = content.get("meta")
-    return CheckpointFile(path.name, tensors, _sha256(path), meta if isinstance(meta, Mapping) else {})
+    return CheckpointFile(path.name, tensors, sha256_of(path), meta if isinstance(meta, Mapping) else {})
 
 
 def read_weights_enum(name: str) -> CheckpointFile:
@@ -389,7 +389,7 @@ def read_weights_enum(name: str) -> CheckpointFile:
             "the file"
         ) from None
     cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
-    return CheckpointFile(name, state, _sha256(cached) if cached.is_file() else "")
+    return CheckpointFile(name, state, sha256_of(cached) if cached.is_file() else "")
 
 
 def _read(path: Path) -> Any:
@@ -448,11 +448,3 @@ def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -25,7 +25,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from anchorline.export.functions import DOMAIN
+from anchorline.runtime.contract import DOMAIN
 
 # Which layers of an exported graph may compute with 8-bit integers, and which never do.
 #

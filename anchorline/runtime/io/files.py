@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from anchorline.runtime.io.errors import AnchorlineError, OutputError
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, OutputError
 
 _OPEN_FILES = ("/dev", "/dev/fd", "/proc/self/fd")
 _KEPT_NAME_LENGTH = 60  # of the target's name in the temporary one, well under the 255 bytes of a file name
@@ -124,9 +124,14 @@ def _plain(value: Any) -> Any:
 
 
 def sha256_of(path: str | Path) -> str:
-    """The file's SHA-256 as 64 hexadecimal digits, read in pieces."""
+    """The file's SHA-256 as 64 hexadecimal digits; raises ``ArtefactError`` when it cannot be read."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+    try:
+        with Path(path).open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except FileNotFoundError:
+        raise ArtefactError(f"{path}: no such file; check the name") from None
+    except OSError as error:
+        raise ArtefactError(f"{path}: cannot be read ({error.strerror or error}); check the file") from None
     return digest.hexdigest()

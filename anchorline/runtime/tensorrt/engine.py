@@ -17,10 +17,10 @@ import numpy as np
 
 from anchorline.runtime.contract import NMS_CONVERGED, Contract
 from anchorline.runtime.io.errors import ArtefactError, GpuError, OutputError
-from anchorline.runtime.io.files import atomic_write_bytes
+from anchorline.runtime.io.files import atomic_write_bytes, sha256_of
 from anchorline.runtime.tensorrt.cuda.interface import Cuda, CudaError, OutOfDeviceMemoryError
 from anchorline.runtime.tensorrt.library import FLAVOURS, log, tensorrt_logger
-from anchorline.runtime.tensorrt.manifest import EngineManifest, sha256_of
+from anchorline.runtime.tensorrt.manifest import EngineManifest
 from anchorline.runtime.tensorrt.plugins import register_plugins
 
 # What TensorRT complained of: it says why in its log alone, and the calls only that they failed.

@@ -6,7 +6,6 @@ so that other loaders take it as well.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Any
 
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.io.errors import ArtefactError
-
-_CHUNK = 1 << 20
+from anchorline.runtime.io.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -82,20 +80,6 @@ def read_manifest(engine: Path, *, check_engine: bool = True) -> EngineManifest:
             "copy both files together"
         )
     return manifest
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file; raises ``ArtefactError`` when it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    except FileNotFoundError:
-        raise ArtefactError(f"{path}: no such file; check the name") from None
-    except OSError as error:
-        raise ArtefactError(f"{path}: cannot be read ({error.strerror or error}); check the file") from None
-    return digest.hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

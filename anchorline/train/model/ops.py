@@ -13,8 +13,8 @@ import torch
 import torchvision
 from torch import Tensor
 
-DOMAIN = "anchorline"
-OP_VERSION = 1
+from anchorline.runtime.contract import DOMAIN, OP_VERSION
+
 SUPPRESSED = -1.0
 
 # TensorRT hands a node to a plugin only when the node itself names the plugin's namespace and version.

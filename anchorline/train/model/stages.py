@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from anchorline.train.model.ops import DOMAIN, OP_VERSION
+from anchorline.runtime.contract import DOMAIN, OP_VERSION
 
 Visitor = Callable[[str, Tensor], Tensor]
 

@@ -19,7 +19,8 @@ from anchorline.doctor.artefact import read_artefact
 from anchorline.engine.build import BuildResult, build_engine
 from anchorline.engine.toolkit import plugin_layers
 from anchorline.runtime.io.errors import ArtefactError
-from anchorline.runtime.tensorrt.manifest import manifest_path, read_manifest, sha256_of
+from anchorline.runtime.io.files import sha256_of
+from anchorline.runtime.tensorrt.manifest import manifest_path, read_manifest
 from anchorline.runtime.tensorrt.plugins import register_plugins
 from anchorline.runtime.tensorrt.plugins.images import source_hash
 

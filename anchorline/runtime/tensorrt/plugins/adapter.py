@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from anchorline.runtime.contract import DOMAIN, OP_VERSION
 from anchorline.runtime.io.errors import AnchorlineError
 from anchorline.runtime.tensorrt.plugins import driver
 from anchorline.runtime.tensorrt.plugins.ops import BatchedNMS, Call, Op, RoIPool
 
-PLUGIN_NAMESPACE = "anchorline"
-PLUGIN_VERSION = "1"
+PLUGIN_NAMESPACE, PLUGIN_VERSION = DOMAIN, str(OP_VERSION)
 PLUGINS: tuple[type[Op], ...] = (BatchedNMS, RoIPool)
 
 log = logging.getLogger("anchorline.plugins")
