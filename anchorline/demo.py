@@ -30,6 +30,7 @@ from anchorline.runtime.io.errors import SettingsError
 from anchorline.runtime.io.files import write_json
 from anchorline.runtime.video.detection import detect
 from anchorline.runtime.video.files import VideoReader
+from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.summary import DetectSummary
 from anchorline.train.loop.progress import training_progress
 from anchorline.train.loop.train import TrainResult, train
@@ -120,9 +121,8 @@ def demo(
         write_video(video, VIDEO_SEED, VIDEO_FRAMES)
     lines = out / "detections.jsonl"
     with steps("detect", out / "detected.mp4") as annotated, Detector(model) as detector:
-        found = detect(
-            [video], detector, save=annotated, jsonl=lines, progress=False, shown_score=SHOWN_SCORE
-        )
+        options = DetectOptions(save=annotated, jsonl=lines, shown_score=SHOWN_SCORE)
+        found = detect([video], detector, options, progress=False)
     with steps("evaluate", out / "evaluation.json") as figures:
         accuracy = evaluate_lines(lines, synthetic_video_dataset(VIDEO_SEED, VIDEO_FRAMES))
         write_json(figures, accuracy.to_json())

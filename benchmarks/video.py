@@ -21,7 +21,16 @@ from numpy.typing import NDArray
 from record import append_row
 
 from anchorline.data.synthetic_video import write_video
-from anchorline.runtime import Detections, Detector, Source, VideoPipeline, VideoReader, detect, draw
+from anchorline.runtime import (
+    Detections,
+    DetectOptions,
+    Detector,
+    Source,
+    VideoPipeline,
+    VideoReader,
+    detect,
+    draw,
+)
 from anchorline.runtime.video.pyav import open_writer
 
 Image = NDArray[np.uint8]
@@ -72,7 +81,9 @@ def throughput(clip: Path, folder: Path, cost: float) -> dict[str, object]:
     detector = FixedCost(cost)
     rates = alone(clip, folder, detector)
     slowest = min(rates, key=lambda stage: rates[stage])
-    summary = VideoPipeline(detector, [clip], save=folder / "out.mp4", jsonl=folder / "out.jsonl").run()
+    summary = VideoPipeline(
+        detector, [clip], DetectOptions(save=folder / "out.mp4", jsonl=folder / "out.jsonl")
+    ).run()
     return {
         "case": "throughput",
         "model": f"fixed {1000 * cost:g} ms",
@@ -114,7 +125,7 @@ def real(clip: Path, folder: Path, model: Path, provider: str) -> dict[str, obje
     with Detector(model, provider=provider, tuning="throughput") as detector:  # as the command for files
         with VideoReader(clip) as reader:
             detector(next(iter(reader))[2])
-        summary = detect([clip], detector, save=folder / "real.mp4", progress=False)
+        summary = detect([clip], detector, DetectOptions(save=folder / "real.mp4"), progress=False)
         canvas = "x".join(map(str, detector.contract.canvas))
         case = f"file to mp4, {summary.provider} {summary.precision}, canvas {canvas}"
     return {

@@ -15,7 +15,7 @@ from collections import Counter
 import numpy as np
 import supervision as sv
 
-from anchorline.runtime import Detector, Filters, VideoPipeline
+from anchorline.runtime import DetectOptions, Detector, Filters, VideoPipeline
 
 MIDDLE = ((0.25, 0.25), (0.75, 0.25), (0.75, 0.75), (0.25, 0.75))
 
@@ -57,7 +57,7 @@ def watch(detector, source, line: float = 0.5, zone=MIDDLE) -> SceneCounter:
     """Count over the whole source."""
     counter = None
     filters = Filters(min_scores={"": 0.5})
-    with VideoPipeline(detector, [source], filters=filters, track=True) as pipeline:
+    with VideoPipeline(detector, [source], DetectOptions(filters=filters, track=True)) as pipeline:
         for result in pipeline:
             counter = counter or SceneCounter(result.frame.shape[:2], line, zone)
             counter.update(result.detections, result.time_s)

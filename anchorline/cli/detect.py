@@ -1,23 +1,28 @@
-"""``anchorline detect``."""
+"""``anchorline detect``: on this machine, in a browser beside it, or on a Ray cluster."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anchorline.cli.live import ServeNamesOption, ServeOption, ServeTokenOption, live_view
-from anchorline.cli.on_ray import detect_on_ray, uses_ray
-from anchorline.cli.options import CpuPrecisionOption, JsonOption, Policy, ProviderOption
+from anchorline.cli.options import JsonOption, spelled_out
 from anchorline.console import show_report, tell, warn
+from anchorline.runtime.io.errors import DataError, SettingsError
+from anchorline.runtime.video.options import DetectOptions
 
 if TYPE_CHECKING:
     from anchorline.cluster import ClusterSummary
-    from anchorline.runtime.video.summary import DetectSummary
+    from anchorline.runtime import DetectSummary
+    from anchorline.serving.live_view import LiveView
 
 
+@spelled_out
 def detect(
     sources: Annotated[
         list[str],
@@ -26,67 +31,10 @@ def detect(
             help="Images, folders, videos, webcam numbers, rtsp:// or http:// streams; NAME=... names it.",
         ),
     ],
+    *,
     model: Annotated[Path, typer.Option(help="An exported model.onnx.")],
-    save: Annotated[
-        Path | None,
-        typer.Option(help="Write annotated copies into this folder, or a single one to this file."),
-    ] = None,
-    jsonl: Annotated[
-        Path | None,
-        typer.Option(help="Write one JSON line a frame to this file; - is stdout, without tables."),
-    ] = None,
-    provider: ProviderOption = "auto",
-    score_threshold: Annotated[
-        float | None, typer.Option(help="Leave out detections below this score (default: the model's own).")
-    ] = None,
-    shown_score: Annotated[
-        float, typer.Option(help="Annotated copies show detections from this score on; the lines hold all.")
-    ] = 0.5,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of the network (default: one a core).")
-    ] = None,
-    cpu_precision: CpuPrecisionOption = "auto",
-    policy: Annotated[
-        Policy | None,
-        typer.Option(help="wait: every frame (files); latest: drop what is late (cameras, streams)."),
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Frames detected together at most (default: one a source).")
-    ] = None,
-    max_wait: Annotated[
-        float, typer.Option(min=0, help="Seconds that a frame waits at most for others of its batch.")
-    ] = 0.01,
-    classes: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Keep this class; may be repeated.")
-    ] = None,
-    min_score: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[CLASS=]SCORE", help="Keep scores from this on; may be repeated."),
-    ] = None,
-    region: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="X1,Y1,X2,Y2|X,Y X,Y X,Y",
-            help="Keep boxes whose centre lies in it, in fractions of the frame; may be repeated.",
-        ),
-    ] = None,
-    max_detections: Annotated[int | None, typer.Option(min=1, help="Keep the best N of a frame.")] = None,
-    stride: Annotated[int, typer.Option(min=1, help="Take one frame in N.")] = 1,
-    track: Annotated[
-        bool, typer.Option("--track", help="Give each object an id that it keeps from frame to frame.")
-    ] = False,
-    trails: Annotated[
-        bool, typer.Option("--trails", help="Draw where tracked objects have been; with --track.")
-    ] = False,
-    decoder: Annotated[
-        Literal["opencv", "pyav"], typer.Option(help="What reads videos and streams.")
-    ] = "opencv",
-    stall: Annotated[
-        float, typer.Option(min=0.1, help="Open a live source again that delivers nothing for N seconds.")
-    ] = 10.0,
-    report: Annotated[
-        Path | None, typer.Option(help="Draw the age of results over time and the stages to this .png.")
-    ] = None,
+    options: DetectOptions,
+    classes_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The same, one a line.")] = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -97,91 +45,129 @@ def detect(
     ray_workers: Annotated[
         int | None, typer.Option(min=1, help="Workers at most (default: as many as the cluster holds).")
     ] = None,
-    serve: ServeOption = None,
-    serve_token: ServeTokenOption = None,
-    serve_names: ServeNamesOption = None,
+    serve: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[HOST:]PORT",
+            help="Show the run in a browser at this address; a port alone is for this machine only.",
+        ),
+    ] = None,
+    serve_token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="ANCHORLINE_SERVE_TOKEN",
+            help="What viewers have to show; better set in the environment, which other users cannot see.",
+        ),
+    ] = None,
+    serve_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name by which browsers may reach it, beside IP addresses and this machine's own name; "
+            "may be repeated.",
+        ),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Detect objects in images, videos, cameras and streams."""
-    from anchorline.runtime import Detector
     from anchorline.runtime import detect as detect_sources
-    from anchorline.runtime.video.options import check_files, parse_filters
+    from anchorline.runtime.video.paths import check_outputs
+    from anchorline.runtime.video.source import waits
 
-    check_files((jsonl, report, json), (model, *sources))
-    filters = parse_filters(classes, min_score, region, max_detections)
-    not_with_ray = {
-        "--policy latest": policy == "latest",
-        "--report": report,
-        "--serve": serve,
-        "--track": track,
-        "--trails": trails,
-    }
-    if uses_ray(ray, ray_workers, not_with_ray):
-        detect_on_ray(
-            sources,
-            model,
-            lambda summary: _tell_detected(summary, jsonl, json),
-            address=ray,
-            save=save,
-            jsonl=jsonl,
-            workers=ray_workers,
-            provider=provider,
-            score_threshold=score_threshold,
-            threads=threads,
-            cpu_precision=cpu_precision,
-            shown_score=shown_score,
-            stride=stride,
-            batch=batch,
-            max_wait=max_wait,
-            filters=filters,
-            decoder=decoder,
+    check_outputs((options.jsonl, options.report, json), (model, *sources))
+    if classes_file is not None:
+        classes = (*options.filters.classes, *_lines_of(classes_file))
+        options = replace(options, filters=replace(options.filters, classes=classes))
+    if ray is None and ray_workers is not None:
+        raise SettingsError(
+            f"--ray-workers is {ray_workers}, but without --ray nothing is shared out; add --ray auto"
         )
+    if ray is not None:
+        if serve is not None:
+            raise SettingsError("--serve does not go with --ray, which answers files; leave out one of them")
+        _detect_on_ray(sources, model, options, ray, ray_workers, json)
         return
+    # Files are to be done soon as a whole; of a live source each frame is.
+    tuning = "throughput" if waits(sources, options.policy) else "latency"
     with (
-        live_view(serve, serve_token, serve_names) as live,  # first: a port in use is told of at once
-        Detector(
-            *(model, provider, score_threshold, threads),
-            cpu_precision=cpu_precision,
-            tuning=_tuning(sources, policy),
-        ) as detector,
+        _live_view(serve, serve_token, serve_name or ()) as live,  # first: a port in use is told of at once
+        options.open_detector(model, tuning) as detector,
     ):
         detect_sources(
             sources,
             detector,
-            save,
-            jsonl,
+            options,
             progress=sys.stderr.isatty(),
-            shown_score=shown_score,
-            policy=policy,
-            stride=stride,
-            batch=batch,
-            max_wait=max_wait,
-            filters=filters,
-            decoder=decoder,
-            stall=stall,
-            track=track,
-            trails=trails,
-            report=report,
             live=live,
-            conclude=lambda summary: _tell_detected(summary, jsonl, json),
+            conclude=lambda summary: _tell(summary, options, json),
         )
 
 
-def _tuning(sources: list[str], policy: Policy | None) -> Literal["latency", "throughput"]:
-    """Files are to be done soon as a whole; of a live source each frame is."""
-    from anchorline.runtime.video.source import parse_source
+def _detect_on_ray(
+    sources: Sequence[str],
+    model: Path,
+    options: DetectOptions,
+    address: str,
+    workers: int | None,
+    json: Path | None,
+) -> None:
+    """With progress, and the summary after an interrupt as well; exit code 1 where files were given up."""
+    from anchorline import cluster
+    from anchorline.cluster.display import progress_display
 
-    wait = policy != "latest" and all(parse_source(each).chosen_policy == "wait" for each in sources)
-    return "throughput" if wait else "latency"
+    summaries: list[ClusterSummary] = []
+    try:
+        with progress_display() as show:  # told after it: the bar takes over stdout while it is there
+            cluster.detect_on_cluster(
+                sources,
+                model,
+                options,
+                address=address,
+                workers=workers,
+                progress=show,
+                conclude=summaries.append,
+            )
+    finally:
+        for summary in summaries:
+            _tell(summary, options, json)
+            for line in summary.failed:
+                print(f"anchorline: failed: {line}", file=sys.stderr)
+    if any(summary.failed for summary in summaries):
+        raise typer.Exit(1)
 
 
-def _tell_detected(summary: DetectSummary | ClusterSummary, jsonl: Path | None, json: Path | None) -> None:
+@contextlib.contextmanager
+def _live_view(serve: str | None, token: str | None, names: Sequence[str]) -> Iterator[LiveView | None]:
+    """A live view that is served inside the block, or ``None`` where nobody asked for one."""
+    if serve is None:
+        yield None
+        return
+    from anchorline.serving.live_view import LiveView
+
+    with LiveView(serve, token=token, names=names) as view:
+        warn(view.warnings)
+        shown = view.url if token is None else f"{view.url}?token=... (with the token)"
+        print(f"anchorline: live view at {shown}", file=sys.stderr)
+        yield view
+
+
+def _lines_of(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{file}: cannot be read ({error}); expected a text file with a class name a line"
+        ) from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _tell(summary: DetectSummary | ClusterSummary, options: DetectOptions, json: Path | None) -> None:
     """The figures go to stdout, or to stderr where that takes the JSON lines."""
     from anchorline.runtime.io.files import write_json
-    from anchorline.runtime.video.sinks import is_stdout
+    from anchorline.runtime.video.paths import is_stdout
 
     warn(summary.warnings)
-    if not is_stdout(jsonl):
+    if not is_stdout(options.jsonl):
         show_report(summary, json)
         return
     tell(summary)

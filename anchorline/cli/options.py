@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
+
+from anchorline.runtime.video.options import CpuPrecision, DetectOptions, Provider, option_fields
 
 if TYPE_CHECKING:
     from anchorline.data.dataset import Dataset
 
-Provider = Literal["auto", "cpu", "openvino", "cuda", "tensorrt", "tensorrt-rtx"]
-CpuPrecision = Literal["auto", "fp32", "bf16"]
-Policy = Literal["wait", "latest"]
+_help = {name: about.help for name, (_, about) in option_fields(DetectOptions).items() if about}
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as JSON.")]
 DataOption = Annotated[
     list[str],
@@ -31,11 +34,60 @@ PicturesOption = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER|FILE.png", help="Draw what was found into this folder, or one picture."),
 ]
-ProviderOption = Annotated[Provider, typer.Option(help="What runs the model; auto takes the best one here.")]
-CpuPrecisionOption = Annotated[
-    CpuPrecision,
-    typer.Option(help="Arithmetic on a processor; auto: bf16 where it and the provider compute it natively."),
-]
+ProviderOption = Annotated[Provider, typer.Option(help=_help["provider"])]
+CpuPrecisionOption = Annotated[CpuPrecision, typer.Option(help=_help["cpu_precision"])]
+
+
+def spelled_out(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each field of its parameter ``options``, a dataclass.
+
+    The fields are those annotated with an ``Option`` that has a help, also of dataclasses inside it.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    kind = signature.parameters["options"].annotation
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        options = _gather(kind, values)
+        command(options=options, **values)
+
+    parameters: list[inspect.Parameter] = []
+    for each in signature.parameters.values():
+        parameters += _parameters(kind) if each.name == "options" else [each]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def _parameters(kind: type) -> Iterator[inspect.Parameter]:
+    for name, (hint, about) in option_fields(kind).items():
+        default = getattr(kind, name, None)
+        if is_dataclass(hint):
+            yield from _parameters(hint)  # type: ignore[arg-type]
+        if about is None or not about.help:
+            continue
+        if about.parse:
+            hint, default = list[str] | None, None
+        elif Path in get_args(hint):
+            hint = Path | None  # text as well in Python
+        elif bool in get_args(hint):
+            hint = bool  # or options of its own in Python
+        flag = about.flag or "--" + name.replace("_", "-")
+        asked = typer.Option(flag, help=about.help, min=about.low, metavar=about.metavar)
+        yield inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, asked]
+        )
+
+
+def _gather(kind: type, values: dict[str, Any]) -> Any:
+    """An object of the dataclass, by the values of its fields, which are taken out of ``values``."""
+    given = {}
+    for name, (hint, about) in option_fields(kind).items():
+        if is_dataclass(hint):
+            given[name] = _gather(hint, values)  # type: ignore[arg-type]
+        elif name in values and about is not None:
+            value = values.pop(name)
+            given[name] = about.parse(value or ()) if about.parse else value
+    return kind(**given)
 
 
 def size(text: str, option: str, form: str) -> tuple[int, int]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 
-from anchorline.runtime.video.options import Filters
-from anchorline.runtime.video.source import Decoder
+from anchorline.runtime.video.options import DetectOptions
 
 
 @dataclass(frozen=True)
@@ -18,24 +17,12 @@ class ModelFile:
 
 
 @dataclass(frozen=True)
-class PipelineOptions:
-    """Those of ``VideoPipeline`` that a worker needs; ``lines`` tells whether JSON lines are wanted."""
-
-    stride: int = 1
-    batch: int | None = None
-    max_wait: float = 0.01
-    filters: Filters = field(default_factory=Filters)
-    decoder: Decoder = "opencv"
-    shown_score: float = 0.5
-    lines: bool = True
-
-
-@dataclass(frozen=True)
 class Job:
     """What all items of a run have in common.
 
     ``folder`` is where the command was called, which relative names start from; ``model`` the files of
-    the model, the one to open first. ``copies`` is the folder for annotated copies that are not yet
+    the model, the one to open first. The ``jsonl`` of the ``options`` tells whether lines are wanted;
+    ``copies`` is the folder for annotated copies that are not yet
     complete, and ``token`` the content of the file ``token`` in it, by which a worker knows that it
     sees this very folder.
     """
@@ -43,11 +30,7 @@ class Job:
     version: str
     folder: str
     model: tuple[ModelFile, ...]
-    provider: str = "auto"
-    score_threshold: float | None = None
-    threads: int | None = None
-    cpu_precision: str = "auto"
-    options: PipelineOptions = field(default_factory=PipelineOptions)
+    options: DetectOptions = field(default_factory=DetectOptions)
     copies: str | None = None
     token: str = ""
 

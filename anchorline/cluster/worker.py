@@ -10,6 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -24,12 +25,10 @@ from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import AnchorlineError, DataError, OutputError, SettingsError
 from anchorline.runtime.io.files import output_errors
 from anchorline.runtime.video.frames import Result
-from anchorline.runtime.video.options import PipelineSettings
 from anchorline.runtime.video.paths import Item
-from anchorline.runtime.video.pipeline import VideoPipeline
+from anchorline.runtime.video.pipeline import VideoPipeline, batch_size
 from anchorline.runtime.video.readers import open_file
 from anchorline.runtime.video.sinks import line_of
-from anchorline.runtime.video.source import Source
 
 CHUNK_BYTES = 1 << 18
 CHUNK_SECONDS = 1.0
@@ -87,13 +86,11 @@ class DetectionWorker:
             if found is None:
                 return NeedsModel(tuple(missing))
             model = found
-        if job.threads is not None:
-            cv2.setNumThreads(job.threads)
-        detector = Detector(
-            model, job.provider, job.score_threshold, job.threads, cpu_precision=job.cpu_precision
-        )
+        if job.options.threads is not None:
+            cv2.setNumThreads(job.options.threads)
+        detector = job.options.open_detector(model)
         job.options.filters.check_names(detector.contract.names)
-        PipelineSettings(batch=job.options.batch).intake_for([Source("")], detector, 1)
+        batch_size(job.options, detector, 1)
         self._detector = detector
         return Ready(platform.node(), os.getpid(), detector.provider, detector.precision)
 
@@ -111,23 +108,17 @@ class DetectionWorker:
             yield Done(warnings=(gone,), unreadable=gone)
             return
         folder = self._copies_folder(item)
-        options = self._job.options
+        options = replace(self._job.options, save=folder, jsonl=None)
         assert self._detector is not None
         pipeline = VideoPipeline(
             self._detector,
             [Path(path) for path in item.paths],
-            stride=options.stride,
-            batch=options.batch,
-            max_wait=options.max_wait,
-            filters=options.filters,
-            save=folder,
-            shown_score=options.shown_score,
-            decoder=options.decoder,
+            options,
         )
         yield from self._pieces(pipeline, item, folder)
 
     def _pieces(self, pipeline: VideoPipeline, item: WorkItem, folder: Path | None) -> Iterator[Reply]:
-        gathered = _Gathered(self._job.options.lines)
+        gathered = _Gathered(self._job.options.jsonl is not None)
         try:
             for result in pipeline:
                 gathered.add(result)

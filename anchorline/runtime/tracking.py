@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.detections import NO_TRACK, Detections
 from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.video.options import TrackOptions, is_number
 
 if TYPE_CHECKING:
     import supervision
@@ -25,33 +26,6 @@ if TYPE_CHECKING:
 _MIN_MISSES = 3  # frames that may lack an object before its track ends, however far apart they are
 _PACKAGE_RATE = 30.0  # frames a second in which the package counts how long a track is kept
 _REMEDY = "pip install 'anchorline[track]' && pip install --no-deps 'trackers>=2.6'"
-
-
-@dataclass(frozen=True)
-class TrackOptions:
-    """How objects are followed.
-
-    A track begins with a detection of at least ``new_score`` that is found again in the next frame,
-    from when on it has its id. It goes on with detections of at least ``low_score`` that overlap the place
-    where it is expected by an IoU of ``min_iou``, and ends after ``lost_seconds`` without any (but not
-    before the third frame without it). ``by_class`` keeps the classes apart, so that a dog that passes
-    behind a cat takes no cat's id; without it an object keeps its id when the model changes its mind
-    about the class. Raises ``SettingsError``.
-    """
-
-    new_score: float = 0.5
-    low_score: float = 0.1
-    min_iou: float = 0.2
-    lost_seconds: float = 2.0
-    by_class: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("new_score", "low_score", "min_iou"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0.0 <= value <= 1.0:
-                raise SettingsError(f"{name} is {value!r}; expected a number from 0 to 1")
-        if not _is_number(self.lost_seconds) or not 0.0 < self.lost_seconds < math.inf:
-            raise SettingsError(f"lost_seconds is {self.lost_seconds!r}; expected seconds above 0")
 
 
 def check_tracking() -> None:
@@ -90,7 +64,7 @@ class ObjectTracker:
     def reset(self, fps: float | None = None) -> None:
         """Forget all tracks: another scene begins, at another rate where one is given."""
         if fps is not None:
-            if not _is_number(fps) or not 0.0 < fps < math.inf:
+            if not is_number(fps) or not 0.0 < fps < math.inf:
                 raise SettingsError(f"fps is {fps!r}; expected frames a second above 0")
             self._fps = float(fps)
         self._clock = 0.0
@@ -155,7 +129,3 @@ def _for_package(detections: Detections, rows: NDArray[np.int64]) -> supervision
     return supervision.Detections(
         xyxy=detections.boxes[rows], confidence=detections.scores[rows], data={"row": rows}
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -49,14 +49,14 @@ class LiveView:
     def watch(self, pipeline: VideoPipeline) -> None:
         """Show this run; to be called before it begins."""
         self._live.run.watch(pipeline)
-        settings, detector = pipeline.settings, pipeline.detector
+        options, detector = pipeline.options, pipeline.detector
         thresholds = getattr(getattr(detector, "contract", None), "thresholds", None)
         lowest = (
             getattr(thresholds, "score", 0.0),
             getattr(detector, "score_threshold", 0.0),
-            settings.filters.min_scores.get("", 0.0),
+            options.filters.min_scores.get("", 0.0),
         )
-        self._live.controls.begin(max(lowest), settings.shown_score)
+        self._live.controls.begin(max(lowest), options.shown_score)
 
     def write(self, result: Result) -> None:
         """Lay the result down for the viewers; takes no time that depends on them."""

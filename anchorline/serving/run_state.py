@@ -82,7 +82,7 @@ class RunState:
             return {"pipeline": _WHY_NOT.get(self.phase, self.phase)}
         found = {name: what for name, each in self.sources.items() if (what := _problem(each))}
         silent = time.monotonic() - max(self._last_result, self.pipeline.figures.start)
-        if self._owes_results() and silent > self.pipeline.settings.stall:
+        if self._owes_results() and silent > self.pipeline.options.stall:
             found["pipeline"] = f"no result for {silent:.0f} s, though frames are there"
         elif not self.pipeline.figures.anything_came() and not found:
             found["pipeline"] = "no source has delivered a frame yet"

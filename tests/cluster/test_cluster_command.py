@@ -17,8 +17,8 @@ def ran(monkeypatch):
     """What ``detect_on_cluster`` was called with, instead of a cluster; it ends as ``ran["error"]`` says."""
     seen = {"error": None, "failed": ()}
 
-    def detect_on_cluster(sources, model, *, progress, conclude, **settings):
-        seen.update(sources=sources, model=model, settings=settings)
+    def detect_on_cluster(sources, model, options, *, progress, conclude, **settings):
+        seen.update(sources=sources, model=model, options=options, settings=settings)
         figures = DetectSummary(3, 1.5, {}, 4, "cpu", "fp32", warnings=("a.png: damaged",))
         conclude(ClusterSummary(figures, files=5, answered=4, failed=seen["failed"]))
         if seen["error"] is not None:
@@ -37,9 +37,9 @@ def test_options_reach_the_cluster(ran, capsys, tmp_path):
     options = ["--ray-workers", 3, "--classes", "cat", "--stride", 2, "--threads", 5, "--jsonl", "out.jsonl"]
     assert run("--ray", "host:1", "--json", figures, *options) == 0
     assert ran["sources"] == ["a.png"]
-    settings = ran["settings"]
-    assert (settings["address"], settings["workers"], settings["stride"]) == ("host:1", 3, 2)
-    assert (settings["threads"], settings["filters"]) == (5, Filters(classes=("cat",)))
+    settings, asked = ran["settings"], ran["options"]
+    assert (settings["address"], settings["workers"], asked.stride) == ("host:1", 3, 2)
+    assert (asked.threads, asked.filters) == (5, Filters(classes=("cat",)))
     captured = capsys.readouterr()
     assert "4 of 5 files answered" in captured.out
     assert captured.err == "anchorline: warning: a.png: damaged\n"
@@ -79,9 +79,9 @@ def test_an_interrupted_run_tells_its_figures(ran, capsys):
         (["--ray", "auto", "--serve", "8000"], "--serve does not go with --ray"),
     ],
 )
-def test_options_that_make_no_sense(options, message, ran, capsys):
+def test_options_that_make_no_sense(options, message, capsys):
+    """Told before anything is looked at: there is no ``a.png``, and no cluster."""
     assert run(*options) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
-    assert "sources" not in ran

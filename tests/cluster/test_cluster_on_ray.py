@@ -15,7 +15,7 @@ import pytest
 
 from anchorline.cluster import Progress, detect_on_cluster
 from anchorline.cluster.worker import DetectionWorker
-from anchorline.runtime import Detector, detect
+from anchorline.runtime import DetectOptions, Detector, detect
 from anchorline.runtime.io.errors import DataError, SettingsError
 
 pytest.importorskip("onnxruntime")
@@ -30,7 +30,9 @@ def local(model, tmp_path):
 
     def run(sources, **settings):
         with Detector(model, "cpu", threads=1) as detector:
-            summary = detect(sources, detector, jsonl=tmp_path / "local.jsonl", progress=False, **settings)
+            summary = detect(
+                sources, detector, DetectOptions(jsonl=tmp_path / "local.jsonl", **settings), progress=False
+            )
         return (tmp_path / "local.jsonl").read_bytes(), summary
 
     return run
@@ -47,8 +49,10 @@ def on_cluster(cluster, model, tmp_path):
             assert time.monotonic() < until, f"no end in sight: {now}"
             progress(now)
 
-        settings = {"provider": "cpu", "threads": 1, "jsonl": tmp_path / "out.jsonl", **settings}
-        return detect_on_cluster(sources, model, progress=watched, **settings)
+        options = DetectOptions(
+            provider="cpu", threads=1, jsonl=tmp_path / "out.jsonl", save=settings.pop("save", None)
+        )
+        return detect_on_cluster(sources, model, options, progress=watched, **settings)
 
     return run
 

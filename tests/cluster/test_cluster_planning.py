@@ -17,6 +17,7 @@ from anchorline.cluster.fleet import why
 from anchorline.cluster.planning import make_items, plan_files
 from anchorline.cluster.work_queue import WorkQueue
 from anchorline.runtime.io.errors import ArtefactError, DataError, SettingsError
+from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.paths import Item, plan_items
 
 
@@ -90,8 +91,11 @@ def test_mistakes_are_found_before_a_cluster_is_started(
         raise AssertionError("a cluster was started")
 
     monkeypatch.setattr(connecting, "_join", start)
+    names = ("address", "workers", "tries", "images_per_item")
+    own = {"address": "local", **{name: settings.pop(name) for name in names if name in settings}}
+    model = settings.pop("model", model)
     with pytest.raises(kind, match=message):
-        detect_on_cluster(sources, settings.pop("model", model), **{"address": "local", **settings})
+        detect_on_cluster(sources, model, DetectOptions(**settings), **own)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 

@@ -11,14 +11,14 @@ import pytest
 
 from anchorline import __version__
 from anchorline.cluster import worker as worker_module
-from anchorline.cluster.job import Job, PipelineOptions, WorkItem
+from anchorline.cluster.job import Job, WorkItem
 from anchorline.cluster.merging import Copies
 from anchorline.cluster.model_files import find_model, model_files, receive_model
 from anchorline.cluster.replies import Absent, Broken, Chunk, Done, NeedsModel, Ready, Refused
 from anchorline.cluster.worker import DetectionWorker
 from anchorline.runtime import Detector, detect
 from anchorline.runtime.io.errors import ArtefactError
-from anchorline.runtime.video.options import Filters
+from anchorline.runtime.video.options import DetectOptions, Filters
 from anchorline.runtime.video.paths import Item
 
 pytest.importorskip("onnxruntime")
@@ -28,7 +28,8 @@ pytest.importorskip("onnxruntime")
 def job(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # which also brings us back from where the worker goes
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return Job(__version__, str(tmp_path), model_files(model), provider="cpu")
+    options = DetectOptions(provider="cpu", jsonl="-")
+    return Job(__version__, str(tmp_path), model_files(model), options)
 
 
 @pytest.fixture
@@ -61,12 +62,17 @@ def test_what_it_says_of_itself(job):
     assert reply == Ready(platform.node(), os.getpid(), "cpu", "fp32")
 
 
-@pytest.mark.parametrize("options", [PipelineOptions(), PipelineOptions(stride=3, batch=2, max_wait=0.0)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        DetectOptions(provider="cpu", jsonl="-"),
+        DetectOptions(provider="cpu", jsonl="-", stride=3, batch=2, max_wait=0.0),
+    ],
+)
 def test_lines_and_warnings_are_those_of_the_local_run(options, opened, files, model, tmp_path):
     sources = [path.relative_to(tmp_path) for path in files]
     with Detector(model, "cpu") as detector:
-        settings = {"stride": options.stride, "batch": options.batch, "max_wait": options.max_wait}
-        local = detect(sources, detector, jsonl="local.jsonl", progress=False, **settings)
+        local = detect(sources, detector, replace(options, jsonl="local.jsonl"), progress=False)
     worker = opened(options=options)
     pictures = sorted(sources[0].iterdir())
     lines, warnings, frames = b"", [], 0
@@ -104,17 +110,21 @@ def test_an_answer_comes_in_pieces(opened, write_clip, tmp_path, monkeypatch):
 
 def test_no_lines_where_none_are_wanted(opened, write_clip, tmp_path):
     item = item_of(write_clip(tmp_path / "clip.mp4"), is_video=True)
-    lines, reply = whole_answer(opened(options=PipelineOptions(lines=False)), item)
+    lines, reply = whole_answer(opened(options=DetectOptions(provider="cpu")), item)
     assert (lines, reply.last.frames, reply.last.detections) == (b"", 12, 12)
 
 
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"provider": "magic"}, "SettingsError", "provider is 'magic'"),
-        ({"score_threshold": 0.001}, "SettingsError", "already drops scores up to 0.01"),
+        ({"options": DetectOptions(provider="magic")}, "SettingsError", "provider is 'magic'"),
         (
-            {"options": PipelineOptions(filters=Filters(classes=("cat",)))},
+            {"options": DetectOptions(score_threshold=0.001)},
+            "SettingsError",
+            "already drops scores up to 0.01",
+        ),
+        (
+            {"options": DetectOptions(filters=Filters(classes=("cat",)))},
             "SettingsError",
             "knows no class 'cat'",
         ),
@@ -144,8 +154,8 @@ def test_a_batch_that_the_model_does_not_take(job, monkeypatch):
         def contract(self):
             return replace(super().contract, max_batch=2)
 
-    monkeypatch.setattr(worker_module, "Detector", Small)
-    reply = DetectionWorker(__version__, replace(job, options=PipelineOptions(batch=3))).open()
+    monkeypatch.setattr("anchorline.runtime.detector.Detector", Small)
+    reply = DetectionWorker(__version__, replace(job, options=DetectOptions(batch=3))).open()
     assert isinstance(reply, Refused)
     assert "at most 2 frames" in reply.text
 

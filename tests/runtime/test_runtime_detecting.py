@@ -16,6 +16,7 @@ from anchorline.runtime.io.images import read_image, write_image
 from anchorline.runtime.video import sinks
 from anchorline.runtime.video.detection import detect
 from anchorline.runtime.video.files import VideoReader
+from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.paths import plan_items
 from anchorline.runtime.video.pipeline import VideoPipeline
 from anchorline.runtime.video.source import Source
@@ -48,7 +49,7 @@ def read_lines(path):
 
 def test_one_image(folder, tmp_path, detector):
     saved, lines = tmp_path / "out.png", tmp_path / "out.jsonl"
-    summary = detect([folder / "a2.png"], detector, save=saved, jsonl=lines, progress=False)
+    summary = detect([folder / "a2.png"], detector, DetectOptions(save=saved, jsonl=lines), progress=False)
     picture = read_image(folder / "a2.png")
     found = detector(picture)
     assert read_lines(lines) == [
@@ -69,7 +70,7 @@ def test_one_image(folder, tmp_path, detector):
 
 def test_a_folder(folder, tmp_path, detector):
     saved, lines = tmp_path / "out", tmp_path / "out.jsonl"
-    summary = detect([folder], detector, save=saved, jsonl=lines, progress=False)
+    summary = detect([folder], detector, DetectOptions(save=saved, jsonl=lines), progress=False)
     assert [os.path.basename(line["source"]) for line in read_lines(lines)] == ["a2.png", "a10.png", "b.jpg"]
     assert sorted(os.listdir(saved)) == ["a10.png", "a2.png", "b.jpg"]
     assert summary.frames == 3
@@ -80,7 +81,7 @@ def test_a_folder(folder, tmp_path, detector):
 
 def test_a_video(video, tmp_path, detector):
     saved, lines = tmp_path / "out.mp4", tmp_path / "out.jsonl"
-    summary = detect([video], detector, save=saved, jsonl=lines, progress=False)
+    summary = detect([video], detector, DetectOptions(save=saved, jsonl=lines), progress=False)
     rows = read_lines(lines)
     assert [row["frame"] for row in rows] == list(range(12))
     assert [row["time_s"] for row in rows] == pytest.approx([i / 10 for i in range(12)])
@@ -96,7 +97,7 @@ def test_several_sources_of_every_kind(folder, video, tmp_path, detector):
     other = tmp_path / "other"
     write_image(other / "a2.png", np.zeros((9, 9, 3), np.uint8))
     saved = tmp_path / "out"
-    summary = detect([folder, video, other / "a2.png"], detector, save=saved, progress=False)
+    summary = detect([folder, video, other / "a2.png"], detector, DetectOptions(save=saved), progress=False)
     assert sorted(os.listdir(saved)) == ["a10.png", "a2-2.png", "a2.png", "b.jpg", "clip.mp4"]
     assert read_image(saved / "a2-2.png").shape == (9, 9, 3)
     assert summary.frames == 16
@@ -134,7 +135,7 @@ def test_an_unreadable_image_among_others_is_a_warning(folder, tmp_path, detecto
     (folder / "a3.png").write_bytes((folder / "a2.png").read_bytes()[:-30])
     (folder / "c.jpg").touch()
     lines = tmp_path / "out.jsonl"
-    summary = detect([folder], detector, save=tmp_path / "out", jsonl=lines, progress=False)
+    summary = detect([folder], detector, DetectOptions(save=tmp_path / "out", jsonl=lines), progress=False)
     assert summary.frames == len(read_lines(lines)) == 3
     assert [w.split(": ")[0] for w in summary.warnings] == [str(folder / "a3.png"), str(folder / "c.jpg")]
     assert summary.to_json()["warnings"] == list(summary.warnings)
@@ -148,8 +149,7 @@ def test_nothing_readable_is_an_error_and_leaves_nothing(tmp_path, detector):
             detect(
                 [tmp_path / name for name in sources],
                 detector,
-                save=tmp_path / "out",
-                jsonl=tmp_path / "out.jsonl",
+                DetectOptions(save=tmp_path / "out", jsonl=tmp_path / "out.jsonl"),
             )
     assert sorted(os.listdir(tmp_path)) == ["a.png", "b.mp4"]
 
@@ -159,7 +159,7 @@ def test_a_damaged_video_goes_on_with_warnings(tmp_path, moving_frames, write_ra
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     saved = tmp_path / "out.mp4"
-    summary = detect([path], detector, save=saved, progress=False)
+    summary = detect([path], detector, DetectOptions(save=saved), progress=False)
     assert 0 < summary.frames < 40
     assert f"{summary.frames} of the 40 frames" in summary.warnings[0]
     with VideoReader(saved) as reader:
@@ -199,7 +199,9 @@ def test_ctrl_c_finishes_the_files(tmp_path, video_frames, write_raw_video, dete
     video = write_raw_video(tmp_path / "clip.mp4", video_frames * 10)
     saved, lines = tmp_path / "out.mp4", tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        detect([video], Interrupted(detector, 6, stopped), save=saved, jsonl=lines, progress=False)
+        detect(
+            [video], Interrupted(detector, 6, stopped), DetectOptions(save=saved, jsonl=lines), progress=False
+        )
     count = len(read_lines(lines))
     assert 6 <= count < 40  # what was read before is answered and written, and no more
     assert [line["frame"] for line in read_lines(lines)] == list(range(count))
@@ -215,7 +217,9 @@ def test_ctrl_c_before_the_first_frame_leaves_no_empty_video(tmp_path, detector,
         yield from ()
 
     with pytest.raises(KeyboardInterrupt):
-        detect([Source(frames(), name="a")], detector, save=tmp_path / "out.mp4", progress=False)
+        detect(
+            [Source(frames(), name="a")], detector, DetectOptions(save=tmp_path / "out.mp4"), progress=False
+        )
     assert os.listdir(tmp_path) == []
 
 
@@ -227,8 +231,7 @@ def test_ctrl_c_between_images(tmp_path, picture, detector, stopped):
         detect(
             [tmp_path / "in"],
             Interrupted(detector, 3, stopped),
-            save=tmp_path / "out",
-            jsonl=lines,
+            DetectOptions(save=tmp_path / "out", jsonl=lines),
             progress=False,
         )
     assert 3 <= len(read_lines(lines)) == len(os.listdir(tmp_path / "out")) < 30
@@ -241,19 +244,22 @@ def test_an_error_of_the_detector_leaves_nothing(video, tmp_path, detector):
 
     with pytest.raises(RuntimeError, match="broken"):
         detect(
-            [video], Broken(detector, 0), save=tmp_path / "o.mp4", jsonl=tmp_path / "o.jsonl", progress=False
+            [video],
+            Broken(detector, 0),
+            DetectOptions(save=tmp_path / "o.mp4", jsonl=tmp_path / "o.jsonl"),
+            progress=False,
         )
     assert os.listdir(tmp_path) == ["clip.mp4"]
 
 
 FILL_THE_DISK = """
 import resource, sys
-from anchorline.runtime import Detector, OutputError, detect
+from anchorline.runtime import detect, DetectOptions, Detector, OutputError
 model, source, jsonl = sys.argv[1:]
 detector = Detector(model)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
-    detect([source], detector, jsonl=jsonl)
+    detect([source], detector, DetectOptions(jsonl=jsonl))
 except OutputError as error:
     print(error)
 """
@@ -273,7 +279,12 @@ def test_no_space_left_for_an_image(folder, tmp_path, detector, monkeypatch):
 
     monkeypatch.setattr(sinks, "write_image", full)
     with pytest.raises(OutputError, match="No space left"):
-        detect([folder], detector, save=tmp_path / "out", jsonl=tmp_path / "out.jsonl", progress=False)
+        detect(
+            [folder],
+            detector,
+            DetectOptions(save=tmp_path / "out", jsonl=tmp_path / "out.jsonl"),
+            progress=False,
+        )
     assert not (tmp_path / "out.jsonl").exists()
 
 

@@ -21,6 +21,7 @@ pytest.importorskip("prometheus_client")
 
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.video.frames import Result, Stream
+from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.pipeline import VideoPipeline
 from anchorline.runtime.video.source import Source
 from anchorline.serving import painting
@@ -77,7 +78,7 @@ class Run:
         self.view = LiveView(options.pop("where", 0), **serving)
         sources = [Source(iter(camera), name=name, live=True) for name, camera in self.cameras.items()]
         sinks = [self.view, *options.pop("sinks", ())]
-        self.pipeline = VideoPipeline(self.finder, sources, sinks=sinks, **options)
+        self.pipeline = VideoPipeline(self.finder, sources, DetectOptions(**options), sinks=sinks)
         self.begins = begins
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._work)

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from anchorline.runtime.io.errors import DataError
-from anchorline.runtime.tracking import TrackOptions
-from anchorline.runtime.video.figures import Figures, RecentRates, check_report, plot_latency
+from anchorline.runtime.video.figures import Figures, RecentRates, plot_latency
 from anchorline.runtime.video.files import VideoReader
-from anchorline.runtime.video.intake import Policy
-from anchorline.runtime.video.options import Filters, FrameDetector, check_outputs_of
-from anchorline.runtime.video.pipeline import VideoPipeline
+from anchorline.runtime.video.options import DetectOptions
+from anchorline.runtime.video.pipeline import FrameDetector, VideoPipeline
 from anchorline.runtime.video.sinks import Sink
-from anchorline.runtime.video.source import Decoder, Source
+from anchorline.runtime.video.source import Source
 from anchorline.runtime.video.summary import DetectSummary
 
 if TYPE_CHECKING:
@@ -132,7 +130,7 @@ class _Screen(io.FileIO):
             return len(data)
 
 
-class Onlooker(Sink, Protocol):
+class LiveSink(Sink, Protocol):
     """A sink that shows the run while it goes on, such as ``LiveView``, and is told of it beforehand."""
 
     def watch(self, pipeline: VideoPipeline) -> None: ...
@@ -141,73 +139,38 @@ class Onlooker(Sink, Protocol):
 def detect(
     sources: Sequence[str | Path | int | Source],
     detector: FrameDetector,
-    save: str | Path | None = None,
-    jsonl: str | Path | None = None,
-    progress: bool = True,
-    shown_score: float = 0.5,
+    options: DetectOptions | None = None,
     *,
-    policy: Policy | None = None,
-    stride: int = 1,
-    batch: int | None = None,
-    max_wait: float = 0.01,
-    filters: Filters | None = None,
-    decoder: Decoder = "opencv",
-    stall: float = 10.0,
-    track: bool | TrackOptions = False,
-    trails: bool = False,
-    report: str | Path | None = None,
-    live: Onlooker | None = None,
+    progress: bool = True,
+    live: LiveSink | None = None,
     conclude: Callable[[DetectSummary], object] | None = None,
 ) -> DetectSummary:
     """Detect in every frame of ``sources``: images, folders of images, videos, cameras, streams.
 
-    ``save`` receives annotated copies (see ``sources.plan_items``; a camera's is an mp4 of its name),
-    ``jsonl`` one line per frame: ``{"source", "frame", "time_s", "size": [h, w], "detections":
-    [...]}``. Copies show detections with a score of at least ``shown_score``, lines hold all.
-    ``progress`` shows live figures on stderr, ``live`` in a browser (``anchorline.serving.live_view``);
-    ``report`` is a picture of the ages and stages. The
-    other settings are ``VideoPipeline``'s. A source that cannot be read is a warning in the summary
+    ``options.save`` receives annotated copies (see ``plan_items``; a camera's is an mp4 of its name),
+    ``options.jsonl`` one line per frame: ``{"source", "frame", "time_s", "size": [h, w], "detections":
+    [...]}``. ``progress`` shows live figures on stderr, ``live`` in a browser
+    (``anchorline.serving.live_view``). A source that cannot be read is a warning in the summary
     while others can; with none left its ``DataError`` is raised. On Ctrl-C, SIGTERM and SIGHUP the files are
     finished with the frames so far, and ``KeyboardInterrupt`` or ``SystemExit`` goes on; ``conclude``
     is called with the summary in any case, since that is how a camera's run ends.
     """
-    if report is not None:
-        check_report(report)
-    pipeline = VideoPipeline(
-        detector,
-        sources,
-        policy=policy,
-        stride=stride,
-        batch=batch,
-        max_wait=max_wait,
-        filters=filters,
-        save=save,
-        jsonl=jsonl,
-        shown_score=shown_score,
-        decoder=decoder,
-        stall=stall,
-        track=track,
-        trails=trails,
-        sinks=() if live is None else (live,),
-    )
+    pipeline = VideoPipeline(detector, sources, options, sinks=() if live is None else (live,))
     if live is not None:
         live.watch(pipeline)
-    check_outputs_of(pipeline.sources, jsonl, report)
     run = run_with_display if progress else VideoPipeline.run
     try:
         run(pipeline)
     except (KeyboardInterrupt, SystemExit):
-        _end(pipeline, report, conclude)
+        _end(pipeline, conclude)
         raise
-    return _end(pipeline, report, conclude)
+    return _end(pipeline, conclude)
 
 
-def _end(
-    pipeline: VideoPipeline, report: str | Path | None, conclude: Callable[[DetectSummary], object] | None
-) -> DetectSummary:
+def _end(pipeline: VideoPipeline, conclude: Callable[[DetectSummary], object] | None) -> DetectSummary:
     summary = pipeline.summary()
-    if report is not None:
-        plot_latency(pipeline.figures, report)
+    if pipeline.options.report is not None:
+        plot_latency(pipeline.figures, pipeline.options.report)
     if conclude is not None:
         conclude(summary)
     return summary

@@ -13,9 +13,10 @@ from anchorline.runtime.io.errors import DataError
 from anchorline.runtime.video.figures import SourceFigures
 from anchorline.runtime.video.frames import Frame, Stream
 from anchorline.runtime.video.intake import Intake, SourceQueue
+from anchorline.runtime.video.options import Decoder
 from anchorline.runtime.video.paths import Item
 from anchorline.runtime.video.readers import IterableReader, Reader, open_file, open_stream
-from anchorline.runtime.video.source import Decoder, Source
+from anchorline.runtime.video.source import Source
 
 FIRST_PAUSE = 0.5  # seconds before a lost source is opened again; doubled each time, up to
 LONGEST_PAUSE = 15.0

@@ -12,12 +12,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Literal
 
 from anchorline.runtime.video.frames import Frame
+from anchorline.runtime.video.options import Policy
 
-Policy = Literal["wait", "latest"]
-POLICIES = ("wait", "latest")
 _DEPTH = 4  # frames that a waiting source may be ahead, or a batch where that is more
 
 

@@ -1,4 +1,7 @@
-"""The settings of a pipeline, checked: how it runs, what is kept, what it needs of a detector."""
+"""What can be asked of a detection run: each option written once, for the command, Python and a cluster.
+
+The command reads its options from the fields before a verb runs, so nothing heavy is imported at the top.
+"""
 
 from __future__ import annotations
 
@@ -6,120 +9,50 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-import cv2
-import numpy as np
-from numpy.typing import NDArray
-
-from anchorline.runtime.detections import Detections
+from anchorline.runtime.backends.cpu_options import CpuOptions
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.runtime.tracking import TrackOptions, check_tracking
-from anchorline.runtime.video.frames import Result
-from anchorline.runtime.video.intake import Intake
-from anchorline.runtime.video.paths import check_outputs
-from anchorline.runtime.video.readers import check_decoder
-from anchorline.runtime.video.sinks import AnnotatedFiles, Callback, JsonLines, Sink, is_stdout
-from anchorline.runtime.video.source import Decoder, Source
-from anchorline.runtime.video.tracks import Following
 
+if TYPE_CHECKING:
+    from anchorline.runtime.detections import Detections
+    from anchorline.runtime.detector import Detector
 
-class FrameDetector(Protocol):
-    """What the pipeline calls: ``Detector``, or anything of its shape.
-
-    ``timings``, where there, holds the seconds of this thread's last ``batch`` by stage; ``contract``
-    gives the class names and the largest batch; ``provider`` and ``precision`` go to the summary;
-    ``concurrent_calls`` is how many threads may usefully call ``batch`` at once (1 where not there).
-    """
-
-    def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]: ...
-
-
-# Which of the detections are kept: classes, scores, regions, how many.
-
-
+Provider = Literal["auto", "cpu", "openvino", "cuda", "tensorrt", "tensorrt-rtx"]
+CpuPrecision = Literal["auto", "fp32", "bf16"]
+Policy = Literal["wait", "latest"]
+Decoder = Literal["opencv", "pyav"]
 Polygon = tuple[tuple[float, float], ...]
 _MIN_CORNERS = 3
 
 
 @dataclass(frozen=True)
-class Filters:
-    """What to keep of a detector's results. A context-free function of one frame's detections.
+class Option:
+    """What a field means, and how the command writes it: as ``--name`` or ``flag``, where it has a ``help``.
 
-    ``classes`` are the names to keep (empty: all). ``min_scores`` maps class names to the lowest
-    score; the key ``""`` is for every class that is not named. A detection is kept when the centre of
-    its box lies in one of the ``regions`` (empty: anywhere), polygons of (x, y) as fractions of the
-    frame's width and height from 0 to 1, so that one region fits every size of picture. Then the
-    ``max_detections`` of highest score are kept.
+    ``low`` is the lowest value. ``parse`` makes the field's value of the texts of an option that may be
+    repeated.
     """
 
-    classes: tuple[str, ...] = ()
-    min_scores: Mapping[str, float] = field(default_factory=dict)
-    regions: tuple[Polygon, ...] = ()
-    max_detections: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, score in self.min_scores.items():
-            if not 0.0 <= score <= 1.0:
-                raise SettingsError(
-                    f"the lowest score{f' of {name}' if name else ''} is {score!r}; expected 0 to 1"
-                )
-        for region in self.regions:
-            inside = all(0.0 <= value <= 1.0 for corner in region for value in corner)
-            if len(region) < _MIN_CORNERS or not inside:
-                raise SettingsError(
-                    f"region {region!r}; expected at least three corners (x, y) as fractions from 0 to 1"
-                )
-        if self.max_detections is not None and self.max_detections < 1:
-            raise SettingsError(f"max_detections is {self.max_detections!r}; expected at least 1")
-
-    def check_names(self, names: Sequence[str]) -> None:
-        """Raise ``SettingsError`` for a class that a model with these class names does not know."""
-        for name in (*self.classes, *self.min_scores):
-            if name and names and name not in names:
-                raise SettingsError(f"the model knows no class {name!r}; it knows {', '.join(names)}")
-
-    def __call__(self, detections: Detections, size: tuple[int, int]) -> Detections:
-        """The detections to keep, in their order; ``size`` is the frame's (height, width)."""
-        kept = np.ones(len(detections), bool)
-        if self.classes:
-            kept &= np.array([name in self.classes for name in detections.names], bool)
-        if self.min_scores:
-            general = self.min_scores.get("", 0.0)
-            lowest = [self.min_scores.get(name, general) for name in detections.names]
-            kept &= detections.scores >= np.array(lowest, np.float32)
-        if self.regions:
-            kept &= _in_regions(detections.boxes, self.regions, size)
-        if self.max_detections is not None and kept.sum() > self.max_detections:
-            order = np.argsort(-np.where(kept, detections.scores, -np.inf), kind="stable")
-            kept[order[self.max_detections :]] = False
-        return detections if kept.all() else detections[kept]
+    help: str = ""
+    low: float | None = None  # seconds, where the field is no whole number
+    flag: str | None = None
+    metavar: str | None = None
+    parse: Callable[[Iterable[str]], Any] | None = None
 
 
-def _in_regions(
-    boxes: NDArray[np.float32], regions: Sequence[Polygon], size: tuple[int, int]
-) -> NDArray[np.bool_]:
-    height, width = size
-    corners = [np.array(region, np.float32) * np.array([width, height], np.float32) for region in regions]
-    centres = ((boxes[:, :2] + boxes[:, 2:]) / 2).tolist()
-    return np.array(
-        [any(cv2.pointPolygonTest(area, (x, y), False) >= 0 for area in corners) for x, y in centres], bool
-    )
+def option_fields(kind: type) -> dict[str, tuple[Any, Option | None]]:
+    """The fields of a dataclass by name: the type, and the ``Option`` that it is annotated with."""
+    found = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        found[name] = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
+    return found
 
 
-def parse_filters(
-    classes: Iterable[str] | None,
-    min_score: Iterable[str] | None,
-    region: Iterable[str] | None,
-    max_detections: int | None,
-) -> Filters:
-    """The filters as the command line writes them. Raises ``SettingsError``."""
-    return Filters(
-        classes=tuple(classes or ()),
-        min_scores=parse_min_scores(min_score or ()),
-        regions=tuple(parse_region(each) for each in region or ()),
-        max_detections=max_detections,
-    )
+def parse_classes(texts: Iterable[str]) -> tuple[str, ...]:
+    """``["person,car", "dog"]`` as ``("person", "car", "dog")``."""
+    return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
 
 
 def parse_min_scores(texts: Iterable[str]) -> dict[str, float]:
@@ -129,6 +62,11 @@ def parse_min_scores(texts: Iterable[str]) -> dict[str, float]:
         name, _, number = text.rpartition("=")
         found[name.strip()] = _number(number, f"the lowest score {text!r}; expected 0.5 or CLASS=0.5")
     return found
+
+
+def parse_regions(texts: Iterable[str]) -> tuple[Polygon, ...]:
+    """See ``parse_region``."""
+    return tuple(map(parse_region, texts))
 
 
 def parse_region(text: str) -> Polygon:
@@ -153,115 +91,230 @@ def _number(text: str, complaint: str) -> float:
     return value
 
 
-# The settings of a pipeline, checked, and what follows from them.
+@dataclass(frozen=True)
+class Filters:
+    """What to keep of a detector's results: a function of one frame's detections.
+
+    ``classes`` are the names to keep (empty: all). ``min_scores`` maps class names to the lowest
+    score; the key ``""`` is for every class that is not named. A detection is kept when the centre of
+    its box lies in one of the ``regions`` (empty: anywhere), polygons of (x, y) as fractions of the
+    frame's width and height from 0 to 1, so that one region fits every size of picture. Then the
+    ``max_detections`` of highest score are kept.
+    """
+
+    classes: Annotated[
+        tuple[str, ...],
+        Option("Keep these classes; may be repeated.", metavar="A,B,...", parse=parse_classes),
+    ] = ()
+    min_scores: Annotated[
+        Mapping[str, float],
+        Option(
+            "Keep scores from this on; may be repeated.",
+            flag="--min-score",
+            metavar="[CLASS=]SCORE",
+            parse=parse_min_scores,
+        ),
+    ] = field(default_factory=dict)
+    regions: Annotated[
+        tuple[Polygon, ...],
+        Option(
+            "Keep boxes whose centre lies in it, in fractions of the frame; may be repeated.",
+            flag="--region",
+            metavar="X1,Y1,X2,Y2|X,Y X,Y X,Y",
+            parse=parse_regions,
+        ),
+    ] = ()
+    max_detections: Annotated[int | None, Option("Keep the best N of a frame.", low=1)] = None
+
+    def __post_init__(self) -> None:
+        for name, score in self.min_scores.items():
+            if not 0.0 <= score <= 1.0:
+                raise SettingsError(
+                    f"the lowest score{f' of {name}' if name else ''} is {score!r}; expected 0 to 1"
+                )
+        for region in self.regions:
+            inside = all(0.0 <= value <= 1.0 for corner in region for value in corner)
+            if len(region) < _MIN_CORNERS or not inside:
+                raise SettingsError(
+                    f"region {region!r}; expected at least three corners (x, y) as fractions from 0 to 1"
+                )
+        _check_lowest(self)
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise ``SettingsError`` for a class that a model with these class names does not know."""
+        for name in (*self.classes, *self.min_scores):
+            if name and names and name not in names:
+                raise SettingsError(f"the model knows no class {name!r}; it knows {', '.join(names)}")
+
+    def __call__(self, detections: Detections, size: tuple[int, int]) -> Detections:
+        """The detections to keep, in their order; ``size`` is the frame's (height, width)."""
+        import cv2
+        import numpy as np
+
+        kept = np.ones(len(detections), bool)
+        if self.classes:
+            kept &= np.array([name in self.classes for name in detections.names], bool)
+        if self.min_scores:
+            general = self.min_scores.get("", 0.0)
+            lowest = [self.min_scores.get(name, general) for name in detections.names]
+            kept &= detections.scores >= np.array(lowest, np.float32)
+        if self.regions:
+            scale = np.array([size[1], size[0]], np.float32)
+            areas = [np.array(region, np.float32) * scale for region in self.regions]
+            centres = ((detections.boxes[:, :2] + detections.boxes[:, 2:]) / 2).tolist()
+            inside = [any(cv2.pointPolygonTest(area, xy, False) >= 0 for area in areas) for xy in centres]
+            kept &= np.array(inside, bool)
+        if self.max_detections is not None and kept.sum() > self.max_detections:
+            order = np.argsort(-np.where(kept, detections.scores, -np.inf), kind="stable")
+            kept[order[self.max_detections :]] = False
+        return detections if kept.all() else detections[kept]
 
 
 @dataclass(frozen=True)
-class PipelineSettings:
-    """See ``VideoPipeline``. Raises ``SettingsError`` for a value that cannot be used."""
+class TrackOptions:
+    """How objects are followed.
 
-    batch: int | None = None
-    max_wait: float = 0.01
-    workers: int | None = None
-    filters: Filters = field(default_factory=Filters)
-    save: str | Path | None = None
-    jsonl: str | Path | None = None
-    sinks: Sequence[Sink] = ()
-    callback: Callable[[Result], object] | None = None
-    shown_score: float = 0.5
-    decoder: Decoder = "opencv"
-    stall: float = 10.0
-    patience: float = 20.0
-    track: bool | TrackOptions = False
-    trails: bool = False
+    A track begins with a detection of at least ``new_score`` that is found again in the next frame,
+    from when on it has its id. It goes on with detections of at least ``low_score`` that overlap the place
+    where it is expected by an IoU of ``min_iou``, and ends after ``lost_seconds`` without any (but not
+    before the third frame without it). ``by_class`` keeps the classes apart, so that a dog that passes
+    behind a cat takes no cat's id; without it an object keeps its id when the model changes its mind
+    about the class. Raises ``SettingsError``.
+    """
+
+    new_score: float = 0.5
+    low_score: float = 0.1
+    min_iou: float = 0.2
+    lost_seconds: float = 2.0
+    by_class: bool = True
 
     def __post_init__(self) -> None:
-        check_decoder(self.decoder)
-        _check_seconds("max_wait", self.max_wait, 0.0)
-        _check_seconds("stall", self.stall, 0.1)
-        _check_seconds("patience", self.patience, 0.0)
-        _check_score(self.shown_score)
-        _check_count("batch", self.batch)
-        _check_count("workers", self.workers)
-        self._check_tracking()
+        for name in ("new_score", "low_score", "min_iou"):
+            check_fraction(name, getattr(self, name))
+        if not is_number(self.lost_seconds) or not 0.0 < self.lost_seconds < math.inf:
+            raise SettingsError(f"lost_seconds is {self.lost_seconds!r}; expected seconds above 0")
 
-    def _check_tracking(self) -> None:
+
+@dataclass(frozen=True)
+class DetectOptions:
+    """The options of ``detect``, ``VideoPipeline`` and ``detect_on_cluster``; each says at its field what
+    it means. Raises ``SettingsError`` for a value that cannot be used, or that needs a package which is
+    not installed.
+
+    ``provider``, ``score_threshold``, ``threads`` and ``cpu_precision`` are those of ``Detector``, for
+    ``open_detector``; a detector that the caller opened keeps its own.
+    """
+
+    save: Annotated[
+        str | Path | None, Option("Write annotated copies into this folder, or a single one to this file.")
+    ] = None
+    jsonl: Annotated[
+        str | Path | None, Option("Write one JSON line a frame to this file; - is stdout, without tables.")
+    ] = None
+    provider: Annotated[Provider, Option("What runs the model; auto takes the best one here.")] = "auto"
+    score_threshold: Annotated[
+        float | None, Option("Leave out detections below this score (default: the model's own).")
+    ] = None
+    shown_score: Annotated[
+        float, Option("Annotated copies show detections from this score on; the lines hold all.")
+    ] = 0.5
+    threads: Annotated[int | None, Option("Threads of the network (default: one a core).", low=1)] = None
+    cpu_precision: Annotated[
+        CpuPrecision,
+        Option("Arithmetic on a processor; auto: bf16 where it and the provider compute it natively."),
+    ] = "auto"
+    policy: Annotated[
+        Policy | None, Option("wait: every frame (files); latest: drop what is late (cameras, streams).")
+    ] = None
+    batch: Annotated[
+        int | None, Option("Frames detected together at most (default: one a source).", low=1)
+    ] = None
+    max_wait: Annotated[
+        float, Option("Seconds that a frame waits at most for others of its batch.", low=0)
+    ] = 0.01
+    # Threads that call the detector. By default it is one, which gives live sources the lowest age; where
+    # every source waits, it is as many as the detector says in `concurrent_calls`.
+    workers: Annotated[int | None, Option(low=1)] = None
+    filters: Filters = field(default_factory=Filters)
+    stride: Annotated[int, Option("Take one frame in N.", low=1)] = 1
+    # True, or TrackOptions. Tracks come before the filters: what these hide still holds its track together.
+    track: Annotated[
+        bool | TrackOptions, Option("Give each object an id that it keeps from frame to frame.")
+    ] = False
+    trails: Annotated[bool, Option("Draw where tracked objects have been; with --track.")] = False
+    decoder: Annotated[Decoder, Option("What reads videos and streams.")] = "opencv"
+    stall: Annotated[
+        float, Option("Open a live source again that delivers nothing for N seconds.", low=0.1)
+    ] = 10.0
+    # Seconds to wait for a first frame, while no source has delivered any.
+    patience: Annotated[float, Option(low=0)] = 20.0
+    report: Annotated[
+        str | Path | None, Option("Draw the age of results over time and the stages to this .png.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        CpuOptions(self.threads, self.cpu_precision).check()
+        _check_lowest(self)
+        check_fraction("shown_score", self.shown_score)
+        if self.policy is not None:
+            _check_known("policy", self.policy, get_args(Policy))
+        _check_known("decoder", self.decoder, get_args(Decoder))
         if not isinstance(self.track, bool | TrackOptions):
             raise SettingsError(f"track is {self.track!r}; expected True, False or TrackOptions")
-        if self.track:
-            check_tracking()
-        elif self.trails:
+        if self.trails and not self.track:
             raise SettingsError("trails are those of tracks; turn tracking on as well (track=True, --track)")
+        self._check_packages()
 
-    def following(self, sources: Sequence[Source]) -> Following | None:
-        """What gives the detections their track ids, where that is wanted."""
-        if not self.track:
-            return None
-        options = self.track if isinstance(self.track, TrackOptions) else TrackOptions()
-        return Following(sources, options, self.trails)
+    def _check_packages(self) -> None:
+        """Before the work: some options need packages that the base does not."""
+        if self.decoder == "pyav":
+            from anchorline.runtime.video.pyav import check_pyav
 
-    def workers_for(self, sources: Sequence[Source], detector: object) -> int:
-        """How many threads call the detector: one, unless it says that more are of use."""
-        if self.workers is not None:
-            return self.workers
-        return getattr(detector, "concurrent_calls", 1) if _all_wait(sources) else 1
+            check_pyav()
+        if self.track:
+            from anchorline.runtime.tracking import check_tracking
 
-    def intake_for(self, sources: Sequence[Source], detector: object, workers: int) -> Intake:
-        """The queues of these sources, for batches that the detector takes."""
-        largest = getattr(getattr(detector, "contract", None), "max_batch", None)
-        batch = self.batch or min(len(sources), largest or len(sources))
-        if largest is not None and batch > largest:
-            raise SettingsError(f"batch is {batch}, but the model takes at most {largest} frames at once")
-        # One batch in each worker, and one that is drawn, written and handed out each; live frames
-        # that wait in between would only get older.
-        under_way = batch * (workers + (3 if _all_wait(sources) else 2))
-        return Intake([source.chosen_policy for source in sources], batch, self.max_wait, under_way)
+            check_tracking()
+        if self.report is not None:
+            from anchorline.runtime.video.figures import check_report
 
-    def open_sinks(self, sources: Sequence[Source]) -> list[Sink]:
-        """All sinks, opened only when the pipeline starts, so that a mistake before leaves no file."""
-        opened: list[Sink] = [] if self.jsonl is None else [JsonLines(self.jsonl)]
-        if self.save is not None:
-            opened.append(AnnotatedFiles(_targets(sources)))
-        opened += self.sinks
-        if self.callback is not None:
-            opened.append(Callback(self.callback))
-        return opened
+            check_report(self.report)
+
+    def open_detector(self, model: str | Path, tuning: str = "latency") -> Detector:
+        """A ``Detector`` of these options; ``tuning`` is ``CpuOptions``'s."""
+        from anchorline.runtime.detector import Detector
+
+        return Detector(
+            *(model, self.provider, self.score_threshold, self.threads),
+            cpu_precision=self.cpu_precision,
+            tuning=tuning,
+        )
 
 
-def _all_wait(sources: Sequence[Source]) -> bool:
-    return all(source.chosen_policy == "wait" for source in sources)
+def is_number(value: object) -> bool:
+    """Whether this is an int or a float, which a bool is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _targets(sources: Sequence[Source]) -> list[Path]:
-    """Where the copies of all sources go."""
-    places = [source.target for source in sources]
-    places += [item.target for source in sources for item in source.items]
-    return [place for place in places if place is not None]
+def check_fraction(name: str, value: object) -> None:
+    """Raise ``SettingsError`` unless the value is a number from 0 to 1."""
+    if not is_number(value) or not 0.0 <= value <= 1.0:  # type: ignore[operator]
+        raise SettingsError(f"{name} is {value!r}; expected a number from 0 to 1")
 
 
-def check_outputs_of(
-    sources: Sequence[Source], jsonl: str | Path | None, report: str | Path | None = None
-) -> None:
-    """Raise ``SettingsError`` where lines or report would overwrite a source, a copy, or each other."""
-    read = [item.path for source in sources for item in source.items]
-    check_files([jsonl, report], [*read, *_targets(sources)])
+def _check_known(name: str, value: object, known: Sequence[str]) -> None:
+    if value not in known:
+        raise SettingsError(f"{name} is {value!r}; expected one of {', '.join(known)}")
 
 
-def check_files(outputs: Iterable[str | Path | None], kept: Iterable[str | Path]) -> None:
-    """``sources.check_outputs`` where an output may be stdout."""
-    check_outputs([None if is_stdout(output) else output for output in outputs], kept)
-
-
-def _check_score(value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-        raise SettingsError(f"shown_score is {value!r}; expected a number from 0 to 1")
-
-
-def _check_seconds(name: str, value: float, lowest: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value < float("inf"):
-        raise SettingsError(f"{name} is {value!r}; expected seconds from {lowest:g}")
-
-
-def _check_count(name: str, value: int | None) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise SettingsError(f"{name} is {value!r}; expected a whole number of at least 1")
+def _check_lowest(options: Filters | DetectOptions) -> None:
+    """Check the fields with a lowest value: whole numbers where that is one, else seconds."""
+    for name, (hint, about) in option_fields(type(options)).items():
+        low, value = about.low if about else None, getattr(options, name)
+        if low is None or (value is None and NoneType in get_args(hint)):
+            continue
+        if int in (hint, *get_args(hint)):
+            if not is_number(value) or not isinstance(value, int) or value < low:
+                raise SettingsError(f"{name} is {value!r}; expected a whole number of at least {low}")
+        elif not is_number(value) or not low <= value < math.inf:
+            raise SettingsError(f"{name} is {value!r}; expected seconds from {low:g}")

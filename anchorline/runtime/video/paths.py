@@ -68,15 +68,23 @@ def add_targets(paths: list[Path], save: Path | None, single: bool) -> list[Item
 
 
 def check_outputs(outputs: Iterable[str | Path | None], kept: Iterable[str | Path]) -> None:
-    """Raise ``SettingsError`` where an output is one of the ``kept`` files, or two outputs are one file."""
+    """Raise ``SettingsError`` where an output is one of the ``kept`` files, or two outputs are one file.
+
+    An output may be ``None``, stdout (``-``), a device or a pipe.
+    """
     taken = {os.path.realpath(path) for path in kept}
     for output in outputs:
-        if output is None or is_stream(Path(output)):
+        if output is None or is_stdout(output) or is_stream(Path(output)):
             continue
         place = os.path.realpath(output)
         if place in taken:
             raise SettingsError(f"{output} is a source, the model or another output; choose another place")
         taken.add(place)
+
+
+def is_stdout(path: str | Path | None) -> bool:
+    """Whether lines for ``path`` go to stdout."""
+    return str(path) in ("-", "/dev/stdout")
 
 
 def _check_single(path: Path, save: Path) -> None:

@@ -8,25 +8,37 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.runtime.tracking import TrackOptions
 from anchorline.runtime.video.feeding import Feeder
 from anchorline.runtime.video.figures import Figures
 from anchorline.runtime.video.frames import Frame, Result
-from anchorline.runtime.video.intake import Intake, Policy, SourceQueue
-from anchorline.runtime.video.options import Filters, FrameDetector, PipelineSettings, check_outputs_of
+from anchorline.runtime.video.intake import Intake, SourceQueue
+from anchorline.runtime.video.options import DetectOptions, Filters, TrackOptions
+from anchorline.runtime.video.paths import check_outputs
 from anchorline.runtime.video.readers import watch
 from anchorline.runtime.video.signals import signals_as_exit
-from anchorline.runtime.video.sinks import Callback, Sink
-from anchorline.runtime.video.source import Decoder, Source, plan
+from anchorline.runtime.video.sinks import AnnotatedFiles, Callback, JsonLines, Sink
+from anchorline.runtime.video.source import Source, plan
 from anchorline.runtime.video.summary import DetectSummary
 from anchorline.runtime.video.tracks import Following
+
+
+class FrameDetector(Protocol):
+    """What the pipeline calls: ``Detector``, or anything of its shape.
+
+    ``timings``, where there, holds the seconds of this thread's last ``batch`` by stage; ``contract``
+    gives the class names and the largest batch; ``provider`` and ``precision`` go to the summary;
+    ``concurrent_calls`` is how many threads may usefully call ``batch`` at once (1 where not there).
+    """
+
+    def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]: ...
+
 
 # Hand-over between two stages: in order, ended by the giver, or cut off for everybody.
 
@@ -249,23 +261,14 @@ _JOIN_SECONDS = 2.0  # a reader that hangs in a camera's driver is left to its t
 class VideoPipeline:
     """Detect in every source at once: an iterator of ``Result`` and a context manager.
 
-    >>> with VideoPipeline(detector, ["cam1=rtsp://camera/live", "clip.mp4"], save="out") as pipeline:
+    >>> options = DetectOptions(save="out")
+    >>> with VideoPipeline(detector, ["cam1=rtsp://camera/live", "clip.mp4"], options) as pipeline:
     ...     for result in pipeline:
     ...         print(result.source, result.index, len(result.detections), result.age)
 
-    ``sources`` are as on the command line, or ``Source`` objects. ``policy`` and ``stride`` hold for
-    those that are not ``Source`` objects. Up to ``batch`` frames (default: one of each source, within
-    the contract's limit) are detected together; the first waits for the others ``max_wait`` seconds
-    at most. ``workers`` threads call the detector side by side, so that preparing one batch overlaps
-    with computing another. By default it is one, which gives live sources the lowest age; where every
-    source waits, it is as many as the detector says in ``concurrent_calls``.
-
-    ``save``, ``jsonl`` and ``sinks`` receive every result before the caller does; ``callback`` is
-    called with each. Annotated copies show scores from ``shown_score`` on. A live source that
-    delivers nothing for ``stall`` seconds is reported and opened again; while no source has
-    delivered anything at all, ``patience`` seconds are waited for the first. ``decoder`` is
-    ``"opencv"`` or ``"pyav"``. ``track`` (``True``, or ``TrackOptions``) gives each source's detections
-    track ids, before the filters; ``trails`` draws where the tracks have been.
+    ``sources`` are as on the command line, or ``Source`` objects, for which the ``policy`` and ``stride`` of
+    ``options`` do not hold. What ``options`` ask for and the ``sinks`` receive every result before the
+    caller does; ``callback`` is called with each.
 
     Leaving the loop or the block in any way, ``stop()``, Ctrl-C, SIGTERM and SIGHUP end the reading; what was
     read is still detected and written, and the files are completed. An exception in any thread of the
@@ -277,47 +280,34 @@ class VideoPipeline:
         self,
         detector: FrameDetector,
         sources: Sequence[str | Path | int | Source],
+        options: DetectOptions | None = None,
         *,
-        policy: Policy | None = None,
-        stride: int = 1,
-        batch: int | None = None,
-        max_wait: float = 0.01,
-        workers: int | None = None,
-        filters: Filters | None = None,
-        save: str | Path | None = None,
-        jsonl: str | Path | None = None,
         sinks: Sequence[Sink] = (),
         callback: Callable[[Result], object] | None = None,
-        shown_score: float = 0.5,
-        decoder: Decoder = "opencv",
-        stall: float = 10.0,
-        patience: float = 20.0,
-        track: bool | TrackOptions = False,
-        trails: bool = False,
     ) -> None:
-        self.sources = plan(sources, save, policy=policy, stride=stride)
-        check_outputs_of(self.sources, jsonl)
-        self.figures = Figures({source.name: bool(source.live) for source in self.sources})
-        self.settings = PipelineSettings(
-            batch=batch,
-            max_wait=max_wait,
-            workers=workers,
-            filters=filters or Filters(),
-            save=save,
-            jsonl=jsonl,
-            sinks=tuple(sinks),
-            callback=callback,
-            shown_score=shown_score,
-            decoder=decoder,
-            stall=stall,
-            patience=patience,
-            track=track,
-            trails=trails,
-        )
         self.detector = detector
-        self.settings.filters.check_names(getattr(getattr(detector, "contract", None), "names", ()))
-        self._workers = self.settings.workers_for(self.sources, detector)
-        self._intake = self.settings.intake_for(self.sources, detector, self._workers)
+        self.options = options = options or DetectOptions()
+        self.sources = plan(sources, options.save, policy=options.policy, stride=options.stride)
+        read = [item.path for source in self.sources for item in source.items]
+        self._targets = [
+            target
+            for source in self.sources
+            for target in (source.target, *(item.target for item in source.items))
+            if target is not None
+        ]
+        check_outputs([options.jsonl, options.report], [*read, *self._targets])
+        options.filters.check_names(getattr(getattr(detector, "contract", None), "names", ()))
+        self.figures = Figures({source.name: bool(source.live) for source in self.sources})
+        self._given_sinks, self._callback = sinks, callback
+        all_wait = all(source.chosen_policy == "wait" for source in self.sources)
+        useful = getattr(detector, "concurrent_calls", 1) if all_wait else 1
+        self._workers: int = options.workers or useful
+        batch = batch_size(options, detector, len(self.sources))
+        # One batch in each worker, and one that is drawn, written and handed out each; live frames
+        # that wait in between would only get older.
+        under_way = batch * (self._workers + (3 if all_wait else 2))
+        policies = [source.chosen_policy for source in self.sources]
+        self._intake = Intake(policies, batch, options.max_wait, under_way)
         self._sinks: list[Sink] = []
         self._out: Channel[Result] = Channel()
         self._stopped, self._ended = threading.Event(), threading.Event()
@@ -397,25 +387,40 @@ class VideoPipeline:
 
     def _start(self) -> None:
         self.figures.begin()
-        self._sinks = self.settings.open_sinks(self.sources)
+        self._open_sinks()
+        following = None
+        if track := self.options.track:
+            track_options = track if isinstance(track, TrackOptions) else TrackOptions()
+            following = Following(self.sources, track_options, self.options.trails)
         workers = Workers(
             self.detector,
-            self.settings.filters,
+            self.options.filters,
             self._intake,
             self._out,
             self._sinks,
             self.figures,
-            self.settings.shown_score,
+            self.options.shown_score,
             self._fail,
-            self.settings.following(self.sources),
+            following,
         )
         for name, work in workers.parts(self._workers):
             self._begin(self._threads, name, work)
         watched = list(self.figures.sources.values())
-        self._begin(self._threads, "watchdog", lambda: watch(watched, self.settings.stall, self._ended))
+        self._begin(self._threads, "watchdog", lambda: watch(watched, self.options.stall, self._ended))
         for source, queue in zip(self.sources, self._intake.queues, strict=True):
             self._begin(self._readers, f"read {source.name}", self._feeder(source, queue).run)
         self._running = True
+
+    def _open_sinks(self) -> None:
+        """Only when the pipeline starts, so that a mistake before leaves no file."""
+        options = self.options
+        if options.jsonl is not None:
+            self._sinks.append(JsonLines(options.jsonl))
+        if options.save is not None:
+            self._sinks.append(AnnotatedFiles(self._targets))
+        self._sinks += self._given_sinks
+        if self._callback is not None:
+            self._sinks.append(Callback(self._callback))
 
     def _feeder(self, source: Source, queue: SourceQueue) -> Feeder:
         figures = self.figures.sources[source.name]
@@ -427,9 +432,9 @@ class VideoPipeline:
             figures=figures,
             stopped=self._stopped,
             fail=self._fail,
-            decoder=self.settings.decoder,
-            stall=self.settings.stall,
-            patience=self.settings.patience,
+            decoder=self.options.decoder,
+            stall=self.options.stall,
+            patience=self.options.patience,
             anything_came=self.figures.anything_came,
         )
 
@@ -521,3 +526,12 @@ class VideoPipeline:
             return None
         errors = [each.first_error for each in self.figures.sources.values()]
         return next((error for error in errors if error is not None), None)
+
+
+def batch_size(options: DetectOptions, detector: FrameDetector, sources: int) -> int:
+    """How many frames are detected together at most. Raises ``SettingsError`` where the model takes less."""
+    largest = getattr(getattr(detector, "contract", None), "max_batch", None)
+    batch = options.batch or min(sources, largest or sources)
+    if largest is not None and batch > largest:
+        raise SettingsError(f"batch is {batch}, but the model takes at most {largest} frames at once")
+    return batch

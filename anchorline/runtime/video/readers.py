@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.canvas import check_frame
-from anchorline.runtime.io.errors import DataError, SettingsError
+from anchorline.runtime.io.errors import DataError
 from anchorline.runtime.io.images import read_image
 from anchorline.runtime.io.native_log import quiet_opencv
 from anchorline.runtime.video.figures import SourceFigures
 from anchorline.runtime.video.files import VideoReader, three_channels
+from anchorline.runtime.video.options import Decoder
 from anchorline.runtime.video.paths import Item
-from anchorline.runtime.video.source import DECODERS, Decoder
 
 # Noticing a source that is open and delivers nothing.
 
@@ -105,16 +105,6 @@ class IterableReader:
         close = getattr(self._frames, "close", None)
         if close is not None:
             close()
-
-
-def check_decoder(decoder: str) -> None:
-    """Raise ``SettingsError`` for a decoder that is unknown or not installed."""
-    if decoder not in DECODERS:
-        raise SettingsError(f"decoder is {decoder!r}; expected one of {', '.join(DECODERS)}")
-    if decoder == "pyav":
-        from anchorline.runtime.video.pyav import check_pyav
-
-        check_pyav()
 
 
 def open_file(item: Item, decoder: Decoder) -> Reader:

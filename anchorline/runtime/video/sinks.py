@@ -19,6 +19,7 @@ from anchorline.runtime.io.files import discard, is_stream, output_errors, publi
 from anchorline.runtime.io.images import write_image
 from anchorline.runtime.video.files import VideoWriter
 from anchorline.runtime.video.frames import Result, Stream
+from anchorline.runtime.video.paths import is_stdout
 from anchorline.runtime.video.pyav import open_writer
 
 LONGEST_PART = 90_000  # frames of a live source in one file
@@ -94,11 +95,6 @@ class JsonLines:
             self._file.close()
         if not self._direct:
             discard(self._temporary)
-
-
-def is_stdout(path: str | Path | None) -> bool:
-    """Whether lines for ``path`` go to stdout."""
-    return str(path) in ("-", "/dev/stdout")
 
 
 def line_of(result: Result) -> str:

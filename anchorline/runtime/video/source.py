@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -15,11 +15,9 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.io.errors import SettingsError
 from anchorline.runtime.io.images import find_images, is_video
-from anchorline.runtime.video.intake import POLICIES, Policy
+from anchorline.runtime.video.options import Policy
 from anchorline.runtime.video.paths import Item, add_targets, plan_items
 
-Decoder = Literal["opencv", "pyav"]
-DECODERS = ("opencv", "pyav")
 _LAST_WEBCAM = 99  # OpenCV takes hundreds for the ways to reach a camera
 _LONGEST_NUMBER = 10  # digits; Python refuses to read thousands
 _NAMED = re.compile(r"([^\W\d][\w.-]*)=(.+)", re.DOTALL)
@@ -48,8 +46,8 @@ class Source:
     target: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.policy is not None and self.policy not in POLICIES:
-            raise SettingsError(f"policy is {self.policy!r}; expected one of {', '.join(POLICIES)}")
+        if self.policy is not None and self.policy not in get_args(Policy):
+            raise SettingsError(f"policy is {self.policy!r}; expected one of {', '.join(get_args(Policy))}")
         if isinstance(self.stride, bool) or not isinstance(self.stride, int) or self.stride < 1:
             raise SettingsError(f"stride is {self.stride!r}; expected a whole number of at least 1")
         if isinstance(self.where, int) and not 0 <= self.where <= _LAST_WEBCAM:
@@ -99,6 +97,11 @@ def parse_source(text: str | Path) -> Source:
     named = _NAMED.fullmatch(text)
     name, where = named.groups() if named else ("", text)
     return Source(int(where) if where.isdecimal() and len(where) < _LONGEST_NUMBER else where, name=name)
+
+
+def waits(sources: Iterable[str | Path], policy: Policy | None) -> bool:
+    """Whether each frame of each source is waited for, so that their speed as a whole is what counts."""
+    return policy != "latest" and all(parse_source(each).chosen_policy == "wait" for each in sources)
 
 
 def plan(

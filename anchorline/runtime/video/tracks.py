@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.detections import NO_TRACK, Detections
-from anchorline.runtime.tracking import ObjectTracker, TrackOptions
+from anchorline.runtime.tracking import ObjectTracker
 from anchorline.runtime.video.frames import Result, Stream
+from anchorline.runtime.video.options import TrackOptions
 from anchorline.runtime.video.source import Source
 
 _STILLS_FPS = 25.0  # the pictures of a folder are taken as the frames of a video of this rate

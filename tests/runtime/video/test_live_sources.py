@@ -12,6 +12,7 @@ import pytest
 from anchorline.runtime.io.errors import DataError
 from anchorline.runtime.video import feeding
 from anchorline.runtime.video.files import VideoReader
+from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.pipeline import VideoPipeline
 from anchorline.runtime.video.source import Source
 
@@ -40,7 +41,7 @@ def run(pipeline, step, seconds=60.0):
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_camera_is_read(stub, camera, decoder):
-    pipeline = VideoPipeline(stub(), [f"cam={camera.url}"], decoder=decoder)
+    pipeline = VideoPipeline(stub(), [f"cam={camera.url}"], DetectOptions(decoder=decoder))
     results = []
     run(pipeline, lambda result: results.append(result) or len(results) == 20)
     assert {result.source for result in results} == {"cam"}
@@ -58,7 +59,9 @@ def test_a_camera_that_fails_is_opened_again_while_the_other_goes_on(
 ):
     monkeypatch.setattr(feeding, "FIRST_PAUSE", 0.3)
     sources = [f"bad={camera.url}", f"good={second_camera.url}"]
-    pipeline = VideoPipeline(stub(), sources, decoder=decoder, stall=1.0 if mode == "stall" else 10.0)
+    pipeline = VideoPipeline(
+        stub(), sources, DetectOptions(decoder=decoder, stall=1.0 if mode == "stall" else 10.0)
+    )
     bad, good = pipeline.figures.sources["bad"], pipeline.figures.sources["good"]
     failed, meanwhile = [], []
 
@@ -84,7 +87,7 @@ def test_a_camera_that_fails_is_opened_again_while_the_other_goes_on(
 
 def test_a_camera_that_is_away_for_a_while(stub, camera, until):
     """Nobody listens for half a second: attempts go on, further and further apart."""
-    pipeline = VideoPipeline(stub(), [f"cam={camera.url}"], stall=10.0)
+    pipeline = VideoPipeline(stub(), [f"cam={camera.url}"], DetectOptions(stall=10.0))
     figures = pipeline.figures.sources["cam"]
     helper = threading.Thread(
         target=lambda: (until(lambda: figures.state == "lost"), time.sleep(0.5), camera.up())
@@ -105,7 +108,9 @@ def test_a_camera_that_is_away_for_a_while(stub, camera, until):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_another_size_after_coming_back_begins_a_new_file(stub, camera, tmp_path, decoder):
     pipeline = VideoPipeline(
-        stub(), [f"cam={camera.url}"], save=tmp_path, jsonl=tmp_path / "a.jsonl", decoder=decoder
+        stub(),
+        [f"cam={camera.url}"],
+        DetectOptions(save=tmp_path, jsonl=tmp_path / "a.jsonl", decoder=decoder),
     )
     seen = {}
 
@@ -129,7 +134,9 @@ def test_another_size_after_coming_back_begins_a_new_file(stub, camera, tmp_path
 def test_nobody_there(stub, tmp_path):
     """With no source that ever delivered, the run ends with what is wrong."""
     pipeline = VideoPipeline(
-        stub(), ["cam=http://user:secret@127.0.0.1:1/x"], patience=0.3, jsonl=tmp_path / "a.jsonl"
+        stub(),
+        ["cam=http://user:secret@127.0.0.1:1/x"],
+        DetectOptions(patience=0.3, jsonl=tmp_path / "a.jsonl"),
     )
     with pytest.raises(DataError, match=r"cam \(http://127.0.0.1:1/x\): cannot be opened") as caught:
         pipeline.run()
@@ -144,7 +151,7 @@ def test_an_iterator_that_hangs_is_noticed(stub, grey, until):
         yield grey(0)
         hang.wait(120.0)
 
-    pipeline = VideoPipeline(stub(), [Source(frames(), name="a", live=True)], stall=0.2)
+    pipeline = VideoPipeline(stub(), [Source(frames(), name="a", live=True)], DetectOptions(stall=0.2))
     figures = pipeline.figures.sources["a"]
     helper = threading.Thread(target=lambda: (until(lambda: figures.stalls), pipeline.stop(), hang.set()))
     helper.start()
@@ -175,6 +182,6 @@ def test_the_age_of_a_live_source_faster_than_the_model(stub, camera):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_stream_that_is_left_leaves_no_connection(stub, camera, decoder, until):
     for _ in range(5):
-        with VideoPipeline(stub(), [f"cam={camera.url}"], decoder=decoder) as pipeline:
+        with VideoPipeline(stub(), [f"cam={camera.url}"], DetectOptions(decoder=decoder)) as pipeline:
             next(iter(pipeline))
     assert camera.connections == 5

@@ -17,6 +17,7 @@ from anchorline.runtime.io.errors import DataError, SettingsError
 from anchorline.runtime.video import readers as stream_reader
 from anchorline.runtime.video import sinks
 from anchorline.runtime.video.files import VideoReader
+from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.paths import plan_items
 from anchorline.runtime.video.pipeline import VideoPipeline
 from anchorline.runtime.video.pyav import AvReader
@@ -33,7 +34,7 @@ def test_pictures_that_cannot_be_decoded_are_no_reason_to_reconnect(stub, camera
     if decoder == "pyav":
         pytest.importorskip("av")
     camera.mode = "damage"
-    pipeline = VideoPipeline(stub(), [f"cam={camera.url}"], decoder=decoder, stall=30.0)
+    pipeline = VideoPipeline(stub(), [f"cam={camera.url}"], DetectOptions(decoder=decoder, stall=30.0))
     timer = threading.Timer(120.0, pipeline.stop)
     timer.start()
     count = 0
@@ -106,7 +107,7 @@ def file_server(tmp_path):
 def read_remote(stub, url, decoder):
     if decoder == "pyav":
         pytest.importorskip("av")
-    pipeline = VideoPipeline(stub(), [url], decoder=decoder, stall=30.0)
+    pipeline = VideoPipeline(stub(), [url], DetectOptions(decoder=decoder, stall=30.0))
     return [result.time_s for result in pipeline], pipeline.summary()
 
 
@@ -138,7 +139,9 @@ def test_a_variable_frame_rate(stub, grey, tmp_path, file_server, decoder, remot
 
 def test_a_source_of_one_frame_and_one_of_none(stub, grey, tmp_path):
     sources = [Source([grey(1)], name="one"), Source([], name="none")]
-    summary = VideoPipeline(stub(), sources, save=tmp_path / "out", jsonl=tmp_path / "a.jsonl").run()
+    summary = VideoPipeline(
+        stub(), sources, DetectOptions(save=tmp_path / "out", jsonl=tmp_path / "a.jsonl")
+    ).run()
     assert {name: each["frames"] for name, each in summary.sources.items()} == {"one": 1, "none": 0}
     with VideoReader(tmp_path / "out" / "one.mp4") as reader:
         assert len(list(reader)) == 1
@@ -176,7 +179,7 @@ def test_parts_of_a_camera_s_recording_spare_the_other_cameras_files(stub, grey,
         yield np.full((96, 128, 3), level, np.uint8)
 
     sources = [Source(frames(level), name=name) for name, level in (("h", 50), ("h-2", 200))]
-    VideoPipeline(stub(), sources, save=tmp_path).run()
+    VideoPipeline(stub(), sources, DetectOptions(save=tmp_path)).run()
     found = {}
     for path in tmp_path.iterdir():
         with VideoReader(path) as reader:
@@ -207,9 +210,9 @@ def test_nothing_overwrites_a_source_or_another_output(stub, tmp_path):
     (tmp_path / "link.jsonl").symlink_to(first)
     for jsonl in (first, tmp_path / "b/../a/x.mp4", tmp_path / "link.jsonl"):
         with pytest.raises(SettingsError, match="is a source, the model or another output"):
-            VideoPipeline(stub(), [first], jsonl=jsonl)
+            VideoPipeline(stub(), [first], DetectOptions(jsonl=jsonl))
     with pytest.raises(SettingsError, match="is a source, the model or another output"):
-        VideoPipeline(stub(), [first], save=tmp_path / "out.mp4", jsonl=tmp_path / "out.mp4")
+        VideoPipeline(stub(), [first], DetectOptions(save=tmp_path / "out.mp4", jsonl=tmp_path / "out.mp4"))
 
 
 def test_standard_output_is_never_a_file_to_be_replaced(tmp_path):
@@ -229,7 +232,7 @@ def test_without_time_stamps_a_stride_keeps_the_pace(
 ):
     monkeypatch.setitem(sys.modules, "av", None)
     video = write_raw_video(tmp_path / "a.mp4", moving_frames, fps=20.0)
-    VideoPipeline(stub(), [video], stride=4, save=tmp_path / "out.mp4").run()
+    VideoPipeline(stub(), [video], DetectOptions(stride=4, save=tmp_path / "out.mp4")).run()
     with VideoReader(tmp_path / "out.mp4") as reader:
         assert (len(list(reader)), reader.fps) == (10, 5.0)  # two seconds, as before
 
@@ -240,7 +243,7 @@ def test_a_camera_s_recording_is_a_row_of_files(stub, grey, tmp_path, monkeypatc
     frames = (grey(i) for i in range(25))
     camera = Source(frames, name="cam", live=True, policy="wait")
     clip = Source((grey(i) for i in range(25)), name="clip")
-    VideoPipeline(stub(), [camera, clip], save=tmp_path).run()
+    VideoPipeline(stub(), [camera, clip], DetectOptions(save=tmp_path)).run()
     counts = {}
     for path in tmp_path.iterdir():
         with VideoReader(path) as reader:

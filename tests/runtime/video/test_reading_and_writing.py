@@ -19,6 +19,7 @@ from anchorline.runtime.timing import Durations
 from anchorline.runtime.video import pyav as av_writer
 from anchorline.runtime.video.detection import detect
 from anchorline.runtime.video.files import VideoReader, VideoWriter
+from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.pipeline import VideoPipeline
 from anchorline.runtime.video.pyav import AvReader, AvVideoWriter, open_writer
 from anchorline.runtime.video.source import Source
@@ -65,7 +66,7 @@ def test_a_file_cut_off_in_the_middle(stub, tmp_path, moving_frames, write_raw_v
     path = write_raw_video(tmp_path / "a.avi", moving_frames, "MJPG")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     saved = tmp_path / "out.mp4"
-    summary = VideoPipeline(stub(), [path], save=saved, decoder=decoder).run()
+    summary = VideoPipeline(stub(), [path], DetectOptions(save=saved, decoder=decoder)).run()
     assert 0 < summary.frames < 40
     assert any("of the 40 frames" in line or "damaged" in line for line in summary.warnings)
     with VideoReader(saved) as reader:
@@ -99,7 +100,7 @@ def test_pyav_and_what_is_no_video(tmp_path, content):
 def test_without_pyav(monkeypatch, stub, tmp_path):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(SettingsError, match=r"pip install 'anchorline\[video\]'"):
-        VideoPipeline(stub(), ["0"], decoder="pyav")
+        VideoPipeline(stub(), ["0"], DetectOptions(decoder="pyav"))
     with open_writer(tmp_path / "a.mp4", (48, 64), 10) as writer:
         assert type(writer) is VideoWriter
         writer.write(np.zeros((48, 64, 3), np.uint8), 0.0)
@@ -141,7 +142,7 @@ def test_the_annotated_copy_has_the_source_s_frames_and_duration(
     stub, tmp_path, moving_frames, write_raw_video
 ):
     source, saved = write_raw_video(tmp_path / "a.mp4", moving_frames, fps=12.5), tmp_path / "out.mp4"
-    VideoPipeline(stub(), [source], save=saved).run()
+    VideoPipeline(stub(), [source], DetectOptions(save=saved)).run()
     lengths = []
     for path in (source, saved):
         with av.open(str(path)) as container:
@@ -153,7 +154,7 @@ def test_the_annotated_copy_has_the_source_s_frames_and_duration(
 FILL_THE_DISK = """
 import resource, sys
 import numpy as np
-from anchorline.runtime import Detections, OutputError, Source, VideoPipeline
+from anchorline.runtime import Detections, DetectOptions, OutputError, Source, VideoPipeline
 class Stub:
     def batch(self, frames):
         return [Detections.empty() for _ in frames]
@@ -161,7 +162,7 @@ generator = np.random.default_rng(0)
 frames = (generator.integers(0, 256, (240, 320, 3), dtype=np.uint8) for _ in range(60))
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 try:
-    VideoPipeline(Stub(), [Source(frames, name="a")], save=sys.argv[1]).run()
+    VideoPipeline(Stub(), [Source(frames, name="a")], DetectOptions(save=sys.argv[1])).run()
 except OutputError as error:
     print(error)
 """
@@ -188,14 +189,14 @@ def test_lines_on_a_full_disk(stub, grey, tmp_path):
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full, a disk that is always full")
     with pytest.raises(OutputError, match="No space left"):
-        VideoPipeline(stub(), [Source([grey(0)], name="a")], jsonl="/dev/full").run()
+        VideoPipeline(stub(), [Source([grey(0)], name="a")], DetectOptions(jsonl="/dev/full")).run()
 
 
 def test_lines_to_a_pipe_come_at_once(stub, grey, tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     descriptor = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    pipeline = VideoPipeline(stub(), [Source([grey(0), grey(1)], name="a")], jsonl=pipe)
+    pipeline = VideoPipeline(stub(), [Source([grey(0), grey(1)], name="a")], DetectOptions(jsonl=pipe))
     results = iter(pipeline)
     next(results)
     assert json.loads(os.read(descriptor, 10_000).splitlines()[0])["source"] == "a"
@@ -209,19 +210,19 @@ def test_lines_to_a_pipe_come_at_once(stub, grey, tmp_path):
 def test_the_report_is_a_picture(stub, video_frames, write_raw_video, tmp_path):
     video = write_raw_video(tmp_path / "a.mp4", video_frames)
     report = tmp_path / "latency.png"
-    detect([video], stub(cost=0.001), progress=False, report=report)
+    detect([video], stub(cost=0.001), DetectOptions(report=report), progress=False)
     picture = cv2.imread(str(report))
     assert picture.shape[0] > 400
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
     with pytest.raises(OutputError, match=r"unknown suffix of a report; expected one of \.png"):
-        detect([video], stub(), progress=False, report=tmp_path / "a.txt")
+        detect([video], stub(), DetectOptions(report=tmp_path / "a.txt"), progress=False)
 
 
 def test_the_report_without_matplotlib(stub, video_frames, write_raw_video, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     video = write_raw_video(tmp_path / "a.mp4", video_frames)
     with pytest.raises(SettingsError, match=r"pip install 'anchorline\[evaluate\]'"):
-        detect([video], stub(), progress=False, report=tmp_path / "a.png")
+        detect([video], stub(), DetectOptions(report=tmp_path / "a.png"), progress=False)
 
 
 def test_the_display_of_several_sources(stub, grey, capfd, tmp_path, video_frames, write_raw_video):
@@ -260,9 +261,11 @@ def test_a_video_file_on_a_server(stub, tmp_path, video_frames, write_raw_video,
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/a.mp4"
-        results = list(VideoPipeline(stub(), [url], decoder=decoder, stall=30.0))
+        results = list(VideoPipeline(stub(), [url], DetectOptions(decoder=decoder, stall=30.0)))
         with pytest.raises(DataError, match=r"127\.0\.0\.1"):
-            VideoPipeline(stub(), [url.replace("a.mp4", "b.mp4")], decoder=decoder, stall=30.0).run()
+            VideoPipeline(
+                stub(), [url.replace("a.mp4", "b.mp4")], DetectOptions(decoder=decoder, stall=30.0)
+            ).run()
         server.shutdown()
     assert [result.index for result in results] == list(range(12))
     assert [result.time_s for result in results] == pytest.approx([i / 10 for i in range(12)])

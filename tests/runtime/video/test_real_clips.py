@@ -10,6 +10,7 @@ import pytest
 
 from anchorline.runtime.video.detection import detect
 from anchorline.runtime.video.files import VideoReader
+from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.pyav import has_h264
 
 SHARED = os.environ.get("ANCHORLINE_SHARED")
@@ -23,7 +24,7 @@ SHARED = os.environ.get("ANCHORLINE_SHARED")
 def test_every_frame_is_answered_in_order_and_the_copy_is_as_long(stub, tmp_path, name, frames):
     source = Path(SHARED) / "video" / name
     saved, lines = tmp_path / "out.mp4", tmp_path / "out.jsonl"
-    summary = detect([source], stub(), save=saved, jsonl=lines, progress=False)
+    summary = detect([source], stub(), DetectOptions(save=saved, jsonl=lines), progress=False)
     assert (summary.frames, summary.warnings) == (frames, ())
     rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
     assert [row["frame"] for row in rows] == list(range(frames))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from anchorline.runtime.video import feeding
+from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.pipeline import VideoPipeline
 
 av = pytest.importorskip("av", reason="needs PyAV to encode what the server sends")
@@ -105,7 +106,7 @@ def test_an_rtsp_camera_that_breaks_off_and_comes_back(stub, server, decoder, mo
     monkeypatch.setattr(feeding, "FIRST_PAUSE", 0.05)
     server.play_for = 60
     url = f"rtsp://user:secret@127.0.0.1:{server.server_address[1]}/live"
-    pipeline = VideoPipeline(stub(), [f"cam={url}"], decoder=decoder, stall=10.0)
+    pipeline = VideoPipeline(stub(), [f"cam={url}"], DetectOptions(decoder=decoder, stall=10.0))
     figures = pipeline.figures.sources["cam"]
     timer = threading.Timer(120.0, pipeline.stop)
     timer.start()

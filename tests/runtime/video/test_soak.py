@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.pipeline import VideoPipeline
 from anchorline.runtime.video.source import Source
 
@@ -34,7 +35,9 @@ def test_eight_sources_and_thousands_of_frames(stub, tmp_path):
     sources = [Source(frames(s), name=f"s{s}") for s in range(SOURCES)]
     expected = [0] * SOURCES
     memory = []
-    with VideoPipeline(stub(concurrent_calls=2), sources, jsonl=tmp_path / "a.jsonl") as pipeline:
+    with VideoPipeline(
+        stub(concurrent_calls=2), sources, DetectOptions(jsonl=tmp_path / "a.jsonl")
+    ) as pipeline:
         for count, result in enumerate(pipeline):
             source = int(result.source[1:])
             assert result.index == expected[source]
@@ -71,7 +74,7 @@ def test_a_camera_that_comes_and_goes_sixty_times(stub, camera):
     if not open_files.exists():
         pytest.skip("needs /proc to count descriptors")
     memory, descriptors = [], []
-    pipeline = VideoPipeline(stub(), [f"cam={camera.url}"], stall=2.0)
+    pipeline = VideoPipeline(stub(), [f"cam={camera.url}"], DetectOptions(stall=2.0))
     figures = pipeline.figures.sources["cam"]
     for result in pipeline:
         if result.index % 50 == 49:

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from anchorline import cli
-from anchorline.runtime import Detections, Filters, SettingsError, Source, TrackOptions, VideoPipeline
+from anchorline.runtime import (
+    Detections,
+    DetectOptions,
+    Filters,
+    SettingsError,
+    Source,
+    TrackOptions,
+    VideoPipeline,
+)
 from anchorline.runtime.video import feeding
 from anchorline.runtime.video.frames import Result, Stream
 from anchorline.runtime.video.tracks import Following
@@ -75,7 +83,7 @@ def settle(follow, of, first=0):
 def test_each_source_has_its_own_ids_in_the_order_of_its_frames(tracked, grey, workers, batch):
     sources = [Source((grey(5 + 3 * i) for i in range(30)), name=f"s{s}") for s in range(3)]
     seen = {f"s{s}": [] for s in range(3)}
-    with VideoPipeline(Mover(), sources, track=True, workers=workers, batch=batch) as pipeline:
+    with VideoPipeline(Mover(), sources, DetectOptions(track=True, workers=workers, batch=batch)) as pipeline:
         for result in pipeline:
             seen[result.source].append((result.index, result.detections.track_ids.tolist()))
     assert seen["s0"] == [(0, [-1])] + [(index, [1]) for index in range(1, 30)]
@@ -93,7 +101,8 @@ def test_lines_and_copies_carry_the_ids(tracked, grey, tmp_path):
     def run(where, **options):
         frames = (np.full((120, 200, 3), 5 + i, np.uint8) for i in range(12))
         source = Source(frames, name="a")
-        VideoPipeline(Mover(), [source], save=where / "a.mp4", jsonl=where / "a.jsonl", **options).run()
+        options = DetectOptions(save=where / "a.mp4", jsonl=where / "a.jsonl", **options)
+        VideoPipeline(Mover(), [source], options).run()
         lines = (where / "a.jsonl").read_text(encoding="utf-8").splitlines()
         capture, last = cv2.VideoCapture(str(where / "a.mp4")), None
         while (read := capture.read())[0]:
@@ -120,7 +129,7 @@ def test_filters_come_after_the_tracker(tracked, grey):
 
     source = Source((grey(5 + 5 * i) for i in range(20)), name="a")
     filters = Filters(min_scores={"": 0.5})
-    with VideoPipeline(Fading(), [source], track=True, filters=filters) as pipeline:
+    with VideoPipeline(Fading(), [source], DetectOptions(track=True, filters=filters)) as pipeline:
         ids = [result.detections.track_ids.tolist() for result in pipeline]
     assert ids == [[-1], [1], [1], [1]] + [[]] * 11 + [[1]] * 5
 
@@ -135,7 +144,7 @@ def test_dropped_frames_do_not_end_a_track(follow):
 
 def test_a_stride_is_no_gap(tracked, grey):
     source = Source((grey(5 + 2 * i) for i in range(40)), name="a", stride=5)
-    with VideoPipeline(Mover(), [source], track=True) as pipeline:
+    with VideoPipeline(Mover(), [source], DetectOptions(track=True)) as pipeline:
         ids = [result.detections.track_ids.tolist() for result in pipeline]
     assert ids == [[-1]] + [[1]] * 7
 
@@ -193,7 +202,7 @@ def test_the_pictures_of_a_folder_are_one_scene(tracked, tmp_path, grey):
     for index in range(6):
         size = (48, 64) if index < 5 else (48, 80)  # the last one is another scene
         cv2.imwrite(str(tmp_path / f"{index}.png"), np.full((*size, 3), 5 + 2 * index, np.uint8))
-    with VideoPipeline(Mover(), [tmp_path], track=True) as pipeline:
+    with VideoPipeline(Mover(), [tmp_path], DetectOptions(track=True)) as pipeline:
         assert [result.detections.track_ids.tolist() for result in pipeline] == [[-1]] + [[1]] * 4 + [[-1]]
 
 
@@ -204,14 +213,16 @@ def test_two_files_one_after_the_other_share_no_id(tracked, tmp_path, moving_fra
         def batch(self, frames):
             return [boxes_at(10) for _ in frames]
 
-    with VideoPipeline(Still(), clips, track=True) as pipeline:
+    with VideoPipeline(Still(), clips, DetectOptions(track=True)) as pipeline:
         ids = [result.detections.track_ids.tolist() for result in pipeline]
     assert ids == ([[-1]] + [[1]] * 9) + ([[-1]] + [[2]] * 9)
 
 
 def test_the_size_of_the_picture_changes_midway(tracked, grey):
     frames = [grey(5 + i) for i in range(5)] + [np.full((96, 128, 3), 10 + i, np.uint8) for i in range(5)]
-    with VideoPipeline(Mover(), [Source(iter(frames), name="a")], track=True, trails=True) as pipeline:
+    with VideoPipeline(
+        Mover(), [Source(iter(frames), name="a")], DetectOptions(track=True, trails=True)
+    ) as pipeline:
         results = list(pipeline)
     assert [result.detections.track_ids.tolist() for result in results] == [[-1]] + [[1]] * 4 + [[-1]] + [
         [2]
@@ -226,7 +237,7 @@ def test_a_camera_that_comes_back_has_new_ids(tracked, camera, monkeypatch):
         def batch(self, frames):
             return [boxes_at(10) for _ in frames]
 
-    pipeline, seen = VideoPipeline(Still(), [f"cam={camera.url}"], track=True, stall=5.0), []
+    pipeline, seen = VideoPipeline(Still(), [f"cam={camera.url}"], DetectOptions(track=True, stall=5.0)), []
     end = time.monotonic() + 60.0
     with pipeline:
         for result in pipeline:
@@ -240,7 +251,7 @@ def test_a_camera_that_comes_back_has_new_ids(tracked, camera, monkeypatch):
 
 def test_trails_are_where_the_centres_have_been(tracked, grey):
     source = Source((grey(10 + 2 * i) for i in range(60)), name="a")
-    with VideoPipeline(Mover(), [source], track=True, trails=True) as pipeline:
+    with VideoPipeline(Mover(), [source], DetectOptions(track=True, trails=True)) as pipeline:
         results = list(pipeline)
     assert results[0].trails == {}  # no track yet
     np.testing.assert_array_equal(results[3].trails[1], [[22, 25], [24, 25], [26, 25]])
@@ -252,21 +263,23 @@ def test_trails_are_where_the_centres_have_been(tracked, grey):
 
 def test_without_trails_none_are_kept(tracked, grey):
     source = Source((grey(10 + i) for i in range(4)), name="a")
-    with VideoPipeline(Mover(), [source], track=True) as pipeline:
+    with VideoPipeline(Mover(), [source], DetectOptions(track=True)) as pipeline:
         assert [result.trails for result in pipeline] == [{}] * 4
 
 
 def test_settings_that_cannot_be(grey):
     with pytest.raises(SettingsError, match="trails are those of tracks"):
-        VideoPipeline(Mover(), [Source(iter(()), name="a")], trails=True)
+        VideoPipeline(Mover(), [Source(iter(()), name="a")], DetectOptions(trails=True))
     with pytest.raises(SettingsError, match="track is 'yes'; expected True, False or TrackOptions"):
-        VideoPipeline(Mover(), [Source(iter(()), name="a")], track="yes")
+        VideoPipeline(Mover(), [Source(iter(()), name="a")], DetectOptions(track="yes"))
 
 
 def test_without_the_package_one_line_names_the_extra(grey, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "trackers", None)
     with pytest.raises(SettingsError, match=r"pip install 'anchorline\[track\]'") as caught:
-        VideoPipeline(Mover(), [Source(iter(()), name="a")], track=True, jsonl=tmp_path / "a.jsonl")
+        VideoPipeline(
+            Mover(), [Source(iter(()), name="a")], DetectOptions(track=True, jsonl=tmp_path / "a.jsonl")
+        )
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 

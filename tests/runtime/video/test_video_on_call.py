@@ -13,6 +13,7 @@ import pytest
 from anchorline.runtime.io.errors import OutputError, SettingsError
 from anchorline.runtime.video import feeding
 from anchorline.runtime.video import pipeline as video_pipeline
+from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.pipeline import VideoPipeline
 from anchorline.runtime.video.source import Source
 
@@ -129,7 +130,7 @@ def test_a_source_that_never_delivers_anything_is_noticed(stub, until):
         hang.wait(120.0)
         yield from ()
 
-    pipeline = VideoPipeline(stub(), [Source(frames(), name="a", live=True)], stall=0.2)
+    pipeline = VideoPipeline(stub(), [Source(frames(), name="a", live=True)], DetectOptions(stall=0.2))
     figures = pipeline.figures.sources["a"]
     helper = threading.Thread(target=lambda: (until(lambda: figures.stalls), pipeline.stop(), hang.set()))
     helper.start()
@@ -140,7 +141,7 @@ def test_a_source_that_never_delivers_anything_is_noticed(stub, until):
 
 def test_a_slow_consumer_is_no_stall_of_the_source(stub, grey):
     camera = Source(endless(grey), name="a", live=True, policy="wait")
-    with VideoPipeline(stub(), [camera], stall=0.5) as pipeline:
+    with VideoPipeline(stub(), [camera], DetectOptions(stall=0.5)) as pipeline:
         for result in pipeline:
             if result.index == 2:
                 time.sleep(1.2)  # the reader is held up by a full queue
@@ -182,7 +183,7 @@ def test_a_quick_source_does_not_starve_the_others(stub, grey, until):
     quick = Source(endless(grey), name="quick", live=True)
     slow = [Source((grey(i) for i in range(20)), name=f"s{s}") for s in range(2)]
     order = []
-    pipeline = VideoPipeline(Patient(), [quick, *slow], batch=1)
+    pipeline = VideoPipeline(Patient(), [quick, *slow], DetectOptions(batch=1))
     with pipeline:
         for result in pipeline:
             order.append(result.source)
@@ -257,4 +258,4 @@ def test_times_of_a_live_source_only_rise(stub, grey):
 @pytest.mark.parametrize("score", [-0.1, 1.5, float("nan"), True, "x"])
 def test_a_shown_score_that_cannot_be(stub, score):
     with pytest.raises(SettingsError, match="shown_score is"):
-        VideoPipeline(stub(), ["0"], shown_score=score)
+        VideoPipeline(stub(), ["0"], DetectOptions(shown_score=score))

@@ -16,7 +16,7 @@ import pytest
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import DataError, OutputError, SettingsError
 from anchorline.runtime.video.files import VideoReader
-from anchorline.runtime.video.options import Filters
+from anchorline.runtime.video.options import DetectOptions, Filters
 from anchorline.runtime.video.pipeline import VideoPipeline
 from anchorline.runtime.video.sinks import LatestFrame
 from anchorline.runtime.video.source import Source
@@ -52,7 +52,7 @@ def test_waiting_loses_and_reorders_nothing(stub, grey, workers, batch):
 
     sources = [Source(numbered(grey, 50, s), name=f"s{s}") for s in range(3)]
     seen = {f"s{s}": [] for s in range(3)}
-    with VideoPipeline(Uneven(), sources, batch=batch, workers=workers) as pipeline:
+    with VideoPipeline(Uneven(), sources, DetectOptions(batch=batch, workers=workers)) as pipeline:
         for result in pipeline:
             seen[result.source].append(result.index)
             offset = int(result.source[1:])
@@ -65,7 +65,7 @@ def test_waiting_loses_and_reorders_nothing(stub, grey, workers, batch):
 def test_frames_of_several_sources_share_a_batch(stub, grey):
     detector = stub(cost=0.002)
     sources = [Source((grey(i) for i in range(40)), name=f"s{s}") for s in range(4)]
-    VideoPipeline(detector, sources, max_wait=1.0).run()
+    VideoPipeline(detector, sources, DetectOptions(max_wait=1.0)).run()
     assert sum(detector.batches) == 160
     assert max(detector.batches) == 4
     assert np.mean(detector.batches) > 3.5
@@ -81,7 +81,7 @@ def test_a_batch_waits_no_longer_than_it_may(stub, grey):
         was_in_time.append(all_answered.wait(60.0))
 
     quick = Source((grey(i) for i in range(20)), name="quick")
-    pipeline = VideoPipeline(stub(), [quick, Source(frames(), name="slow")], max_wait=0.02)
+    pipeline = VideoPipeline(stub(), [quick, Source(frames(), name="slow")], DetectOptions(max_wait=0.02))
     indices = []
     for result in pipeline:
         if result.source == "quick":
@@ -98,10 +98,10 @@ def test_the_batch_is_bounded_by_the_contract(stub, grey, contract):
     detector = stub()
     detector.contract = dataclasses.replace(contract, max_batch=2)
     sources = [Source((grey(i) for i in range(9)), name=f"s{s}") for s in range(3)]
-    VideoPipeline(detector, sources, max_wait=0.2).run()
+    VideoPipeline(detector, sources, DetectOptions(max_wait=0.2)).run()
     assert max(detector.batches) == 2
     with pytest.raises(SettingsError, match="at most 2 frames at once"):
-        VideoPipeline(detector, ["0"], batch=3)
+        VideoPipeline(detector, ["0"], DetectOptions(batch=3))
 
 
 # Under `latest` the latency is bounded and the losses are counted
@@ -185,7 +185,7 @@ def test_the_policy_can_be_chosen(stub, grey, tmp_path, video_frames, write_raw_
     assert [r.index for r in VideoPipeline(stub(cost=0.002), [camera])] == list(range(30))
     video = write_raw_video(tmp_path / "a.mp4", video_frames, fps=40.0)
     start = time.monotonic()
-    summary = VideoPipeline(stub(cost=0.06), [video], policy="latest").run()
+    summary = VideoPipeline(stub(cost=0.06), [video], DetectOptions(policy="latest")).run()
     assert time.monotonic() - start > 11 / 40
     assert summary.dropped > 0
     assert summary.frames + summary.dropped == 12
@@ -223,20 +223,20 @@ def refuse(result):
 def test_an_exception_reaches_the_caller_once(stub, grey, tmp_path, where):
     frames = endless(grey)
     detector, sink = stub(), BrokenSink()
-    options = {"jsonl": tmp_path / "a.jsonl", "save": tmp_path / "a.mp4"}
+    options, outputs = DetectOptions(jsonl=tmp_path / "a.jsonl", save=tmp_path / "a.mp4"), {}
     expected = RuntimeError
     if where == "source":
         frames, expected = broken_source(grey), ZeroDivisionError
     elif where == "detector":
         detector = stub(fail_at=3)
     elif where == "sink":
-        options["sinks"], expected = [sink], OSError
+        outputs["sinks"], expected = [sink], OSError
     elif where == "callback":
-        options["callback"], expected = refuse, KeyError
+        outputs["callback"], expected = refuse, KeyError
     else:
         detector.batch = lambda frames: []
         expected = SettingsError
-    pipeline = VideoPipeline(detector, [Source(frames, name="a")], **options)
+    pipeline = VideoPipeline(detector, [Source(frames, name="a")], options, **outputs)
     with pytest.raises(expected, match=r"fails|gave 0 results"):
         pipeline.run()
     pipeline.close()  # nothing is left to raise
@@ -246,7 +246,9 @@ def test_an_exception_reaches_the_caller_once(stub, grey, tmp_path, where):
 
 def test_an_exception_of_the_caller_s_own_ends_everything_and_finishes_the_files(stub, grey, tmp_path):
     def work():
-        with VideoPipeline(stub(), [Source(endless(grey), name="a")], jsonl=tmp_path / "a.jsonl") as pipeline:
+        with VideoPipeline(
+            stub(), [Source(endless(grey), name="a")], DetectOptions(jsonl=tmp_path / "a.jsonl")
+        ) as pipeline:
             for _ in pipeline:
                 raise LookupError("mine")
 
@@ -258,7 +260,9 @@ def test_an_exception_of_the_caller_s_own_ends_everything_and_finishes_the_files
 
 def test_leaving_the_loop_finishes_the_files(stub, grey, tmp_path):
     with VideoPipeline(
-        stub(), [Source(endless(grey), name="a")], save=tmp_path / "a.mp4", jsonl=tmp_path / "a.jsonl"
+        stub(),
+        [Source(endless(grey), name="a")],
+        DetectOptions(save=tmp_path / "a.mp4", jsonl=tmp_path / "a.jsonl"),
     ) as pipeline:
         for result in pipeline:
             if result.index == 20:
@@ -289,13 +293,15 @@ def test_a_pipeline_runs_once(stub, grey):
 def test_output_that_cannot_be_opened(stub, grey, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be written"):
-        VideoPipeline(stub(), [Source(endless(grey), name="a")], jsonl=tmp_path / "file" / "a.jsonl").run()
+        VideoPipeline(
+            stub(), [Source(endless(grey), name="a")], DetectOptions(jsonl=tmp_path / "file" / "a.jsonl")
+        ).run()
 
 
 PROGRAM = """
 import sys, time
 import numpy as np
-from anchorline.runtime import Detections, Source, VideoPipeline
+from anchorline.runtime import Detections, DetectOptions, Source, VideoPipeline
 class Stub:
     def batch(self, frames):
         time.sleep(0.005)
@@ -305,7 +311,8 @@ def frames():
     while True:
         yield np.zeros((48, 64, 3), np.uint8)
 folder = sys.argv[1]
-VideoPipeline(Stub(), [Source(frames(), name="a")], save=folder + "/a.mp4", jsonl=folder + "/a.jsonl").run()
+options = DetectOptions(save=folder + "/a.mp4", jsonl=folder + "/a.jsonl")
+VideoPipeline(Stub(), [Source(frames(), name="a")], options).run()
 """
 
 
@@ -375,7 +382,7 @@ def test_the_detector_called_by_several_threads_gives_what_it_gives_alone(model_
     frames = [generator.integers(0, 256, (48, 64, 3), dtype=np.uint8) for _ in range(40)]
     with Detector(model_path, threads=1) as detector:
         expected = [detector(frame).scores for frame in frames]
-        pipeline = VideoPipeline(detector, [Source(frames, name="a")], workers=3)
+        pipeline = VideoPipeline(detector, [Source(frames, name="a")], DetectOptions(workers=3))
         found = [result.detections.scores for result in pipeline]
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
@@ -398,7 +405,7 @@ def test_the_callback_and_the_latest_frame(stub, grey):
 def test_filters_and_stride_reach_the_results(stub, grey):
     frames = (grey(i * 20) for i in range(12))
     source = Source(frames, name="a", stride=3)
-    results = list(VideoPipeline(stub(), [source], filters=Filters(min_scores={"": 0.5})))
+    results = list(VideoPipeline(stub(), [source], DetectOptions(filters=Filters(min_scores={"": 0.5}))))
     assert [r.index for r in results] == [0, 3, 6, 9]
     assert [len(r.detections) for r in results] == [0, 0, 0, 1]
 
@@ -407,12 +414,12 @@ def test_a_class_that_the_model_does_not_know(stub, contract):
     detector = stub()
     detector.contract = contract
     with pytest.raises(SettingsError, match="knows no class 'cat'; it knows whole, quarter"):
-        VideoPipeline(detector, ["0"], filters=Filters(classes=("cat",)))
+        VideoPipeline(detector, ["0"], DetectOptions(filters=Filters(classes=("cat",))))
 
 
 def test_the_figures_of_each_source(stub, grey, tmp_path):
     sources = [Source((grey(i) for i in range(n)), name=name) for name, n in (("a", 20), ("b", 10))]
-    pipeline = VideoPipeline(stub(cost=0.002), sources, jsonl=tmp_path / "a.jsonl")
+    pipeline = VideoPipeline(stub(cost=0.002), sources, DetectOptions(jsonl=tmp_path / "a.jsonl"))
     for result in pipeline:
         assert {"decode", "network", "write"} <= set(result.times)
         assert 0 < result.age < 60
@@ -441,9 +448,9 @@ def test_the_figures_of_each_source(stub, grey, tmp_path):
         ({"decoder": "gstreamer"}, "decoder is 'gstreamer'"),
     ],
 )
-def test_settings_that_cannot_be(stub, options, message):
+def test_options_that_cannot_be(options, message):
     with pytest.raises(SettingsError, match=message):
-        VideoPipeline(stub(), ["0"], **options)
+        DetectOptions(**options)
 
 
 def test_nothing_readable_is_the_source_s_error(stub, tmp_path):
@@ -451,5 +458,5 @@ def test_nothing_readable_is_the_source_s_error(stub, tmp_path):
         VideoPipeline(stub(), [tmp_path / "none.mp4"])
     (tmp_path / "a.mp4").write_bytes(b"nonsense")
     with pytest.raises(DataError, match=r"a\.mp4"):
-        VideoPipeline(stub(), [tmp_path / "a.mp4"], jsonl=tmp_path / "a.jsonl").run()
+        VideoPipeline(stub(), [tmp_path / "a.mp4"], DetectOptions(jsonl=tmp_path / "a.jsonl")).run()
     assert os.listdir(tmp_path) == ["a.mp4"]
