@@ -355,6 +355,6 @@ def test_an_option_out_of_range_is_one_line(
     ],
 )
 def test_files_are_detected_for_throughput(sources: list[str], policy: Any, tuning: str) -> None:
-    from anchorline.cli.detect import _tuning
+    from anchorline.runtime.video.source import waits
 
-    assert _tuning(sources, policy) == tuning
+    assert waits(sources, policy) == (tuning == "throughput")

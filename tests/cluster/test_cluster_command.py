@@ -46,6 +46,15 @@ def test_options_reach_the_cluster(ran, capsys, tmp_path):
     assert json.loads(figures.read_text())["answered"] == 4
 
 
+def test_classes_by_name_and_from_a_file(ran, tmp_path, capsys):
+    file = tmp_path / "names.txt"
+    file.write_text("\ufeffcar, red\n\n bus \n", encoding="utf-8")
+    assert run("--ray", "local", "--classes", "cat, dog", "--classes", "bird", "--classes-file", file) == 0
+    assert ran["options"].filters.classes == ("cat", "dog", "bird", "car, red", "bus")
+    assert run("--ray", "local", "--classes-file", tmp_path / "none.txt") == 2
+    assert "none.txt: cannot be read" in capsys.readouterr().err
+
+
 def test_with_lines_on_stdout_the_tables_go_to_stderr(ran, capsys):
     assert run("--ray", "local", "--jsonl", "-") == 0
     captured = capsys.readouterr()
