@@ -97,13 +97,13 @@ def one_run(detector: object, pictures: list[Image], seconds: float, fast: int |
         command = [sys.executable, __file__, "--be-viewers", str(view.address.port), str(fast), str(slow)]
         watching = subprocess.Popen(command) if fast else None
         live = view._live
-        while live.audience.count < fast + slow:
+        while len(live.viewers) < fast + slow:
             time.sleep(0.05)
         fps = _rate(detector, pictures, seconds, [view])
         found = {
             "fps": fps,
             "pictures": live.painter.count / (seconds + _WARM_UP),
-            "left": live.audience.count,
+            "left": len(live.viewers),
         }
     if watching is not None:
         watching.wait(30)

@@ -5,119 +5,131 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import logging
 import re
 import socket
 from collections.abc import Iterable
-from http.cookies import CookieError, SimpleCookie
-from typing import Literal
-from urllib.parse import parse_qsl, urlsplit
 
-from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anchorline.runtime.io.errors import SettingsError
 
-Standing = Literal["granted", "missing", "wrong"]
+_log = logging.getLogger("anchorline.live")
+GRANTED = "anchorline.granted"  # in the scope: whether the request may see more than the bare health
+HEALTH = "/healthz"
 _SHORTEST_TOKEN = 8
 _TOKEN = re.compile(r"[\x21-\x7e]+")  # what fits a header
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::\d{1,5})?")
+_NO_TOKEN = (
+    "This live view needs its token: open the page once as /?token=... "
+    "or send the header 'Authorization: Bearer ...'.\n"
+)
+_WRONG_HOST = (
+    "This server is not known by that name; use an IP address or localhost, or start it with "
+    "--serve-name NAME.\n"
+)
+_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+)
 
 
-class Access:
-    """Checks of a request before anything else is done with it.
+class Gate:
+    """What every request passes before the pages. Every answer carries strict headers, refusals included.
 
-    With a ``token`` a request has to carry it: as ``Authorization: Bearer``, as ``?token=`` of the page,
-    or by the cookie that the page sets then, which does not hold the token itself. ``names`` are host
-    names that are accepted beside IP addresses, ``localhost`` and this machine's own name: a browser
-    that was led here by a foreign name (DNS rebinding) shows that name in the ``Host`` header. Raises
-    ``SettingsError`` for a token or a name that cannot be used.
+    A request under a foreign host name gets 421: a browser that was led here by one (DNS rebinding) shows it
+    in the ``Host`` header. Accepted are IP addresses, which Starlette's TrustedHostMiddleware cannot say,
+    ``localhost``, this machine's own name and ``names``. With a ``token`` a request has to carry it or gets
+    401: as ``Authorization: Bearer``, as ``?token=`` of the page, or by the cookie that the page sets then
+    and that does not hold the token itself; only the bare health is told to everybody. ``policy`` is the
+    Content-Security-Policy. Raises ``SettingsError`` for a token or a name that cannot be used.
     """
 
-    def __init__(self, token: str | None, names: Iterable[str], port: int) -> None:
+    def __init__(self, app: ASGIApp, token: str | None, names: Iterable[str], policy: str) -> None:
         if token is not None and (len(token) < _SHORTEST_TOKEN or not _TOKEN.fullmatch(token)):
             raise SettingsError(  # and does not repeat the token, which would then stand in a log
                 f"the token to serve with has {len(token)} characters; expected at least {_SHORTEST_TOKEN}, "
                 "printable ASCII without spaces"
             )
-        self._names = {_checked_name(name) for name in names} | own_names()
-        self.has_token = token is not None
-        self._token = (token or "").encode("ascii")
-        self.cookie_name = f"anchorline-{port}"  # browsers share cookies between the ports of a host
-        self.cookie = hmac.new(self._token, b"anchorline live view", hashlib.sha256).hexdigest()
+        own = socket.gethostname().lower()
+        self._names = {"localhost", own, f"{own.partition('.')[0]}.local"}
+        for name in names:
+            if not _NAME.fullmatch(name):
+                raise SettingsError(
+                    f"{name!r} is no host name; expected one such as camera.example, without a port"
+                )
+            self._names.add(name.rstrip(".").lower())
+        self._app, self._token = app, token
+        self._cookie = hmac.new((token or "").encode(), b"anchorline live view", hashlib.sha256).hexdigest()
+        self._headers = (*_HEADERS, (b"content-security-policy", policy.encode()))
 
-    def knows_host(self, headers: Headers) -> bool:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        begun = False
+
+        async def secured(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                message["headers"] = [*message.get("headers", ()), *self._headers]
+            await send(message)
+
+        try:
+            await (self._refusal(scope) or self._app)(scope, receive, secured)
+        except (ClientDisconnect, OSError):  # the client has gone
+            return
+        except Exception:
+            _log.exception("a request for %s failed", ascii(scope["path"]))
+            if not begun:
+                await PlainTextResponse("Internal error.\n", 500)(scope, receive, secured)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        """The answer to a request that goes no further, the redirection with the cookie included."""
+        request, path = Request(scope), scope["path"]
+        if not self._knows(request.headers.getlist("host")):
+            return PlainTextResponse(_WRONG_HOST, 421)
+        scope[GRANTED] = self._token is None
+        if self._token is None:
+            return None
+        port = (scope["server"] or ("", 0))[1]
+        cookie = f"anchorline-{port}"  # browsers share cookies between the ports of a host
+        asked = request.query_params.getlist("token") if path == "/" else []
+        if len(asked) == 1 and _same(asked[0], self._token):
+            answer = RedirectResponse("./", 303)  # which takes the token out of the address bar
+            answer.set_cookie(cookie, self._cookie, httponly=True, samesite="lax")
+            return answer
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            granted = _same(bearer.strip(), self._token)
+        else:
+            granted = _same(request.cookies.get(cookie, ""), self._cookie)
+        scope[GRANTED] = granted = granted and not asked
+        if granted or (path == HEALTH and not scheme and cookie not in request.cookies):
+            return None
+        return PlainTextResponse(_NO_TOKEN, 401, {"WWW-Authenticate": "Bearer"})
+
+    def _knows(self, given: list[str]) -> bool:
         """Whether the ``Host`` header is there, once, and names this server."""
-        given = headers.getlist("host")
         matched = _HOST.fullmatch(given[0]) if len(given) == 1 else None
         if matched is None:
             return False
         host = matched.group(1).strip("[]").rstrip(".").lower()
-        return _is_address(host) or host in self._names or host.endswith(".localhost")
-
-    def standing(self, headers: Headers) -> Standing:
-        """What a request's header and cookie say about it."""
-        if not self.has_token:
-            return "granted"
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer":
-            return "granted" if self._matches(given.strip()) else "wrong"
-        cookie = _cookie(headers.get("cookie", ""), self.cookie_name)
-        if cookie is None:
-            return "wrong" if scheme else "missing"
-        return "granted" if hmac.compare_digest(cookie.encode(), self.cookie.encode()) else "wrong"
-
-    def query_standing(self, query: bytes) -> Standing:
-        """What ``?token=`` says about a request for the page."""
-        if not self.has_token:
-            return "granted"
+        if host in self._names or host.endswith(".localhost"):
+            return True
         try:
-            given = [value for name, value in parse_qsl(query.decode("latin-1")) if name == "token"]
+            ipaddress.ip_address(host)
         except ValueError:
-            return "wrong"
-        if not given:
-            return "missing"
-        return "granted" if len(given) == 1 and self._matches(given[0]) else "wrong"
-
-    def _matches(self, given: str) -> bool:
-        return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._token)
-
-
-def same_origin(headers: Headers) -> bool:
-    """Whether a page of this server sent the request, or no browser did, which states an origin."""
-    if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-        return False
-    origin = headers.get("origin")
-    if origin is None:
+            return False
         return True
-    try:
-        return urlsplit(origin).netloc.lower() == headers.get("host", "").lower() != ""
-    except ValueError:
-        return False
 
 
-def own_names() -> set[str]:
-    """The names by which others on the network know this machine, and ``localhost``."""
-    name = socket.gethostname().lower()
-    return {"localhost", name, f"{name.partition('.')[0]}.local"}
-
-
-def _checked_name(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise SettingsError(f"{name!r} is no host name; expected one such as camera.example, without a port")
-    return name.rstrip(".").lower()
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def _cookie(header: str, name: str) -> str | None:
-    try:
-        morsel = SimpleCookie(header).get(name)
-    except CookieError:
-        return None
-    return None if morsel is None else morsel.value
+def _same(given: str, expected: str) -> bool:
+    return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), expected.encode())

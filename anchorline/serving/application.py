@@ -1,140 +1,219 @@
-"""The pages of the server and what they answer."""
+"""The pages of the server, and the streams of its viewers."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
-from collections.abc import Awaitable, Callable
+import re
+import struct
+from collections.abc import AsyncIterator, Iterator
+from importlib.resources import files
 
-from starlette.applications import Starlette
+from prometheus_client import generate_latest
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route, Router
+from starlette.types import Receive, Scope, Send
 
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.serving.access import same_origin
-from anchorline.serving.gate import GRANTED, HEALTH, Gate
+from anchorline.serving.access import GRANTED, HEALTH
 from anchorline.serving.live_state import LiveState
-from anchorline.serving.metrics import CONTENT_TYPE, Metrics
-from anchorline.serving.page import content_policy, read_page
-from anchorline.serving.streams import LiveStream
+from anchorline.serving.metrics import RunCollector
 
+MOST_VIEWERS = 64
+PATIENCE = 10.0  # seconds that a viewer may read nothing
+_TICK = 1.0  # seconds between two states of the figures
 _LONGEST_BODY = 64 * 1024
 _BODY_SECONDS = 5.0
 _LONGEST_PLACE = 4  # digits
-Endpoint = Callable[[Request], Awaitable[ASGIApp]]
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_BOUNDARY = "frame"
+_MULTIPART = f"multipart/x-mixed-replace; boundary={_BOUNDARY}"
+_STATUS = 0xFFFFFFFF  # where a picture would have its source's place
 
 
-def create_application(live: LiveState) -> ASGIApp:
-    """The whole application behind its gate."""
-    html = read_page()
-    routes = [
-        Route("/", _page(html)),
-        Route("/feed", _feed(live)),
-        Route("/stream/{source:path}", _stream(live)),
-        Route("/status", _status(live)),
-        Route("/controls", _change_controls(live), methods=["POST"]),
-        Route("/metrics", _metrics(live)),
-        Route(HEALTH, _health(live)),
-    ]
-    application = Starlette(routes=routes)
-    application.router.redirect_slashes = False
-    return Gate(application, live.access, content_policy(html))
+def read_page() -> str:
+    """The page's HTML: one file with its style and script."""
+    return files("anchorline.serving").joinpath("page.html").read_text(encoding="utf-8")
 
 
-def _page(html: str) -> Endpoint:
-    async def page(request: Request) -> Response:
-        return HTMLResponse(html)
-
-    return page
-
-
-def _status(live: LiveState) -> Endpoint:
-    async def status(request: Request) -> Response:
-        return Response(live.status(), media_type="application/json")
-
-    return status
+def content_policy(html: str) -> str:
+    """A Content-Security-Policy for the page: its own style and script by their hashes, nothing foreign."""
+    rules = ["default-src 'none'"]
+    for kind, text in re.findall(r"<(style|script)>(.*?)</\1>", html, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        rules.append(f"{kind}-src 'sha256-{digest}'")
+    rules += ["img-src 'self' blob: data:", "connect-src 'self'"]
+    return "; ".join([*rules, "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"])
 
 
-def _metrics(live: LiveState) -> Endpoint:
-    metrics = Metrics(live)
+class Pages:
+    """What each path answers."""
 
-    async def text(request: Request) -> Response:
-        return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+    def __init__(self, live: LiveState, html: str) -> None:
+        self._live, self._html = live, html
+        routes = [
+            Route("/", self._page),
+            Route("/feed", self._feed),
+            Route("/stream/{source:path}", self._stream),
+            Route("/status", self._status),
+            Route("/controls", self._controls, methods=["POST"]),
+            Route("/metrics", self._metrics),
+            Route(HEALTH, self._health),
+        ]
+        self.router = Router(routes, redirect_slashes=False)
 
-    return text
+    async def _page(self, request: Request) -> Response:
+        return HTMLResponse(self._html)
 
+    async def _status(self, request: Request) -> Response:
+        return Response(self._live.status(), media_type="application/json")
 
-def _health(live: LiveState) -> Endpoint:
-    async def health(request: Request) -> Response:
-        problems = live.run.problems()
+    async def _metrics(self, request: Request) -> Response:
+        # Not prometheus-client's own application: a header that is no UTF-8 is an error to it.
+        return Response(generate_latest(RunCollector(self._live)), headers={"Content-Type": _METRICS_TYPE})
+
+    async def _health(self, request: Request) -> Response:
+        problems = self._live.problems()
         answer: dict[str, object] = {"status": "unhealthy" if problems else "ok"}
         if request.scope[GRANTED]:
             answer["problems"] = problems
         return JSONResponse(answer, 503 if problems else 200)
 
-    return health
+    async def _feed(self, request: Request) -> Response:
+        return self._stream_to(request, None)
 
-
-def _feed(live: LiveState) -> Endpoint:
-    async def feed(request: Request) -> ASGIApp:
-        return _too_many(live) or LiveStream(live, "feed", tuple(live.run.sources))
-
-    return feed
-
-
-def _stream(live: LiveState) -> Endpoint:
-    async def stream(request: Request) -> ASGIApp:
-        asked, sources = request.path_params["source"], list(live.run.sources)
+    async def _stream(self, request: Request) -> Response:
+        asked, sources = request.path_params["source"], list(self._live.sources)
         if asked not in sources:
             place = int(asked) if asked.isdecimal() and len(asked) <= _LONGEST_PLACE else len(sources)
             if place >= len(sources):
                 return PlainTextResponse("There is no such source; /status names them.\n", 404)
             asked = sources[place]
-        return _too_many(live) or LiveStream(live, "mjpeg", (asked,))
+        return self._stream_to(request, asked)
 
-    return stream
+    def _stream_to(self, request: Request, source: str | None) -> Response:
+        if len(self._live.viewers) >= MOST_VIEWERS:
+            return PlainTextResponse("There are too many viewers.\n", 503, {"Retry-After": "10"})
+        stream = LiveStream(self._live, source)
+        return Response(media_type=stream.media_type) if request.method == "HEAD" else stream
 
-
-def _too_many(live: LiveState) -> Response | None:
-    if not live.audience.is_full:
-        return None
-    return PlainTextResponse("There are too many viewers.\n", 503, {"Retry-After": "10"})
-
-
-def _change_controls(live: LiveState) -> Endpoint:
-    async def change(request: Request) -> Response:
-        if not same_origin(request.headers):
+    async def _controls(self, request: Request) -> Response:
+        headers, host = request.headers, request.headers["host"].lower()
+        origin = headers.get("origin", f"http://{host}")  # a browser states it
+        is_own = origin.partition("://")[2].lower() == host
+        if not is_own or headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             return _refused(403, "expected a request of this server's own page")
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             return _refused(415, "expected the content type application/json")
         try:
             body = await asyncio.wait_for(_body(request), _BODY_SECONDS)
         except asyncio.TimeoutError:
             return _refused(408, f"the body did not come within {_BODY_SECONDS:g} s")
-        if body is None:
+        if len(body) > _LONGEST_BODY:
             return _refused(413, f"expected a body of at most {_LONGEST_BODY} bytes")
         try:
-            live.controls.change(json.loads(body), tuple(live.run.known_classes()))
+            self._live.change(json.loads(body))
         except SettingsError as error:
             return _refused(400, str(error))
         except (ValueError, RecursionError):
             return _refused(400, "expected JSON")
-        return JSONResponse(live.controls_json())
-
-    return change
+        return JSONResponse(self._live.controls())
 
 
-async def _body(request: Request) -> bytes | None:
-    """The request's body, or ``None`` where it is too long."""
+async def _body(request: Request) -> bytearray:
+    """The request's body, or where it is too long a beginning that is too long."""
     body = bytearray()
     async for piece in request.stream():
         body += piece
         if len(body) > _LONGEST_BODY:
-            return None
-    return bytes(body)
+            break
+    return body
 
 
 def _refused(code: int, why: str) -> Response:
     return JSONResponse({"error": why}, code)
+
+
+class LiveStream(StreamingResponse):
+    """Pictures as they come, without an end, for as long as the viewer reads.
+
+    Of one ``source`` as a multipart stream of JPEGs (MJPEG), which browsers, players and OpenCV read. Of all
+    sources (``None``) with the status on one connection, since a browser opens no more than six to a server:
+    records of two big-endian uint32 and the content, the first being the source's place (then it is a JPEG)
+    or 2^32 - 1 (the status as JSON), the second the content's length. A viewer who reads slowly gets fewer
+    pictures, always the newest one; who reads nothing for ``PATIENCE`` seconds is dropped.
+    """
+
+    def __init__(self, live: LiveState, source: str | None) -> None:
+        self._is_feed = source is None
+        self._live = live
+        self._sources = tuple(live.sources) if source is None else (source,)
+        self._news = asyncio.Event()
+        self._seen: dict[str, bytes] = {}
+        self._told = b""
+        self._timer: asyncio.TimerHandle | None = None
+        kind = (
+            "application/octet-stream"
+            if self._is_feed
+            else f"multipart/x-mixed-replace; boundary={_BOUNDARY}"
+        )
+        super().__init__(self._content(), media_type=kind)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        live = self._live
+        live.loop = asyncio.get_running_loop()
+        self._abort = scope["state"]["abort"]
+        live.viewers.add(self._news)
+        live.painter.watch(self._sources)
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            live.viewers.discard(self._news)
+            live.painter.unwatch(self._sources)
+
+    async def _content(self) -> AsyncIterator[bytes]:
+        begin, loop = b"" if self._is_feed else f"--{_BOUNDARY}\r\n".encode(), asyncio.get_running_loop()
+        while not self._live.closed:
+            self._timer = loop.call_later(PATIENCE, self._drop)
+            # A piece that may be empty waits until the last one is under way: what follows is then the
+            # newest picture of that moment.
+            yield begin
+            begin = b""
+            for piece in self._pieces():
+                yield piece
+            self._timer.cancel()
+            self._timer = loop.call_later(_TICK, self._news.set)
+            await self._news.wait()
+            self._timer.cancel()
+            self._news.clear()
+
+    def _drop(self) -> None:
+        self._live.dropped += 1
+        self._abort()
+
+    def _pieces(self) -> Iterator[bytes]:
+        """What this viewer has not seen yet."""
+        live = self._live
+        if self._is_feed:
+            if (sources := tuple(live.sources)) != self._sources:  # the run has begun since
+                live.painter.unwatch(self._sources)
+                live.painter.watch(sources)
+                self._sources = sources
+            if (status := live.status()) is not self._told:
+                self._told = status
+                yield struct.pack(">II", _STATUS, len(status)) + status
+        for place, source in enumerate(self._sources):
+            jpeg = live.painter.pictures.get(source)
+            if jpeg is None or jpeg is self._seen.get(source):
+                continue
+            self._seen[source] = jpeg
+            if self._is_feed:
+                yield struct.pack(">II", place, len(jpeg)) + jpeg
+            else:  # with the boundary after it, without which a browser would hold it back
+                head = f"Content-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n"
+                yield b"".join((head.encode(), jpeg, f"\r\n--{_BOUNDARY}\r\n".encode()))

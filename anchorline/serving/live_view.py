@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
 from collections.abc import Iterable
 from types import TracebackType
 
 from anchorline.runtime.io.errors import SettingsError
 from anchorline.runtime.video.frames import Result
 from anchorline.runtime.video.pipeline import VideoPipeline
-from anchorline.serving.access import Access
-from anchorline.serving.address import bound_address, browser_url, is_loopback, listen, parse_address
-from anchorline.serving.application import create_application
+from anchorline.serving.access import Gate
+from anchorline.serving.application import Pages, content_policy, read_page
 from anchorline.serving.live_state import LiveState
-from anchorline.serving.server import ServerThread
+from anchorline.serving.server import Address, Server, listen, parse_address
 
 
 class LiveView:
@@ -34,58 +36,61 @@ class LiveView:
     wants_drawing = False
 
     def __init__(self, where: str | int, *, token: str | None = None, names: Iterable[str] = ()) -> None:
+        html = read_page()
+        self._live = LiveState()
+        gate = Gate(Pages(self._live, html).router, token, names, content_policy(html))
         self._socket = listen(parse_address(str(where)))
-        try:
-            self.address = bound_address(self._socket)
-            self._live = LiveState(Access(token, names, self.address.port))
-        except SettingsError:
-            self._socket.close()
-            raise
-        self.url = browser_url(self.address)
-        self.warnings = [] if token or is_loopback(self.address) else [_open_to_all(str(self.address))]
-        application = create_application(self._live)
-        self._server = ServerThread(application, self._socket, self._live.audience.begin)
+        self.address = Address(*self._socket.getsockname()[:2])
+        self.url = self.address.url
+        self.warnings: list[str] = []
+        if token is None and not self.address.is_loopback:
+            self.warnings.append(
+                f"the live view at {self.address} has no token: whoever reaches it on the network sees the "
+                "pictures and moves the controls; set --serve-token, or serve at 127.0.0.1"
+            )
+        self._server = Server(gate)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="anchorline live server", daemon=True)
 
     def watch(self, pipeline: VideoPipeline) -> None:
         """Show this run; to be called before it begins."""
-        self._live.run.watch(pipeline)
-        options, detector = pipeline.options, pipeline.detector
-        thresholds = getattr(getattr(detector, "contract", None), "thresholds", None)
-        lowest = (
-            getattr(thresholds, "score", 0.0),
-            getattr(detector, "score_threshold", 0.0),
-            options.filters.min_scores.get("", 0.0),
-        )
-        self._live.controls.begin(max(lowest), options.shown_score)
+        self._live.watch(pipeline)
 
     def write(self, result: Result) -> None:
         """Lay the result down for the viewers; takes no time that depends on them."""
-        self._live.run.note(result)
-        self._live.painter.offer(result)
+        self._live.note(result)
 
     def close(self) -> None:
         """The run has ended well."""
-        self._live.run.phase = "ended"
+        self._live.phase = "ended"
 
     def abandon(self) -> None:
         """The run has failed."""
-        self._live.run.phase = "failed"
+        self._live.phase = "failed"
 
     def __enter__(self) -> LiveView:
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise SettingsError(
+                    f"the live view cannot be served ({self._error}); see the packages' versions"
+                )
+            time.sleep(0.01)
         self._live.painter.start()
-        self._server.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._live.audience.close()
-        self._server.stop()
+        self._live.close()
+        self._server.should_exit = True
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            self._socket.close()
         self._live.painter.stop()
 
-
-def _open_to_all(address: str) -> str:
-    return (
-        f"the live view at {address} has no token: whoever reaches it on the network sees the pictures and "
-        "moves the controls; set --serve-token, or serve at 127.0.0.1"
-    )
+    def _serve(self) -> None:
+        try:
+            self._server.run([self._socket])
+        except BaseException as error:  # SystemExit included, which is uvicorn's way to fail
+            self._error = error

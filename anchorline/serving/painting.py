@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.backends.cpu_options import usable_cores
+from anchorline.runtime.detections import Detections
 from anchorline.runtime.drawing import draw
 from anchorline.runtime.video.frames import Result
-from anchorline.serving.controls import Controls
 
 _log = logging.getLogger("anchorline.live")
 _LONGEST_SIDE = 1280  # pixels; a larger frame is scaled down before it is drawn
@@ -29,26 +29,36 @@ _SENDING = 0.00015  # seconds for one picture to one viewer
 _LONGEST_PAUSE = 1.0  # seconds
 
 
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """An encoded frame. ``number`` rises with each one, over all sources; ``captured`` is the frame's."""
+@dataclass(frozen=True)
+class Shown:
+    """Detections from ``min_score`` on whose class is not ``hidden``. ``version`` rises with each change."""
 
-    number: int
-    jpeg: bytes
-    index: int
-    captured: float
+    min_score: float = 0.5
+    hidden: frozenset[str] = frozenset()
+    version: int = 0
+
+    def __call__(self, detections: Detections) -> Detections:
+        """The detections to draw."""
+        kept = detections.scores >= self.min_score
+        if self.hidden:
+            kept &= np.array([name not in self.hidden for name in detections.names], bool)
+        return detections[kept]
 
 
-class Painter:
-    """One thread that paints; ``offer`` only lays a result down, whoever is behind.
+class Painter(threading.Thread):
+    """A thread that paints; ``offer`` only lays a result down, whoever is behind.
 
     A newer result takes the place of one that was not painted yet, so a slow painter shows fewer
     pictures and never old ones. Sources that nobody watches are not painted. ``painted`` is called,
     from the thread, whenever there is a new picture.
     """
 
-    def __init__(self, controls: Controls, painted: Callable[[], object]) -> None:
-        self._controls, self._painted = controls, painted
+    def __init__(self, painted: Callable[[], object]) -> None:
+        super().__init__(name="anchorline live painter", daemon=True)
+        self.shown = self.initial = Shown()  # initial: as the pipeline draws its own copies
+        self.pictures: dict[str, bytes] = {}  # the newest JPEG of each watched source
+        self.count = 0
+        self._painted = painted
         self._changed = threading.Condition()
         self._newest: dict[str, Result] = {}
         self._fresh: set[str] = set()  # sources whose newest result is not painted
@@ -56,23 +66,14 @@ class Painter:
         self._last: dict[str, float] = {}  # when each was painted
         self._failed: set[str] = set()
         self._ended = False
-        self._share = _SHARE * usable_cores()
-        self._interval = 1.0 / _MOST_FPS  # between any two pictures
-        self._thread = threading.Thread(target=self._run, name="anchorline live painter", daemon=True)
-        self.pictures: dict[str, Picture] = {}
-        self.count = 0
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
 
     def stop(self) -> None:
         """End, and wait for it."""
         with self._changed:
             self._ended = True
             self._changed.notify()
-        if self._thread.is_alive():
-            self._thread.join()
+        if self.is_alive():
+            self.join()
 
     def offer(self, result: Result) -> None:
         """This is the newest result of its source."""
@@ -95,46 +96,51 @@ class Painter:
         with self._changed:
             self._watched.subtract(sources)
 
-    def repaint(self) -> None:
-        """Something other than the frames has changed."""
+    def show(self, shown: Shown) -> None:
+        """Paint these detections only, from the newest results on."""
         with self._changed:
+            self.shown = shown
             self._fresh.update(self._newest)
             self._changed.notify()
 
-    def _run(self) -> None:
-        while (taken := self._take()) is not None:
-            source, result = taken
-            begun, used = time.monotonic(), time.thread_time()
+    def run(self) -> None:
+        """The thread's work, until ``stop``."""
+        share = _SHARE * usable_cores()
+        while (result := self._take()) is not None:
+            source, begun, used = result.source, time.monotonic(), time.thread_time()
             try:
                 jpeg = self._paint(result)
             except Exception:  # one source that cannot be drawn is no reason to leave the others
                 if source not in self._failed:
                     _log.exception("%s: its frames cannot be shown", source)
                 self._failed.add(source)
-                jpeg = None
-            self._last[source] = begun
-            if jpeg is not None:
+            else:
                 self.count += 1
-                self.pictures[source] = Picture(self.count, jpeg, result.index, result.captured)
+                self.pictures[source] = jpeg
                 self._painted()
-            self._rest(begun, time.thread_time() - used + _SENDING * self._watched[source])
+            self._last[source] = begun
+            with self._changed:
+                used = time.thread_time() - used + _SENDING * self._watched[source]
+                sources = sum(each > 0 for each in self._watched.values())
+            interval = 1.0 / (_MOST_FPS * max(sources, 1))
+            pause = max(interval, min(used / share, _LONGEST_PAUSE))
+            time.sleep(max(0.0, begun + pause - time.monotonic()))
 
-    def _take(self) -> tuple[str, Result] | None:
+    def _take(self) -> Result | None:
         """Of the watched sources with something new the one that has waited longest; ``None`` at the end."""
         with self._changed:
             while not self._ended:
                 due = [source for source in self._fresh if self._watched[source] > 0]
                 if due:
-                    self._interval = 1.0 / (_MOST_FPS * sum(each > 0 for each in self._watched.values()))
                     source = min(due, key=lambda each: self._last.get(each, 0.0))
-                    self._fresh.discard(source)
-                    return source, self._newest[source]
+                    self._fresh.remove(source)
+                    return self._newest[source]
                 self._changed.wait()
             return None
 
     def _paint(self, result: Result) -> bytes:
-        shown = self._controls.shown
-        if shown is self._controls.initial and result.annotated is not None:
+        shown = self.shown
+        if shown is self.initial and result.annotated is not None:
             picture = _fitted(result.annotated)[0]  # drawn already, for a file
         else:
             frame, scale = _fitted(result.frame)
@@ -147,13 +153,6 @@ class Painter:
         if not encoded:
             raise ValueError(f"a frame of shape {list(picture.shape)} cannot be encoded as JPEG")
         return jpeg.tobytes()
-
-    def _rest(self, begun: float, used: float) -> None:
-        """Wait until the next picture fits the rate and the share of the processors."""
-        pause = max(self._interval, min(used / self._share, _LONGEST_PAUSE))
-        left = begun + pause - time.monotonic()
-        if left > 0:
-            time.sleep(left)
 
 
 def _fitted(frame: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], float]:

@@ -9,8 +9,8 @@ import socket
 import pytest
 
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.serving.address import Address, browser_url, is_loopback, parse_address
 from anchorline.serving.live_view import LiveView
+from anchorline.serving.server import Address, parse_address
 
 TOKEN = "correct-horse-7"
 PATHS = ("/", "/feed", "/stream/0", "/status", "/metrics", "/nothing", "/controls")
@@ -156,8 +156,8 @@ def test_addresses_that_are_none(text):
     ],
 )
 def test_what_an_address_means(address, loopback, url):
-    assert is_loopback(address) == loopback
-    assert browser_url(address) == url
+    assert address.is_loopback == loopback
+    assert address.url == url
 
 
 @pytest.mark.parametrize(

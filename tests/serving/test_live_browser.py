@@ -106,7 +106,7 @@ def test_a_page_shows_more_sources_than_a_browser_opens_connections(browser, liv
         assert (
             browser.evaluate("[...document.querySelectorAll('h2')].map((each) => each.textContent)") == names
         )
-        assert run.live.audience.count == 1
+        assert len(run.live.viewers) == 1
 
 
 @pytest.mark.parametrize(("width", "columns"), [(360, 1), (1200, 2)])

@@ -117,7 +117,7 @@ def test_odd_names_and_many_classes(live_run, monkeypatch, grey_result):
     with live_run(begins=False) as run:
         name = 'a "quoted"\\ name\nof two lines'
         run.view.watch(run.pipeline)
-        run.live.run._counts = {name: Counter({f"class {index}": index + 1 for index in range(10)})}
+        run.live._counts = {name: Counter({f"class {index}": index + 1 for index in range(10)})}
         assert samples(run)["anchorline_detections_total"] == {
             ("class 0", name): 1.0,
             ("class 1", name): 2.0,

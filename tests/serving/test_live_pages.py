@@ -16,8 +16,8 @@ import pytest
 
 from anchorline.runtime.drawing import draw
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.serving import application, live_state, streams
-from anchorline.serving.page import content_policy, read_page
+from anchorline.serving import application, live_state
+from anchorline.serving.application import content_policy, read_page
 
 
 def test_the_page_needs_nothing_from_elsewhere(common_run):
@@ -69,7 +69,7 @@ def test_opencv_reads_the_stream(common_run):
 
 
 def test_one_connection_carries_all_sources_and_the_status(live_run, read_records, monkeypatch):
-    monkeypatch.setattr(streams, "_TICK", 0.3)
+    monkeypatch.setattr(application, "_TICK", 0.3)
     monkeypatch.setattr(live_state, "_KEPT", 0.2)
     with live_run(("a", "b")) as run, run.opened("/feed") as answer:
         places, statuses = set(), []

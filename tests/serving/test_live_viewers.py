@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from anchorline.runtime.video.frames import Result, Stream
-from anchorline.serving import audience, painting, server, streams
-from anchorline.serving.controls import Controls
+from anchorline.serving import application, painting, server
 from anchorline.serving.painting import Painter
 
 
@@ -39,19 +38,19 @@ def answered(run):
 
 
 def test_a_slow_reader_is_dropped_and_holds_nobody_up(live_run, read_pictures, until, monkeypatch):
-    monkeypatch.setattr(streams, "PATIENCE", 0.5)
+    monkeypatch.setattr(application, "PATIENCE", 0.5)
     noise = np.random.default_rng(0).integers(0, 256, (600, 800, 3), np.uint8)  # large as a JPEG
     with live_run() as run:
         run.view.write = _noisy(run.view.write, noise)
         with dialled(run.port, *ASKING) as slow, run.opened("/stream/0") as answer:
-            until(lambda: run.live.audience.count == 2)
+            until(lambda: len(run.live.viewers) == 2)
             before, read = answered(run), read_pictures(answer)
             end = time.monotonic() + 60.0
-            while run.live.audience.dropped == 0:
+            while run.live.dropped == 0:
                 next(read)  # the other one goes on
                 assert time.monotonic() < end
             assert answered(run) > before + 10
-            until(lambda: run.live.audience.count == 1)
+            until(lambda: len(run.live.viewers) == 1)
             with contextlib.suppress(ConnectionError):
                 while slow.recv(65536):
                     pass
@@ -104,7 +103,7 @@ def test_nothing_is_drawn_where_nobody_looks(run, until):
     assert run.live.painter.count == 0
     with run.opened("/feed"):
         until(lambda: run.live.painter.count > 2)
-    until(lambda: run.live.audience.count == 0)
+    until(lambda: len(run.live.viewers) == 0)
 
     def rests():
         count, before = run.live.painter.count, answered(run)
@@ -130,20 +129,19 @@ def test_a_frame_is_encoded_once_for_all(run, monkeypatch, until):
 
 
 def test_there_is_an_end_to_the_number_of_viewers(run, monkeypatch, until):
-    monkeypatch.setattr(audience, "MOST_VIEWERS", 2)
+    monkeypatch.setattr(application, "MOST_VIEWERS", 2)
     with run.opened("/feed"), run.opened("/stream/0"):
-        until(lambda: run.live.audience.count == 2)
+        until(lambda: len(run.live.viewers) == 2)
         code, headers, _ = run.ask("/feed")
         assert code == 503
         assert headers["retry-after"] == "10"
         assert run.ask("/status")[0] == 200
-    until(lambda: run.live.audience.count == 0)
+    until(lambda: len(run.live.viewers) == 0)
     with run.opened("/feed"):
         pass
 
 
 def test_connections_that_ask_nothing_are_ended(run, monkeypatch):
-    monkeypatch.setattr(server, "_TICKS", 1)
     with dialled(run.port, *ASKING) as watching:
         assert watching.recv(4) == b"HTTP"
         monkeypatch.setattr(server, "_IDLE_SECONDS", 0.3)
@@ -151,7 +149,7 @@ def test_connections_that_ask_nothing_are_ended(run, monkeypatch):
             with dialled(run.port, *lines) as opened, contextlib.suppress(ConnectionError):
                 assert opened.recv(10) == b""
         assert watching.recv(10) != b""  # who watches is not idle
-        assert run.live.audience.count == 1
+        assert len(run.live.viewers) == 1
 
 
 def test_there_is_an_end_to_the_number_of_connections(run, monkeypatch, until):
@@ -178,7 +176,7 @@ def test_there_is_an_end_to_the_number_of_connections(run, monkeypatch, until):
             opened.settimeout(60.0)
             opened.sendall("".join(f"{line}\r\n" for line in ASKING).encode())
             assert opened.recv(4) == b"HTTP"
-    until(lambda: run.live.audience.count == 0)
+    until(lambda: len(run.live.viewers) == 0)
 
     def is_served():
         with contextlib.suppress(ConnectionError, http.client.HTTPException):
@@ -189,11 +187,11 @@ def test_there_is_an_end_to_the_number_of_connections(run, monkeypatch, until):
 
 def test_it_ends_at_once_with_viewers_connected(live_run, until, monkeypatch):
     """However patient it would be with them otherwise."""
-    monkeypatch.setattr(streams, "PATIENCE", 600.0)
+    monkeypatch.setattr(application, "PATIENCE", 600.0)
     with live_run() as run, contextlib.ExitStack() as stack:
         answers = [stack.enter_context(run.opened("/feed")) for _ in range(3)]
         with dialled(run.port, *ASKING):
-            until(lambda: run.live.audience.count == 4)
+            until(lambda: len(run.live.viewers) == 4)
             begun = time.monotonic()
             run.view.__exit__(None, None, None)
             assert time.monotonic() - begun < 60.0
@@ -208,7 +206,7 @@ def test_a_viewer_that_breaks_off_is_forgotten(run, until):
     for _ in range(5):
         with dialled(run.port, *ASKING) as opened:
             opened.recv(100)
-    until(lambda: run.live.audience.count == 0)
+    until(lambda: len(run.live.viewers) == 0)
     until(lambda: not any(run.live.painter._watched.values()))
 
 
@@ -216,7 +214,7 @@ def test_a_viewer_that_breaks_off_is_forgotten(run, until):
 def painter():
     """A painter that runs, with one viewer of the source ``a``; ``came`` tells of new pictures."""
     came = threading.Event()
-    found = Painter(Controls(lambda: None), came.set)
+    found = Painter(came.set)
     found.came = came
     found.start()
     found.watch(["a"])
@@ -224,8 +222,8 @@ def painter():
     found.stop()
 
 
-def decoded(picture):
-    return cv2.imdecode(np.frombuffer(picture.jpeg, np.uint8), cv2.IMREAD_COLOR)
+def decoded(jpeg):
+    return cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
 
 
 @pytest.fixture
