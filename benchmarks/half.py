@@ -21,8 +21,8 @@ from record import append_row
 from anchorline.data.dataset import Dataset
 from anchorline.data.specs import load_dataset
 from anchorline.engine.fp16_range import network_inputs, simulate_half
+from anchorline.engine.graph import check_exported, read_model
 from anchorline.engine.mixed_precision import PrecisionReport, to_precision
-from anchorline.engine.model_file import check_exported, read_model
 from anchorline.evaluation.evaluate import EvaluationReport, evaluate
 from anchorline.runtime import Detector
 

@@ -209,23 +209,25 @@ def build(
     """Compile an exported model into a TensorRT engine."""
     from anchorline.engine.build import build_engine
     from anchorline.engine.fp16_range import sample_inputs
+    from anchorline.engine.options import BuildOptions
 
+    options = BuildOptions(
+        target=target,
+        precision=precision,
+        batch=None if batch is None else _batch(batch),
+        compute_capabilities=_capabilities(compute_capability),
+        nms=nms,
+        workspace=workspace,
+        optimization_level=optimization_level,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+    )
     samples = sample_inputs(model, images) if images else ()
     with progress_bar("building") as progress:
         result = build_engine(
-            model,
-            out,
-            target=target,
-            precision=precision,
-            batch=None if batch is None else _batch(batch),
-            compute_capabilities=_capabilities(compute_capability),
-            nms=nms,
-            workspace=workspace,
-            optimization_level=optimization_level,
-            timing_cache=timing_cache,
-            version_compatible=version_compatible,
-            hardware_compatible=hardware_compatible,
+            *(model, out, options),
             samples=samples,
+            timing_cache=timing_cache,
             force=force,
             progress=progress,
         )

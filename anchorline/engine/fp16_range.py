@@ -11,16 +11,18 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from anchorline.engine.graph_tools import (
+from anchorline.engine.graph import (
     FLOAT,
     HALF,
+    check_exported,
     copy_of,
     element_types,
+    forget,
     fresh_name,
+    read_model,
     replace_nodes,
     tensor_names,
 )
-from anchorline.engine.model_file import check_exported, read_model
 from anchorline.runtime.backends.onnxruntime import open_for_checks
 from anchorline.runtime.canvas import Preprocessor, check_frame
 from anchorline.runtime.contract import Contract
@@ -54,14 +56,9 @@ def sample_inputs(
     return network_inputs((image.load() for image in chosen), contract)
 
 
-# What half precision can hold: weights that are too large or too small for it, and activations.
-#
 # float16 ends at 65504, its smallest normal number is 6.1e-5, and below that digits are lost one by
 # one. onnxruntime's CPU provider computes float16 in float32 and shows neither; hence magnitudes are
-# measured in float32, and what half precision makes of them is worked out or really rounded
-# (below).
-
-
+# measured in float32, and what half precision makes of them is worked out or really rounded.
 LARGEST = float(np.finfo(np.float16).max)
 SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
 # Other images have larger activations than the samples: these may use half of the range.
@@ -211,19 +208,12 @@ def simulate_half(model: onnx.ModelProto) -> onnx.ModelProto:
             if types.get(name) != HALF:
                 continue
             exact, rounded = fresh_name(f"{name}_exact", used), fresh_name(f"{name}_rounded", used)
-            if node.op_type == "Cast":
-                _cast_to_float(node)
+            if node.op_type == "Cast":  # the rounding follows as a node of its own
+                del node.attribute[:]
+                node.attribute.append(helper.make_attribute("to", FLOAT))
             node.output[place] = exact
             nodes.append(helper.make_node("Cast", [exact], [rounded], to=HALF))
             nodes.append(helper.make_node("Cast", [rounded], [name], to=FLOAT))
     replace_nodes(graph, nodes)
-    notes = [value for value in graph.value_info if types.get(value.name) != HALF]
-    del graph.value_info[:]
-    graph.value_info.extend(notes)
+    forget(graph, {name for name, kind in types.items() if kind == HALF})
     return simulated
-
-
-def _cast_to_float(node: onnx.NodeProto) -> None:
-    """Let a cast to half precision be one to float32: the rounding follows as a node of its own."""
-    del node.attribute[:]
-    node.attribute.append(helper.make_attribute("to", FLOAT))

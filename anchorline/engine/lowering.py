@@ -4,8 +4,8 @@
 |---|---|---|
 | onnxruntime | the file's own function | the file's own function |
 | tensorrt | plugin | the file's own function: TensorRT imports RoiAlign, adaptive sampling included |
-| tensorrt-rtx | plugin | ``engine/bodies/grid_sample_align.py``: no adaptive sampling (``deviations``) |
-| either TensorRT with ``nms="fixed-point"`` | ``engine/bodies/fixed_point_nms.py`` | as above |
+| tensorrt-rtx | plugin | ``engine/bodies.py``: no adaptive sampling (``deviations``) |
+| either TensorRT with ``nms="fixed-point"`` | ``engine/bodies.py`` | as above |
 
 Everything that is not a plugin is inlined, and then no node of our domain remains that a registered
 plugin could take. Works on graphs of either precision.
@@ -13,43 +13,54 @@ plugin could take. Works on graphs of either precision.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx.inliner
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from anchorline.engine.bodies.fixed_point_nms import fixed_point_nms
-from anchorline.engine.bodies.grid_sample_align import IN_PLACE_OF_ADAPTIVE, grid_sample_align
-from anchorline.engine.bodies.naming import BODY_DOMAIN
-from anchorline.engine.graph_tools import (
+from anchorline.engine.bodies import BODY_DOMAIN, IN_PLACE_OF_ADAPTIVE, fixed_point_nms, grid_sample_align
+from anchorline.engine.graph import (
+    check_exported,
     constants,
     consumers,
     copy_of,
     drop_unused_constants,
     element_types,
+    forget,
     fresh_name,
     known_values,
     replace_nodes,
+    state_opset,
     tensor_names,
 )
-from anchorline.engine.model_file import check_exported, state_opset
 from anchorline.runtime.contract import DOMAIN, NMS_CONVERGED, OP_VERSION
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
 
-# Folding batch norm into the convolution before it, in full precision.
-#
-# A folded layer is one layer instead of two, and what is rounded to half precision later are the
-# weights that are really used, not a variance of 1e-6 beside them.
+NMS_FORMS = ("plugin", "fixed-point")
+CONVERGED = NMS_CONVERGED
+MOST = 3840  # entries that TensorRT's TopK takes
+ROUNDS = 16  # of the fixed-point NMS; typical images need 6 to 13
+LIMIT = 512  # entries of a class in the head, which bounds the overlap matrix; the RPN's are all needed
 
-
+_PLUGIN_OPS = ("BatchedNMS", "RoIPool")
+_KNOWN_OPS = (*_PLUGIN_OPS, "RoIAlign")
 _DEFAULT_EPSILON = 1e-5
+# Parsed, and then nothing runs them ("no runners").
+_DATA_DEPENDENT = ("NonMaxSuppression", "NonZero")
+# TensorRT for RTX cannot parse RoiAlign without a driver.
+_NOT_ON = {"tensorrt": _DATA_DEPENDENT, "tensorrt-rtx": (*_DATA_DEPENDENT, "RoiAlign")}
+TARGETS = (*_NOT_ON, "onnxruntime")
 
 
 def fold_batch_norm(model: onnx.ModelProto) -> int:
     """Fold every ``BatchNormalization`` that alone follows a ``Conv``, in place; returns how many.
 
-    The exporter folds most of them itself. Computed in float64 and rounded once to float32.
+    The exporter folds most of them itself. A folded layer is one layer instead of two, and what is rounded
+    to half precision later are the weights that are really used, not a variance of 1e-6 beside them.
+    Computed in float64 and rounded once to float32.
     """
     graph = model.graph
     values, readers, used = constants(graph), consumers(graph), tensor_names(graph)
@@ -91,20 +102,12 @@ def _folded(
     return weight.astype(np.float32), ((bias - mean) * factor + shift).astype(np.float32)
 
 
-# What TensorRT's ONNX parser asks of a graph beyond ONNX itself, as rewrites and as a check.
-
-
-# Parsed, and then nothing runs them ("no runners").
-_DATA_DEPENDENT = ("NonMaxSuppression", "NonZero")
-# TensorRT for RTX cannot parse RoiAlign without a driver.
-_NOT_ON = {"tensorrt": _DATA_DEPENDENT, "tensorrt-rtx": (*_DATA_DEPENDENT, "RoiAlign")}
-
-
 def cast_bytes_first(model: onnx.ModelProto) -> None:
     """Cast every uint8 input to float32 at once, in place: TensorRT moves no uint8 about."""
     graph = model.graph
     used, readers = tensor_names(graph), consumers(graph)
-    casts, moved = [], set()
+    casts: list[onnx.NodeProto] = []
+    moved: set[str] = set()
     for value in graph.input:
         if value.type.tensor_type.elem_type != TensorProto.UINT8:
             continue
@@ -119,9 +122,7 @@ def cast_bytes_first(model: onnx.ModelProto) -> None:
                 )
             node.input[0] = name
             moved.update(node.output)
-    notes = [value for value in graph.value_info if value.name not in moved]
-    del graph.value_info[:]
-    graph.value_info.extend(notes)
+    forget(graph, moved)
     replace_nodes(graph, [*casts, *graph.node])
 
 
@@ -148,14 +149,8 @@ def check_rules(model: onnx.ModelProto, target: str, plugins: set[str]) -> None:
             raise ArtefactError(f"{where}: {target} has no antialiased resizing; export without it")
 
 
-# TopK with more than TensorRT's 3840 entries, taken exactly, in pieces.
-
-
-MOST = 3840
-
-
 def split_large_topk(model: onnx.ModelProto, most: int = MOST) -> int:
-    """Rewrite every sorted ``TopK`` of float32 with K above ``most``, in place; returns how many.
+    """Rewrite every sorted ``TopK`` of float32 with K above ``most``, in place and exactly; returns how many.
 
     The best ``most`` are taken and struck out, then the best of what remains, and so on. The results
     follow each other in falling order, as from one TopK, and entries of -inf come last as there.
@@ -164,86 +159,59 @@ def split_large_topk(model: onnx.ModelProto, most: int = MOST) -> int:
     values, used, count = constants(graph), tensor_names(graph), 0
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
-        if node.op_type != "TopK":
-            nodes.append(node)
-            continue
-        if node.input[1] not in values:
-            raise ArtefactError(
-                f"{node.name or node.output[0]}: the K of this TopK is computed; expected a constant"
-            )
-        wanted = int(values[node.input[1]].reshape(-1)[0])
-        if wanted <= most:
-            nodes.append(node)
-            continue
-        nodes += _Pieces(graph, node, used).nodes(wanted, most)
-        count += 1
+        if node.op_type == "TopK":
+            where = node.name or node.output[0]
+            if node.input[1] not in values:
+                raise ArtefactError(f"{where}: the K of this TopK is computed; expected a constant")
+            wanted = int(values[node.input[1]].reshape(-1)[0])
+            if wanted > most:
+                attributes = _attributes(node)
+                if not attributes.get("largest", 1) or not attributes.get("sorted", 1):
+                    raise ArtefactError(f"{where}: expected a TopK of the largest, in order")
+                nodes += _pieces(graph, node, used, wanted, most, attributes.get("axis", -1))
+                count += 1
+                continue
+        nodes.append(node)
     replace_nodes(graph, nodes)
     return count
 
 
-class _Pieces:
-    """The nodes that stand for one TopK."""
+def _pieces(
+    graph: onnx.GraphProto, node: onnx.NodeProto, used: set[str], wanted: int, most: int, axis: int
+) -> list[onnx.NodeProto]:
+    """The nodes that stand for a TopK of ``wanted`` entries."""
+    source, (values, all_indices) = node.input[0], node.output
 
-    def __init__(self, graph: onnx.GraphProto, node: onnx.NodeProto, used: set[str]) -> None:
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        if not attributes.get("largest", 1) or not attributes.get("sorted", 1):
-            raise ArtefactError(f"{node.name or node.output[0]}: expected a TopK of the largest, in order")
-        self.graph, self.node, self.used = graph, node, used
-        self.axis = attributes.get("axis", -1)
+    def name(part: str) -> str:
+        return fresh_name(f"{values}_{part}", used)
 
-    def nodes(self, wanted: int, most: int) -> list[onnx.NodeProto]:
-        """``wanted`` entries in pieces of at most ``most``."""
-        source = self.node.input[0]
-        lowest = self._constant("lowest", np.array(np.finfo(np.float32).min, np.float32))
-        struck_out = self._constant("struck_out", np.array(-np.inf, np.float32))
-        # What is struck out has to rank below everything else, -inf included.
-        rest = self._name("rest")
-        made = [helper.make_node("Max", [source, lowest], [rest])]
-        indices: list[str] = []
-        for piece, size in enumerate(_sizes(wanted, most)):
-            if piece:
-                shape, gone, remaining = (self._name(part) for part in ("shape", "gone", "rest"))
-                made += [
-                    helper.make_node("Shape", [indices[-1]], [shape]),
-                    helper.make_node("Expand", [struck_out, shape], [gone]),
-                    helper.make_node(
-                        "ScatterElements", [rest, indices[-1], gone], [remaining], axis=self.axis
-                    ),
-                ]
-                rest = remaining
-            k = self._constant("k", np.array([size], np.int64))
-            best, index = self._name("best"), self._name("index")
-            made.append(helper.make_node("TopK", [rest, k], [best, index], axis=self.axis))
-            indices.append(index)
-        values, all_indices = self.node.output
-        made.append(helper.make_node("Concat", indices, [all_indices], axis=self.axis))
-        made.append(helper.make_node("GatherElements", [source, all_indices], [values], axis=self.axis))
-        return made
+    def constant(part: str, value: NDArray[np.generic]) -> str:
+        graph.initializer.append(numpy_helper.from_array(value, name(part)))
+        return str(graph.initializer[-1].name)
 
-    def _name(self, part: str) -> str:
-        return fresh_name(f"{self.node.output[0]}_{part}", self.used)
-
-    def _constant(self, part: str, value: NDArray[np.generic]) -> str:
-        name = self._name(part)
-        self.graph.initializer.append(numpy_helper.from_array(value, name))
-        return name
+    lowest = constant("lowest", np.array(np.finfo(np.float32).min, np.float32))
+    struck_out = constant("struck_out", np.array(-np.inf, np.float32))
+    # What is struck out has to rank below everything else, -inf included.
+    rest, indices = name("rest"), list[str]()
+    made = [helper.make_node("Max", [source, lowest], [rest])]
+    for first in range(0, wanted, most):
+        if indices:
+            shape, gone, remaining = name("shape"), name("gone"), name("rest")
+            made.append(helper.make_node("Shape", [indices[-1]], [shape]))
+            made.append(helper.make_node("Expand", [struck_out, shape], [gone]))
+            taken = [rest, indices[-1], gone]
+            made.append(helper.make_node("ScatterElements", taken, [remaining], axis=axis))
+            rest = remaining
+        k = constant("k", np.array([min(most, wanted - first)], np.int64))
+        indices.append(name("index"))
+        made.append(helper.make_node("TopK", [rest, k], [name("best"), indices[-1]], axis=axis))
+    made.append(helper.make_node("Concat", indices, [all_indices], axis=axis))
+    made.append(helper.make_node("GatherElements", [source, all_indices], [values], axis=axis))
+    return made
 
 
-def _sizes(wanted: int, most: int) -> list[int]:
-    full, rest = divmod(wanted, most)
-    return [most] * full + ([rest] if rest else [])
-
-
-TARGETS = ("tensorrt", "tensorrt-rtx", "onnxruntime")
-NMS_FORMS = ("plugin", "fixed-point")
-CONVERGED = NMS_CONVERGED
-
-_PLUGIN_OPS = ("BatchedNMS", "RoIPool")
-_KNOWN_OPS = (*_PLUGIN_OPS, "RoIAlign")
-# Typical images need 6 to 13 rounds.
-ROUNDS = 16
-# Entries of a class in the head, which bounds the overlap matrix; the RPN's are all needed.
-LIMIT = 512
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
 def lower(
@@ -270,7 +238,9 @@ def lower(
     if target == "onnxruntime":
         return _inlined(lowered)
     plugins = set(_PLUGIN_OPS) if nms == "plugin" else set()
-    _resolve(lowered, target, plugins, fixed_point_rounds, fixed_point_limit, report_convergence)
+    unsettled = _resolve(lowered, target, plugins, fixed_point_rounds, fixed_point_limit, report_convergence)
+    if report_convergence:
+        _report_convergence(lowered, unsettled)
     lowered = _inlined(lowered)
     cast_bytes_first(lowered)
     bake_casts(lowered)
@@ -284,9 +254,7 @@ def lower(
 def deviations(model: onnx.ModelProto, target: str) -> tuple[str, ...]:
     """What ``lower`` makes of the exported ``model`` for ``target`` that is not the same, a line each."""
     adaptive = any(
-        node.domain == DOMAIN
-        and node.op_type == "RoIAlign"
-        and helper.get_node_attr_value(node, "sampling_ratio") == 0
+        node.domain == DOMAIN and node.op_type == "RoIAlign" and _attributes(node)["sampling_ratio"] == 0
         for node in model.graph.node
     )
     if not adaptive or target != "tensorrt-rtx":
@@ -339,45 +307,56 @@ def _check_custom_ops(model: onnx.ModelProto) -> None:
 
 
 def _resolve(
-    model: onnx.ModelProto,
-    target: str,
-    plugins: set[str],
-    rounds: int,
-    limit: int | None,
-    report: bool,
-) -> None:
-    """Give every custom node its form for ``target``, in place: a plugin's attributes or a body."""
-    values = known_values(model)
+    model: onnx.ModelProto, target: str, plugins: set[str], rounds: int, limit: int | None, report: bool
+) -> list[str]:
+    """Give every custom node its form for ``target``, in place: a plugin's attributes or a body.
+
+    Returns the tensors that tell whether each fixed-point NMS has settled, with ``report``.
+    """
+    values, used = known_values(model), tensor_names(model.graph)
     unsettled = []
     for number, node in enumerate(model.graph.node):
         if node.domain != DOMAIN:
             continue
+        name, attributes = f"{node.op_type}_{number}", _attributes(node)
         if node.op_type in plugins:
-            _mark_for_plugin(node)
+            # TensorRT >= 10.15 prefers a plugin only where the node names its namespace and version.
+            attributes |= {"plugin_namespace": DOMAIN, "plugin_version": str(OP_VERSION)}
+            del node.attribute[:]
+            node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
         elif node.op_type == "BatchedNMS":
-            body = _nms_body(number, node, values, rounds, limit, report)
+            body = fixed_point_nms(
+                name,
+                count=_size(values, node.input[1], 1),
+                iou_threshold=attributes["iou_threshold"],
+                score_threshold=attributes["score_threshold"],
+                rounds=rounds,
+                # Without a score threshold every entry is valid (RPN), and a limit would drop what counts.
+                limit=limit if attributes["score_threshold"] >= 0 else None,
+                report=report,
+            )
             _use_body(model, node, body)
             if report:
-                unsettled.append(fresh_name(f"{node.output[0]}_unsettled", tensor_names(model.graph)))
+                unsettled.append(fresh_name(f"{node.output[0]}_unsettled", used))
                 node.output.append(unsettled[-1])
         elif node.op_type == "RoIAlign" and target == "tensorrt-rtx":
-            _use_body(model, node, _align_body(number, node, values))
+            features, rois = node.input
+            channels, height, width = (_size(values, features, axis) for axis in (1, 2, 3))
+            body = grid_sample_align(
+                name,
+                map_shape=(channels, height, width),
+                rois=_size(values, rois, 1),
+                output_size=attributes["output_size"],
+                sampling_ratio=attributes["sampling_ratio"],
+                kind=values[features].elem_type,
+            )
+            _use_body(model, node, body)
         elif node.op_type == "RoIPool":
             raise ArtefactError("RoIPool runs as a plugin only in TensorRT; build with the plugins")
-    if report:
-        _report_convergence(model, unsettled)
     functions = [f for f in model.functions if not (f.domain == DOMAIN and f.name in plugins)]
     del model.functions[:]
     model.functions.extend(functions)
-
-
-def _mark_for_plugin(node: onnx.NodeProto) -> None:
-    """TensorRT >= 10.15 prefers a plugin only where the node names its namespace and version."""
-    kept = [a for a in node.attribute if a.name not in ("plugin_namespace", "plugin_version")]
-    del node.attribute[:]
-    node.attribute.extend(kept)
-    node.attribute.append(helper.make_attribute("plugin_namespace", DOMAIN))
-    node.attribute.append(helper.make_attribute("plugin_version", str(OP_VERSION)))
+    return unsettled
 
 
 def _use_body(model: onnx.ModelProto, node: onnx.NodeProto, body: onnx.FunctionProto) -> None:
@@ -387,43 +366,6 @@ def _use_body(model: onnx.ModelProto, node: onnx.NodeProto, body: onnx.FunctionP
     del node.attribute[:]
     if BODY_DOMAIN not in {opset.domain for opset in model.opset_import}:
         model.opset_import.append(helper.make_opsetid(BODY_DOMAIN, 1))
-
-
-def _nms_body(
-    number: int,
-    node: onnx.NodeProto,
-    values: dict[str, onnx.TypeProto.Tensor],
-    rounds: int,
-    limit: int | None,
-    report: bool,
-) -> onnx.FunctionProto:
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    # Without a score threshold every entry is valid (RPN), and a limit would drop what counts.
-    limited = limit if attributes["score_threshold"] >= 0 else None
-    return fixed_point_nms(
-        f"BatchedNMS_{number}",
-        count=_size(values, node.input[1], 1),
-        iou_threshold=attributes["iou_threshold"],
-        score_threshold=attributes["score_threshold"],
-        rounds=rounds,
-        limit=limited,
-        report=report,
-    )
-
-
-def _align_body(
-    number: int, node: onnx.NodeProto, values: dict[str, onnx.TypeProto.Tensor]
-) -> onnx.FunctionProto:
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    features, rois = node.input
-    return grid_sample_align(
-        f"RoIAlign_{number}",
-        map_shape=(_size(values, features, 1), _size(values, features, 2), _size(values, features, 3)),
-        rois=_size(values, rois, 1),
-        output_size=attributes["output_size"],
-        sampling_ratio=attributes["sampling_ratio"],
-        kind=values[features].elem_type,
-    )
 
 
 def _size(values: dict[str, onnx.TypeProto.Tensor], name: str, axis: int) -> int:

@@ -35,20 +35,24 @@ from anchorline.engine.fp16_range import (
     rounding_loss,
     simulate_half,
 )
-from anchorline.engine.graph_tools import (
+from anchorline.engine.graph import (
     FLOAT,
     HALF,
+    HALF_SCALES_OPSET,
+    check_exported,
     constants,
     copy_of,
     drop_unused_constants,
     element_types,
+    forget,
     fresh_name,
     replace_nodes,
+    state_contract,
+    state_opset,
     tensor_names,
 )
 from anchorline.engine.lowering import fold_batch_norm
-from anchorline.engine.model_file import HALF_SCALES_OPSET, check_exported, state_opset
-from anchorline.runtime.contract import CONTRACT_KEY, DOMAIN
+from anchorline.runtime.contract import DOMAIN
 from anchorline.runtime.io.errors import SettingsError
 
 _CONVOLUTIONS = {"Conv", "ConvTranspose"}
@@ -65,7 +69,7 @@ _BETWEEN = {
 _OWN_TYPE = {("", "Resize"): (1, 2), (DOMAIN, "RoIAlign"): (1,), (DOMAIN, "RoIPool"): (1,)}
 
 
-def half_region(
+def fp16_nodes(
     graph: onnx.GraphProto, types: dict[str, int], constant: Collection[str]
 ) -> list[onnx.NodeProto]:
     """The nodes that may compute in half precision, in order.
@@ -167,9 +171,7 @@ def write_half(model: onnx.ModelProto, half: Collection[str], types: dict[str, i
         node.input[:] = [renamed.get(name, name) for name in node.input]
         node.output[:] = [renamed.get(name, name) for name in node.output]
     replace_nodes(model.graph, writer.nodes)
-    notes = [value for value in model.graph.value_info if value.name not in renamed.values()]
-    del model.graph.value_info[:]
-    model.graph.value_info.extend(notes)
+    forget(model.graph, set(renamed.values()))
     drop_unused_constants(model.graph)
     return {name: renamed.get(half_name, half_name) for name, half_name in writer.half_names.items()}
 
@@ -196,7 +198,7 @@ class _Writer:
     def half_node(self, node: onnx.NodeProto) -> None:
         places = half_places(node, self.types)
         produced = set(half_outputs(node, self.types))
-        written = onnx.NodeProto.FromString(node.SerializeToString())
+        written = copy_of(node)
         for place, name in enumerate(node.input):
             if place in places:
                 written.input[place] = self._half(name)
@@ -212,12 +214,12 @@ class _Writer:
 
     def float_node(self, node: onnx.NodeProto) -> None:
         if node.op_type in _TYPELESS and node.input[0] in self.made_half:
-            node = onnx.NodeProto.FromString(node.SerializeToString())
+            node = copy_of(node)
             node.input[0] = self.half_names[node.input[0]]
         else:
             for name in node.input:
                 self._want_float(name)
-        self.nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+        self.nodes.append(copy_of(node))
 
     def _want_float(self, name: str) -> None:
         """Make sure that ``name`` exists in float32."""
@@ -315,16 +317,13 @@ def to_precision(
         return mixed, PrecisionReport("fp32")
     folded = fold_batch_norm(mixed)
     types, values = element_types(mixed), constants(mixed.graph)
-    region = half_region(mixed.graph, types, values)
-    kept = _weight_findings(region, types, values)
-    magnitudes = _magnitudes(mixed, region, types, values, samples)
-    kept |= _activation_findings(region, types, magnitudes, kept)
-    kept |= _rounded_findings(mixed, region, types, kept, samples)
-    half = [node for node in region if node.output[0] not in kept]
+    nodes = fp16_nodes(mixed.graph, types, values)
+    kept, magnitudes = _unfit(mixed, nodes, types, values, samples)
+    half = [node for node in nodes if node.output[0] not in kept]
     inside = {name for node in half for name in half_outputs(node, types)} & set(magnitudes)
     report = PrecisionReport(
         precision,
-        half=tuple(_layer_name(node, values) for node in half),
+        half=tuple(_layer_name(node) for node in half),
         kept=tuple(kept.values()),
         samples=len(samples),
         largest=max(((n, magnitudes[n]) for n in inside), key=lambda item: item[1], default=None),
@@ -333,107 +332,62 @@ def to_precision(
     write_half(mixed, {node.output[0] for node in half}, types)
     if any(node.op_type == "DequantizeLinear" for node in half):
         state_opset(mixed, HALF_SCALES_OPSET)
-    _state_precision(mixed, precision)
+    if check_exported(mixed).precision != "int8":  # of a quantised model the integers are what counts
+        state_contract(mixed, precision=precision)
     return mixed, report
 
 
-def _weight_findings(
-    region: Sequence[onnx.NodeProto], types: dict[str, int], values: dict[str, NDArray[np.generic]]
-) -> dict[str, KeptLayer]:
-    """Nodes with constants that half precision cannot hold, by first output."""
-    found: dict[str, KeptLayer] = {}
-    for node in region:
-        for name in half_inputs(node, types):
-            if name not in values:
-                continue
-            magnitude = largest_weight(values[name])
-            reason = ""
-            if overflows(magnitude):
-                reason = "overflow"
-            elif name in factors(node) and rounding_loss(values[name]) > WORST_ROUNDING:
-                reason = "underflow"
-            if reason:
-                layer = KeptLayer(_layer_name(node, values), node.op_type, reason, name, magnitude)
-                found.setdefault(node.output[0], layer)
-    return found
-
-
-def _magnitudes(
+def _unfit(
     model: onnx.ModelProto,
-    region: Sequence[onnx.NodeProto],
+    nodes: Sequence[onnx.NodeProto],
     types: dict[str, int],
     values: dict[str, NDArray[np.generic]],
     samples: Sequence[Sample],
-) -> dict[str, float]:
-    """The largest magnitude in float32 of every tensor that the region would round."""
-    tensors = {name for node in region for name in (*half_inputs(node, types), *half_outputs(node, types))}
-    return largest_activations(model, tensors - set(values), samples)
+) -> tuple[dict[str, KeptLayer], dict[str, float]]:
+    """The nodes that half precision cannot hold, by first output, and each tensor's largest magnitude."""
+    kept: dict[str, KeptLayer] = {}
 
+    def keep(node: onnx.NodeProto, reason: str, tensor: str, magnitude: float) -> None:
+        layer = KeptLayer(_layer_name(node), node.op_type, reason, tensor, magnitude)
+        kept.setdefault(node.output[0], layer)
 
-def _activation_findings(
-    region: Sequence[onnx.NodeProto],
-    types: dict[str, int],
-    magnitudes: dict[str, float],
-    known: dict[str, KeptLayer],
-) -> dict[str, KeptLayer]:
-    """Nodes that read or write a tensor beyond the range, or one wholly among the subnormals."""
-    found: dict[str, KeptLayer] = {}
-    for node in region:
-        for name in (*half_inputs(node, types), *half_outputs(node, types)):
+    for node in nodes:
+        for name in half_inputs(node, types):
+            if name in values:
+                magnitude = largest_weight(values[name])
+                if overflows(magnitude):
+                    keep(node, "overflow", name, magnitude)
+                elif name in factors(node) and rounding_loss(values[name]) > WORST_ROUNDING:
+                    keep(node, "underflow", name, magnitude)
+    rounded = {node.output[0]: (*half_inputs(node, types), *half_outputs(node, types)) for node in nodes}
+    tensors = {name for names in rounded.values() for name in names} - set(values)
+    magnitudes = largest_activations(model, tensors, samples)
+    for node in nodes:
+        for name in rounded[node.output[0]]:
             magnitude = magnitudes.get(name, 0.0)
-            too_small = 0.0 < magnitude < SMALLEST_NORMAL
-            if node.output[0] not in known and (magnitude * MARGIN > LARGEST or too_small):
-                reason = "underflow" if too_small else "overflow"
-                found.setdefault(
-                    node.output[0], KeptLayer(_layer_name(node), node.op_type, reason, name, magnitude)
-                )
-    return found
-
-
-def _rounded_findings(
-    model: onnx.ModelProto,
-    region: Sequence[onnx.NodeProto],
-    types: dict[str, int],
-    known: dict[str, KeptLayer],
-    samples: Sequence[Sample],
-) -> dict[str, KeptLayer]:
-    """Nodes whose outputs are not finite once everything before them is rounded.
-
-    Magnitudes in float32 do not show it when rounding itself drives values apart. Of a chain of such
-    nodes the first is kept, and the rest looked at again.
-    """
-    found: dict[str, KeptLayer] = {}
+            if 0.0 < magnitude < SMALLEST_NORMAL:
+                keep(node, "underflow", name, magnitude)
+            elif magnitude * MARGIN > LARGEST:
+                keep(node, "overflow", name, magnitude)
+    # Magnitudes in float32 do not show it when rounding itself drives values apart. Of a chain of nodes that
+    # are not finite once everything before them is rounded the first is kept, and the rest looked at again.
     while samples:
-        half = [node for node in region if node.output[0] not in {**known, **found}]
+        half = [node for node in nodes if node.output[0] not in kept]
         trial = copy_of(model)
         names = write_half(trial, {node.output[0] for node in half}, types)
         # In the simulation a half tensor is float32, and not finite if it overflowed.
-        tensors = {node.output[0]: names[node.output[0]] for node in half}
-        magnitudes = largest_activations(simulate_half(trial), tensors.values(), samples)
-        first = next((node for node in half if not np.isfinite(magnitudes[tensors[node.output[0]]])), None)
+        found = largest_activations(simulate_half(trial), [names[n.output[0]] for n in half], samples)
+        first = next((node for node in half if not np.isfinite(found[names[node.output[0]]])), None)
         if first is None:
             break
-        found[first.output[0]] = KeptLayer(
-            _layer_name(first), first.op_type, "overflow", first.output[0], float("inf")
-        )
-    return found
+        keep(first, "overflow", first.output[0], float("inf"))
+    return kept, magnitudes
 
 
-def _layer_name(node: onnx.NodeProto, values: dict[str, NDArray[np.generic]] | None = None) -> str:
+def _layer_name(node: onnx.NodeProto) -> str:
     """A layer's name: that of its weight, as the checkpoint has it, else the node's own."""
     for name in node.input[1:2]:
         weight = name.removesuffix("_DequantizeLinear_Output").removesuffix("_folded")
         if weight.endswith(".weight"):
             return weight.removesuffix(".weight")
     return node.name or node.output[0]
-
-
-def _state_precision(model: onnx.ModelProto, precision: str) -> None:
-    """Let the contract inside the model say so; of a quantised one the integers are what counts."""
-    contract = check_exported(model)
-    if contract.precision == "int8":
-        return
-    contract = dataclasses.replace(contract, precision=precision)
-    for entry in model.metadata_props:
-        if entry.key == CONTRACT_KEY:
-            entry.value = contract.to_json()

@@ -1,14 +1,8 @@
-"""What a build was asked for: checked, and as JSON whose hash tells two builds apart."""
+"""What a build is asked for, checked."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from anchorline.engine.lowering import NMS_FORMS
 from anchorline.engine.mixed_precision import PRECISIONS
@@ -17,15 +11,17 @@ from anchorline.runtime.io.errors import SettingsError
 from anchorline.runtime.tensorrt.library import FLAVOURS
 
 Batch = tuple[int, int, int]
-_OPTIMIZATION_LEVELS = range(6)
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Options of ``build_engine``. ``batch`` is (smallest, best, largest); ``workspace`` is in MiB.
+    """Options of ``build_engine``; raises ``SettingsError`` for values that cannot be used.
 
-    ``compute_capabilities`` are numbers such as 86, for TensorRT for RTX only, whose engines are built for
-    GPUs that need not be at hand; none given means all it knows from 80 on.
+    ``target`` "tensorrt" builds for the GPU at hand, "tensorrt-rtx" without one for
+    ``compute_capabilities`` (86 for 8.6; all from 80 on when empty). ``batch`` is (smallest, best, largest)
+    within the exported batch; by default 1, 1 and the exported ``max_batch`` (1 where that is free).
+    ``nms`` "plugin" needs our plugins wherever the engine runs, "fixed-point" runs in any loader.
+    ``workspace`` is in MiB. The two compatibilities are full TensorRT's.
     """
 
     target: str = "tensorrt"
@@ -46,11 +42,8 @@ class BuildOptions:
         if self.workspace is not None and self.workspace < 1:
             raise SettingsError(f"workspace is {self.workspace} MiB; expected at least 1")
         level = self.optimization_level
-        if level is not None and level not in _OPTIMIZATION_LEVELS:
+        if level is not None and level not in range(6):
             raise SettingsError(f"optimization level is {level}; expected 0 to 5")
-        self._check_target()
-
-    def _check_target(self) -> None:
         if self.target == "tensorrt" and self.compute_capabilities:
             named = ", ".join(map(str, self.compute_capabilities))
             raise SettingsError(
@@ -79,18 +72,3 @@ class BuildOptions:
                 "or export with a larger --max-batch"
             )
         return low, best, high
-
-    def to_json(self) -> dict[str, Any]:
-        """The options as JSON values."""
-        return dataclasses.asdict(self)
-
-
-def options_hash(parts: Mapping[str, Any]) -> str:
-    """The sha256 of everything that decides what is built: equal parts, equal engine."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_plain).encode()).hexdigest()
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{value!r} is no JSON value")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import concurrent.futures
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,6 @@ class Toolkit:
                 f"{self.title} {self.version} could not start ({reason}); see anchorline doctor"
             )
         return builder
-
-    def create_network(self, builder: Any) -> Any:
-        """An empty, strongly typed network: types are those of the graph, in each version of TensorRT."""
-        return builder.create_network(1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 
     def create_config(self, builder: Any, options: BuildOptions) -> Any:
         """The builder's settings, without profiles, progress and timing cache."""
@@ -125,51 +122,29 @@ def _rtx_capabilities(trt: Any, asked: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(set(asked))) or tuple(number for number in known if number != _TURING)
 
 
-# The per-layer report: the parsed network, layer by layer.
-#
-# TensorRT for RTX compiles all of it into one fused node, so the network tells more than the engine.
-
-
 # Weights and shape arithmetic: hundreds of layers that do no work.
 _LEFT_OUT = ("CONSTANT", "SHAPE")
-PLUGIN_LAYER = "PLUGIN_V3"
+_TYPES = {"FLOAT": "fp32", "HALF": "fp16"}
 
 
 def layer_report(network: Any) -> list[dict[str, Any]]:
-    """For each layer its name, type, precision (of its first output) and that output's shape (-1: free)."""
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    return [_row(layer) for layer in layers if layer.type.name not in _LEFT_OUT and layer.num_outputs]
+    """For each layer its name, type, precision (of its first output) and that output's shape (-1: free).
 
-
-def plugin_layers(report: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the layers that are plugins."""
-    return [row for row in report if row["type"] == PLUGIN_LAYER]
-
-
-def _row(layer: Any) -> dict[str, Any]:
-    output = layer.get_output(0)
-    return {
-        "name": layer.name,
-        "type": layer.type.name,
-        "precision": _type_name(output.dtype.name),
-        "shape": _shape(output),
-    }
-
-
-def _shape(tensor: Any) -> list[int] | None:
-    """The shape, or None where TensorRT does not know how many axes there are."""
-    try:
-        return [int(side) for side in tensor.shape]
-    except ValueError:  # the bindings refuse to list axes of unknown number
-        return None
-
-
-def _type_name(name: str) -> str:
-    """TensorRT's name of a type as the manifest has it: FLOAT is fp32."""
-    return {"FLOAT": "fp32", "HALF": "fp16"}.get(name, name.lower())
-
-
-# From the lowered graph to TensorRT's network, with its errors in words.
+    Of the parsed network: TensorRT for RTX compiles all of it into one fused node, so the engine tells less.
+    """
+    rows = []
+    for layer in map(network.get_layer, range(network.num_layers)):
+        if layer.type.name in _LEFT_OUT or not layer.num_outputs:
+            continue
+        output = layer.get_output(0)
+        try:
+            shape = [int(side) for side in output.shape]
+        except ValueError:  # the bindings refuse to list axes of unknown number
+            shape = None
+        kind = output.dtype.name
+        precision = _TYPES.get(kind, kind.lower())
+        rows.append({"name": layer.name, "type": layer.type.name, "precision": precision, "shape": shape})
+    return rows
 
 
 _CAUSES = (
@@ -187,7 +162,9 @@ def parse(toolkit: Toolkit, builder: Any, model: onnx.ModelProto, batch: Batch) 
 
     Raises ``ArtefactError`` naming node and operator, with the known cause if there is one.
     """
-    network = toolkit.create_network(builder)
+    # Strongly typed: types are those of the graph, in each version of TensorRT.
+    typed = 1 << int(toolkit.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(typed)
     parser = toolkit.trt.OnnxParser(network, tensorrt_logger(toolkit.name))
     with captured_log() as records:
         parsed = parser.parse(model.SerializeToString())
@@ -218,9 +195,6 @@ def _describe(error: Any, model: onnx.ModelProto) -> str:
     return f"{node}: {text}" + (f" ({cause})" if cause else "")
 
 
-# Running TensorRT's builder: profile, progress, timing cache, cancelling.
-
-
 Progress = Callable[[int, int], None]
 _STEPS = 1000  # of the progress bar
 _ACTIVATION = re.compile(r"Total Activation Memory: (\d+) bytes")
@@ -235,34 +209,6 @@ class Plan:
     content: bytes
     activation_bytes: int | None
     warnings: tuple[str, ...]
-
-
-@dataclass
-class _Phases:
-    """How far a build is: phases with steps, some of which stand for whole phases of their own."""
-
-    steps: dict[str, int] = field(default_factory=dict)
-    done: dict[str, int] = field(default_factory=dict)
-    parents: dict[str, str | None] = field(default_factory=dict)
-    reached: float = 0.0
-
-    def start(self, name: str, parent: str | None, steps: int) -> None:
-        self.steps[name], self.done[name], self.parents[name] = max(steps, 1), 0, parent
-
-    def finish(self, name: str) -> None:
-        self.steps.pop(name, None)
-        self.done.pop(name, None)
-        self.parents.pop(name, None)
-
-    def fraction(self) -> float:
-        """From 0 to 1, never falling."""
-        roots = [name for name, parent in self.parents.items() if parent is None or parent not in self.steps]
-        self.reached = max([self.reached, *(self._fraction(name) for name in roots[:1])])
-        return min(self.reached, 1.0)
-
-    def _fraction(self, name: str) -> float:
-        inside = [self._fraction(child) for child, parent in self.parents.items() if parent == name]
-        return min((self.done[name] + max(inside, default=0.0)) / self.steps[name], 1.0)
 
 
 def serialise(
@@ -281,7 +227,10 @@ def serialise(
     """
     config = toolkit.create_config(builder, options)
     if batch[0] != batch[2]:
-        config.add_optimization_profile(_profile(builder, network, batch))
+        profile = builder.create_optimization_profile()
+        for tensor in map(network.get_input, range(network.num_inputs)):
+            profile.set_shape(tensor.name, *((size, *tuple(tensor.shape)[1:]) for size in batch))
+        config.add_optimization_profile(profile)
     cache_file = None if timing_cache is None else _load_timing_cache(toolkit, config, timing_cache)
     cancelled = threading.Event()
     failures: list[BaseException] = []
@@ -315,44 +264,54 @@ def _run(build: Callable[[], Any], cancelled: threading.Event) -> Any:
             raise
 
 
-def _profile(builder: Any, network: Any, batch: Batch) -> Any:
-    profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        rest = tuple(tensor.shape)[1:]
-        profile.set_shape(tensor.name, *((size, *rest) for size in batch))
-    return profile
-
-
 def _monitor(
     trt: Any, progress: Progress | None, cancelled: threading.Event, failures: list[BaseException]
 ) -> Any:
     """TensorRT's progress monitor. An error of ``progress`` ends the build and is kept in ``failures``."""
-    phases = _Phases()
 
     class Monitor(trt.IProgressMonitor):
+        """Phases have steps, some of which stand for whole phases of their own."""
+
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
+            self.phases: dict[str, _Phase] = {}
+            self.reached = 0.0  # it never falls
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            phases.start(phase_name, parent_phase, num_steps)
+            self.phases[phase_name] = _Phase(parent_phase, max(num_steps, 1))
 
         def phase_finish(self, phase_name: str) -> None:
-            phases.finish(phase_name)
+            self.phases.pop(phase_name, None)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             """False ends the build."""
-            if phase_name in phases.done:
-                phases.done[phase_name] = step + 1
+            if phase_name in self.phases:
+                self.phases[phase_name].done = step + 1
+            for name, phase in self.phases.items():
+                if phase.parent not in self.phases:  # the first root
+                    self.reached = max(self.reached, self.fraction(name))
+                    break
             try:
                 if progress is not None:
-                    progress(int(phases.fraction() * _STEPS), _STEPS)
+                    progress(int(self.reached * _STEPS), _STEPS)
             except BaseException as error:
                 failures.append(error)
                 cancelled.set()
             return not cancelled.is_set()
 
+        def fraction(self, name: str) -> float:
+            inside = [self.fraction(child) for child, phase in self.phases.items() if phase.parent == name]
+            phase = self.phases[name]
+            return min((phase.done + max(inside, default=0.0)) / phase.steps, 1.0)
+
     return Monitor()
+
+
+@dataclass
+class _Phase:
+    parent: str | None
+    steps: int
+    done: int = 0
 
 
 def _load_timing_cache(toolkit: Toolkit, config: Any, folder: Path) -> Path:
@@ -372,9 +331,7 @@ def _load_timing_cache(toolkit: Toolkit, config: Any, folder: Path) -> Path:
 
 def _readable(warnings: Sequence[str]) -> tuple[str, ...]:
     """Each warning once, with how often it came."""
-    counts: dict[str, int] = {}
-    for text in warnings:
-        counts[text] = counts.get(text, 0) + 1
+    counts = Counter(warnings)
     lines = [text if count == 1 else f"{text} ({count} times)" for text, count in counts.items()]
     rest = len(lines) - _MOST_WARNINGS
     return (*lines[:_MOST_WARNINGS], *([f"... and {rest} more"] if rest > 0 else []))

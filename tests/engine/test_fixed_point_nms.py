@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from anchorline.engine.bodies.fixed_point_nms import fixed_point_nms
+from anchorline.engine.bodies import fixed_point_nms
 from anchorline.export.functions import default_functions
 
 Floats = NDArray[np.float32]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from anchorline.engine.bodies.grid_sample_align import grid_sample_align
+from anchorline.engine.bodies import grid_sample_align
 from anchorline.export.functions import default_functions
 
 Floats = NDArray[np.float32]

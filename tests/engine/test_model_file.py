@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from anchorline.engine.model_file import check_exported, read_model
+from anchorline.engine.graph import check_exported, read_model
 from anchorline.runtime.io.errors import ArtefactError
 
 

@@ -17,6 +17,7 @@ from anchorline.data.synthetic import generate_scene
 from anchorline.engine.build import build_engine
 from anchorline.engine.fp16_range import simulate_half
 from anchorline.engine.mixed_precision import PrecisionReport, to_precision
+from anchorline.engine.options import BuildOptions
 from anchorline.export.quantize.quantize import quantize_onnx
 from anchorline.runtime.contract import CONTRACT_KEY
 from anchorline.runtime.io.images import write_image
@@ -128,7 +129,9 @@ def test_tensorrt_takes_it(rtx: Any, quantised: onnx.ModelProto, tmp_path: Path)
     """Built, not run. Its size says nothing: TensorRT for RTX 1.7 stores these weights wider than fp16."""
     onnx.save(quantised, tmp_path / "int8.onnx")
     engine = tmp_path / "int8.engine"
-    build_engine(tmp_path / "int8.onnx", engine, target="tensorrt-rtx", compute_capabilities=(89,))
+    build_engine(
+        tmp_path / "int8.onnx", engine, BuildOptions(target="tensorrt-rtx", compute_capabilities=(89,))
+    )
     manifest = json.loads((tmp_path / "int8.engine.json").read_text())
     assert manifest["contract"]["precision"] == "int8"
     operators = [layer["type"] for layer in manifest["layers"]]

@@ -11,7 +11,8 @@ import onnx
 import pytest
 
 from anchorline.engine.build import BuildResult, build_engine
-from anchorline.engine.model_file import check_exported
+from anchorline.engine.graph import check_exported
+from anchorline.engine.options import BuildOptions
 from anchorline.runtime.contract import CONTRACT_KEY
 
 CAPABILITIES = (86, 89, 120)
@@ -50,9 +51,7 @@ def built(
         return build_engine(
             model_file("detections"),
             out,
-            target="tensorrt-rtx",
-            batch=(1, 1, 8),
-            compute_capabilities=CAPABILITIES,
+            BuildOptions(target="tensorrt-rtx", batch=(1, 1, 8), compute_capabilities=CAPABILITIES),
         )
 
     def make(folder: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from anchorline.doctor.artefact import read_artefact
 from anchorline.engine.build import BuildResult, build_engine
-from anchorline.engine.toolkit import plugin_layers
+from anchorline.engine.options import BuildOptions
 from anchorline.runtime.io.errors import ArtefactError
 from anchorline.runtime.io.files import sha256_of
 from anchorline.runtime.tensorrt.manifest import manifest_path, read_manifest
@@ -29,8 +29,15 @@ CAPABILITIES = (86, 89, 120)
 ModelFile = Callable[[str], Path]
 
 
+def plugin_layers(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the layers that are plugins."""
+    return [row for row in layers if row["type"] == "PLUGIN_V3"]
+
+
 def build(model: Path, out: Path, **options: Any) -> BuildResult:
-    return build_engine(model, out, **{"target": RTX, "compute_capabilities": (86,), **options})
+    how = {key: options.pop(key) for key in ("samples", "force", "progress") if key in options}
+    asked = BuildOptions(**{"target": RTX, "compute_capabilities": (86,), **options})
+    return build_engine(model, out, asked, **how)
 
 
 def test_fp16_for_three_gpus_and_a_free_batch_has_two_plugin_layers(built: BuildResult) -> None:
@@ -163,6 +170,7 @@ CANCEL = """
 import os, signal
 from pathlib import Path
 from anchorline.engine.build import build_engine
+from anchorline.engine.options import BuildOptions
 def interrupted_at(call):
     calls = 0
     def progress(done, total):
@@ -171,13 +179,8 @@ def interrupted_at(call):
         if calls == call:
             os.kill(os.getpid(), signal.SIGINT)
     try:
-        build_engine(
-            Path({model!r}),
-            Path({out!r}),
-            target="tensorrt-rtx",
-            compute_capabilities=(86,),
-            progress=progress,
-        )
+        options = BuildOptions(target="tensorrt-rtx", compute_capabilities=(86,))
+        build_engine(Path({model!r}), Path({out!r}), options, progress=progress)
     except KeyboardInterrupt:
         print("interrupted at call", calls, os.listdir(Path({out!r}).parent))
 interrupted_at(3)

@@ -19,7 +19,7 @@ from anchorline import cli
 from anchorline.engine import build as builder
 from anchorline.engine import toolkit as flavours
 from anchorline.engine.build import build_engine
-from anchorline.engine.model_file import check_exported
+from anchorline.engine.graph import check_exported
 from anchorline.engine.options import BuildOptions
 from anchorline.runtime.io.errors import ArtefactError, OutputError, SettingsError
 from anchorline.runtime.tensorrt.library import load_tensorrt
@@ -59,7 +59,7 @@ def test_batches_that_cannot_be_built(
     batch: tuple[int, int, int], message: str, model_file: ModelFile, tmp_path: Path
 ) -> None:
     with pytest.raises(SettingsError, match=message):
-        build_engine(model_file("proposals"), tmp_path / "m.engine", target=RTX, batch=batch)
+        build_engine(model_file("proposals"), tmp_path / "m.engine", BuildOptions(target=RTX, batch=batch))
     assert os.listdir(tmp_path) == []
 
 
@@ -76,7 +76,9 @@ def test_an_unknown_compute_capability_names_the_known_ones(
 ) -> None:
     with pytest.raises(SettingsError, match=r"compute capability is 90; .* builds for 75, 80, 86, 89, 120"):
         build_engine(
-            model_file("proposals"), tmp_path / "m.engine", target=RTX, compute_capabilities=(86, 90)
+            model_file("proposals"),
+            tmp_path / "m.engine",
+            BuildOptions(target=RTX, compute_capabilities=(86, 90)),
         )
     assert os.listdir(tmp_path) == []
 
@@ -89,7 +91,7 @@ def test_without_capabilities_turing_is_left_out(rtx: Any) -> None:
 @pytest.mark.parametrize("name", ["model.plan", "model"])
 def test_the_output_is_an_engine(name: str, model_file: ModelFile, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"expected a file name that ends in \.engine"):
-        build_engine(model_file("proposals"), tmp_path / name, target=RTX)
+        build_engine(model_file("proposals"), tmp_path / name, BuildOptions(target=RTX))
 
 
 def foreign(path: Path) -> None:
@@ -131,7 +133,7 @@ def test_models_that_cannot_be_built(kind: str, message: str, model_file: ModelF
     elif kind == "opset":
         other_opset(path, source)
     with pytest.raises(ArtefactError, match=message):
-        build_engine(path, tmp_path / "out" / "m.engine", target=RTX)
+        build_engine(path, tmp_path / "out" / "m.engine", BuildOptions(target=RTX))
     assert not (tmp_path / "out").exists()
 
 
@@ -142,7 +144,7 @@ def test_a_graph_without_our_op_is_refused(rtx: Any, model_file: ModelFile, tmp_
             node.op_type = "BatchedNMS2"
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(ArtefactError, match="anchorline::BatchedNMS"):
-        build_engine(tmp_path / "m.onnx", tmp_path / "out" / "m.engine", target=RTX)
+        build_engine(tmp_path / "m.onnx", tmp_path / "out" / "m.engine", BuildOptions(target=RTX))
     assert not any((tmp_path / "out").iterdir())
 
 
@@ -219,7 +221,7 @@ def test_a_folder_in_the_way_is_found_before_the_build(
     (tmp_path / "m.engine").mkdir()
     monkeypatch.setattr(builder, "serialise", lambda *_: pytest.fail("built all the same"))
     with pytest.raises(OutputError, match="is a folder"):
-        build_engine(model_file("proposals"), tmp_path / "m.engine", target=RTX)
+        build_engine(model_file("proposals"), tmp_path / "m.engine", BuildOptions(target=RTX))
     assert os.listdir(tmp_path) == ["m.engine"]
 
 
@@ -251,7 +253,9 @@ def test_the_command_s_own_mistakes(
 def test_samples_that_do_not_fit_are_refused(model_file: ModelFile, tmp_path: Path, rtx: Any) -> None:
     samples = [{"images": np.zeros((1, 8, 8, 3), np.uint8), "image_sizes": np.ones((1, 2), np.float32)}]
     with pytest.raises(SettingsError):
-        build_engine(model_file("proposals"), tmp_path / "m.engine", target=RTX, samples=samples)
+        build_engine(
+            model_file("proposals"), tmp_path / "m.engine", BuildOptions(target=RTX), samples=samples
+        )
     assert os.listdir(tmp_path) == []
 
 
@@ -262,8 +266,7 @@ def test_a_timing_cache_has_no_meaning_without_timing(
         build_engine(
             model_file("proposals"),
             tmp_path / "m.engine",
-            target=RTX,
-            compute_capabilities=(86,),
+            BuildOptions(target=RTX, compute_capabilities=(86,)),
             timing_cache=tmp_path / "cache",
         )
     assert os.listdir(tmp_path) == []

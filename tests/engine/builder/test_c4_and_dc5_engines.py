@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from anchorline.engine.build import BuildResult, build_engine
-from anchorline.engine.toolkit import plugin_layers
+from anchorline.engine.options import BuildOptions
 
 if TYPE_CHECKING:
     from anchorline.runtime.contract import Contract
@@ -33,6 +33,11 @@ COMMON: dict[str, Any] = {
 }
 C4: dict[str, Any] = {**COMMON, "neck": "single", "box_head": "res5", "roi_size": 14}
 DC5: dict[str, Any] = {**COMMON, "neck": "dc5", "roi_size": 7}
+
+
+def plugin_layers(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the layers that are plugins."""
+    return [row for row in layers if row["type"] == "PLUGIN_V3"]
 
 
 @pytest.fixture
@@ -76,7 +81,11 @@ def test_a_small_one_builds_with_more_candidates_than_one_topk_takes(
 ) -> None:
     model = small_model(classes=3, backbone=small_resnet, canvas=(320, 352), rpn_post_nms=50, **kind)
     check_build(
-        build_engine(saved(model), tmp_path / "m.engine", target="tensorrt-rtx", compute_capabilities=(86,))
+        build_engine(
+            saved(model),
+            tmp_path / "m.engine",
+            BuildOptions(target="tensorrt-rtx", compute_capabilities=(86,)),
+        )
     )
 
 
@@ -105,7 +114,7 @@ def test_r50_c4_runs_in_onnxruntime_as_in_pytorch_and_builds(
     print(f"{len(expected)} detections, scores from {expected[-1, 4]:.3f} to {expected[0, 4]:.3f}")
     assert len(expected) > 20
     check_same_rows(rows(outputs), expected)
-    result = build_engine(source, tmp_path / "m.engine", target="tensorrt-rtx")
+    result = build_engine(source, tmp_path / "m.engine", BuildOptions(target="tensorrt-rtx"))
     check_build(result)
     print(result.describe())
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from anchorline.doctor.machine import find_gpus
 from anchorline.engine.build import build_engine
+from anchorline.engine.options import BuildOptions
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import SettingsError
@@ -59,7 +60,11 @@ def test_an_engine_finds_what_its_onnx_file_finds(
         pytest.skip(f"TensorRT for RTX does not build for sm_{capability}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     engine, onnx = tmp_path / "model.engine", model_file(task)
-    build_engine(onnx, engine, target=flavour, precision="fp32", batch=(1, 1, 4), compute_capabilities=asked)
+    build_engine(
+        onnx,
+        engine,
+        BuildOptions(target=flavour, precision="fp32", batch=(1, 1, 4), compute_capabilities=asked),
+    )
     with Detector(onnx, provider="cpu") as detector:
         expected = [rows_of(found) for found in detector.batch(frames)]
     with Detector(engine, provider="tensorrt", gpu=options) as detector:

@@ -11,9 +11,9 @@ import pytest
 
 from anchorline.engine import build as builder
 from anchorline.engine import toolkit as flavours
-from anchorline.engine.build import build_engine, build_identity
+from anchorline.engine.build import build_engine, build_identity, options_hash
 from anchorline.engine.lowering import lower
-from anchorline.engine.options import BuildOptions, options_hash
+from anchorline.engine.options import BuildOptions
 from anchorline.runtime.io.errors import SettingsError
 from anchorline.runtime.tensorrt import library as tensorrt_library
 from anchorline.runtime.tensorrt.plugins import adapter
@@ -61,10 +61,7 @@ def test_a_build_uses_only_what_every_version_has(
     result = build_engine(
         model_file("proposals"),
         tmp_path / "m.engine",
-        precision="fp32",
-        batch=(1, 2, 4),
-        workspace=512,
-        optimization_level=2,
+        BuildOptions(precision="fp32", batch=(1, 2, 4), workspace=512, optimization_level=2),
         timing_cache=tmp_path / "cache",
         progress=lambda done, total: None,
     )
@@ -103,9 +100,7 @@ def test_compatibility_options_are_set(tensorrt: Any) -> None:
 def test_another_gpu_or_version_is_another_build(tensorrt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def key() -> str:
         options = BuildOptions()
-        return options_hash(
-            build_identity("0" * 64, options, (1, 1, 1), flavours.load_toolkit(options), None)
-        )
+        return options_hash(build_identity("0" * 64, options, (1, 1, 1), flavours.load_toolkit(options), ()))
 
     first = key()
     assert key() == first

@@ -12,11 +12,16 @@ import onnx
 import pytest
 
 from anchorline.engine.build import build_engine
-from anchorline.engine.toolkit import plugin_layers
+from anchorline.engine.options import BuildOptions
 
 pytestmark = pytest.mark.slow
 CANVAS = (800, 1344)
 SECONDS, BYTES, ACTIVATION_BYTES = 20, 110e6, 2.5e9
+
+
+def plugin_layers(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the layers that are plugins."""
+    return [row for row in layers if row["type"] == "PLUGIN_V3"]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,7 @@ def test_resnet50_builds(
     source = resnet50(task)
     started = time.process_time()
     result = build_engine(
-        source, tmp_path / "m.engine", target="tensorrt-rtx", precision=precision, batch=batch
+        source, tmp_path / "m.engine", BuildOptions(target="tensorrt-rtx", precision=precision, batch=batch)
     )
     processor_seconds = time.process_time() - started  # of all threads, so that other work does not count
     raw = result.manifest.raw
@@ -83,9 +88,7 @@ def test_resnet50_builds_without_a_plugin(rtx: Any, resnet50: Callable[[str], Pa
     result = build_engine(
         resnet50("detections"),
         tmp_path / "m.engine",
-        target="tensorrt-rtx",
-        batch=(1, 1, 8),
-        nms="fixed-point",
+        BuildOptions(target="tensorrt-rtx", batch=(1, 1, 8), nms="fixed-point"),
     )
     assert plugin_layers(result.manifest.raw["layers"]) == []
     assert result.manifest.raw["activation_bytes"] <= ACTIVATION_BYTES

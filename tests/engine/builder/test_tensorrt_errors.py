@@ -15,7 +15,7 @@ from anchorline.engine import build as builder
 from anchorline.engine import toolkit as flavours
 from anchorline.engine import toolkit as parsing
 from anchorline.engine.build import build_engine
-from anchorline.engine.model_file import check_exported
+from anchorline.engine.graph import check_exported
 from anchorline.engine.options import BuildOptions
 from anchorline.runtime.contract import CONTRACT_KEY
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError
@@ -54,7 +54,11 @@ def test_a_build_that_tensorrt_gives_up_says_why(
     """A graph that parses and that nothing runs: the reason is in TensorRT's log."""
     monkeypatch.setattr(builder, "lower", lambda model, *_, **__: half_nms(model))
     with pytest.raises(AnchorlineError, match=r"could not build the engine: .*") as raised:
-        build_engine(model_file("proposals"), tmp_path / "m.engine", target=RTX, compute_capabilities=(86,))
+        build_engine(
+            model_file("proposals"),
+            tmp_path / "m.engine",
+            BuildOptions(target=RTX, compute_capabilities=(86,)),
+        )
     assert "no reason given" not in str(raised.value)
     assert "\n" not in str(raised.value)
     assert os.listdir(tmp_path) == []

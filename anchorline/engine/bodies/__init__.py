@@ -1,1 +1,0 @@
-"""Function bodies of the custom ops for TensorRT, in place of those in the exported file."""

@@ -1,0 +1,188 @@
+"""The exported ONNX file as the engine stage takes it, with small questions to a graph and changes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from anchorline.runtime.contract import CONTRACT_KEY, Contract
+from anchorline.runtime.io.errors import ArtefactError
+
+FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
+# The functions in the file and those put in their place are written for this opset.
+OPSET = 18
+# The first whose QuantizeLinear takes scales in half precision. Nothing of ours has another meaning in it;
+# in the next one GridSample does.
+HALF_SCALES_OPSET = 19
+
+Message = TypeVar("Message", onnx.ModelProto, onnx.NodeProto)
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """Load and check an exported ONNX file.
+
+    Raises ``ArtefactError`` for a file that is missing, unreadable, no ONNX, or not an export of ours.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ArtefactError(f"{path}: no such file; give an ONNX file written by anchorline export") from None
+    except OSError as error:
+        raise ArtefactError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+    try:
+        model = onnx.load_model_from_string(content)
+    except Exception as error:  # protobuf's exceptions differ between its implementations
+        raise ArtefactError(
+            f"{path}: not an ONNX file, or one that was cut off; export or copy it again"
+        ) from error
+    check_exported(model, str(path))
+    return model
+
+
+def check_exported(model: onnx.ModelProto, where: str = "model") -> Contract:
+    """The contract of ``model``, an exported file or what this stage made of one.
+
+    Raises ``ArtefactError`` naming what is missing: graph, contract, opset, or a tensor of the contract.
+    ``where`` names the file in the message.
+    """
+    if not model.graph.node:
+        raise ArtefactError(f"{where}: has no graph; give an ONNX file written by anchorline export")
+    text = next((entry.value for entry in model.metadata_props if entry.key == CONTRACT_KEY), None)
+    if text is None:
+        raise ArtefactError(
+            f"{where}: has no anchorline contract, so it is not an export of ours; "
+            "make one with anchorline export model.safetensors --out model.onnx"
+        )
+    contract = Contract.from_json(text, where=where)
+    opsets = {opset.domain or "ai.onnx": opset.version for opset in model.opset_import}
+    if opsets.get("ai.onnx") not in (OPSET, HALF_SCALES_OPSET):
+        raise ArtefactError(
+            f"{where}: ONNX opset is {opsets.get('ai.onnx', 'not stated')}; expected {OPSET}; "
+            "export the model again with this anchorline"
+        )
+    for kind, values, wanted in (
+        ("input", model.graph.input, contract.inputs),
+        ("output", model.graph.output, contract.outputs),
+    ):
+        missing = [name for name in wanted if name not in {value.name for value in values}]
+        if missing:
+            raise ArtefactError(
+                f"{where}: the graph has no {kind} {', '.join(missing)}, which its contract names; "
+                "export the model again"
+            )
+    return contract
+
+
+def state_contract(model: onnx.ModelProto, **changes: Any) -> None:
+    """Let the contract inside ``model`` say so, in place."""
+    contract = dataclasses.replace(check_exported(model), **changes)
+    for entry in model.metadata_props:
+        if entry.key == CONTRACT_KEY:
+            entry.value = contract.to_json()
+
+
+def state_opset(model: onnx.ModelProto, version: int) -> None:
+    """Let the graph of ``model`` and all its functions be of ONNX's ``version``, in place."""
+    for holder in (model, *model.functions):
+        for opset in holder.opset_import:
+            if not opset.domain:
+                opset.version = version
+
+
+def copy_of(message: Message) -> Message:
+    """A deep copy of a model or a node: rewrites never touch the model they are given."""
+    copy = type(message)()
+    copy.CopyFrom(message)
+    return copy
+
+
+def constants(graph: onnx.GraphProto) -> dict[str, NDArray[np.generic]]:
+    """Every initialiser and the value of every ``Constant`` node, by tensor name."""
+    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and len(node.attribute) == 1:
+            value = helper.get_attribute_value(node.attribute[0])
+            if isinstance(value, TensorProto):
+                found[node.output[0]] = numpy_helper.to_array(value)
+            else:
+                kind = np.float32 if "float" in node.attribute[0].name else np.int64
+                found[node.output[0]] = np.array(value, kind)
+    return found
+
+
+def known_values(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
+    """Type and shape of every tensor that shape inference reaches, by name.
+
+    What the file itself states (``value_info``) is kept, which covers the outputs of plugin nodes.
+    """
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    graph = inferred.graph
+    found = {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info, *graph.output)}
+    for tensor in graph.initializer:
+        found.setdefault(
+            tensor.name, helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type
+        )
+    return found
+
+
+def element_types(model: onnx.ModelProto) -> dict[str, int]:
+    """The ``TensorProto`` type of every tensor that shape inference reaches, by name."""
+    return {name: value.elem_type for name, value in known_values(model).items()}
+
+
+def consumers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    """The nodes that read each tensor."""
+    found: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            found.setdefault(name, []).append(node)
+    return found
+
+
+def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Make ``nodes``, in topological order, the nodes of ``graph``."""
+    copies = [copy_of(node) for node in nodes]  # they may be nodes of the graph itself
+    del graph.node[:]
+    graph.node.extend(copies)
+
+
+def forget(graph: onnx.GraphProto, names: Collection[str]) -> None:
+    """Drop what is noted of the types of these tensors."""
+    notes = [value for value in graph.value_info if value.name not in names]
+    del graph.value_info[:]
+    graph.value_info.extend(notes)
+
+
+def drop_unused_constants(graph: onnx.GraphProto) -> None:
+    """Remove constants that nothing reads, and what is noted of tensors that no longer exist."""
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    initializers = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(initializers)
+    replace_nodes(
+        graph, [node for node in graph.node if node.op_type != "Constant" or node.output[0] in read]
+    )
+    exists = {name for node in graph.node for name in node.output}
+    forget(graph, {value.name for value in graph.value_info} - exists)
+
+
+def fresh_name(wanted: str, used: set[str]) -> str:
+    """``wanted``, or with a number where it is taken; it is taken from now on."""
+    name, count = wanted, 1
+    while name in used:
+        name, count = f"{wanted}_{count}", count + 1
+    used.add(name)
+    return name
+
+
+def tensor_names(graph: onnx.GraphProto) -> set[str]:
+    """Every name that a tensor of ``graph`` has."""
+    names = {name for node in graph.node for name in (*node.input, *node.output)}
+    return names | {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
