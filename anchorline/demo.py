@@ -32,8 +32,9 @@ from anchorline.runtime.video.detection import detect
 from anchorline.runtime.video.files import VideoReader
 from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.summary import DetectSummary
-from anchorline.train.loop.progress import training_progress
-from anchorline.train.loop.train import TrainResult, train
+from anchorline.train.loop.metrics import training_progress
+from anchorline.train.loop.train import train
+from anchorline.train.loop.trainer import TrainResult
 from anchorline.train.pretrained import HOW_TO_GET, mobilenet_v2_weights
 from anchorline.train.settings import load_preset
 

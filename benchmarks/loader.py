@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from record import append_row
@@ -24,8 +25,7 @@ from anchorline.train.data.dataset import (
     read_batches,
     single_threaded_opencv,
 )
-from anchorline.train.loop.trainer import Stepper
-from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.loop.trainer import PhaseConfig, Trainer
 from anchorline.train.settings import load_preset
 
 
@@ -49,10 +49,10 @@ def main() -> None:
         start = time.perf_counter()
         batches = list(read_batches(loader))
         loading = len(batches) * settings.training.batch / (time.perf_counter() - start)
-    model = FasterRCNN(settings.model, len(dataset.names)).to(memory_format=torch.channels_last).train()
-    model.backbone.body.freeze(settings.training.frozen_stages)
-    stepper = Stepper(model, settings.training, arguments.steps + 2, torch.device("cpu"))
-    training = settings.training.batch / _step_seconds(stepper, batches, arguments.steps)
+    cpu, nowhere = torch.device("cpu"), Path()  # no file is written
+    trainer = Trainer(PhaseConfig(settings, dataset, cpu, nowhere, nowhere, settings.training.epochs))
+    trainer.model.train()
+    training = settings.training.batch / _step_seconds(trainer, batches, arguments.steps)
     figures = {
         "workers": arguments.workers,
         "loader_images_s": round(loading, 1),
@@ -63,12 +63,12 @@ def main() -> None:
     print(append_row("loader", f"python benchmarks/loader.py --preset {arguments.preset}", figures))
 
 
-def _step_seconds(stepper: Stepper, batches: list[Batch], steps: int) -> float:
+def _step_seconds(trainer: Trainer, batches: list[Batch], steps: int) -> float:
     """The median time of a training step, after two to warm up."""
     times = []
     for index in range(steps + 2):
         start = time.perf_counter()
-        stepper.step([batches[index % len(batches)]])
+        trainer.train_step([batches[index % len(batches)]])
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])
 

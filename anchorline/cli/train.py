@@ -15,7 +15,7 @@ from anchorline.cli.options import DataOption, tell_dropped
 from anchorline.console import USER_ERROR, tell
 
 if TYPE_CHECKING:
-    from anchorline.train.loop.train import TrainResult
+    from anchorline.train.loop.trainer import TrainResult
 
 
 def train(
@@ -60,7 +60,7 @@ def train(
     changes = {"epochs": epochs, "seed": seed, "regime": schedule}
     from anchorline.data.specs import load_datasets
     from anchorline.train.loop.distributed import is_main
-    from anchorline.train.loop.progress import training_progress
+    from anchorline.train.loop.metrics import training_progress
     from anchorline.train.loop.train import train as train_model
     from anchorline.train.settings import load_preset
 
@@ -95,8 +95,8 @@ def train(
 
 @contextlib.contextmanager
 def _joined_processes(device: str) -> Iterator[None]:
-    """As ``launch.joined_processes``; a process that another one's failure ends does so without a word."""
-    from anchorline.train.loop.launch import OtherProcessError, joined_processes
+    """As in ``distributed``; a process that another one's failure ends leaves without a word."""
+    from anchorline.train.loop.distributed import OtherProcessError, joined_processes
 
     try:
         with joined_processes(device):

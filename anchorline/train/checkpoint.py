@@ -16,7 +16,7 @@ from torch import Tensor
 from anchorline.runtime.contract import CONTRACT_KEY, Contract, ResizeRule, Thresholds
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError
 from anchorline.runtime.io.files import atomic_path
-from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.model.faster_rcnn import OUTPUTS, FasterRCNN
 from anchorline.train.model.settings import ModelSettings
 
 MODEL_KEY = "anchorline.model"
@@ -27,10 +27,12 @@ def contract_of(
     names: tuple[str, ...],
     category_ids: tuple[int, ...] | None = None,
     source: Mapping[str, Any] | None = None,
+    task: str = "detections",
 ) -> Contract:
-    """The contract that a model with these settings and class names fulfils."""
+    """The contract that a model with these settings and class names fulfils in ``task``."""
     return Contract(
-        task="detections",
+        task=task,
+        outputs=OUTPUTS[task],
         names=names,
         canvas=settings.canvas,
         mean=settings.mean,

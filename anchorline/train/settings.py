@@ -8,6 +8,7 @@ command line may override each one.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.train.loop.settings import TrainingSettings
+from anchorline.train.loop.settings import RENAMED, TrainingSettings
 from anchorline.train.model.settings import ModelSettings, expect, settings_from
 
 if sys.version_info >= (3, 11):
@@ -59,6 +60,11 @@ def load_preset(name: str, overrides: Sequence[str] = ()) -> Settings:
         raise SettingsError(f"{path}: not a TOML file ({error}); mend it or use a preset") from None
     for table, content in tables.items():
         expect(isinstance(content, dict), f"{path}: {table}", content, "a table [model] or [training]")
+    training = tables.get("training", {})
+    for before in RENAMED.keys() & training.keys():
+        now = _name_now(before, str(path))
+        expect(now not in training, f"{path}: training.{before}", training[before], f"{now} alone")
+        training[now] = training.pop(before)
     for text in overrides:
         table, field_name, value = parse_override(text)
         tables.setdefault(table, {})[field_name] = value
@@ -75,6 +81,8 @@ def parse_override(text: str) -> tuple[str, str, Any]:
     """Table, field and value of ``table.field=value``; the value is TOML, or text where it is none."""
     key, equals, literal = text.partition("=")
     table, dot, name = key.strip().rpartition(".")
+    if table in ("", "training"):
+        name = _name_now(name, text)
     if not dot:
         tables = [
             t
@@ -88,3 +96,11 @@ def parse_override(text: str) -> tuple[str, str, Any]:
         return table, name, tomllib.loads(f"value = {literal}")["value"]
     except tomllib.TOMLDecodeError:
         return table, name, literal.strip()
+
+
+def _name_now(name: str, where: str) -> str:
+    """The name of a field of ``[training]``, which may be given by an earlier one; that is said on stderr."""
+    now = RENAMED.get(name, name)
+    if now != name and os.environ.get("RANK", "0") == "0":  # of several processes one says it
+        print(f"{where}: training.{name} is called training.{now} now; expected that name", file=sys.stderr)
+    return now

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.io.errors import SettingsError
 from anchorline.train.data.dataset import Batch, groups, read_batches, single_threaded_opencv
-from anchorline.train.loop.job import Job
-from anchorline.train.loop.trainer import Phase, Plan, steps_of_epoch
+from anchorline.train.loop.trainer import PhaseConfig, Trainer, steps_of_epoch
 from anchorline.train.predict import TorchDetector
 from paper_experiments.proposals import DenseDetector
 from paper_experiments.runs import COUNTS, SELECTIVE_SEARCH, TEST_PROPOSALS, WITHOUT_NMS, Run, runs_of
@@ -56,12 +55,14 @@ def measure_costs(study: Study) -> Costs:
     settings = study.settings(Run("joint", 0), LEAST)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        job = Job(settings, study.train_data, folder, None, study.device, {}, study.weights)
-        phase = job.phase(Plan(folder, folder / "model.safetensors", 1), "detections", job.pretrained())
-        step_s = _step_seconds(phase)
-        contract = job.contract("detections", False)
-        detector = TorchDetector(phase.model, contract, str(study.device))
-        dense = DenseDetector(phase.model, contract, str(study.device))
+        model_path = folder / "model.safetensors"
+        phase = PhaseConfig(
+            *(settings, study.train_data, study.device, folder, model_path, 1), backbone_weights=study.weights
+        )
+        trainer = Trainer(phase)
+        step_s = _step_seconds(trainer)
+        detector = TorchDetector(trainer.model, trainer.contract, str(study.device))
+        dense = DenseDetector(trainer.model, trainer.contract, str(study.device))
         frames = [image.load() for image in study.test_data.images[:IMAGES]]
         return Costs(
             step_s, _image_seconds(detector, frames), _image_seconds(dense, frames), anchor_count(study)
@@ -74,22 +75,22 @@ def _image_seconds(detector: TorchDetector, frames: Sequence[NDArray[np.uint8]])
     return statistics.median(_seconds(partial(detector.batch, [frame])) for frame in frames)
 
 
-def _step_seconds(phase: Phase) -> float:
-    phase.model.train()
+def _step_seconds(trainer: Trainer) -> float:
+    trainer.model.train()
     times = []
     with single_threaded_opencv():
-        steps = _endless_steps(phase)
+        steps = _endless_steps(trainer)
         for _ in range(WARM):
-            phase.stepper.step(next(steps))
+            trainer.train_step(next(steps))
         for _ in range(MEASURED):
-            times.append(_seconds(lambda: phase.stepper.step(next(steps))))
+            times.append(_seconds(lambda: trainer.train_step(next(steps))))
     return sum(times) / len(times)
 
 
-def _endless_steps(phase: Phase) -> Iterator[list[Batch]]:
+def _endless_steps(trainer: Trainer) -> Iterator[list[Batch]]:
     while True:
-        yield from groups(read_batches(phase.loader), phase.settings.training.accumulate)
-        phase.sampler.epoch += 1
+        yield from groups(read_batches(trainer.loader), trainer.settings.training.accumulate)
+        trainer.sampler.epoch += 1
 
 
 def anchor_count(study: Study) -> int:

@@ -17,9 +17,8 @@ from anchorline.runtime.canvas import to_detections
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.train.checkpoint import load_checkpoint
-from anchorline.train.data.dataset import Batch
-from anchorline.train.data.sampler import seed_of
-from anchorline.train.loop.settings import TrainingSettings
+from anchorline.train.data.dataset import Batch, seed_of
+from anchorline.train.loop.trainer import Trainer
 from anchorline.train.model import ops
 from anchorline.train.model.boxes import at_least, clip_to_images, coder_of
 from anchorline.train.model.faster_rcnn import FasterRCNN
@@ -96,11 +95,15 @@ def dense_windows(anchors: Tensor, image_sizes: Tensor, settings: ModelSettings)
     return Proposals(torch.where(there[..., None], boxes, torch.zeros_like(boxes)), scores)
 
 
-def dense_losses(model: FasterRCNN, batch: Batch, settings: TrainingSettings) -> dict[str, Tensor]:
-    """Fast R-CNN's two losses with dense windows as the proposals: the one-stage detector."""
-    features = model.features(batch.images, batch.image_sizes)
-    windows = dense_windows(torch.cat(model.anchors(features)), batch.image_sizes, model.settings)
-    return model.detection_losses(features, windows, batch.targets, settings)
+class DenseTrainer(Trainer):
+    """Trains the one-stage detector."""
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Fast R-CNN's two losses with dense windows as the proposals."""
+        model = self.model
+        features = model.features(batch.images, batch.image_sizes)
+        windows = dense_windows(torch.cat(model.anchors(features)), batch.image_sizes, model.settings)
+        return model.detection_losses(features, windows, batch.targets, self.settings.training)
 
 
 class DenseDetector(TorchDetector):

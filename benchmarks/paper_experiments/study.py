@@ -22,7 +22,7 @@ from anchorline.runtime.canvas import boxes_to_canvas, place
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import SettingsError
 from anchorline.runtime.io.files import sha256_of
-from anchorline.train.loop.run_checks import choose_device
+from anchorline.train.loop.distributed import choose_device
 from anchorline.train.loop.trainer import steps_of_epoch
 from anchorline.train.model.settings import ModelSettings
 from anchorline.train.settings import Settings, load_preset

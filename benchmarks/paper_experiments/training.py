@@ -13,11 +13,11 @@ from anchorline.evaluation.evaluate import run_detector
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.files import write_json
 from anchorline.train.alternating import FINISHED
-from anchorline.train.loop.job import Job
-from anchorline.train.loop.train import TrainResult, train
-from anchorline.train.loop.trainer import STATE_FILE, PhaseResult, Plan, Report, StepReport
+from anchorline.train.loop.metrics import Report, StepReport
+from anchorline.train.loop.train import train
+from anchorline.train.loop.trainer import STATE_FILE, PhaseConfig, TrainResult
 from paper_experiments.clock import BudgetSpent, Clock
-from paper_experiments.proposals import dense_losses
+from paper_experiments.proposals import DenseTrainer
 from paper_experiments.runs import SELECTIVE_SEARCH, Run
 from paper_experiments.study import Study
 
@@ -104,23 +104,23 @@ def _train(study: Study, run: Run, epochs: int, folder: Path, report: Report, cl
 
 def _train_dense(
     study: Study, run: Run, epochs: int, folder: Path, report: Report, clock: Clock
-) -> PhaseResult:
+) -> TrainResult:
     """Fast R-CNN on dense windows, which are made on the canvas: stored ones would move with random views."""
-    source = {"command": f"benchmarks/paper.py, {run.name}"}
-    job = Job(
-        *(study.settings(run, epochs), study.train_data, folder, None, study.device, source, study.weights),
+    phase = PhaseConfig(
+        study.settings(run, epochs),
+        study.train_data,
+        study.device,
+        folder,
+        folder / "model.safetensors",
+        epochs,
+        parts=("backbone", "roi_heads"),
+        backbone_weights=study.weights,
+        source={"command": f"benchmarks/paper.py, {run.name}"},
         report=report,
     )
-    plan = Plan(
-        *(folder, folder / "model.safetensors", epochs, dense_losses, ("backbone", "roi_heads")),
-        needs_proposals=True,
-    )
-    resume = _can_resume(folder)
-    phase = job.phase(plan, "detections", None if resume else job.pretrained())
-    if resume:
-        phase.resume()
-    job.begin(phase)
-    return phase.train(report)
+    trainer = DenseTrainer(phase, _can_resume(folder))
+    trainer.begin(folder)
+    return trainer.run()
 
 
 def _can_resume(folder: Path) -> bool:

@@ -53,8 +53,8 @@ def test_fields_a_preset_leaves_out_keep_their_defaults(tmp_path: Path) -> None:
         ("model.rpn_pre_nms=77", "model", "rpn_pre_nms", 77),
         ("training.rpn_pre_nms=78", "training", "rpn_pre_nms", 78),
         ("roi_aligned=true", "model", "roi_aligned", True),
-        ("schedule=step", "training", "schedule", "step"),
-        ("schedule='step'", "training", "schedule", "step"),
+        ("lr_schedule=step", "training", "lr_schedule", "step"),
+        ("training.lr_schedule='step'", "training", "lr_schedule", "step"),
         ("model.anchor_sizes=[[8],[16,20],[32],[64],[128]]", "model", "anchor_sizes", None),
         ("zoom=[0.5, 2]", "training", "zoom", (0.5, 2.0)),
     ],
@@ -66,6 +66,37 @@ def test_overrides(override: str, table: str, name: str, value: object) -> None:
     found = getattr(getattr(load_preset(QUICK, [override]), table), name)
     assert found == value
     assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "override", ["training.schedule=step", "schedule='step'", "training.schedule = step"]
+)
+def test_the_former_name_of_the_rate_s_schedule_still_counts(
+    override: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert load_preset(QUICK, [override]).training.lr_schedule == "step"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(override)
+    assert "training.lr_schedule" in line
+    assert load_preset(QUICK, [override, "training.lr_schedule=cosine"]).training.lr_schedule == "cosine"
+
+
+def test_a_file_with_the_former_name_still_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text("[training]\nepochs = 3\nschedule = 'one-cycle'\n")
+    assert load_preset(str(path)).training == TrainingSettings(epochs=3, lr_schedule="one-cycle")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "own.toml" in line
+    assert "training.lr_schedule" in line
+    assert load_preset(str(path), ["lr_schedule=step"]).training.lr_schedule == "step"
+    path.write_text("[training]\nlr_schedule = 'step'\nschedule = 'step'\n")
+    assert "lr_schedule" in message_of(preset=str(path))
+
+
+def test_the_presets_use_the_names_of_today(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in preset_names():
+        load_preset(name)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_last_override_wins() -> None:
@@ -91,7 +122,7 @@ def test_the_last_override_wins() -> None:
         ("training.learning_rate=nan", "training.learning_rate"),
         ("training.learning_rate=inf", "training.learning_rate"),
         ("training.learning_rate=[1]", "training.learning_rate"),
-        ("training.schedule=sometimes", "'sometimes'"),
+        ("training.lr_schedule=sometimes", "'sometimes'"),
         ("training.precision=fp8", "'fp8'"),
         ("training.ema=1.0", "training.ema"),
         ("training.zoom=[2.0, 1.0]", "training.zoom"),

@@ -1,13 +1,14 @@
-"""From labelled images to training batches on the canvas."""
+"""From labelled images to training batches on the canvas: random views, their order, the loader."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -21,10 +22,12 @@ from torchvision import tv_tensors
 
 from anchorline.data.dataset import Dataset
 from anchorline.data.proposals import ImageProposals
+from anchorline.evaluation.pictures import contact_sheet
 from anchorline.runtime.canvas import boxes_to_canvas, place, to_canvas
 from anchorline.runtime.contract import ResizeRule
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.drawing import draw
 from anchorline.runtime.io.errors import AnchorlineError
-from anchorline.train.data.sampler import EpochSampler, seed_of
 from anchorline.train.data.transforms import build_transforms
 from anchorline.train.loop.distributed import process_count, rank
 from anchorline.train.loop.settings import TrainingSettings
@@ -54,15 +57,6 @@ class Batch:
             proposals = Proposals(proposals.boxes.to(device), proposals.scores.to(device))
         sizes, targets = self.image_sizes.to(device), self.targets.to(device)
         return Batch(self.images.to(device), sizes, targets, self.ids, proposals)
-
-
-@dataclass(frozen=True)
-class _Boxes:
-    """What is on a view: ``boxes`` [N, 4] and their ``labels`` [N]; ``scores`` [N] count for proposals."""
-
-    boxes: NDArray[np.float32]
-    labels: Tensor
-    scores: Tensor
 
 
 class CanvasDataset(TorchDataset[dict[str, Any]]):
@@ -96,116 +90,152 @@ class CanvasDataset(TorchDataset[dict[str, Any]]):
         seed = seed_of(self.seed, epoch, index)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            mosaic = self.mosaic > 0 and float(torch.rand(())) < self.mosaic
-            return {"seed": seed, **(self._mosaic(index) if mosaic else self._single(index))}
+            indices = [index]
+            if self.mosaic > 0 and float(torch.rand(())) < self.mosaic:
+                indices += torch.randint(len(self.data), (3,)).tolist()
+            return {"seed": seed, **self._lay_out(indices)}
 
-    def _single(self, index: int) -> dict[str, Any]:
-        """One image on the canvas."""
-        out = np.empty((*self.canvas, 3), np.uint8)
-        valid, found = self._lay(index, self.resize, out)
-        return self._item([index], out, valid, [found])
-
-    def _mosaic(self, index: int) -> dict[str, Any]:
-        """Four images in the quarters of the canvas, the asked one first, the others drawn at random."""
-        indices = [index, *torch.randint(len(self.data), (3,)).tolist()]
-        out = np.zeros((*self.canvas, 3), np.uint8)
-        height, width = self.canvas[0] // 2, self.canvas[1] // 2
-        parts = []
-        for quarter, each in enumerate(indices):
-            top, left = quarter // 2 * height, quarter % 2 * width
-            _, found = self._lay(each, ResizeRule(), out[top : top + height, left : left + width])
-            moved = found.boxes + np.array([left, top, left, top], np.float32)
-            parts.append(dataclasses.replace(found, boxes=moved))
-        return self._item(indices, out, self.canvas, parts)
-
-    def _lay(self, index: int, resize: ResizeRule, out: NDArray[np.uint8]) -> tuple[tuple[int, int], _Boxes]:
-        """Lay a random view of an image onto ``out``; its valid size, and what is there."""
-        image, found = self._view(index)
-        placement = place((image.shape[0], image.shape[1]), (out.shape[0], out.shape[1]), resize)
-        to_canvas(image, placement, out)
-        return placement.valid, dataclasses.replace(found, boxes=boxes_to_canvas(found.boxes, placement))
-
-    def _item(
-        self, indices: list[int], image: NDArray[np.uint8], valid: tuple[int, int], parts: list[_Boxes]
-    ) -> dict[str, Any]:
-        boxes = torch.from_numpy(np.concatenate([part.boxes for part in parts]))
-        labels = torch.cat([part.labels for part in parts])
+    def _lay_out(self, indices: list[int]) -> dict[str, Any]:
+        """One image on the canvas, or four in its quarters."""
+        image = np.zeros((*self.canvas, 3), np.uint8)
+        side = math.isqrt(len(indices))
+        height, width = self.canvas[0] // side, self.canvas[1] // side
+        parts, valid = [], self.canvas
+        for slot, index in enumerate(indices):
+            top, left = slot // side * height, slot % side * width
+            view, boxes, labels, scores = self._view(index)
+            resize = self.resize if side == 1 else ResizeRule()
+            placement = place((view.shape[0], view.shape[1]), (height, width), resize)
+            to_canvas(view, placement, image[top : top + height, left : left + width])
+            moved = boxes_to_canvas(boxes, placement) + np.array([left, top, left, top], np.float32)
+            parts.append((torch.from_numpy(moved), labels, scores))
+            if side == 1:
+                valid = placement.valid
+        found, labels, scores = (torch.cat(each) for each in zip(*parts, strict=True))
         item = {
             "image": torch.from_numpy(image),
             "size": torch.tensor(valid, dtype=torch.float32),
-            "boxes": boxes[labels >= 0],
+            "boxes": found[labels >= 0],
             "labels": labels[labels >= 0],
-            "ignored": boxes[labels == IGNORE_LABEL],
+            "ignored": found[labels == IGNORE_LABEL],
             "id": " + ".join(dict.fromkeys(self.data.images[index].id for index in indices)),
         }
         if self.proposals is not None:
             proposed = labels <= PROPOSAL_LABEL
-            scores = torch.cat([part.scores for part in parts])[proposed]
-            item["proposal_boxes"], item["proposal_scores"] = _best(boxes[proposed], scores, self.slots)
+            best = scores[proposed].argsort(descending=True, stable=True)[: self.slots]
+            kept_boxes, kept_scores = torch.zeros(self.slots, 4), torch.full((self.slots,), SUPPRESSED)
+            kept_boxes[: len(best)] = found[proposed][best]
+            kept_scores[: len(best)] = scores[proposed][best]
+            item |= {"proposal_boxes": kept_boxes, "proposal_scores": kept_scores}
         return item
 
-    def _view(self, index: int) -> tuple[np.ndarray, _Boxes]:
+    def _view(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], Tensor, Tensor]:
+        """A random view of an image (BGR), boxes [N, 4] on it, labels [N], and scores [N] of proposals."""
         item = self.data.images[index]
         pixels = item.load()
         boxes, labels = item.boxes, np.where(item.difficult | item.crowd, IGNORE_LABEL, item.labels)
-        if self.proposals is not None:
-            given = self.proposals[index].boxes
-            boxes = np.concatenate([boxes, given])
-            labels = np.concatenate([labels, PROPOSAL_LABEL - np.arange(len(given))])
+        stored = None if self.proposals is None else self.proposals[index]
+        if stored is not None:
+            boxes = np.concatenate([boxes, stored.boxes])
+            labels = np.concatenate([labels, PROPOSAL_LABEL - np.arange(len(stored.boxes))])
+        canvas_size = (pixels.shape[0], pixels.shape[1])
         target = {
-            "boxes": tv_tensors.BoundingBoxes(
-                torch.tensor(boxes), format="XYXY", canvas_size=pixels.shape[:2]
-            ),
+            "boxes": tv_tensors.BoundingBoxes(torch.tensor(boxes), format="XYXY", canvas_size=canvas_size),
             "labels": torch.from_numpy(labels),
         }
         image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1).flip(0))
         image, target = self.transforms(image, target)
         bgr = image.as_subclass(Tensor).flip(0).permute(1, 2, 0).contiguous().numpy()
-        found = target["boxes"].as_subclass(Tensor).numpy()
-        return bgr, _Boxes(found, target["labels"], self._scores(index, target["labels"]))
-
-    def _scores(self, index: int, labels: Tensor) -> Tensor:
-        """The scores of the proposals among ``labels``; zero for everything else."""
-        scores = torch.zeros(len(labels))
-        proposed = labels <= PROPOSAL_LABEL
-        if self.proposals is not None and proposed.any():
-            scores[proposed] = torch.from_numpy(self.proposals[index].scores)[
-                PROPOSAL_LABEL - labels[proposed]
-            ]
-        return scores
-
-
-def _best(boxes: Tensor, scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """The ``slots`` best of P proposals: boxes [slots, 4], zero where unused, and scores, -1 there."""
-    order = scores.argsort(descending=True, stable=True)[:slots]
-    kept_boxes, kept_scores = torch.zeros(slots, 4), torch.full((slots,), SUPPRESSED)
-    kept_boxes[: len(order)], kept_scores[: len(order)] = boxes[order], scores[order]
-    return kept_boxes, kept_scores
+        seen = target["labels"]
+        scores = torch.zeros(len(seen))
+        if stored is not None:
+            proposed = seen <= PROPOSAL_LABEL
+            scores[proposed] = torch.from_numpy(stored.scores)[PROPOSAL_LABEL - seen[proposed]]
+        return bgr, target["boxes"].as_subclass(Tensor).numpy(), seen, scores
 
 
 def collate(items: list[dict[str, Any]]) -> Batch:
     """Join canvases into one batch."""
-    return Batch(
-        images=torch.stack([item["image"] for item in items]),
-        image_sizes=torch.stack([item["size"] for item in items]),
-        targets=Targets.pad(
-            [item["boxes"] for item in items],
-            [item["labels"] for item in items],
-            tuple(item["seed"] for item in items),
-            [item["ignored"] for item in items],
-        ),
-        ids=tuple(item["id"] for item in items),
-        proposals=_join_proposals(items),
+
+    def stack(name: str) -> Tensor:
+        return torch.stack([item[name] for item in items])
+
+    targets = Targets.pad(
+        [item["boxes"] for item in items],
+        [item["labels"] for item in items],
+        tuple(item["seed"] for item in items),
+        [item["ignored"] for item in items],
     )
+    stored = "proposal_boxes" in items[0]
+    proposals = Proposals(stack("proposal_boxes"), stack("proposal_scores")) if stored else None
+    return Batch(stack("image"), stack("size"), targets, tuple(item["id"] for item in items), proposals)
 
 
-def _join_proposals(items: list[dict[str, Any]]) -> Proposals | None:
-    if "proposal_boxes" not in items[0]:
-        return None
-    boxes, scores = (
-        torch.stack([item[f"proposal_{name}"] for item in items]) for name in ("boxes", "scores")
-    )
-    return Proposals(boxes, scores)
+def write_sample_sheet(dataset: CanvasDataset, path: Path, samples: int = 12) -> None:
+    """Write the first epoch's views of ``samples`` images, spread over the data, as one picture.
+
+    Regions to ignore are shown as one more class, ``ignored``.
+    """
+    chosen = np.linspace(0, len(dataset) - 1, min(samples, len(dataset))).astype(int).tolist()
+    pictures = []
+    for index in chosen:
+        item = dataset[0, index]
+        names, regions = dataset.data.names, len(item["ignored"])
+        labels = np.concatenate([item["labels"].numpy(), np.full(regions, len(names))])
+        boxes = Detections(
+            boxes=np.concatenate([item["boxes"].numpy(), item["ignored"].numpy()]),
+            scores=np.ones(len(labels), np.float32),
+            labels=labels,
+            class_names=(*names, "ignored"),
+        )
+        pictures.append(draw(item["image"].numpy(), boxes, scores=False))
+    contact_sheet(pictures, path)
+
+
+# Which images stand in which batch of an epoch, and in whose part of it.
+
+
+class EpochSampler:
+    """Batches of (epoch, index) keys, in an order drawn from (seed, epoch): no image twice in an epoch.
+
+    A batch is shared by ``processes``; this yields the part of number ``rank``. ``batch_sizes`` says how
+    many images the batches have.
+    """
+
+    def __init__(self, images: int, batch: int, seed: int, rank: int = 0, processes: int = 1) -> None:
+        self.images, self.batch, self.seed, self.epoch = images, batch, seed, 0
+        self.rank, self.processes = rank, processes
+        self.sizes = batch_sizes(images, batch, processes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch, -1))
+        order = torch.randperm(self.images, generator=generator).tolist()
+        start = 0
+        for size in self.sizes:
+            first, end = (start + size * number // self.processes for number in (self.rank, self.rank + 1))
+            yield [(self.epoch, index) for index in order[first:end]]
+            start += size
+
+
+def batch_sizes(images: int, batch: int, processes: int = 1) -> tuple[int, ...]:
+    """The number of images in each batch of an epoch.
+
+    Alone, all have ``batch``, and what is left over waits for another epoch: it is other images each time.
+    Several ``processes`` see every image: as many batches as that takes, of sizes that differ by one at
+    most, so that none is left with a single image, and each with one for every process at least.
+    """
+    if processes == 1:
+        return (min(batch, images),) * max(1, images // batch)
+    count = max(1, min(-(-images // batch), images // processes))
+    return tuple(images * (number + 1) // count - images * number // count for number in range(count))
+
+
+def seed_of(seed: int, epoch: int, index: int) -> int:
+    """A seed for image ``index`` in ``epoch`` of a training with ``seed``; -1 for the epoch as a whole."""
+    return int(np.random.SeedSequence([seed, epoch, index + 1]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def build_loader(

@@ -1,22 +1,229 @@
-"""What the processes of one training tell each other; alone, all of it costs a look at a variable.
+"""Several processes that train one model: how they meet and part, what they tell each other, what they share.
 
-``launch.py`` brings them together. Every function that names "all processes" has to be called by all of
-them in the same order, or they wait for each other until a timeout.
+Each runs the same command; torchrun's environment variables tell it which one it is. They talk through
+gloo, on CUDA through NCCL besides. When one of them fails, its own line is the only one: it says so in
+the store before its connections close, and whoever waits for it finds that and is quiet.
+
+Alone, all of this costs a look at a variable. Every function that names "all processes" has to be called
+by all of them in the same order, or they wait for each other until a timeout.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, cast
+import dataclasses
+import inspect
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-_Value = TypeVar("_Value")
+from anchorline.data.dataset import Dataset
+from anchorline.evaluation.evaluate import Detect, report_detections, run_detector, to_dataset_labels
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.io.errors import SettingsError, TrainingError
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+    from anchorline.train.data.dataset import Batch
+
+# No process waits longer for another one. Validation and proposals keep step after every batch; what is
+# left are checkpoints, the summary of the data and the metrics, which the main process makes alone.
+TIMEOUT = timedelta(minutes=30)
+
+_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_Item = TypeVar("_Item")
 
 _stop_wanted = False
+
+
+class OtherProcessError(TrainingError):
+    """Another process of the training has failed and reports why; this one has nothing to add."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of ``processes`` this one is, among all and on its machine."""
+
+    rank: int = 0
+    local_rank: int = 0
+    processes: int = 1
+
+
+def place() -> Place:
+    """This process's place by the environment of torchrun; raises ``SettingsError`` for half of one."""
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+        return Place()
+    missing = [name for name in _VARIABLES if not os.environ.get(name)]
+    if missing:
+        raise SettingsError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} and {missing[0]} is not set; expected the environment "
+            "of torchrun: start with torchrun -m anchorline train, or unset WORLD_SIZE"
+        )
+    for name in _VARIABLES[:3]:
+        if not os.environ[name].isdecimal():
+            raise SettingsError(
+                f"{name} is {os.environ[name]!r}; expected a whole number; start with torchrun"
+            )
+    rank, local_rank, processes = (int(os.environ[name]) for name in _VARIABLES[:3])
+    if not rank < processes:
+        raise SettingsError(
+            f"RANK is {rank}, WORLD_SIZE {processes}; expected a rank from 0 to {processes - 1}; "
+            "start with torchrun"
+        )
+    return Place(rank, local_rank, processes)
+
+
+@contextlib.contextmanager
+def joined_processes(device: str = "auto") -> Iterator[None]:
+    """Train together with the other processes that torchrun has started; alone, do nothing.
+
+    Inside, SIGINT and SIGTERM stop all processes where they next agree on something; while a process waits
+    for the others to join, they end it at once. When one process raises, the others raise
+    ``OtherProcessError``, and all leave together otherwise. Inside another such block, or where the caller
+    has set up ``torch.distributed`` itself, nothing is done either.
+    """
+    mine = place()
+    if mine.processes == 1 or (dist.is_available() and dist.is_initialized()):
+        yield
+        return
+    # While PyTorch waits in C++, a handler of Python's would wait as long: the system's action ends it.
+    with _stop_signals(signal.SIG_DFL, ignored_too=False):
+        store = _store(mine)
+    try:
+        with _stop_signals(signal.SIG_DFL, ignored_too=False):
+            _join(store, mine, device)
+        want_stop(False)
+        with _stop_signals(lambda *_: want_stop(), ignored_too=True):  # none leaves alone in mid-step
+            yield
+            wait_for_all()
+    except BaseException as error:
+        try:
+            is_first_to_end = store.add("ended", 1) == 1
+        except RuntimeError:  # the store went with the process that held it
+            is_first_to_end = False
+        if not is_first_to_end:
+            raise OtherProcessError(
+                "another process of the training has failed; its message says why"
+            ) from error
+        # A connection has closed: gloo raises a plain RuntimeError.
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            raise TrainingError(
+                "another process of the training has ended without a message; it was killed, as for want of "
+                "memory, or its machine is gone: go on from the last full epoch with --resume"
+            ) from None
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _store(mine: Place) -> Store:
+    if not dist.is_available():
+        raise SettingsError(
+            f"WORLD_SIZE is {mine.processes}, and this build of PyTorch is without torch.distributed; "
+            "expected one process"
+        )
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise TrainingError(
+            f"process {mine.rank} of {mine.processes} cannot reach the others at {address} ({reason}); "
+            "check MASTER_ADDR and the network between the machines"
+        ) from None
+    return PrefixStore(f"anchorline/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _join(store: Store, mine: Place, device: str) -> None:
+    on_cuda = _uses_cuda(device)
+    if on_cuda:
+        torch.cuda.set_device(own_cuda_device(device, mine))
+    # Objects and figures go through gloo in either case, so that they need no room on the GPU.
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+        store=store,
+        rank=mine.rank,
+        world_size=mine.processes,
+        timeout=TIMEOUT,
+    )
+
+
+@contextlib.contextmanager
+def _stop_signals(handler: Any, *, ignored_too: bool) -> Iterator[None]:
+    """Have SIGINT and SIGTERM handled so, in the main thread, which alone may choose.
+
+    Unless ``ignored_too``, one that is ignored, as in a job of ``nohup``, stays so.
+    """
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            if ignored_too or signal.getsignal(kind) is not signal.SIG_IGN:
+                before[kind] = signal.signal(kind, handler)
+    try:
+        yield
+    finally:
+        for kind, earlier in before.items():
+            signal.signal(kind, earlier)
+
+
+# The device of each process.
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is CUDA where there is one. Raises ``SettingsError``.
+
+    Of several processes each takes the GPU of its rank on the machine.
+    """
+    if process_count() > 1 and _uses_cuda(name):
+        return own_cuda_device(name, place())
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # which the device "meta" cannot
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise SettingsError(
+            f"device {name!r} cannot be used ({reason}); expected auto, cpu or cuda"
+        ) from None
+    return device
+
+
+def _uses_cuda(device: str) -> bool:
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+
+
+def own_cuda_device(device: str, mine: Place) -> torch.device:
+    """The GPU of this process, by its rank on the machine; raises ``SettingsError`` without one."""
+    if device not in ("auto", "cuda"):
+        raise SettingsError(
+            f"device is {device!r} for {mine.processes} processes; expected 'cuda', of which each process "
+            "takes its own by LOCAL_RANK, or 'cpu'"
+        )
+    count = torch.cuda.device_count()
+    if mine.local_rank >= count:
+        raise SettingsError(
+            f"process {mine.local_rank} of this machine (from 0) has no GPU of its own, there are {count}; "
+            f"expected at most {count} with --nproc-per-node, or --device cpu"
+        )
+    return torch.device("cuda", mine.local_rank)
+
+
+# What the processes tell each other.
 
 
 def process_count() -> int:
@@ -56,16 +263,16 @@ def first_on_each_machine(local_rank: int) -> Iterator[None]:
         wait_for_all()
 
 
-def from_main(make: Callable[[], _Value]) -> _Value:
+def from_main(make: Callable[[], _Item]) -> _Item:
     """What ``make`` returns in the main process, where alone it is called, in all of them."""
     if process_count() == 1:
         return make()
     box: list[Any] = [make() if is_main() else None]
     dist.broadcast_object_list(box, src=0)
-    return cast(_Value, box[0])
+    return cast(_Item, box[0])
 
 
-def gather(value: _Value) -> list[_Value]:
+def gather(value: _Item) -> list[_Item]:
     """The values of all processes by rank, in all of them; they agree on a stop here."""
     if process_count() == 1:
         return [value]
@@ -100,3 +307,92 @@ def mean_count(count: Tensor) -> Tensor:
     total = count.detach().clone()
     dist.all_reduce(total)
     return total.clamp(min=1) / process_count()
+
+
+# Detections that all processes share in.
+
+
+def own_share(items: Sequence[_Item], batch: int) -> list[_Item]:
+    """What stands in every ``process_count``-th batch of ``items``, beginning with this process's."""
+    starts = range(0, len(items), batch)[rank() :: process_count()]
+    return [item for start in starts for item in items[start : start + batch]]
+
+
+def run_shared(detect: Detect, data: Dataset, batch: int) -> Iterator[Detections]:
+    """The results for every image, in order and in all processes; each computes its ``own_share``.
+
+    The batches are those of ``run_detector``: a result does not depend on the number of processes. All
+    have to read to the end.
+    """
+    mine = own_share(data.images, batch)
+    batches = -(-len(data) // batch)
+    for turn in range(-(-batches // process_count())):
+        images = tuple(mine[turn * batch : (turn + 1) * batch])
+        found = list(run_detector(detect, dataclasses.replace(data, images=images), batch)) if images else []
+        for part in gather(found):
+            yield from part
+
+
+def shared_map50(detect: Detect, data: Dataset, batch: int, provider: str) -> float:
+    """The mAP50 of ``evaluate``, from detections that all processes share in."""
+    found = [to_dataset_labels(each, data) for each in run_shared(detect, data, batch)]
+    return from_main(lambda: report_detections(found, data, provider).map50)
+
+
+# One model in all processes.
+
+
+class _Losses(nn.Module):
+    """The losses of a model as a module's forward pass, as DDP wants them."""
+
+    def __init__(self, model: nn.Module, losses: Callable[[Batch], dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.model, self.losses = model, losses
+
+    def forward(self, batch: Batch | None) -> dict[str, Tensor]:
+        if batch is not None:
+            return self.losses(batch)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return {"nothing": 0.0 * torch.stack([parameter.sum() for parameter in trained]).sum()}
+
+
+def shared_losses(model: nn.Module, losses: Callable[[Batch], dict[str, Tensor]]) -> DistributedDataParallel:
+    """``losses`` of ``model`` on each process's part of a batch; the backward pass averages the gradients.
+
+    Divided by ``mean_count``, they have the gradients that one process has with the whole batch.
+    """
+    # Buffers are the same everywhere, frozen or kept in step by SyncBatchNorm: sending them costs alone.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    before = "broadcast_buffers"  # the name of older versions of PyTorch
+    unsent: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else before: False}
+    parallel = DistributedDataParallel(_Losses(model, losses), **unsent)
+    # DDP lays out its buckets anew after the first backward pass, and the last bits of a sum over three or
+    # more processes depend on the layout: a resumed run would not sum as one that was not interrupted.
+    # So the first pass is one that does nothing.
+    parallel(None)["nothing"].backward()
+    parallel.zero_grad(set_to_none=True)
+    return parallel
+
+
+def synchronise_norms(model: nn.Module, device: torch.device) -> None:
+    """Have live batch norms take their statistics over all processes; alone, leave them as they are.
+
+    Raises ``SettingsError`` off CUDA, where PyTorch has no such norm: with statistics of its own part
+    of a batch each process would train another model.
+    """
+    live = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.BatchNorm2d  # FrozenBatchNorm derives from it
+    ]
+    if process_count() == 1 or not live:
+        return
+    if device.type != "cuda":
+        raise SettingsError(
+            f"the model has live batch norms, which {process_count()} processes on {device.type} cannot keep "
+            "in step (PyTorch does on CUDA alone); expected model.backbone_norm='frozen' and "
+            "model.box_convs=0, or one process"
+        )
+    for parent, name, child in live:
+        setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))

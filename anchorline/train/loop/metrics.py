@@ -1,14 +1,22 @@
-"""``metrics.csv``: one row per training step, and one per validation."""
+"""What a training keeps and shows of its steps: ``metrics.csv``, TensorBoard, the progress on stderr."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
 from anchorline.runtime.io.files import atomic_write_text
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 COLUMNS = (
     "step",
@@ -21,35 +29,57 @@ COLUMNS = (
     "loss_box",
     "map50",
 )
+SMOOTHING = 0.95
+SECONDS_BETWEEN_LINES = 30.0
 
 _NOT_OURS = "not the metrics of a training; remove the file, or train without --resume"
 
 
-class MetricsFile:
-    """Collects rows and writes the whole file at each ``flush``; empty cells where a row has no value.
+@dataclass(frozen=True)
+class StepReport:
+    """What a progress display may show: ``step`` of ``steps``, ``epoch``, rate, losses by name.
 
-    ``validation`` names the figure of the validations, and its column, the last one.
+    In a schedule of several phases steps and epochs count through, and ``phase`` names the present one.
+    """
+
+    step: int
+    steps: int
+    epoch: int
+    rate: float
+    losses: Mapping[str, float]
+    phase: str = ""
+
+
+Report = Callable[[StepReport], None]
+
+
+class MetricsFile:
+    """One row per step and one per validation; the whole file is written at each ``flush``.
+
+    Cells are empty where a row has no value. ``validation`` names the figure of the validations, and its
+    column, the last one. With ``open_board`` TensorBoard gets the same figures, as they come.
     """
 
     def __init__(self, path: Path, validation: str = "map50") -> None:
         self.path, self.validation = path, validation
         self.columns = (*COLUMNS[:-1], validation)
         self.rows: list[dict[str, str]] = []
+        self.board: SummaryWriter | None = None
 
     def add_step(self, step: int, epoch: int, rate: float, losses: Mapping[str, float]) -> None:
         """The losses of one step."""
-        figures = {"lr": rate, **losses}
-        self.rows.append(
-            {
-                "step": str(step),
-                "epoch": str(epoch),
-                **{name: f"{value:.6g}" for name, value in figures.items()},
-            }
-        )
+        self._add(step, epoch, {"lr": rate, **losses}, ".6g")
 
     def add_validation(self, step: int, epoch: int, value: float) -> None:
         """The accuracy after ``step``."""
-        self.rows.append({"step": str(step), "epoch": str(epoch), self.validation: f"{value:.5f}"})
+        self._add(step, epoch, {self.validation: value}, ".5f")
+
+    def _add(self, step: int, epoch: int, figures: Mapping[str, float], form: str) -> None:
+        texts = {name: format(value, form) for name, value in figures.items()}
+        self.rows.append({"step": str(step), "epoch": str(epoch), **texts})
+        if self.board is not None:
+            for name, value in figures.items():
+                self.board.add_scalar(name, value, step)
 
     def resume(self, step: int) -> None:
         """Take up the rows of an earlier run up to ``step``; raises ``ArtefactError`` for another file."""
@@ -66,6 +96,17 @@ class MetricsFile:
             raise ArtefactError(f"{self.path}: {_NOT_OURS}")
         self.rows = rows
 
+    def open_board(self, step: int = 0) -> None:
+        """Write event files too; what an earlier run has written there after ``step`` is hidden."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise SettingsError(
+                "training.tensorboard needs the package tensorboard; "
+                "pip install 'anchorline[tensorboard]', or leave the setting out"
+            ) from None
+        self.board = SummaryWriter(str(self.path.with_name("tensorboard")), purge_step=step + 1)
+
     def flush(self) -> None:
         """Write the file."""
         text = io.StringIO()
@@ -74,28 +115,78 @@ class MetricsFile:
         writer.writerows(self.rows)
         atomic_write_text(self.path, text.getvalue())
 
-
-class TensorBoard:
-    """The same figures as event files for TensorBoard, written as they come.
-
-    What an earlier run has written into ``folder`` after ``step`` is hidden, as in ``metrics.csv``.
-    """
-
-    def __init__(self, folder: Path, step: int = 0) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise SettingsError(
-                "training.tensorboard needs the package tensorboard; "
-                "pip install 'anchorline[tensorboard]', or leave the setting out"
-            ) from None
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1)
-
-    def add(self, step: int, figures: Mapping[str, float]) -> None:
-        """The figures of one step or validation."""
-        for name, value in figures.items():
-            self.writer.add_scalar(name, value, step)
-
     def close(self) -> None:
         """Write what is still in memory."""
-        self.writer.close()
+        self.flush()
+        if self.board is not None:
+            self.board.close()
+
+
+@contextlib.contextmanager
+def training_progress() -> Iterator[Report]:
+    """Yield a function that shows one step; a bar on a terminal, a line now and then elsewhere."""
+    from rich import progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _LinePrinter()
+        return
+    columns = (
+        progress.TextColumn("epoch {task.fields[epoch]}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[losses]}"),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+    )
+    smoothed: dict[str, float] = {}
+    bar = progress.Progress(*columns, console=console)
+    task = bar.add_task("training", total=None, epoch=0, losses="")
+
+    def show(report: StepReport) -> None:
+        bar.start()  # with the first step, so that what is said before stands above the bar
+        losses = _smooth(smoothed, report)
+        bar.update(task, completed=report.step, total=report.steps, epoch=report.epoch + 1, losses=losses)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
+
+
+class _LinePrinter:
+    """One line on stderr at the start, every half minute and at the end."""
+
+    def __init__(self) -> None:
+        self.smoothed: dict[str, float] = {}
+        self.started = time.monotonic()
+        self.first_step: int | None = None
+        self.next_line = 0.0
+
+    def __call__(self, report: StepReport) -> None:
+        if self.first_step is None:
+            self.first_step = report.step - 1
+        losses = _smooth(self.smoothed, report)
+        elapsed = time.monotonic() - self.started
+        if elapsed < self.next_line and report.step < report.steps:
+            return
+        self.next_line = elapsed + SECONDS_BETWEEN_LINES
+        left = elapsed / (report.step - self.first_step) * (report.steps - report.step)
+        print(
+            f"step {report.step}/{report.steps} epoch {report.epoch + 1} {losses} "
+            f"elapsed {elapsed:.0f} s, left {left:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _smooth(smoothed: dict[str, float], report: StepReport) -> str:
+    """Carry the ``smoothed`` losses on, and put them and the rate into words."""
+    for name in set(smoothed) - set(report.losses):  # of another phase
+        del smoothed[name]
+    for name, value in report.losses.items():
+        smoothed[name] = SMOOTHING * smoothed.get(name, value) + (1 - SMOOTHING) * value
+    losses = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in smoothed.items())
+    return f"{losses} rate {report.rate:.2g}"

@@ -72,15 +72,15 @@ def build_optimiser(model: FasterRCNN, settings: TrainingSettings) -> torch.opti
 
 
 def build_schedule(optimiser: torch.optim.Optimizer, settings: TrainingSettings, steps: int) -> LambdaLR:
-    """Linear warm-up, then ``settings.schedule`` over ``steps`` steps in all."""
+    """Linear warm-up, then ``settings.lr_schedule`` over ``steps`` steps in all."""
 
     def factor(step: int) -> float:
-        if settings.schedule == "one-cycle":
+        if settings.lr_schedule == "one-cycle":
             return _one_cycle(step / max(1, steps))
         done = min(1.0, step / settings.warmup_steps) if settings.warmup_steps else 1.0
         warmup = settings.warmup_factor + (1 - settings.warmup_factor) * done
         progress = min(1.0, step / max(1, steps))
-        if settings.schedule == "step":
+        if settings.lr_schedule == "step":
             return warmup * 0.1 ** sum(progress >= milestone for milestone in settings.milestones)
         return warmup * 0.5 * (1 + math.cos(math.pi * progress))
 

@@ -9,7 +9,7 @@ from anchorline.train.model.settings import Choices, Ranges, check_choices, chec
 _CHOICES: Choices = {
     "regime": ("joint", "alternating", "rpn-only", "fast-rcnn"),
     "optimiser": ("sgd", "adamw"),
-    "schedule": ("cosine", "step", "one-cycle"),
+    "lr_schedule": ("cosine", "step", "one-cycle"),
     "precision": ("fp32", "bf16", "fp16", "auto"),
     "pretrained_input": ("torchvision", "model"),
     "rpn_normalisation": ("drawn", "paper"),
@@ -24,6 +24,9 @@ _RANGES: Ranges = {
     "rpn_positive_iou rpn_negative_iou rpn_positive_fraction "
     "roi_positive_iou roi_background_iou roi_positive_fraction",
 }
+
+# Fields by the names they had before, in settings files and in the states of runs.
+RENAMED = {"schedule": "lr_schedule"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class TrainingSettings:
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly to its value."""
     warmup_factor: float = 0.01
-    schedule: str = "cosine"
+    lr_schedule: str = "cosine"
     """``cosine`` to zero, ``step`` (divided by 10 at the milestones), or ``one-cycle`` (up for 30 %, then
     down to zero; without the warm-up)."""
     milestones: tuple[float, ...] = (0.67, 0.9)

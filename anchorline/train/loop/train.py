@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anchorline.data.dataset import Dataset
 from anchorline.data.summary import DataSummary
+from anchorline.runtime.io.errors import DataError, SettingsError
 from anchorline.train.alternating import train_alternating
-from anchorline.train.loop.distributed import is_main, process_count
-from anchorline.train.loop.job import Job
-from anchorline.train.loop.launch import joined_processes
-from anchorline.train.loop.run_checks import check_data, check_processes, check_proposals, choose_device
-from anchorline.train.loop.trainer import PhaseResult, Plan, Report, StepReport, detection_losses, rpn_losses
+from anchorline.train.loop.distributed import choose_device, is_main, joined_processes, process_count
+from anchorline.train.loop.metrics import Report
+from anchorline.train.loop.trainer import PhaseConfig, Trainer, TrainResult
 from anchorline.train.settings import Settings
 
-__all__ = ["Report", "StepReport", "TrainResult", "train"]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Where the best checkpoint lies, and its mAP50 on the validation data (None without any).
-
-    ``recall`` is that of an RPN trained alone: of the validation's objects by its proposals, at IoU 0.5.
-    """
-
-    checkpoint: Path
-    steps: int
-    map50: float | None
-    interrupted: bool = False
-    recall: float | None = None
+# The parts of the model that a schedule of one phase trains.
+_PARTS = {
+    "joint": ("backbone", "rpn", "roi_heads"),
+    "rpn-only": ("backbone", "rpn"),
+    "fast-rcnn": ("backbone", "roi_heads"),
+}
 
 
 def train(
@@ -61,38 +49,81 @@ def train(
     with (without it, it is not). Raises ``TrainingError`` for a loss that is not finite, naming the
     images; the last good checkpoint stays.
 
-    Started by torchrun, the processes train one model together (``launch.joined_processes``): all return
-    the same, the main one alone reports and writes. ``training.batch`` images are those of all of them.
+    Started by torchrun, the processes train one model together (``distributed.joined_processes``): all
+    return the same, the main one alone reports and writes. ``training.batch`` images are those of all of
+    them.
     """
     regime = settings.training.regime
     with joined_processes(device):
         check_data(data, validation)
         check_processes(data, settings.training.batch, process_count())
         check_proposals(regime, proposals, validation is not None, validation_proposals)
-        job = Job(
-            *(settings, data, out, validation, choose_device(device), dict(source or {})),
-            *(backbone_weights, report if is_main() else None, show_data, proposals, validation_proposals),
+        phase = PhaseConfig(
+            settings=settings,
+            data=data,
+            device=choose_device(device),
+            folder=out,
+            checkpoint=out / "model.safetensors",
+            epochs=settings.training.epochs,
+            proposals=proposals,
+            backbone_weights=backbone_weights,
+            parts=_PARTS.get(regime, ()),
+            validation=validation,
+            validation_proposals=validation_proposals,
+            source=source or {},
+            report=report if is_main() else None,
         )
-        result = train_alternating(job, resume) if regime == "alternating" else _train_at_once(job, resume)
-    best = {"recall" if regime == "rpn-only" else "map50": result.best}
-    return TrainResult(
-        result.checkpoint, result.steps, best.get("map50"), result.interrupted, best.get("recall")
-    )
+        if regime == "alternating":
+            return train_alternating(phase, resume, show_data)
+        trainer = Trainer(phase, resume)
+        trainer.begin(out, show_data)
+        return trainer.run()
 
 
-def _train_at_once(job: Job, resume: bool) -> PhaseResult:
-    """The schedules of one phase: joint, the RPN alone, the detection head alone."""
-    regime, folder = job.settings.training.regime, job.out
-    plan = Plan(folder, folder / "model.safetensors", job.settings.training.epochs)
-    task = "detections"
-    if regime == "rpn-only":
-        task, parts = "proposals", ("backbone", "rpn")
-        plan = dataclasses.replace(plan, losses=rpn_losses, parts=parts, metric="recall50")
-    elif regime == "fast-rcnn":
-        parts = ("backbone", "roi_heads")
-        plan = dataclasses.replace(plan, losses=detection_losses, parts=parts, needs_proposals=True)
-    phase = job.phase(plan, task, None if resume else job.pretrained(), job.proposals)
-    if resume:
-        phase.resume()
-    job.begin(phase)
-    return phase.train(job.report)
+def check_data(data: Dataset, validation: Dataset | None) -> None:
+    """Raise ``DataError`` unless there is something to learn, and to measure in the classes learnt."""
+    for each, use in ((data, "train on"), (validation, "validate with")):
+        # Difficult objects and crowds are neither learnt nor counted.
+        if each is not None and all((image.difficult | image.crowd).all() for image in each):
+            raise DataError(f"{each.spec}: holds no labelled object; expected at least one box to {use}")
+    unknown = sorted(set(validation.names) - set(data.names)) if validation is not None else []
+    if validation is not None and unknown:
+        raise DataError(
+            f"{validation.spec}: has the class {unknown[0]!r}, {data.spec} has only "
+            f"{', '.join(data.names)}; validate with data of the trained classes"
+        )
+
+
+def check_proposals(
+    regime: str, proposals: Path | None, validates: bool, validation_proposals: Path | None
+) -> None:
+    """Raise ``SettingsError`` unless files of stored proposals are given where the schedule uses them."""
+    if regime == "fast-rcnn" and proposals is None:
+        raise SettingsError(
+            "schedule 'fast-rcnn' trains on stored proposals and none are given; expected --proposals FILE, "
+            "as anchorline proposals writes it"
+        )
+    if regime != "fast-rcnn" and (proposals is not None or validation_proposals is not None):
+        raise SettingsError(
+            f"stored proposals are given, and schedule {regime!r} makes its own; "
+            "expected them with --schedule fast-rcnn only"
+        )
+    if validation_proposals is not None and not validates:
+        raise SettingsError(
+            f"{validation_proposals}: proposals for validation are given without validation data; "
+            "expected --val SPEC with --val-proposals"
+        )
+
+
+def check_processes(data: Dataset, batch: int, processes: int) -> None:
+    """Raise ``SettingsError`` where one of several processes would have no image in a batch or an epoch."""
+    if processes > 1 and batch < processes:
+        raise SettingsError(
+            f"training.batch is {batch}, which {processes} processes share; expected one image for each at "
+            f"least: training.batch={processes}, or --nproc-per-node {batch}"
+        )
+    if processes > 1 and len(data) < processes:
+        raise SettingsError(
+            f"{data.spec}: has {len(data)} images for {processes} processes; expected at least one for each: "
+            f"--nproc-per-node {len(data)}"
+        )

@@ -23,9 +23,10 @@ from anchorline.data.dataset import Dataset
 from anchorline.data.synthetic import synthetic_dataset
 from anchorline.evaluation.evaluate import run_detector
 from anchorline.runtime.io.errors import AnchorlineError, DataError
-from anchorline.train.loop.shared_detection import run_shared
-from anchorline.train.loop.train import StepReport, train
-from anchorline.train.loop.trainer import Stepper
+from anchorline.train.loop.distributed import run_shared
+from anchorline.train.loop.metrics import StepReport
+from anchorline.train.loop.train import train
+from anchorline.train.loop.trainer import Trainer
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.proposing import load_rpn
 from anchorline.train.settings import Settings
@@ -69,7 +70,7 @@ def trained(
 
 def proposed(checkpoint: Path, cases: list[tuple[int, int]]) -> list[dict[str, Any]]:
     """The proposals of an RPN, shared and by this process alone, for each number of images and batch."""
-    from anchorline.train.loop.launch import joined_processes
+    from anchorline.train.loop.distributed import joined_processes
 
     detect, found = load_rpn(checkpoint).batch, []
     with joined_processes("cpu"):
@@ -83,7 +84,7 @@ def proposed(checkpoint: Path, cases: list[tuple[int, int]]) -> list[dict[str, A
 
 def waiting() -> None:
     """Join other processes, who never come; a file ``.joining`` appears when PyTorch waits for them."""
-    from anchorline.train.loop.launch import joined_processes
+    from anchorline.train.loop.distributed import joined_processes
 
     module = importlib.import_module("torch.distributed.rendezvous")
     real = module.rendezvous
@@ -109,13 +110,13 @@ def commanded(arguments: list[str], fault: str = "") -> int:
 def record_images() -> list[list[str]]:
     """The ids of the images of each step of this process, filled while it trains."""
     seen: list[list[str]] = []
-    step = Stepper.step
+    step = Trainer.train_step
 
-    def recorded(self: Stepper, batches: Any) -> dict[str, float]:
+    def recorded(self: Trainer, batches: Any) -> dict[str, float]:
         seen.append([id for batch in batches for id in batch.ids])
         return step(self, batches)
 
-    Stepper.step = recorded  # type: ignore[method-assign]
+    Trainer.train_step = recorded  # type: ignore[method-assign]
     return seen
 
 

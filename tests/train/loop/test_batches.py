@@ -22,12 +22,12 @@ from anchorline.runtime.io.errors import DataError
 from anchorline.train.data.dataset import (
     Batch,
     CanvasDataset,
+    EpochSampler,
     build_loader,
     collate,
     read_batches,
     single_threaded_opencv,
 )
-from anchorline.train.data.sampler import EpochSampler
 from anchorline.train.loop.settings import TrainingSettings
 
 CANVAS = (64, 96)

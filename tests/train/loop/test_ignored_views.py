@@ -19,8 +19,13 @@ from torchvision import tv_tensors
 
 from anchorline.data.dataset import Dataset, LabelledImage
 from anchorline.runtime.contract import ResizeRule
-from anchorline.train.data.dataset import CanvasDataset, build_loader, collate, read_batches
-from anchorline.train.data.sample_sheet import write_sample_sheet
+from anchorline.train.data.dataset import (
+    CanvasDataset,
+    build_loader,
+    collate,
+    read_batches,
+    write_sample_sheet,
+)
 from anchorline.train.data.transforms import RandomZoom, build_transforms
 from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.loop.train import train

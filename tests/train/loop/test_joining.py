@@ -20,12 +20,17 @@ from torch import nn
 
 from anchorline.data.dataset import Dataset
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.train.data.sampler import EpochSampler, batch_sizes
-from anchorline.train.loop import data_parallel, distributed, shared_detection
-from anchorline.train.loop.data_parallel import synchronise_norms
-from anchorline.train.loop.launch import Place, joined_processes, own_cuda_device, place
-from anchorline.train.loop.run_checks import check_processes
-from anchorline.train.loop.shared_detection import own_share
+from anchorline.train.data.dataset import EpochSampler, batch_sizes
+from anchorline.train.loop import distributed
+from anchorline.train.loop.distributed import (
+    Place,
+    joined_processes,
+    own_cuda_device,
+    own_share,
+    place,
+    synchronise_norms,
+)
+from anchorline.train.loop.train import check_processes
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.settings import Settings
 
@@ -156,7 +161,7 @@ def test_live_norms_are_kept_in_step_on_cuda_alone(
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     synchronise_norms(live, cpu)  # alone
     assert any(type(module) is nn.BatchNorm2d for module in live.modules())
-    monkeypatch.setattr(data_parallel, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "process_count", lambda: 2)
     with pytest.raises(
         SettingsError, match=r"live batch norms, which 2 processes on cpu cannot keep in step"
     ):
@@ -171,8 +176,8 @@ def test_live_norms_are_kept_in_step_on_cuda_alone(
 
 @pytest.mark.parametrize(("rank", "share"), [(0, [0, 1, 6]), (1, [2, 3]), (2, [4, 5])])
 def test_whole_batches_are_dealt_out(monkeypatch: pytest.MonkeyPatch, rank: int, share: list[int]) -> None:
-    monkeypatch.setattr(shared_detection, "process_count", lambda: 3)
-    monkeypatch.setattr(shared_detection, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "process_count", lambda: 3)
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
     assert own_share(range(7), 2) == share
 
 

@@ -33,12 +33,12 @@ def rates(steps: int, **training: object) -> list[float]:
 
 
 def test_warm_up_is_linear() -> None:
-    found = rates(1000, warmup_steps=4, warmup_factor=0.2, schedule="step", milestones=(1.0,))
+    found = rates(1000, warmup_steps=4, warmup_factor=0.2, lr_schedule="step", milestones=(1.0,))
     assert found[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
 
 
 def test_without_warm_up_the_first_step_has_the_full_rate() -> None:
-    assert rates(10, warmup_steps=0, schedule="step", milestones=(1.0,))[:2] == [1.0, 1.0]
+    assert rates(10, warmup_steps=0, lr_schedule="step", milestones=(1.0,))[:2] == [1.0, 1.0]
 
 
 def test_cosine_falls_from_one_to_zero() -> None:
@@ -59,7 +59,7 @@ def test_warm_up_and_cosine_multiply() -> None:
 
 
 def test_steps_divide_by_ten_at_the_milestones() -> None:
-    found = rates(10, warmup_steps=0, schedule="step", milestones=(0.5, 0.8))
+    found = rates(10, warmup_steps=0, lr_schedule="step", milestones=(0.5, 0.8))
     assert found == pytest.approx([1.0] * 5 + [0.1] * 3 + [0.01] * 2)
 
 

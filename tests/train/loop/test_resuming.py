@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from anchorline.data.dataset import Dataset
 from anchorline.runtime.io.errors import ArtefactError
 from anchorline.train.checkpoint import load_checkpoint
-from anchorline.train.loop import job
+from anchorline.train.loop import trainer
 from anchorline.train.loop.train import train
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.settings import Settings
@@ -106,12 +106,12 @@ def scripted_accuracy(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> l
     """Validations report ``values``; returns the list of the weights that they will have seen."""
     seen: list[dict[str, Tensor]] = []
 
-    def evaluate(detect: Any, data: Dataset, batch: int, provider: str) -> Any:
+    def map50(detect: Any, data: Dataset, batch: int, provider: str) -> float:
         model: nn.Module = detect.__self__.model
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return type("Report", (), {"map50": values[len(seen) - 1]})
+        return values[len(seen) - 1]
 
-    monkeypatch.setattr(job, "evaluate", evaluate)
+    monkeypatch.setattr(trainer, "shared_map50", map50)
     return seen
 
 
@@ -197,6 +197,23 @@ def test_resuming_with_other_settings(
     tiny: MakeSettings, scenes: Dataset, finished: Path, changes: dict[str, object], named: str
 ) -> None:
     check_resume_fails(tiny(**{"epochs": 1, **changes}), scenes, finished, named)
+
+
+def test_a_state_with_a_setting_s_former_name_goes_on_in_silence(
+    tiny: MakeSettings,
+    scenes: Dataset,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = copy_of(finished, tmp_path)
+    state = out / "last" / "state.pt"
+    saved = torch.load(state, weights_only=True)
+    saved["progress"] = saved["progress"].replace('"lr_schedule": "cosine"', '"schedule": "cosine"')
+    torch.save(saved, state)
+    train(tiny(epochs=1), scenes, out, resume=True)
+    assert capsys.readouterr().err == ""
+    check_resume_fails(tiny(epochs=1, lr_schedule="step"), scenes, out, "training.lr_schedule = 'cosine'")
 
 
 def test_resuming_with_other_data(tiny: MakeSettings, scenes: Dataset, finished: Path) -> None:

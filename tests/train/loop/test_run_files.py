@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
-from anchorline.train.loop.metrics import COLUMNS, MetricsFile
+from anchorline.train.loop.distributed import choose_device
+from anchorline.train.loop.metrics import COLUMNS, MetricsFile, StepReport, training_progress
 from anchorline.train.loop.optim import autocast, computes_bf16
-from anchorline.train.loop.progress import training_progress
-from anchorline.train.loop.run_checks import choose_device, first_not_finite, not_finite
-from anchorline.train.loop.train import StepReport
+from anchorline.train.loop.trainer import NotFiniteError, check_finite
 
 LOSSES = {
     "loss": 4.25,
@@ -128,8 +127,6 @@ def test_a_device_that_is_not_there_is_one_line(name: str) -> None:
 
 
 def test_numbers_that_are_not_finite_are_named() -> None:
-    assert not_finite({"a": 1.0, "b": float("nan"), "c": float("-inf")}) == "b nan, c -inf"
-    assert not_finite({"a": 1.0}) == ""
-    tensors = {"x": torch.ones(2), "n": torch.tensor(3), "y": torch.tensor([1.0, float("inf")])}
-    assert first_not_finite(tensors) == "y"
-    assert first_not_finite({"x": torch.ones(2)}) == ""
+    with pytest.raises(NotFiniteError, match=r"^b nan, c -inf$"):
+        check_finite({"a": 1.0, "b": float("nan"), "c": float("-inf")})
+    check_finite({"a": 1.0})

@@ -16,10 +16,10 @@ from anchorline.data.dataset import Dataset, LabelledImage
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import SettingsError
 from anchorline.train.data.dataset import Batch, CanvasDataset, collate, groups
-from anchorline.train.loop import job
+from anchorline.train.loop import trainer
 from anchorline.train.loop.optim import build_schedule
 from anchorline.train.loop.train import train
-from anchorline.train.loop.trainer import NotFiniteError, Stepper
+from anchorline.train.loop.trainer import NotFiniteError, PhaseConfig, Trainer
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.settings import Settings
 
@@ -36,21 +36,26 @@ def batch_of(settings: Settings, data: Dataset, indices: list[int]) -> Batch:
     return collate([views[0, index] for index in indices])
 
 
+def trainer_of(settings: Settings, data: Dataset) -> Trainer:
+    made = Trainer(PhaseConfig(settings, data, CPU, Path(), Path(), epochs=10))
+    made.model.train()
+    return made
+
+
 def after_one_step(
-    settings: Settings, batches: list[Batch]
+    settings: Settings, data: Dataset, batches: list[Batch]
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    torch.manual_seed(0)
-    model = FasterRCNN(settings.model, 5).train()
-    losses = Stepper(model, settings.training, 10, CPU).step(batches)
-    return model.state_dict(), losses
+    made = trainer_of(settings, data)
+    losses = made.train_step(batches)
+    return made.model.state_dict(), losses
 
 
 def test_four_batches_of_two_make_the_step_of_one_of_eight(tiny: MakeSettings, scenes: Dataset) -> None:
     # Every anchor slot can be filled, so that each image weighs the same in both; SGD without warm-up.
     settings = frozen(tiny, warmup_steps=0, rpn_samples=32, roi_samples=8, clip_norm=0.0)
-    whole, whole_losses = after_one_step(settings, [batch_of(settings, scenes, list(range(8)))])
+    whole, whole_losses = after_one_step(settings, scenes, [batch_of(settings, scenes, list(range(8)))])
     parts = [batch_of(settings, scenes, [start, start + 1]) for start in range(0, 8, 2)]
-    added, added_losses = after_one_step(settings, parts)
+    added, added_losses = after_one_step(settings, scenes, parts)
     assert added_losses == pytest.approx(whole_losses, rel=1e-4)
     torch.manual_seed(0)
     start = FasterRCNN(settings.model, 5).state_dict()
@@ -82,18 +87,18 @@ def test_accumulated_steps_are_counted(tiny: MakeSettings, scenes: Dataset, tmp_
 
 def test_a_step_that_is_not_finite_changes_nothing(tiny: MakeSettings, scenes: Dataset) -> None:
     settings = frozen(tiny)
-    model = FasterRCNN(settings.model, 5).train()
-    stepper = Stepper(model, settings.training, 10, CPU)
+    made = trainer_of(settings, scenes)
+    model = made.model
     with torch.no_grad():
         model.rpn.head.cls_logits.bias.fill_(torch.inf)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(NotFiniteError, match="loss"):
-        stepper.step([batch_of(settings, scenes, [0, 1])])
+        made.train_step([batch_of(settings, scenes, [0, 1])])
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_one_cycle_rises_for_three_tenths_and_falls_to_zero(tiny: MakeSettings) -> None:
-    settings = tiny(schedule="one-cycle", learning_rate=1.0).training
+    settings = tiny(lr_schedule="one-cycle", learning_rate=1.0).training
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = build_schedule(optimiser, settings, 100)
     rates = []
@@ -115,10 +120,7 @@ def test_patience_ends_a_run_that_gets_no_better(
 ) -> None:
     figures = iter([0.1, 0.3, 0.2, 0.25, 0.9])
 
-    def evaluate(*_: object, **__: object) -> object:
-        return type("Report", (), {"map50": next(figures)})()
-
-    monkeypatch.setattr(job, "evaluate", evaluate)
+    monkeypatch.setattr(trainer, "shared_map50", lambda *_: next(figures))
     settings = tiny(epochs=9, batch=2, validate_every=1, patience=2)
     few = dataclasses.replace(scenes, images=scenes.images[:4])
     result = train(settings, few, tmp_path / "run", validation=few)

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from anchorline.data.dataset import Dataset
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.train.loop.metrics import COLUMNS, TensorBoard
+from anchorline.train.loop.metrics import COLUMNS, MetricsFile
 from anchorline.train.loop.train import train
 from anchorline.train.settings import Settings
 
@@ -73,10 +73,11 @@ def test_a_resumed_run_hides_the_steps_it_takes_again(
 
 def test_a_new_run_in_the_same_folder_hides_the_old_one(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
-        board = TensorBoard(tmp_path)
-        board.add(1, {"loss": value})
-        board.close()
-    assert read_events(tmp_path) == {"loss": [(1, 2.0)]}
+        metrics = MetricsFile(tmp_path / "metrics.csv")
+        metrics.open_board()
+        metrics.add_validation(1, 1, value)
+        metrics.close()
+    assert read_events(tmp_path / "tensorboard") == {"map50": [(1, 2.0)]}
 
 
 def test_without_the_package_the_error_names_the_extra(

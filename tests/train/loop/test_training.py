@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from anchorline.data.boxes import iou_matrix
 from anchorline.data.dataset import Dataset
 from anchorline.train.checkpoint import read_header
-from anchorline.train.loop.train import StepReport, TrainResult, train
+from anchorline.train.loop.metrics import StepReport
+from anchorline.train.loop.train import train
+from anchorline.train.loop.trainer import TrainResult
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.predict import TorchDetector
 from anchorline.train.settings import Settings

@@ -25,9 +25,9 @@ from anchorline.runtime.io.errors import (
     TrainingError,
 )
 from anchorline.train.checkpoint import load_checkpoint
-from anchorline.train.data.dataset import CanvasDataset
-from anchorline.train.data.sampler import EpochSampler
-from anchorline.train.loop.train import StepReport, train
+from anchorline.train.data.dataset import CanvasDataset, EpochSampler
+from anchorline.train.loop.metrics import StepReport
+from anchorline.train.loop.train import train
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.settings import Settings
 
