@@ -3,44 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 from anchorline.doctor.machine import Machine, numbers
 
-# What the doctor found: a problem or a note, each with its remedy.
-
-
-@dataclass(frozen=True)
-class Finding:
-    """``problem``: something does not work or will break; ``note``: worth knowing, nothing more."""
-
-    level: Literal["problem", "note"]
-    text: str
-    remedy: str
-
-    def to_json(self) -> dict[str, str]:
-        """Plain values for ``files.write_json``."""
-        return asdict(self)
-
-
 OPENCV = (
-    "opencv-python",
-    "opencv-python-headless",
-    "opencv-contrib-python",
-    "opencv-contrib-python-headless",
-)
+    "opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless",
+)  # fmt: skip
 ONNXRUNTIMES = (
-    "onnxruntime",
-    "onnxruntime-directml",
-    "onnxruntime-gpu",
-    "onnxruntime-migraphx",
-    "onnxruntime-openvino",
-    "onnxruntime-qnn",
-    "onnxruntime-rocm",
-    "onnxruntime-training",
-)
+    "onnxruntime", "onnxruntime-directml", "onnxruntime-gpu", "onnxruntime-migraphx", "onnxruntime-openvino",
+    "onnxruntime-qnn", "onnxruntime-rocm", "onnxruntime-training",
+)  # fmt: skip
 """Distributions that all install the module ``onnxruntime``."""
 OLDEST_DRIVER = {12: "525", 13: "580"}
 """The oldest driver for a CUDA major version, from NVIDIA's table of minor version compatibility."""
@@ -52,46 +27,20 @@ _CUDA_VERSIONED = ("cuda-bindings", "cuda-python", "cuda-toolkit", "nvidia-cuda-
 _PLACEHOLDER = (0, 0)  # nvidia-cublas-cu13 0.0.1 and its like are empty
 
 
+@dataclass(frozen=True)
+class Finding:
+    """``problem``: something does not work or will break; ``note``: worth knowing, nothing more."""
+
+    level: Literal["problem", "note"]
+    text: str
+    remedy: str
+
+
 def find_conflicts(machine: Machine) -> list[Finding]:
     """All findings about a machine, problems first."""
-    found = [finding for check in _CHECKS for finding in check(machine)]
+    checks = (_broken_imports, _installed_twice, _cuda_mixed, _driver, _tensorrt_parts, _half_a_pair)
+    found = [finding for check in checks for finding in check(machine)]
     return sorted(found, key=lambda each: each.level != "problem")
-
-
-def _opencv_twice(machine: Machine) -> Iterator[Finding]:
-    there = _installed(machine, OPENCV)
-    if len(there) < 2:
-        return
-    culprits = [
-        f"{requirer} {machine.packages[requirer]} requires {name}"
-        for name in there
-        for requirer in machine.requirers.get(name, ())
-        if name != "opencv-python-headless"
-    ]
-    remedy = f"pip uninstall -y {' '.join(there)}, then pip install opencv-python-headless"
-    if culprits:
-        remedy += f"; it will come back, because {', '.join(culprits)}"
-        if any(culprit.startswith("supervision ") for culprit in culprits):
-            remedy += "; upgrade it first: pip install 'supervision>=0.30'"  # which no longer requires it
-    yield Finding(
-        "problem",
-        f"OpenCV is installed {len(there)} times: {_listed(machine, there)}; one overwrites the other",
-        remedy,
-    )
-
-
-def _onnxruntime_twice(machine: Machine) -> Iterator[Finding]:
-    there = _installed(machine, ONNXRUNTIMES)
-    if len(there) < 2:
-        return
-    wanted = next((name for name in there if name != "onnxruntime"), "onnxruntime")
-    keep = wanted if machine.gpu.gpus or "onnxruntime" not in there else "onnxruntime"
-    yield Finding(
-        "problem",
-        f"onnxruntime is installed {len(there)} times: {_listed(machine, there)}; they install the same "
-        "files, and the later one broke the earlier",
-        f"pip uninstall -y {' '.join(there)}, then pip install {keep}",
-    )
 
 
 def _broken_imports(machine: Machine) -> Iterator[Finding]:
@@ -117,18 +66,42 @@ def _broken_imports(machine: Machine) -> Iterator[Finding]:
         yield Finding("problem", f"{module} cannot be imported: {reason}", remedy)
 
 
+def _installed_twice(machine: Machine) -> Iterator[Finding]:
+    opencv, runtimes = _installed(machine, OPENCV), _installed(machine, ONNXRUNTIMES)
+    if len(opencv) > 1:
+        remedy = f"pip uninstall -y {' '.join(opencv)}, then pip install opencv-python-headless"
+        culprits = [
+            f"{requirer} {machine.packages[requirer]} requires {name}"
+            for name in opencv
+            for requirer in machine.requirers.get(name, ())
+            if name != "opencv-python-headless"
+        ]
+        if culprits:
+            remedy += f"; it will come back, because {', '.join(culprits)}"
+        if any(culprit.startswith("supervision ") for culprit in culprits):
+            remedy += "; upgrade it first: pip install 'supervision>=0.30'"  # which no longer requires it
+        there = f"OpenCV is installed {len(opencv)} times: {_listed(machine, opencv)}"
+        yield Finding("problem", f"{there}; one overwrites the other", remedy)
+    if len(runtimes) > 1:
+        for_gpu = machine.gpu.gpus or "onnxruntime" not in runtimes
+        keep = next(name for name in runtimes if name != "onnxruntime") if for_gpu else "onnxruntime"
+        yield Finding(
+            "problem",
+            f"onnxruntime is installed {len(runtimes)} times: {_listed(machine, runtimes)}; they install the "
+            "same files, and the later one broke the earlier",
+            f"pip uninstall -y {' '.join(runtimes)}, then pip install {keep}",
+        )
+
+
 def _cuda_mixed(machine: Machine) -> Iterator[Finding]:
-    by_major = cuda_packages(machine)
+    by_major, driver = cuda_packages(machine), machine.gpu.cuda
     if len(by_major) < 2:
         return
-    newest = max(by_major)
-    driver = machine.gpu.cuda
     fitting = [major for major in by_major if driver is None or major <= driver[0]]
-    keep = max(fitting, default=newest)
-    others = [name for major, names in sorted(by_major.items()) if major != keep for name in names]
-    shown = "; ".join(
-        f"CUDA {major}: {_listed(machine, names, most=4)}" for major, names in sorted(by_major.items())
-    )
+    keep = max(fitting or by_major)
+    majors = sorted(by_major.items())
+    others = [name for major, names in majors if major != keep for name in names]
+    shown = "; ".join(f"CUDA {major}: {_listed(machine, names, most=4)}" for major, names in majors)
     yield Finding(
         "problem",
         f"packages for different CUDA versions are installed ({shown})",
@@ -141,11 +114,11 @@ def cuda_packages(machine: Machine) -> dict[int, list[str]]:
     """The installed packages that belong to one CUDA major version, by that version."""
     found: dict[int, list[str]] = {}
     for name, version in sorted(machine.packages.items()):
+        stated = _CUDA_SUFFIX.search(name) or _CUDA_LOCAL_VERSION.search(version)
         if numbers(version)[:2] == _PLACEHOLDER:
             continue
-        suffix, local = _CUDA_SUFFIX.search(name), _CUDA_LOCAL_VERSION.search(version)
-        if suffix or local:
-            found.setdefault(int((suffix or local).group(1)), []).append(name)  # type: ignore[union-attr]
+        if stated:
+            found.setdefault(int(stated.group(1)), []).append(name)
         elif name in _CUDA_VERSIONED and numbers(version):
             found.setdefault(numbers(version)[0], []).append(name)
     built_for = numbers(machine.onnxruntime_cuda)
@@ -154,28 +127,24 @@ def cuda_packages(machine: Machine) -> dict[int, list[str]]:
     return found
 
 
-def _driver_fault(machine: Machine) -> Iterator[Finding]:
-    if machine.gpu.fault is not None:
+def _driver(machine: Machine) -> Iterator[Finding]:
+    gpu, majors = machine.gpu, cuda_packages(machine)
+    if gpu.gpus and gpu.cuda is not None and majors and min(majors) > gpu.cuda[0]:
+        needed = min(majors)
+        yield Finding(
+            "problem",
+            f"the NVIDIA driver {gpu.driver or ''} runs CUDA up to {gpu.cuda[0]}.{gpu.cuda[1]}, but these "
+            f"packages are for CUDA {needed}: {_listed(machine, majors[needed], most=4)}",
+            f"install a driver from {OLDEST_DRIVER.get(needed, 'a newer release')} on, or the packages' "
+            f"builds for CUDA {gpu.cuda[0]}",
+        )
+    if gpu.fault is not None:
         yield Finding(
             "note",
-            f"the NVIDIA driver does not work: {machine.gpu.fault}",
+            f"the NVIDIA driver does not work: {gpu.fault}",
             "to use the GPU, install the driver again and restart; in a container, start it with --gpus all "
             "and the driver capabilities compute and utility",
         )
-
-
-def _driver_too_old(machine: Machine) -> Iterator[Finding]:
-    gpu, majors = machine.gpu, cuda_packages(machine)
-    if not gpu.gpus or gpu.cuda is None or not majors or min(majors) <= gpu.cuda[0]:
-        return
-    needed = min(majors)
-    yield Finding(
-        "problem",
-        f"the NVIDIA driver {gpu.driver or ''} runs CUDA up to {gpu.cuda[0]}.{gpu.cuda[1]}, but these "
-        f"packages are for CUDA {needed}: {_listed(machine, majors[needed], most=4)}",
-        f"install a driver from {OLDEST_DRIVER.get(needed, 'a newer release')} on, or the packages' builds "
-        f"for CUDA {gpu.cuda[0]}",
-    )
 
 
 def _tensorrt_parts(machine: Machine) -> Iterator[Finding]:
@@ -202,33 +171,17 @@ def tensorrt_packages(machine: Machine, flavour: str) -> list[str]:
 
 
 def _half_a_pair(machine: Machine) -> Iterator[Finding]:
-    bindings, core = ("cuda-bindings" in machine.packages), ("cuda-core" in machine.packages)
-    if machine.gpu.gpus and bindings != core:
-        missing = "cuda-core" if bindings else "cuda-bindings"
-        there = "cuda-bindings" if bindings else "cuda-core"
-        yield Finding(
-            "note",
-            f"{there} is installed without {missing}, and running engines needs both",
-            f"pip install {missing}",
-        )
+    there = _installed(machine, ("cuda-bindings", "cuda-core"))
+    if machine.gpu.gpus and len(there) == 1:
+        missing = "cuda-core" if there == ["cuda-bindings"] else "cuda-bindings"
+        text = f"{there[0]} is installed without {missing}, and running engines needs both"
+        yield Finding("note", text, f"pip install {missing}")
     if "pycuda" in machine.packages and machine.gpu.cuda is None:
         yield Finding(
             "note",
             "pycuda is installed, but without the driver's libcuda it cannot be imported",
             "install the NVIDIA driver, or leave pycuda alone: Anchorline needs it for nothing else",
         )
-
-
-_CHECKS: tuple[Callable[[Machine], Iterator[Finding]], ...] = (
-    _broken_imports,
-    _opencv_twice,
-    _onnxruntime_twice,
-    _cuda_mixed,
-    _driver_too_old,
-    _driver_fault,
-    _tensorrt_parts,
-    _half_a_pair,
-)
 
 
 def _installed(machine: Machine, names: Iterable[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,14 +34,6 @@ class ArtefactReport:
     runtimes: list[Runtime]
     verification: Verification
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for ``files.write_json``."""
-        return {
-            **self.artefact.to_json(),
-            "runtimes": [runtime.to_json() for runtime in self.runtimes],
-            "verification": asdict(self.verification),
-        }
-
 
 @dataclass(frozen=True)
 class DoctorReport:
@@ -57,14 +50,16 @@ class DoctorReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``files.write_json``."""
-        machine = asdict(self.machine)
+        artefact, machine = None, asdict(self.machine)
         del machine["requirers"]
-        return {
-            "healthy": self.healthy,
-            "findings": [finding.to_json() for finding in self.findings],
-            "artefact": None if self.artefact is None else self.artefact.to_json(),
-            "machine": machine,
-        }
+        if self.artefact is not None:
+            artefact = {
+                **self.artefact.artefact.to_json(),
+                "runtimes": [asdict(runtime) for runtime in self.artefact.runtimes],
+                "verification": asdict(self.artefact.verification),
+            }
+        findings = [asdict(finding) for finding in self.findings]
+        return {"healthy": self.healthy, "findings": findings, "artefact": artefact, "machine": machine}
 
     def render(self) -> Table:
         """One table: the artefact, what runs it, the machine, the findings with their remedies."""
@@ -74,23 +69,19 @@ class DoctorReport:
         table = Table(show_header=False, title="healthy" if self.healthy else "problems found")
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
-        for section in self._sections():
+        sections: list[Iterable[tuple[str, str]]] = [_machine_rows(self.machine).items()]
+        if (about := self.artefact) is not None:
+            rows = {**about.artefact.rows(), "verified": about.verification.text}
+            runs = [
+                (each.name, f"{'runs it' if each.runs else 'no'}: {each.reason}") for each in about.runtimes
+            ]
+            sections = [rows.items(), runs, *sections]
+        findings = [(each.level, f"{each.text}\n-> {each.remedy}") for each in self.findings]
+        for section in (*sections, findings):
             for name, value in section:
                 table.add_row(Text(name), Text(value))
             table.add_section()
         return table
-
-    def _sections(self) -> list[list[tuple[str, str]]]:
-        sections = [list(_machine_rows(self.machine).items())]
-        if self.artefact is not None:
-            runs = [
-                (runtime.name, f"{'runs it' if runtime.runs else 'no'}: {runtime.reason}")
-                for runtime in self.artefact.runtimes
-            ]
-            rows = {**self.artefact.artefact.rows(), "verified": self.artefact.verification.text}
-            sections = [list(rows.items()), runs, *sections]
-        findings = [(str(each.level), f"{each.text}\n-> {each.remedy}") for each in self.findings]
-        return [*sections, findings] if findings else sections
 
 
 def doctor(artefact: Path | None = None, machine: Machine | None = None) -> DoctorReport:
@@ -100,10 +91,19 @@ def doctor(artefact: Path | None = None, machine: Machine | None = None) -> Doct
     NumPy or OpenCV is broken only the machine is examined, since the contract cannot be read there.
     """
     machine = machine or examine_machine()
-    findings = find_conflicts(machine)
-    report = None
+    report, findings = None, find_conflicts(machine)
     if artefact is not None and machine.numpy.version is not None and machine.opencv.version is not None:
-        report, more = _examine_artefact(artefact, machine)
+        # Here and not above: these need the runtime, and that needs NumPy and OpenCV.
+        from anchorline.doctor.artefact import read_artefact, read_verification
+        from anchorline.doctor.runtimes import runtime_findings, runtimes_for
+
+        found = read_artefact(artefact)
+        report = ArtefactReport(found, runtimes_for(found, machine), read_verification(artefact))
+        more = runtime_findings(found, report.runtimes)
+        if (
+            found.kind != "checkpoint" or report.verification.state != "missing"
+        ):  # others are compared with it
+            more += report.verification.findings(artefact)
         findings = sorted([*more, *findings], key=lambda each: each.level != "problem")
     elif artefact is not None:
         text = f"{artefact} was not examined, because that needs NumPy and OpenCV"
@@ -111,44 +111,27 @@ def doctor(artefact: Path | None = None, machine: Machine | None = None) -> Doct
     return DoctorReport(machine, report, findings)
 
 
-def _examine_artefact(path: Path, machine: Machine) -> tuple[ArtefactReport, list[Finding]]:
-    # Here and not above: these need the runtime, and that needs NumPy and OpenCV.
-    from anchorline.doctor.artefact import read_artefact, read_verification
-    from anchorline.doctor.runtimes import runtime_findings, runtimes_for
-
-    artefact = read_artefact(path)
-    runtimes = runtimes_for(artefact, machine)
-    verification = read_verification(path)
-    findings = runtime_findings(artefact, runtimes)
-    if artefact.kind != "checkpoint" or verification.state != "missing":  # others are compared with it
-        findings += verification.findings(path)
-    return ArtefactReport(artefact, runtimes, verification), findings
-
-
 def _machine_rows(machine: Machine) -> dict[str, str]:
-    cpu, gpu = machine.cpu, machine.gpu
-    gpus = [f"{each.name} (sm_{each.compute_capability}{_memory(each.memory_mib)})" for each in gpu.gpus]
+    cpu, gpu, packages = machine.cpu, machine.gpu, machine.packages
+    gpus = [
+        f"{each.name} (sm_{each.compute_capability}"
+        + (f", {each.memory_mib / 1024:.0f} GiB)" if each.memory_mib else ")")
+        for each in gpu.gpus
+    ]
     driver = gpu.driver or ("of unknown version" if gpu.cuda else "none")
     runs_cuda = f", runs CUDA up to {gpu.cuda[0]}.{gpu.cuda[1]}" if gpu.cuda else ""
     runtime = machine.onnxruntime.version
-    providers = ", ".join(machine.providers)
-    return {
+    rows = {
         "system": machine.system,
         "Python": machine.python,
-        "CPU": f"{cpu.name}, {cpu.cores} cores{', ' if cpu.features else ''}{', '.join(cpu.features)}",
+        "CPU": ", ".join((cpu.name, f"{cpu.cores} cores", *cpu.features)),
         "GPU": ", ".join(gpus) or "none",
         "NVIDIA driver": f"{driver}{runs_cuda}",
         "NumPy": machine.numpy.version or "missing",
         "OpenCV": machine.opencv.version or "missing",
-        "onnxruntime": f"{runtime}: {providers}" if runtime else "not installed",
-        **{title: _versions(machine, names) for title, names in SHOWN_PACKAGES.items()},
+        "onnxruntime": f"{runtime}: {', '.join(machine.providers)}" if runtime else "not installed",
     }
-
-
-def _versions(machine: Machine, names: tuple[str, ...]) -> str:
-    there = [f"{name} {machine.packages[name]}" for name in names if name in machine.packages]
-    return ", ".join(there) or "not installed"
-
-
-def _memory(mib: int) -> str:
-    return f", {mib / 1024:.0f} GiB" if mib else ""
+    for title, names in SHOWN_PACKAGES.items():
+        there = [f"{name} {packages[name]}" for name in names if name in packages]
+        rows[title] = ", ".join(there) or "not installed"
+    return rows

@@ -14,67 +14,28 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-# The installed Python packages, read from their metadata and never imported.
-
+from typing import Any, NamedTuple
 
 _REQUIREMENT_NAME = re.compile(r"[A-Za-z0-9._-]+")
-
-
-@dataclass(frozen=True)
-class Packages:
-    """``versions`` by normalised name (lower case, hyphens); ``requirers``: the packages that want one."""
-
-    versions: dict[str, str]
-    requirers: dict[str, tuple[str, ...]]
-
-
-def installed_packages() -> Packages:
-    """The distributions on this interpreter's path; of two with one name the first, as an import takes."""
-    versions: dict[str, str] = {}
-    requirers: dict[str, list[str]] = {}
-    for distribution in importlib.metadata.distributions():
-        metadata = distribution.metadata
-        raw_name, version = metadata["Name"], metadata["Version"]
-        if not raw_name or not version or normalised(raw_name) in versions:
-            continue  # what a broken uninstall leaves behind has neither
-        name = normalised(raw_name)
-        versions[name] = version
-        for requirement in metadata.get_all("Requires-Dist") or []:
-            wanted = _REQUIREMENT_NAME.match(requirement)
-            if wanted and "extra ==" not in requirement:
-                requirers.setdefault(normalised(wanted.group()), []).append(name)
-    return Packages(versions, {name: tuple(sorted(each)) for name, each in requirers.items()})
-
-
-def normalised(name: str) -> str:
-    """A distribution's name as PEP 503 compares it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def is_importable(module: str) -> bool:
-    """Whether there is such a module, without importing it (its parent package is imported)."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: ``(10, 16, 0)`` of ``10.16.0.post1``."""
-    found = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(map(int, found.group().split("."))) if found else ()
-
-
-# The GPUs and their driver, from ``nvidia-smi`` or the driver's own library; quiet where there is none.
-
-
 _QUERY = "name,compute_cap,memory.total,driver_version"
 _QUERY_SECONDS = 20  # a driver that is not kept loaded takes several to answer
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR in cuda.h
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _NAME_BYTES = 256
+# What speeds up a network on a CPU: wider vectors, and instructions for bfloat16 and int8 products.
+CPU_FEATURES = (
+    "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "asimddp", "i8mm",
+    "bf16", "sve",
+)  # fmt: skip
+PROBED = ("cuda.bindings", "safetensors", "tensorrt", "tensorrt_rtx", "torch", "torchvision")
+"""Modules whose presence is looked up without importing them."""
+
+
+class Packages(NamedTuple):
+    """``versions`` by normalised name (lower case, hyphens); ``requirers``: the packages that want one."""
+
+    versions: dict[str, str]
+    requirers: dict[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -99,124 +60,6 @@ class GpuState:
     fault: str | None = None
 
 
-def find_gpus() -> GpuState:
-    """What this machine has. Never raises."""
-    library = load_driver()
-    cuda = None if library is None else _cuda_version(library)
-    gpus, driver, fault = _from_nvidia_smi()
-    if not gpus and library is not None:
-        gpus, library_fault = _from_driver(library)
-        fault = library_fault or (None if gpus else fault)
-    elif gpus and library is None:
-        fault = "nvidia-smi lists a GPU, but the driver's libcuda cannot be loaded"
-    return GpuState(gpus, driver or kernel_driver_version(), cuda, fault)
-
-
-def load_driver() -> Any | None:
-    """The driver's library, or None where it is not installed."""
-    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    try:
-        return ctypes.CDLL(name)
-    except OSError:
-        return None
-
-
-def kernel_driver_version() -> str | None:
-    """The version of the kernel's NVIDIA module, or None where there is none."""
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    found = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", text)
-    return found.group() if found else None
-
-
-def query_nvidia_smi() -> tuple[int, str] | None:
-    """Exit code and output of ``nvidia-smi``, or None where there is none."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    command = [program, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_QUERY_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return 1, f"nvidia-smi did not answer within {_QUERY_SECONDS} s"
-    except OSError as error:
-        return 1, f"nvidia-smi cannot be run ({error.strerror or error})"
-    return done.returncode, done.stdout.strip() or done.stderr.strip()
-
-
-def _from_nvidia_smi() -> tuple[tuple[Gpu, ...], str | None, str | None]:
-    """GPUs, driver version, and what it complained of."""
-    answer = query_nvidia_smi()
-    if answer is None:
-        return (), None, None
-    code, text = answer
-    first_line = next(iter(text.splitlines()), "")
-    if "No devices were found" in text:
-        return (), None, None
-    if code != 0:
-        return (), None, first_line or f"nvidia-smi ended with exit code {code}"
-    gpus, driver = [], None
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.rsplit(",", 3)]
-        if len(cells) == 4 and cells[1].replace(".", "").isdecimal():
-            memory = int(cells[2]) if cells[2].isdecimal() else 0
-            gpus.append(Gpu(cells[0], int(cells[1].replace(".", "")), memory))
-            driver = cells[3]
-    return tuple(gpus), driver, None
-
-
-def _cuda_version(library: Any) -> tuple[int, int] | None:
-    number = ctypes.c_int()
-    if library.cuDriverGetVersion(ctypes.byref(number)) != 0:
-        return None
-    return number.value // 1000, number.value % 1000 // 10
-
-
-def _from_driver(library: Any) -> tuple[tuple[Gpu, ...], str | None]:
-    """GPUs by the driver API, as a Jetson or a container without ``nvidia-smi`` needs; and its fault."""
-    code = library.cuInit(0)
-    if code == _NO_DEVICE:
-        return (), None
-    if code != 0:
-        return (), f"the driver's libcuda does not start (cuInit gives error {code})"
-    count = ctypes.c_int()
-    if library.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return (), "the driver's libcuda does not list its devices"
-    return tuple(_device(library, index) for index in range(count.value)), None
-
-
-def _device(library: Any, index: int) -> Gpu:
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    name = ctypes.create_string_buffer(_NAME_BYTES)
-    library.cuDeviceGet(ctypes.byref(device), index)
-    library.cuDeviceGetName(name, _NAME_BYTES, device)
-    library.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
-    library.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
-    return Gpu(name.value.decode("utf-8", "replace"), 10 * major.value + minor.value)
-
-
-# What speeds up a network on a CPU: wider vectors, and instructions for bfloat16 and int8 products.
-CPU_FEATURES = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx_vnni",
-    "amx_bf16",
-    "amx_int8",
-    "asimddp",
-    "i8mm",
-    "bf16",
-    "sve",
-)
-PROBED = ("cuda.bindings", "safetensors", "tensorrt", "tensorrt_rtx", "torch", "torchvision")
-"""Modules whose presence is looked up without importing them."""
-
-
 @dataclass(frozen=True)
 class Cpu:
     """``cores`` are those this process may use; ``features`` are from ``CPU_FEATURES``."""
@@ -236,7 +79,7 @@ class Imported:
 
 @dataclass(frozen=True)
 class Machine:
-    """``packages`` and ``requirers`` as in ``packages.Packages``; ``importable`` by module of ``PROBED``.
+    """``packages`` and ``requirers`` are those of ``Packages``; ``importable`` by module of ``PROBED``.
 
     ``providers`` are onnxruntime's, ``onnxruntime_cuda`` the CUDA version it was built for ("" for none).
     """
@@ -253,10 +96,6 @@ class Machine:
     providers: tuple[str, ...] = ()
     onnxruntime_cuda: str = ""
     gpu: GpuState = field(default_factory=GpuState)
-
-    def version(self, *names: str) -> str | None:
-        """The version of the first of these packages that is installed."""
-        return next((self.packages[name] for name in names if name in self.packages), None)
 
 
 def examine_machine() -> Machine:
@@ -285,14 +124,55 @@ def examine_machine() -> Machine:
     )
 
 
+def installed_packages() -> Packages:
+    """The distributions on this interpreter's path, read from their metadata and never imported.
+
+    Of two with one name it is the first, as an import takes.
+    """
+    versions: dict[str, str] = {}
+    requirers: dict[str, list[str]] = {}
+    for distribution in importlib.metadata.distributions():
+        metadata = distribution.metadata
+        raw_name, version = metadata["Name"], metadata["Version"]
+        if not raw_name or not version or normalised(raw_name) in versions:
+            continue  # what a broken uninstall leaves behind has neither
+        name = normalised(raw_name)
+        versions[name] = version
+        for requirement in metadata.get_all("Requires-Dist") or []:
+            wanted = _REQUIREMENT_NAME.match(requirement)
+            if wanted and "extra ==" not in requirement:
+                requirers.setdefault(normalised(wanted.group()), []).append(name)
+    return Packages(versions, {name: tuple(sorted(each)) for name, each in requirers.items()})
+
+
+def normalised(name: str) -> str:
+    """A distribution's name as PEP 503 compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: ``(10, 16, 0)`` of ``10.16.0.post1``."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, found.group().split("."))) if found else ()
+
+
+def is_importable(module: str) -> bool:
+    """Whether there is such a module, without importing it (its parent package is imported)."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
 def import_module(name: str) -> tuple[Imported, Any | None]:
     """Import a module and say what came of it; one that is not there at all is no error."""
     try:
         module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        return Imported(error=None if error.name == name else _one_line(error)), None
     except Exception as error:  # a damaged package may raise anything
-        return Imported(error=_one_line(error)), None
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            return Imported(), None
+        text = " ".join(str(error).split())
+        return Imported(error=text[:200] or type(error).__name__), None
     return Imported(version=str(getattr(module, "__version__", "unknown"))), module
 
 
@@ -308,14 +188,97 @@ def find_cpu() -> Cpu:
 
 def read_cpuinfo() -> str:
     """What Linux says of the processor; nothing elsewhere."""
-    if not sys.platform.startswith("linux"):
-        return ""
+    return _read_or_empty("/proc/cpuinfo")
+
+
+def find_gpus() -> GpuState:
+    """The GPUs and their driver, from ``nvidia-smi`` or the driver's own library. Never raises."""
+    library, cuda, number = load_driver(), None, ctypes.c_int()
+    if library is not None and library.cuDriverGetVersion(ctypes.byref(number)) == 0:
+        cuda = number.value // 1000, number.value % 1000 // 10
+    gpus, driver, fault = _from_nvidia_smi()
+    if not gpus and library is not None:
+        gpus, library_fault = _from_driver(library)
+        fault = library_fault or (None if gpus else fault)
+    elif gpus and library is None:
+        fault = "nvidia-smi lists a GPU, but the driver's libcuda cannot be loaded"
+    return GpuState(gpus, driver or kernel_driver_version(), cuda, fault)
+
+
+def load_driver() -> Any | None:
+    """The driver's library, or None where it is not installed."""
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        return ctypes.CDLL(name)
+    except OSError:
+        return None
+
+
+def kernel_driver_version() -> str | None:
+    """The version of the kernel's NVIDIA module, or None where there is none."""
+    found = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", _read_or_empty("/proc/driver/nvidia/version"))
+    return found.group() if found else None
+
+
+def query_nvidia_smi() -> tuple[int, str] | None:
+    """Exit code and output of ``nvidia-smi``, or None where there is none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_QUERY_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return 1, f"nvidia-smi did not answer within {_QUERY_SECONDS} s"
+    except OSError as error:
+        return 1, f"nvidia-smi cannot be run ({error.strerror or error})"
+    return done.returncode, done.stdout.strip() or done.stderr.strip()
+
+
+def _from_nvidia_smi() -> tuple[tuple[Gpu, ...], str | None, str | None]:
+    """GPUs, driver version, and what it complained of."""
+    code, text = query_nvidia_smi() or (0, "")
+    lines = text.splitlines()
+    if "No devices were found" in text:
+        return (), None, None
+    if code != 0:
+        return (), None, lines[0] if lines else f"nvidia-smi ended with exit code {code}"
+    gpus, driver = [], None
+    for line in lines:
+        cells = [cell.strip() for cell in line.rsplit(",", 3)]
+        if len(cells) == 4 and cells[1].replace(".", "").isdecimal():
+            memory = int(cells[2]) if cells[2].isdecimal() else 0
+            gpus.append(Gpu(cells[0], int(cells[1].replace(".", "")), memory))
+            driver = cells[3]
+    return tuple(gpus), driver, None
+
+
+def _from_driver(library: Any) -> tuple[tuple[Gpu, ...], str | None]:
+    """GPUs by the driver API, as a Jetson or a container without ``nvidia-smi`` needs; and its fault."""
+    code, count = library.cuInit(0), ctypes.c_int()
+    if code == _NO_DEVICE:
+        return (), None
+    if code != 0:
+        return (), f"the driver's libcuda does not start (cuInit gives error {code})"
+    if library.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return (), "the driver's libcuda does not list its devices"
+    gpus = []
+    for index in range(count.value):
+        device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        name = ctypes.create_string_buffer(_NAME_BYTES)
+        library.cuDeviceGet(ctypes.byref(device), index)
+        library.cuDeviceGetName(name, _NAME_BYTES, device)
+        library.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
+        library.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
+        gpus.append(Gpu(name.value.decode("utf-8", "replace"), 10 * major.value + minor.value))
+    return tuple(gpus), None
+
+
+def _read_or_empty(path: str) -> str:
+    """A file of the kernel's; nothing where there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text[:200] or type(error).__name__

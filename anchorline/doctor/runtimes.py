@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from anchorline.doctor.artefact import FLAVOURS, Artefact, source_of
@@ -16,13 +16,13 @@ from anchorline.runtime.io.files import sha256_of
 from anchorline.runtime.tensorrt.manifest import EngineManifest
 from anchorline.runtime.tensorrt.options import GpuOptions
 
-# The providers of onnxruntime that run ONNX files, by their name on the command line: onnxruntime's
-# own name, the package that brings it, and whether it needs an NVIDIA GPU.
-_KNOWN_PROVIDERS = {
-    "cpu": ("CPUExecutionProvider", "onnxruntime", False),
-    "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu", True),
-    "tensorrt": ("TensorrtExecutionProvider", "onnxruntime-gpu", True),
-    "tensorrt-rtx": ("NvTensorRTRTXExecutionProvider", "onnxruntime-gpu", True),
+# The providers of onnxruntime that run ONNX files, by their name on the command line: onnxruntime's own
+# name, and the package that brings it. All but the first need an NVIDIA GPU.
+_PROVIDERS = {
+    "cpu": ("CPUExecutionProvider", "onnxruntime"),
+    "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu"),
+    "tensorrt": ("TensorrtExecutionProvider", "onnxruntime-gpu"),
+    "tensorrt-rtx": ("NvTensorRTRTXExecutionProvider", "onnxruntime-gpu"),
 }
 # By flavour of TensorRT: the module, and the package that brings it.
 _MODULES = {"tensorrt": ("tensorrt", "tensorrt"), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx-cu13")}
@@ -37,34 +37,32 @@ class Runtime:
     runs: bool
     reason: str
 
-    def to_json(self) -> dict[str, str | bool]:
-        """Plain values for ``files.write_json``."""
-        return asdict(self)
-
 
 def runtimes_for(artefact: Artefact, machine: Machine) -> list[Runtime]:
     """The runtimes for this kind of artefact."""
     if artefact.kind == "checkpoint":
         return [_pytorch(machine)]
     if artefact.engine is not None:
-        return [_tensorrt(artefact.engine, machine), *_instead_of_tensorrt(artefact, machine)]
+        found = [_tensorrt(artefact.engine, machine)]
+        onnx, is_own = _onnx_beside(artefact)
+        if is_own:  # it runs on the CPU instead
+            cpu = _onnxruntime("cpu", onnx, machine)
+            found.append(Runtime(f"{cpu.name}, with {onnx.name}", cpu.runs, cpu.reason))
+        return found
     found = [
-        _provider(name, artefact.path, machine)
-        for name, (provider, _, needs_gpu) in _KNOWN_PROVIDERS.items()
-        if provider in machine.providers or machine.gpu.gpus or not needs_gpu
+        _onnxruntime(name, artefact.path, machine)
+        for name, (provider, _) in _PROVIDERS.items()
+        if provider in machine.providers or machine.gpu.gpus or name == "cpu"
     ]
-    return [*found, *_openvino(artefact.path, machine)]
-
-
-def _instead_of_tensorrt(artefact: Artefact, machine: Machine) -> list[Runtime]:
-    """The CPU with the very ONNX file that an engine was built from, where that lies beside it."""
-    assert artefact.engine is not None
-    name, sha256 = source_of(artefact.engine)
-    onnx = artefact.path.parent / Path(name).name
-    if not onnx.is_file() or sha256_of(onnx) != sha256:
-        return []
-    found = _provider("cpu", onnx, machine)
-    return [Runtime(f"{found.name}, with {onnx.name}", found.runs, found.reason)]
+    here = machine.packages.get("openvino")
+    if here is not None:
+        try:
+            precision = open_openvino(artefact.path)
+        except AnchorlineError as error:
+            return [*found, Runtime("OpenVINO", False, str(error))]
+        bf16 = "" if has_native_bf16() else "; this processor does not compute bf16 natively"
+        found.append(Runtime("OpenVINO", True, f"OpenVINO {here} compiles it, in {precision}{bf16}"))
+    return found
 
 
 def runtime_findings(artefact: Artefact, runtimes: list[Runtime]) -> list[Finding]:
@@ -79,13 +77,18 @@ def runtime_findings(artefact: Artefact, runtimes: list[Runtime]) -> list[Findin
     if not any(runtime.runs for runtime in runtimes):
         reasons = "; ".join(f"{runtime.name}: {runtime.reason}" for runtime in runtimes)
         found.append(Finding("problem", f"{artefact.path.name} cannot run here", reasons))
-    if artefact.engine is not None:
-        name, sha256 = source_of(artefact.engine)
-        onnx = artefact.path.parent / Path(name).name
-        if onnx.is_file() and sha256_of(onnx) != sha256:
-            text = f"{onnx.name} has changed since the engine was built from it"
-            found.append(Finding("note", text, f"anchorline build {onnx} --out {artefact.path}"))
+    onnx, is_own = _onnx_beside(artefact)
+    if onnx.is_file() and not is_own:
+        text = f"{onnx.name} has changed since the engine was built from it"
+        found.append(Finding("note", text, f"anchorline build {onnx} --out {artefact.path}"))
     return found
+
+
+def _onnx_beside(artefact: Artefact) -> tuple[Path, bool]:
+    """The ONNX file that an engine was built from, where it would lie, and whether it is still that one."""
+    name, sha256 = ("", "") if artefact.engine is None else source_of(artefact.engine)
+    onnx = artefact.path.parent / Path(name).name
+    return onnx, onnx.is_file() and sha256_of(onnx) == sha256
 
 
 def open_onnx(path: Path) -> None:
@@ -102,87 +105,58 @@ def open_openvino(path: Path) -> str:
 
 def _pytorch(machine: Machine) -> Runtime:
     wanted = ("torch", "torchvision", "safetensors")
-    missing = [name for name in wanted if not machine.importable.get(name, False)]
+    missing = ", ".join(name for name in wanted if not machine.importable.get(name, False))
     if missing:
-        return Runtime(
-            "PyTorch", False, f"{', '.join(missing)} not installed: pip install 'anchorline[train]'"
-        )
-    versions = ", ".join(f"{name} {machine.version(name) or 'of unknown version'}" for name in wanted)
-    return Runtime("PyTorch", True, f"{versions}; for anchorline evaluate and export, detect wants an export")
+        return Runtime("PyTorch", False, f"{missing} not installed: pip install 'anchorline[train]'")
+    there = ", ".join(f"{name} {machine.packages.get(name, 'of unknown version')}" for name in wanted)
+    return Runtime("PyTorch", True, f"{there}; for anchorline evaluate and export, detect wants an export")
 
 
-def _provider(name: str, path: Path, machine: Machine) -> Runtime:
-    provider, package, needs_gpu = _KNOWN_PROVIDERS[name]
-    shown = f"onnxruntime, {name}"
-    if machine.onnxruntime.version is None:
-        reason = machine.onnxruntime.error
-        hint = "pip install 'anchorline[cpu]'" if reason is None else f"it cannot be imported ({reason})"
-        return Runtime(
-            shown, False, f"onnxruntime {'is not installed' if reason is None else 'is broken'}: {hint}"
-        )
-    if provider not in machine.providers and (package == "onnxruntime" or package not in machine.packages):
-        return Runtime(shown, False, f"onnxruntime has no {provider}: pip install {package}")
-    if needs_gpu and not machine.gpu.gpus:
-        return Runtime(shown, False, _no_gpu(machine))
-    try:
-        open_onnx(path)
-    except ArtefactError as error:
-        return Runtime(shown, False, str(error))
-    return Runtime(shown, True, f"onnxruntime {machine.onnxruntime.version} loads it")
-
-
-def _openvino(path: Path, machine: Machine) -> list[Runtime]:
-    """OpenVINO, where it is installed."""
-    here = machine.version("openvino")
-    if here is None:
-        return []
-    try:
-        precision = open_openvino(path)
-    except AnchorlineError as error:
-        return [Runtime("OpenVINO", False, str(error))]
-    bf16 = "" if has_native_bf16() else "; this processor does not compute bf16 natively"
-    return [Runtime("OpenVINO", True, f"OpenVINO {here} compiles it, in {precision}{bf16}")]
+def _onnxruntime(name: str, path: Path, machine: Machine) -> Runtime:
+    provider, package = _PROVIDERS[name]
+    version, error = machine.onnxruntime.version, machine.onnxruntime.error
+    needs_package = package == "onnxruntime" or package not in machine.packages
+    fault = None
+    if version is None and error is None:
+        fault = "onnxruntime is not installed: pip install 'anchorline[cpu]'"
+    elif version is None:
+        fault = f"onnxruntime is broken: it cannot be imported ({error})"
+    elif provider not in machine.providers and needs_package:
+        fault = f"onnxruntime has no {provider}: pip install {package}"
+    elif name != "cpu" and not machine.gpu.gpus:
+        fault = _no_gpu(machine)
+    else:
+        try:
+            open_onnx(path)
+        except ArtefactError as refused:
+            fault = str(refused)
+    return Runtime(f"onnxruntime, {name}", fault is None, fault or f"onnxruntime {version} loads it")
 
 
 def _tensorrt(engine: EngineManifest, machine: Machine) -> Runtime:
     """An engine runs on the release and the compute capability it was built for, and on no other."""
-    title = FLAVOURS[engine.flavour]
-    module, package = _MODULES[engine.flavour]
+    title, (module, package) = FLAVOURS[engine.flavour], _MODULES[engine.flavour]
     parts = tensorrt_packages(machine, engine.flavour)
     here = machine.packages[parts[0]] if parts else None
-    blockers = []
-    if here is None or not machine.importable.get(module, False):
-        wanted = ".".join(map(str, numbers(engine.flavour_version)[:_VERSION_NUMBERS]))
-        blockers.append(f"{title} is not installed: pip install '{package}=={wanted}.*'")
-    if not machine.gpu.gpus:
-        blockers.append(_no_gpu(machine))
-    mismatch = _mismatch(engine, machine, here)
-    if mismatch is not None:
-        blockers.append(mismatch)
-    if blockers:
-        return Runtime(title, False, "; ".join(blockers))
-    names = ", ".join(gpu.name for gpu in machine.gpu.gpus)
-    return Runtime(title, True, f"{title} {here} on {names}")
-
-
-def _mismatch(engine: EngineManifest, machine: Machine, here: str | None) -> str | None:
-    """How the machine is not the one that the engine was built for."""
+    release = numbers(engine.flavour_version)[:_VERSION_NUMBERS]
     built = engine.compute_capabilities
     have = [gpu.compute_capability for gpu in machine.gpu.gpus]
-    other_gpu = bool(have and built) and not set(have) & set(built)
-    release = numbers(engine.flavour_version)[:_VERSION_NUMBERS]
-    other_release = here is not None and numbers(here)[:_VERSION_NUMBERS] != release
-    if not other_gpu and not other_release:
-        return None
-    title = FLAVOURS[engine.flavour]
-    target = f"{_capabilities(built)} with " if built else ""
-    machine_has = " and ".join(
-        part for part in (_capabilities(have) if have else "", f"{title} {here}" if here else "") if part
-    )
-    return (
-        f"built for {target}{title} {engine.flavour_version}; this machine has {machine_has}: "
-        f"build it again here from {source_of(engine)[0] or 'its ONNX file'}"
-    )
+    blockers = []
+    if here is None or not machine.importable.get(module, False):
+        wanted = ".".join(map(str, release))
+        blockers.append(f"{title} is not installed: pip install '{package}=={wanted}.*'")
+    if not have:
+        blockers.append(_no_gpu(machine))
+    is_other_gpu = have and built and not set(have) & set(built)
+    if is_other_gpu or (here is not None and numbers(here)[:_VERSION_NUMBERS] != release):
+        target = f"{_capabilities(built)} with " if built else ""
+        there = " and ".join(filter(None, (_capabilities(have), here and f"{title} {here}")))
+        blockers.append(
+            f"built for {target}{title} {engine.flavour_version}; this machine has {there}: "
+            f"build it again here from {source_of(engine)[0] or 'its ONNX file'}"
+        )
+    names = ", ".join(gpu.name for gpu in machine.gpu.gpus)
+    return Runtime(title, not blockers, "; ".join(blockers) or f"{title} {here} on {names}")
 
 
 def _capabilities(numbers: list[int] | tuple[int, ...]) -> str:
