@@ -1,6 +1,6 @@
 """What a detector's time on a processor depends on: canvas, batch, proposals; and where it goes.
 
-    python benchmarks/cost.py RUN/model.safetensors [--plot docs/images/cost.png]
+    python benchmarks/cost.py RUN/model.safetensors [--plot benchmarks/reports/images/cost.png]
 
 The checkpoint is exported again with other canvases and other numbers of proposals, and run on
 onnxruntime's CPU provider in fp32 on generated scenes of the canvas's own size, all variants in turn. Beside

@@ -2,7 +2,7 @@
 
     python benchmarks/paper.py --state runs/paper --budget 120
     python benchmarks/paper.py --state runs/paper --budget 120      after a kill: it goes on
-    python benchmarks/paper.py --report docs/paper.md --plots docs/images
+    python benchmarks/paper.py --report benchmarks/reports/paper.md --plots benchmarks/reports/images
 
 Without ``--data`` it is BCCD, and the weights are MobileNetV2's, in the folder that ``ANCHORLINE_SHARED``
 names. The plan with the epochs of each training is written first, by what a step costs here. A row a

@@ -1,4 +1,4 @@
-"""``--report``: the rows as the Markdown tables of docs/paper.md, ours beside the paper's numbers."""
+"""``--report``: the rows as the tables of benchmarks/reports/paper.md, ours beside the paper's numbers."""
 
 from __future__ import annotations
 

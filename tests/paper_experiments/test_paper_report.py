@@ -1,4 +1,4 @@
-"""The tables of docs/paper.md, from rows that are worked by hand."""
+"""The tables of benchmarks/reports/paper.md, from rows that are worked by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paper_experiments.state import publish
 from anchorline.runtime.io.errors import DataError
 
 COMMON = {"data": "tiny trainval, test", "images": "8 + 4", "preset": "tiny", "canvas": "64x96"}
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "paper.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "benchmarks" / "reports" / "paper.md"
 
 
 def row(experiment: str, seed: int, voc07: float | str, **more: Any) -> dict[str, Any]:
