@@ -28,9 +28,9 @@ from record import append_row
 
 from anchorline.data.specs import load_datasets
 from anchorline.evaluation.evaluate import evaluate
-from anchorline.export.quantize.checks import evenly, read_float_model
-from anchorline.export.quantize.graph import find_layers, observed_tensors, quantized
-from anchorline.export.quantize.ranges import measure_ranges
+from anchorline.export.calibration import measure_ranges
+from anchorline.export.integer_graph import find_layers, observed_tensors, quantized
+from anchorline.export.quantizing import evenly, read_float_model
 from anchorline.runtime import Detector
 from anchorline.runtime.backends import onnxruntime as backend
 from anchorline.runtime.contract import CONTRACT_KEY

@@ -143,7 +143,7 @@ def quantize(
     json: JsonOption = None,
 ) -> None:
     """Turn an exported model's layers into 8-bit integers, as far as its accuracy holds."""
-    from anchorline.export.quantize.quantize import quantize_onnx
+    from anchorline.export.quantizing import quantize_onnx
     from anchorline.runtime.io.errors import SettingsError
 
     if not data and not images:

@@ -1,1 +1,0 @@
-"""8-bit integers: ranges, the graph, what each layer costs, the search for what stays float."""

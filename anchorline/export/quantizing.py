@@ -1,0 +1,563 @@
+"""Quantise an exported model to 8-bit integers, and publish it only if it loses no more than allowed.
+
+Without PyTorch. The steps: look at model and images, find the layers (``integer_graph.py``), measure the
+ranges of their inputs and outputs and what each costs (``calibration.py``), and give the most costly back to
+float until the result holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from anchorline import __version__
+from anchorline.data.dataset import Dataset, LabelledImage
+from anchorline.data.specs import FORMS, load_datasets
+from anchorline.evaluation.evaluate import (
+    Detect,
+    Progress,
+    report_detections,
+    run_detector,
+    to_dataset_labels,
+)
+from anchorline.evaluation.recall import PROPOSAL_COUNTS, proposal_recall
+from anchorline.export.calibration import METHODS, Sensitivity, measure_ranges, measure_sensitivity
+from anchorline.export.integer_graph import (
+    TARGETS,
+    WEIGHT_BITS,
+    Layer,
+    Range,
+    find_layers,
+    name_nodes,
+    observed_tensors,
+    quantized,
+)
+from anchorline.runtime.contract import CONTRACT_KEY, Contract
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.detector import Detector
+from anchorline.runtime.io.errors import ArtefactError, DataError, ParityError, SettingsError
+from anchorline.runtime.io.files import atomic_path
+from anchorline.verify.compare import compare_all
+from anchorline.verify.material import first_images, has_labels, images_or_video
+from anchorline.verify.report import VerifyReport, write_not_executed, write_record
+from anchorline.verify.stages import onnx_subject
+from anchorline.verify.tolerances import TOLERANCES, detection_cuts, on_canvas
+from anchorline.verify.verify import verify as verify_subjects
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+T = TypeVar("T")
+
+# More images hardly move a range: they are for the accuracy, which is measured on all.
+RANGE_IMAGES = 128
+SENSITIVITY_IMAGES = 2
+LARGE_CANVAS = 500_000  # pixels; one image is enough there
+# With more than this share of the layers in float, the file is not worth having.
+MOST_FLOAT = 0.5
+# ``anchorline verify`` tries everything; here it is done for several models in a row.
+VERIFY_IMAGES = 8
+VERIFY_TRAPS = ("empty image", "all 255", "mixed sizes in a batch")
+
+CONFIDENT = 0.5
+_FEW = 0.5  # share of the images
+_FAR_MEAN = 90.0  # grey levels; day and night are about as far apart
+_FLAT = 10.0  # grey levels; blood cells on a bright field have 20, street scenes 60
+_INTEGER_OPS = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "QGemm")
+_SHOWN = 12  # of the integer layers; --json has all
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """The published file and its contract, what it loses, and what every layer costs.
+
+    ``last_layers`` are float by rule, ``float_layers`` because they cost too much; ``sizes`` are the bytes
+    of the float file and of this one; ``tries`` how often the loss was measured.
+    """
+
+    path: Path
+    contract: Contract
+    target: str
+    data: str
+    images: int
+    method: str
+    loss: Loss
+    tries: int
+    layers: tuple[Sensitivity, ...]
+    float_layers: tuple[str, ...]
+    last_layers: tuple[str, ...]
+    sizes: tuple[int, int]
+    verification: VerifyReport | None
+    warnings: tuple[str, ...]
+
+    def describe(self) -> str:
+        """One line: what it is and what it costs."""
+        before, after = (size / 1e6 for size in self.sizes)
+        integer = len(self.layers) - len(self.float_layers)
+        floats = len(self.float_layers) + len(self.last_layers)
+        verdict = "not verified" if self.verification is None else self.verification.describe()
+        return (
+            f"int8 for {self.target}, {integer} layers in integers and {floats} in float, "
+            f"{before:.1f} MB became {after:.1f} MB; {self.loss.describe()} "
+            f"on {self.images} images; {verdict}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "for": self.target,
+            "data": self.data,
+            "images": self.images,
+            "method": self.method,
+            "loss": self.loss.to_json(),
+            "tries": self.tries,
+            "float_layers": list(self.float_layers),
+            "last_layers": list(self.last_layers),
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "bytes": {"float": self.sizes[0], "int8": self.sizes[1]},
+            "verified": None if self.verification is None else self.verification.passed,
+            "warnings": list(self.warnings),
+        }
+
+    def render(self) -> Table:
+        """A rich table: the layers that went back to float, and the most costly of the others."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        floats = [layer for layer in self.layers if layer.name in self.float_layers]
+        integer = [layer for layer in self.layers if layer.name not in self.float_layers]
+        rest = len(integer) - _SHOWN
+        more = f"\nand {rest} layers that cost less" if rest > 0 else ""
+        table = Table(
+            title="what each layer costs in integers, the most costly first",
+            caption=f"SNR: signal to rounding noise; effect: how far it alone moves scores and boxes{more}",
+            caption_justify="left",
+        )
+        table.add_column("layer", overflow="fold")
+        for column in ("computes in", "SNR, dB", "effect"):
+            table.add_column(column, justify="right")
+        for layer in [*floats, *integer[:_SHOWN]]:
+            effect = "-" if layer.effect is None else f"{layer.effect:.2%}"
+            kind = "float" if layer in floats else "integers"
+            table.add_row(escape(layer.name), kind, f"{layer.sqnr_db:.1f}", effect)
+        return table
+
+
+def quantize_onnx(
+    model: Path,
+    out: Path,
+    calibrate: Sequence[str],
+    *,
+    target: str = "cpu",
+    max_drop: float = 0.01,
+    limit: int | None = None,
+    method: str = "mse",
+    verify: bool = True,
+    progress: Progress | None = None,
+    warn: Callable[[Sequence[str]], None] = lambda lines: None,
+) -> QuantizeResult:
+    """Write the exported float32 ``model`` with 8-bit integer layers to ``out``.
+
+    ``calibrate``: specs of labelled data, or images, folders and videos; ``limit`` takes so many of their
+    images. ``target`` "cpu" is for onnxruntime's CPU provider, "tensorrt" for ``anchorline build``.
+    ``method`` sets the ranges (``measure_ranges``). Layers go back to float, the most costly first, until
+    the result loses at most ``max_drop``: mAP50 on the images (recall for a model of proposals), or without
+    labels the share of the confident detections that are alike. With ``verify`` the file is compared with
+    ``model`` stage by stage before it is published, and the verdict recorded beside it. ``warn`` is told
+    what speaks against the images before the long part begins.
+
+    Raises ``ParityError`` where half of the layers in float are not enough or the comparison fails, and
+    publishes nothing then; ``ArtefactError``, ``DataError`` and ``SettingsError`` for what cannot be used.
+    """
+    _check(model, out, target, max_drop, method)
+    with Detector(model, "cpu") as detector:
+        contract = detector.contract
+        proto = read_float_model(model, contract)
+        names = contract.names if contract.task == "detections" else None
+        dataset = calibration_data(calibrate, names, limit)
+        layers = find_layers(proto.graph)
+        run = _Run(model, out, target, method, max_drop, proto, detector, dataset, layers, progress)
+        if not run.usable:
+            raise ArtefactError(f"{model}: has no layers to quantise; export the model again")
+        run.total = min(RANGE_IMAGES, len(dataset)) + len(run.usable) + 2 * len(dataset)
+        warnings = run.calibrate()
+        meter = LossMeter(dataset, detector.batch, contract, run.step)
+        warnings = (*warnings, *_detection_warnings(meter.reference))
+        warn(warnings)
+        costs = run.rank_layers()
+        with atomic_path(out) as temporary:
+            trial, tries = run.settle(meter, temporary, verify)
+            sizes = (model.stat().st_size, temporary.stat().st_size)
+    if trial.report is None:
+        write_not_executed(out, "quantised with --no-verify", model)
+    else:
+        write_record(out, trial.report)
+    return QuantizeResult(
+        path=out,
+        contract=run.contract(trial.floats, trial.loss),
+        target=target,
+        data=dataset.spec,
+        images=len(dataset),
+        method=method,
+        loss=trial.loss,
+        tries=tries,
+        layers=tuple(costs),
+        float_layers=trial.floats,
+        last_layers=tuple(layer.name for layer in layers if layer.last),
+        sizes=sizes,
+        verification=trial.report,
+        warnings=warnings,
+    )
+
+
+def _check(model: Path, out: Path, target: str, max_drop: float, method: str) -> None:
+    if target not in TARGETS:
+        raise SettingsError(f"target is {target!r}; expected one of {', '.join(TARGETS)}")
+    if method not in METHODS:
+        raise SettingsError(f"calibration method is {method!r}; expected one of {', '.join(METHODS)}")
+    if not 0.0 <= max_drop <= 1.0:
+        raise SettingsError(f"max drop is {max_drop!r}; expected a share from 0 to 1, such as 0.01")
+    if model.suffix.lower() == ".safetensors":
+        raise SettingsError(f"{model}: is a checkpoint; quantise the ONNX file that anchorline export makes")
+    if out.suffix.lower() != ".onnx":
+        raise SettingsError(f"output is {str(out)!r}; expected a file name that ends in .onnx")
+    if out.exists() and model.exists() and out.samefile(model):
+        raise SettingsError(f"output {str(out)!r} is the model itself; expected another file name")
+
+
+def read_float_model(path: Path, contract: Contract) -> onnx.ModelProto:
+    """The graph of a float32 export, each node with a name; ``contract`` is its own.
+
+    The file has been opened by onnxruntime before. Raises ``ArtefactError`` for a model that is quantised
+    already or in half precision.
+    """
+    model = onnx.load(path)
+    remedy = "quantise the float32 file that anchorline export wrote"
+    if contract.precision == "int8" or any(node.op_type in _INTEGER_OPS for node in model.graph.node):
+        raise ArtefactError(f"{path}: is quantised already; {remedy}")
+    halves = any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer)
+    if contract.precision != "fp32" or halves:
+        precision = "fp16" if halves else contract.precision
+        raise ArtefactError(f"{path}: its precision is {precision}, expected fp32; {remedy}")
+    name_nodes(model.graph)
+    return model
+
+
+def calibration_data(specs: Sequence[str], names: tuple[str, ...] | None, limit: int | None) -> Dataset:
+    """The images of ``specs``: labelled data as for ``evaluate``, or images, folders and videos.
+
+    ``names`` are the classes that labels may have (None: any), ``limit`` takes so many images at even
+    distances. Raises ``DataError`` for what is missing, empty or has other classes.
+    """
+    if limit is not None and limit < 1:
+        raise SettingsError(f"limit is {limit}; expected at least 1 image")
+    if not specs:
+        raise DataError(f"no calibration images given; expected {FORMS}, or a folder of images")
+    paths = [spec for spec in specs if Path(spec).exists()]
+    if paths and len(paths) < len(specs):
+        raise SettingsError(
+            f"calibration data {', '.join(specs)}: expected all labelled or all without labels"
+        )
+    if paths:
+        dataset = images_or_video(paths, names or ("object",))
+    elif ":" not in specs[0]:
+        raise DataError(f"calibration data {specs[0]!r}: no such file or folder; expected {FORMS}, or images")
+    else:
+        dataset = load_datasets(specs, names)
+    if not len(dataset):
+        raise DataError(f"{dataset.spec}: has no images; expected at least one to calibrate on")
+    return dataclasses.replace(dataset, images=tuple(evenly(dataset.images, limit or len(dataset))))
+
+
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """``count`` of ``items`` at even distances, all of them where there are not more."""
+    step = len(items) / min(count, len(items))
+    return [items[int(index * step)] for index in range(min(count, len(items)))]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """``measure`` ("mAP50", "recall" or "agreement") of the float model and of the quantised one."""
+
+    measure: str
+    reference: float
+    candidate: float
+
+    @property
+    def drop(self) -> float:
+        """How much is lost; a gain is no loss."""
+        return max(0.0, self.reference - self.candidate)
+
+    def describe(self) -> str:
+        return f"{self.measure} {self.reference:.4f} in float, {self.candidate:.4f} in int8"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "drop": self.drop}
+
+
+class LossMeter:
+    """Compares detectors with the float model on the same images.
+
+    Where the images have labels: mAP50, or for proposals the recall at IoU 0.5. Else the share of the
+    detections with a score of at least 0.5 that are alike in both, by the int8 row of
+    ``verify/tolerances.py``.
+    """
+
+    def __init__(
+        self, dataset: Dataset, detect: Detect, contract: Contract, progress: Progress | None = None
+    ) -> None:
+        self._dataset, self._contract = dataset, contract
+        self.reference = list(run_detector(detect, dataset, 1, progress))
+        figure = self._figure(self.reference) if has_labels(dataset) else float("nan")
+        self._labelled = None if np.isnan(figure) else figure
+
+    def measure(self, detect: Detect, progress: Progress | None = None) -> Loss:
+        """Run ``detect`` on every image and compare."""
+        found = list(run_detector(detect, self._dataset, 1, progress))
+        if self._labelled is None:
+            return Loss("agreement", 1.0, self._agreement(found))
+        name = "mAP50" if self._contract.task == "detections" else "recall"
+        return Loss(name, self._labelled, self._figure(found))
+
+    def _figure(self, results: Sequence[Detections]) -> float:
+        if self._contract.task == "proposals":
+            return proposal_recall(self._dataset.images, results).recall[max(PROPOSAL_COUNTS)][0.5]
+        own = [to_dataset_labels(each, self._dataset) for each in results]
+        return report_detections(own, self._dataset, "").map50
+
+    def _agreement(self, results: Sequence[Detections]) -> float:
+        cuts = detection_cuts(self._contract, TOLERANCES["int8"])
+        cuts["score_threshold"] = CONFIDENT
+        sides = (
+            [on_canvas(each[each.scores >= CONFIDENT], self._contract) for each in side]
+            for side in (self.reference, results)
+        )
+        total = compare_all(*sides, **cuts).total
+        every = total.matched + total.missed + total.extra
+        return 1.0 if not every else 1.0 - total.wrong / every
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model with some layers in float: what it loses, and how it compares with the float model.
+
+    ``report`` is None where that was not asked for, or the loss was too much already.
+    """
+
+    floats: tuple[str, ...]
+    loss: Loss
+    report: VerifyReport | None
+    holds: bool
+
+
+@dataclass
+class _Run:
+    """One quantisation: what it works on, what it has found, and how far it is.
+
+    ``usable`` are the layers that may be integers, ``order`` their names, the most costly first; ``total``
+    grows as it turns out what has to be done.
+    """
+
+    model: Path
+    out: Path
+    target: str
+    method: str
+    max_drop: float
+    proto: onnx.ModelProto
+    detector: Detector
+    dataset: Dataset
+    layers: Sequence[Layer]
+    progress: Progress | None
+    ranges: dict[str, Range] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    done: int = 0
+    total: int = 0
+
+    def __post_init__(self) -> None:
+        self.usable = [layer for layer in self.layers if not layer.last]
+        self._made: dict[int, onnx.ModelProto] = {}
+
+    def step(self, *_: int) -> None:
+        """Another image or layer is done."""
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+    def _inputs(self, images: Sequence[LabelledImage]) -> Iterator[dict[str, NDArray[Any]]]:
+        """The network's inputs for one image after the other, as the runtime makes them."""
+        for image in images:
+            yield self.detector.prepare([image.load()])[0]
+
+    def calibrate(self) -> tuple[str, ...]:
+        """Measure the range of every activation; returns what speaks against the images that gave it."""
+        images = evenly(self.dataset.images, RANGE_IMAGES)
+        sums = np.zeros((3, 3))  # of pixels: how many, their sum, that of their squares, by channel
+
+        def inputs() -> Iterator[dict[str, NDArray[Any]]]:
+            for each in self._inputs(images):
+                canvases, sizes = (each[name] for name in self.detector.contract.inputs)
+                height, width = (int(side) for side in sizes[0])
+                pixels = canvases[0, :height:4, :width:4].reshape(-1, 3).astype(np.float64)
+                sums[:] += [[len(pixels)] * 3, pixels.sum(axis=0), np.square(pixels).sum(axis=0)]
+                yield each
+
+        tensors = observed_tensors(self.proto, self.usable)
+        self.ranges = measure_ranges(self.proto, tensors, inputs(), len(images), self.method, self.step)
+        return _image_warnings(sums, self.detector.contract)
+
+    def rank_layers(self) -> list[Sensitivity]:
+        """What each usable layer costs, on a few images spread over the data, the most costly first."""
+        height, width = self.detector.contract.canvas
+        count = 1 if height * width > LARGE_CANVAS else SENSITIVITY_IMAGES
+        inputs = [
+            {name: value.copy() for name, value in each.items()}
+            for each in self._inputs(evenly(self.dataset.images, count))
+        ]
+        costs = measure_sensitivity(self.proto, self._with_floats(0), self.usable, inputs, self.step)
+        self.order = [cost.name for cost in costs]
+        return costs
+
+    def settle(self, meter: LossMeter, path: Path, verify: bool) -> tuple[Trial, int]:
+        """Write to ``path`` the model with the fewest float layers that holds; it, and how many were tried.
+
+        It holds where the loss is within ``max_drop`` and, with ``verify``, it agrees with the float model
+        within the tolerances of int8. Raises ``ParityError`` where none does.
+        """
+        tried: list[Trial] = []
+
+        def attempt(number: int) -> Trial:
+            if tried:
+                self.total += len(self.dataset)
+            self._save(number, None, path)
+            with Detector(path, "cpu") as detector:
+                loss = meter.measure(detector.batch, self.step)
+            holds = loss.drop <= self.max_drop
+            report = self._compare(path) if verify and holds else None
+            holds = holds and (report is None or report.passed)
+            tried.append(Trial(tuple(self.order[:number]), loss, report, holds))
+            return tried[-1]
+
+        chosen = fewest_float(int(MOST_FLOAT * len(self.order)), attempt)
+        if not chosen.holds:
+            report = chosen.report
+            differs = "" if report is None or report.passed else f", and differs in {report.reason}"
+            raise ParityError(
+                f"{self.out}: {chosen.loss.describe()}{differs}, with the {len(chosen.floats)} most "
+                f"costly of {len(self.order)} layers in float; a drop of {self.max_drop:g} is allowed. The "
+                "file was not published; allow more with --max-drop, or calibrate on more images"
+            )
+        self._save(len(chosen.floats), chosen.loss, path)
+        return chosen, len(tried)
+
+    def _with_floats(self, number: int) -> onnx.ModelProto:
+        """The model with the ``number`` most costly layers in float.
+
+        Making one takes seconds, and the last one tried is often the chosen one.
+        """
+        if number not in self._made:
+            kept = [layer for layer in self.usable if layer.name not in self.order[:number]]
+            self._made = {number: quantized(self.proto, kept, self.ranges, self.target)}
+        return self._made[number]
+
+    def _save(self, number: int, loss: Loss | None, path: Path) -> None:
+        """Write the model with ``number`` float layers to ``path``, its contract saying so."""
+        model = self._with_floats(number)
+        for entry in model.metadata_props:
+            if entry.key == CONTRACT_KEY:
+                entry.value = self.contract(self.order[:number], loss).to_json()
+        onnx.checker.check_model(model)
+        onnx.save(model, path)
+
+    def contract(self, floats: Sequence[str], loss: Loss | None) -> Contract:
+        """The model's contract with the precision int8, and in its source how that came about."""
+        own = self.detector.contract
+        record = {
+            "for": self.target,
+            "weight_bits": WEIGHT_BITS[self.target],
+            "data": self.dataset.spec,
+            "images": len(self.dataset),
+            "method": self.method,
+            "float_layers": list(floats),
+            "last_layers": [layer.name for layer in self.layers if layer.last],
+            "max_drop": self.max_drop,
+            "loss": None if loss is None else loss.to_json(),
+            "by": f"anchorline {__version__}",
+        }
+        return dataclasses.replace(own, precision="int8", source={**own.source, "quantised": record})
+
+    def _compare(self, path: Path) -> VerifyReport:
+        """The model at ``path`` against the float one, stage by stage, on some of the calibration images."""
+        reference, candidate = onnx_subject(self.model), onnx_subject(path)
+        try:
+            return verify_subjects(
+                reference, candidate, first_images(self.dataset, VERIFY_IMAGES), which_traps=VERIFY_TRAPS
+            )
+        finally:
+            reference.close()
+            candidate.close()
+
+
+def fewest_float(most: int, attempt: Callable[[int], Trial]) -> Trial:
+    """The trial with the fewest float layers that holds, or the last one where none of up to ``most`` does.
+
+    ``attempt(number)`` tries that many. Doubling, then halving the gap: some ten trials for a hundred
+    layers. Where more float layers do harm, as they seldom do, it may not be the fewest.
+    """
+    number, fails = 0, -1
+    trial = attempt(number)
+    while not trial.holds:
+        if number >= most:
+            return trial
+        fails, number = number, min(max(1, 2 * number), most)
+        trial = attempt(number)
+    while number - fails > 1:
+        middle = (fails + number) // 2
+        between = attempt(middle)
+        if between.holds:
+            number, trial = middle, between
+        else:
+            fails = middle
+    return trial
+
+
+def _image_warnings(sums: NDArray[np.float64], contract: Contract) -> tuple[str, ...]:
+    """What speaks against images with such ``sums`` being like those the model was trained on."""
+    count, total, squares = sums
+    mean = total / count
+    contrast = float(np.sqrt(np.maximum(squares / count - mean**2, 0.0)).mean())
+    expected = np.array(contract.mean)
+    if contract.channel_order == "rgb":
+        expected = expected[::-1]
+    far = int(np.abs(mean - expected).argmax())
+    found = []
+    if abs(mean[far] - expected[far]) > _FAR_MEAN:
+        found.append(
+            f"the calibration images have a mean of {mean[far]:.0f} grey levels in "
+            f"{('blue', 'green', 'red')[far]}, the model was made for {expected[far]:.0f}; are they like "
+            "what it will see?"
+        )
+    if contrast < _FLAT:
+        found.append(
+            f"the calibration images have a contrast of {contrast:.1f} grey levels (standard deviation); "
+            "are they real images?"
+        )
+    return tuple(found)
+
+
+def _detection_warnings(results: Sequence[Detections]) -> tuple[str, ...]:
+    """Whether the float model finds hardly anything in the images."""
+    empty = sum(1 for each in results if not (each.scores >= CONFIDENT).any())
+    if empty <= _FEW * len(results):
+        return ()
+    return (
+        f"in {empty} of {len(results)} calibration images the float model finds nothing with a score of at "
+        f"least {CONFIDENT:g}; are they like what it was trained on?",
+    )
