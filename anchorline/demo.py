@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from anchorline.data.dataset import Dataset
 from anchorline.data.synthetic import synthetic_dataset
 from anchorline.data.synthetic_video import synthetic_video_dataset, write_video
-from anchorline.evaluation.evaluate import EvaluationReport, report_detections
+from anchorline.evaluation.evaluation import EvaluationReport, report_detections
 from anchorline.evaluation.pictures import contact_sheet, plot_loss_curve, plot_pr_curves
 from anchorline.export.onnx_export import ExportResult, export_onnx
 from anchorline.runtime.detections import Detections

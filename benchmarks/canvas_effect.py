@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from record import append_row
 
-from anchorline.data.specs import load_dataset
-from anchorline.evaluation.evaluate import evaluate
+from anchorline.data.dataset import load_dataset
+from anchorline.evaluation.evaluation import evaluate
 from anchorline.runtime.canvas import Preprocessor
 from anchorline.runtime.contract import ResizeRule
 from anchorline.train.checkpoint import load_checkpoint

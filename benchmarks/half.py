@@ -18,12 +18,11 @@ from pathlib import Path
 import onnx
 from record import append_row
 
-from anchorline.data.dataset import Dataset
-from anchorline.data.specs import load_dataset
+from anchorline.data.dataset import Dataset, load_dataset
 from anchorline.engine.fp16_range import network_inputs, simulate_half
 from anchorline.engine.graph import check_exported, read_model
 from anchorline.engine.mixed_precision import PrecisionReport, to_precision
-from anchorline.evaluation.evaluate import EvaluationReport, evaluate
+from anchorline.evaluation.evaluation import EvaluationReport, evaluate
 from anchorline.runtime import Detector
 
 TOLERANCE = 0.003

@@ -26,8 +26,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, qdq_quantizer
 from record import append_row
 
-from anchorline.data.specs import load_datasets
-from anchorline.evaluation.evaluate import evaluate
+from anchorline.data.dataset import load_datasets
+from anchorline.evaluation.evaluation import evaluate
 from anchorline.export.calibration import measure_ranges
 from anchorline.export.integer_graph import find_layers, observed_tensors, quantized
 from anchorline.export.quantizing import evenly, read_float_model

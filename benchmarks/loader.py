@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from record import append_row
 
-from anchorline.data.specs import load_dataset
+from anchorline.data.dataset import load_dataset
 from anchorline.runtime.contract import ResizeRule
 from anchorline.train.data.dataset import (
     Batch,

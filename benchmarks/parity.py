@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from record import append_row
 
-from anchorline.data.specs import load_dataset
+from anchorline.data.dataset import load_dataset
 from anchorline.runtime import Detections, Detector, read_image
 from anchorline.train.predict import TorchDetector
 from anchorline.verify.compare import Comparison, compare_detections, summarise

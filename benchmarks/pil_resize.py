@@ -21,7 +21,7 @@ from PIL import Image
 from record import append_row
 
 from anchorline.data.synthetic import synthetic_dataset
-from anchorline.evaluation.evaluate import evaluate
+from anchorline.evaluation.evaluation import evaluate
 from anchorline.runtime.canvas import place, resize_antialiased
 from anchorline.runtime.contract import ResizeRule
 from anchorline.train.checkpoint import load_checkpoint

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from record import append_row
 
-from anchorline.verify.report import VerifyReport
-from anchorline.verifying import verify_files
+from anchorline.verify import verify
+from anchorline.verify.verification import VerifyReport
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
                 if spec.startswith("synthetic:")
                 else {"data": [spec]}
             )
-            reports.append(verify_files(*files, limit=arguments.limit, **source))
+            reports.append(verify(*files, limit=arguments.limit, **source))
             print(f"{spec}: {reports[-1].describe()}", file=sys.stderr)
         seconds = time.perf_counter() - start
     append_row("verify", f"python benchmarks/verify.py {_shown(arguments)}", _figures(reports, seconds))
@@ -101,7 +101,7 @@ def _pictures(spec: str, folder: Path) -> list[str]:
     """Generated scenes as files, since a model of other classes can look at them without their labels."""
     import cv2
 
-    from anchorline.data.specs import load_dataset
+    from anchorline.data.dataset import load_dataset
 
     target = folder / spec.replace(":", "-")
     target.mkdir(exist_ok=True)

@@ -20,7 +20,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["OPENCV_FOR_THREADS_NUM"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import onnx
 
+    from anchorline.data.dataset import LabelledImage
     from anchorline.runtime.contract import Contract
     from anchorline.train.model.faster_rcnn import FasterRCNN
     from anchorline.train.model.settings import ModelSettings
@@ -108,6 +109,32 @@ def onnx_of(
         return proto
 
     return get
+
+
+@pytest.fixture
+def make_image() -> Callable[..., LabelledImage]:
+    """A labelled image in memory, 100 x 100 grey pixels."""
+    from anchorline.data.dataset import LabelledImage
+
+    def make(
+        boxes: Sequence[Sequence[float]] = (),
+        labels: Sequence[int] | None = None,
+        difficult: Sequence[bool] | None = None,
+        crowd: Sequence[bool] | None = None,
+        id: str = "image",
+    ) -> LabelledImage:
+        count = len(boxes)
+        return LabelledImage(
+            id=id,
+            size=(100, 100),
+            boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
+            labels=np.array(labels if labels is not None else [0] * count, dtype=np.int64),
+            difficult=np.array(difficult if difficult is not None else [False] * count, dtype=np.bool_),
+            crowd=np.array(crowd if crowd is not None else [False] * count, dtype=np.bool_),
+            load=lambda: np.full((100, 100, 3), 128, np.uint8),
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

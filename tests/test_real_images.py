@@ -10,9 +10,8 @@ import pytest
 
 pytest.importorskip("torch", reason="trains with PyTorch")
 
-from anchorline.data.dataset import Dataset
-from anchorline.data.specs import load_dataset
-from anchorline.evaluation.evaluate import evaluate
+from anchorline.data.dataset import Dataset, load_dataset
+from anchorline.evaluation.evaluation import evaluate
 from anchorline.export.onnx_export import export_onnx
 from anchorline.runtime import Detector
 from anchorline.train.loop.train import train

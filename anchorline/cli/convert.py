@@ -78,7 +78,7 @@ def import_(
     warn(result.warnings)
     verdict = "not verified"
     if verify:
-        from anchorline.verifying import verify_import
+        from anchorline.artefacts import verify_import
 
         verdict = verify_import(out)
     height, width = result.contract.canvas
@@ -236,7 +236,7 @@ def build(
         print(line, file=sys.stderr)
     verdict = ""
     if verify and result.built:
-        from anchorline.verifying import verify_engine
+        from anchorline.artefacts import verify_engine
 
         verdict = f"; {verify_engine(model, out)}"
     print(f"{result.path}: {result.describe()}{verdict}")

@@ -13,7 +13,6 @@ from anchorline.cli.options import (
     JsonOption,
     PicturesOption,
     ProviderOption,
-    open_detector,
     tell_dropped,
 )
 from anchorline.console import progress_bar, show_report
@@ -40,16 +39,16 @@ def evaluate(
     json: JsonOption = None,
 ) -> None:
     """Measure a model's accuracy on labelled images: VOC and COCO AP per class, or proposal recall."""
-    from anchorline.data.specs import load_datasets
-    from anchorline.evaluation.evaluate import evaluate as evaluate_detector
-    from anchorline.evaluation.recall import evaluate_proposals
+    from anchorline.data.dataset import load_datasets
+    from anchorline.evaluation.evaluation import evaluate as evaluate_detector
+    from anchorline.evaluation.evaluation import evaluate_proposals, evaluate_stored
 
     if model.suffix == ".jsonl":
-        from anchorline.proposing import recall_of_file
-
-        show_report(recall_of_file(model, load_datasets(data)), json)
+        show_report(evaluate_stored(model, load_datasets(data)), json)
         return
-    detector = open_detector(model, provider, proposals, data, cpu_precision)
+    from anchorline.artefacts import open_detector
+
+    detector = open_detector(model, provider, cpu_precision=cpu_precision, proposals=proposals, data=data)
     for_recall = detector.contract.task == "proposals"
     dataset = load_datasets(data, names=None if for_recall else detector.contract.names)
     tell_dropped(dataset)
@@ -80,7 +79,7 @@ def proposals(
     provider: ProviderOption = "auto",
 ) -> None:
     """Store proposals for images in a file: for ``train --schedule fast-rcnn``, and for their recall."""
-    from anchorline.proposing import store_proposals
+    from anchorline.artefacts import store_proposals
 
     with progress_bar("proposing") as progress:
         boxes = store_proposals(

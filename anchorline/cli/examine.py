@@ -37,7 +37,7 @@ def verify(
     json: JsonOption = None,
 ) -> None:
     """Compare two artefacts stage by stage and detection by detection; exit code 1 when they differ."""
-    from anchorline.verifying import verify_files
+    from anchorline.artefacts import verify as verify_files
 
     with progress_bar("verifying") as progress:
         report = verify_files(

@@ -155,26 +155,3 @@ def tell_dropped(dataset: Dataset | None) -> None:
             "they count as images without objects",
             file=sys.stderr,
         )
-
-
-def open_detector(
-    model: Path,
-    provider: Provider,
-    proposals: Path | None = None,
-    data: Sequence[str] = (),
-    cpu_precision: CpuPrecision = "auto",
-) -> Any:
-    """A detector for a checkpoint (with PyTorch) or an exported model (without)."""
-    if proposals is not None:
-        from anchorline.proposing import open_on_proposals
-
-        return open_on_proposals(model, proposals, data)
-    if model.suffix == ".safetensors":
-        from anchorline.train.predict import TorchDetector
-
-        return TorchDetector.load(model)
-    from anchorline.runtime import Detector
-    from anchorline.runtime.backends.selection import exact_provider
-
-    wanted = provider if cpu_precision == "bf16" else exact_provider(provider)
-    return Detector(model, wanted, cpu_precision=cpu_precision)

@@ -58,7 +58,7 @@ def train(
 ) -> None:
     """Train a detector and write its run folder; with torchrun on several devices (docs/training.md)."""
     changes = {"epochs": epochs, "seed": seed, "regime": schedule}
-    from anchorline.data.specs import load_datasets
+    from anchorline.data.dataset import load_datasets
     from anchorline.train.loop.distributed import is_main
     from anchorline.train.loop.metrics import training_progress
     from anchorline.train.loop.train import train as train_model

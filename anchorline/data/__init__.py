@@ -1,6 +1,5 @@
 """Labelled data: VOC, COCO, YOLO, generated scenes and videos. Never imports PyTorch."""
 
-from anchorline.data.dataset import Dataset, LabelledImage
-from anchorline.data.specs import load_dataset, load_datasets
+from anchorline.data.dataset import Dataset, LabelledImage, load_dataset, load_datasets
 
 __all__ = ["Dataset", "LabelledImage", "load_dataset", "load_datasets"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -18,6 +19,14 @@ FARTHEST_PIXEL = 1e9
 def is_coordinate(value: object) -> bool:
     """Whether a value read from a file is a number that can be a place in an image, in pixels."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FARTHEST_PIXEL
+
+
+def as_number(text: str | None) -> float:
+    """The number that a text file states; NaN for what is none."""
+    try:
+        return float(text or "")
+    except ValueError:
+        return math.nan
 
 
 def box_areas(boxes: NDArray[np.floating]) -> NDArray[np.float64]:

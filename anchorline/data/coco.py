@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from anchorline.data.boxes import clip_labelled_boxes, is_coordinate
-from anchorline.data.dataset import Dataset, LabelledImage, image_size, load_image, unknown_class
+from anchorline.data.boxes import is_coordinate
+from anchorline.data.dataset import Dataset, class_index, image_size, labelled_image
 from anchorline.runtime.io.errors import DataError
 
 Record = dict[str, Any]
@@ -32,14 +31,30 @@ def load_coco(folder: Path, annotations: Path, names: Sequence[str] | None = Non
     content = _read_json(annotations)
     categories = _read_categories(content, annotations)
     objects = _objects_by_image(content, categories, annotations)
-    names, label_of = _labels(categories, objects, names, annotations)
+    used = sorted({each["category_id"] for records in objects.values() for each in records})
+    names = list(categories.values()) if names is None else names
+    index = class_index(names, [categories[id] for id in used], str(annotations))
     dropped: Counter[str] = Counter()
     images = []
     for record, path in _image_paths(content, folder, annotations):
-        image, reasons = _labelled_image(record, path, objects[record["id"]], label_of)
+        own = objects[record["id"]]
+        raw = np.array([each["bbox"] for each in own], dtype=np.float64).reshape(-1, 4)
+        size: Any = record.get("height"), record.get("width")
+        if not all(isinstance(side, int) and side > 0 for side in size):
+            size = image_size(path)
+        image, reasons = labelled_image(
+            str(record["id"]),
+            path,
+            size,
+            np.concatenate([raw[:, :2], raw[:, :2] + raw[:, 2:]], axis=1),
+            [index[categories[each["category_id"]]] for each in own],
+            crowd=[bool(each.get("iscrowd", 0)) for each in own],
+        )
         images.append(image)
         dropped.update(reasons)
-    return Dataset(spec, tuple(names), tuple(images), _category_ids(categories, names), dropped)
+    id_of = {name: id for id, name in categories.items()}
+    ids = tuple(id_of[name] for name in names) if set(names) <= set(id_of) else None
+    return Dataset(spec, tuple(names), tuple(images), ids, dropped)
 
 
 def _read_json(path: Path) -> Record:
@@ -90,37 +105,18 @@ def _objects_by_image(content: Record, categories: dict[int, str], path: Path) -
     objects: dict[int, list[Record]] = defaultdict(list)
     for number, record in enumerate(content["annotations"], start=1):
         where = f"{path}: annotation {number}"
-        image_id = _whole(record, "image_id", where)
-        category_id = _whole(record, "category_id", where)
+        image_id, category_id = (_whole(record, key, where) for key in ("image_id", "category_id"))
         if image_id not in image_ids:
             raise DataError(
                 f"{where}: image_id {image_id} is not among the images; take it out or add the image"
             )
         if category_id not in categories:
             raise DataError(f"{where}: category_id {category_id} is not among the categories")
-        _check_box(record.get("bbox"), where)
+        box = record.get("bbox")
+        if not (isinstance(box, list) and len(box) == 4 and all(map(is_coordinate, box))):
+            raise DataError(f"{where}: bbox is {box!r}; expected x, y, width, height in pixels")
         objects[image_id].append(record)
     return objects
-
-
-def _labels(
-    categories: dict[int, str], objects: dict[int, list[Record]], names: Sequence[str] | None, path: Path
-) -> tuple[Sequence[str], dict[int, int]]:
-    """The class names, and the label of each category id that is used."""
-    if names is None:
-        return list(categories.values()), {id: label for label, id in enumerate(categories)}
-    index = {name: label for label, name in enumerate(names)}
-    used = {record["category_id"] for records in objects.values() for record in records}
-    for id in sorted(used):
-        if categories[id] not in index:
-            raise unknown_class(str(path), categories[id], names)
-    return names, {id: index[categories[id]] for id in used}
-
-
-def _category_ids(categories: dict[int, str], names: Sequence[str]) -> tuple[int, ...] | None:
-    """The ids of the names, None when the file does not know them all."""
-    id_of = {name: id for id, name in categories.items()}
-    return tuple(id_of[name] for name in names) if all(name in id_of for name in names) else None
 
 
 def _image_paths(content: Record, folder: Path, annotations: Path) -> list[tuple[Record, Path]]:
@@ -137,28 +133,6 @@ def _image_paths(content: Record, folder: Path, annotations: Path) -> list[tuple
     return pairs
 
 
-def _labelled_image(
-    record: Record, path: Path, objects: list[Record], label_of: dict[int, int]
-) -> tuple[LabelledImage, Counter[str]]:
-    size = _size(record, path)
-    raw = np.array([each["bbox"] for each in objects], dtype=np.float64).reshape(-1, 4)
-    corners = np.concatenate([raw[:, :2], raw[:, :2] + raw[:, 2:]], axis=1)
-    boxes, kept, dropped = clip_labelled_boxes(corners, size)
-    labels = np.array([label_of[each["category_id"]] for each in objects], dtype=np.int64)[kept]
-    crowd = np.array([bool(each.get("iscrowd", 0)) for each in objects], dtype=np.bool_)[kept]
-    load = partial(load_image, path, size)
-    image = LabelledImage(str(record["id"]), size, boxes, labels, np.zeros_like(crowd), crowd, load)
-    return image, dropped
-
-
-def _size(record: Record, path: Path) -> tuple[int, int]:
-    """(height, width) from the record, or from the image where the record does not say."""
-    height, width = record.get("height"), record.get("width")
-    if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
-        return height, width
-    return image_size(path)
-
-
 def _whole(record: Any, key: str, where: str) -> int:
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, int) or isinstance(value, bool):
@@ -171,9 +145,3 @@ def _text(record: Any, key: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: {key} is {value!r}; expected a name")
     return value
-
-
-def _check_box(box: Any, where: str) -> None:
-    numbers = isinstance(box, list) and len(box) == 4 and all(is_coordinate(value) for value in box)
-    if not numbers:
-        raise DataError(f"{where}: bbox is {box!r}; expected x, y, width, height in pixels")

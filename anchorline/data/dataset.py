@@ -1,18 +1,33 @@
-"""Labelled images, whatever file format they came from."""
+"""Labelled images, whatever file format they came from, and the one line of text that opens them."""
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from anchorline.data.boxes import clip_labelled_boxes
 from anchorline.runtime.io.errors import DataError
 from anchorline.runtime.io.images import read_image
+
+FORMS = "voc:DIR@split, coco:IMAGES,ANNOTATIONS.json, yolo:DIR@split or synthetic:N"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+_SHOWN_NAMES = 12
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Start-of-frame markers carry the size; C4, C8 and CC in that range are tables and extensions.
+_JPEG_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_START_OF_SCAN = 0xDA
+_JPEG_EXIF = 0xE1
+
+Names = Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,11 @@ class LabelledImage:
     difficult: NDArray[np.bool_]
     crowd: NDArray[np.bool_]
     load: Callable[[], NDArray[np.uint8]]
+
+    @property
+    def ignored(self) -> NDArray[np.bool_]:
+        """Bool [N]: objects that are neither to be found nor counted against a detection."""
+        return self.difficult | self.crowd
 
 
 @dataclass(frozen=True)
@@ -57,34 +77,154 @@ class Dataset:
     def __iter__(self) -> Iterator[LabelledImage]:
         return iter(self.images)
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether any image has an object to be found."""
+        return any(len(image.boxes) for image in self.images)
 
-# Class names: one message for a class nobody knows.
+    def first(self, limit: int | None) -> Dataset:
+        """The first ``limit`` images of the data, all of them for None."""
+        if limit is None or len(self) <= limit:
+            return self
+        return Dataset(self.spec, self.names, self.images[:limit], self.category_ids)
+
+    def with_names(self, names: Sequence[str]) -> Dataset:
+        """The same images with labels that index ``names``, which hold all of the data's own."""
+        index = class_index(names, self.names, self.spec)
+        to_names = np.array([index[name] for name in self.names], dtype=np.int64)
+        images = tuple(dataclasses.replace(image, labels=to_names[image.labels]) for image in self)
+        return dataclasses.replace(self, names=tuple(names), images=images)
 
 
-_SHOWN = 12
+def load_dataset(spec: str, names: Names = None) -> Dataset:
+    """Open ``voc:DIR@split``, ``coco:IMAGES,ANNOTATIONS.json``, ``yolo:DIR@split`` or ``synthetic:N``.
+
+    With ``names`` the labels index these names, and a class of the data that is not among them is a
+    ``DataError``; without, the names are the data's own (VOC: sorted; COCO: by category id; YOLO: in
+    its order). ``synthetic:N@seed`` makes other scenes. Raises ``DataError`` for an unknown form and
+    for anything missing, empty or broken.
+    """
+    scheme, _, rest = spec.partition(":")
+    if scheme not in ("voc", "coco", "yolo", "synthetic") or not rest:
+        raise DataError(f"data {spec!r}: expected {FORMS}")
+    if names is not None and (not names or len(set(names)) != len(names)):
+        raise DataError(f"class names {list(names)!r}: expected at least one name, and each once")
+    if scheme == "synthetic":
+        from anchorline.data.synthetic import synthetic_dataset
+
+        count, _, seed = rest.partition("@")
+        if not count.isdecimal() or int(count) < 1 or not (seed or "0").isdecimal():
+            raise DataError(
+                f"data {spec!r}: expected synthetic:N or synthetic:N@seed with whole numbers, N at least 1"
+            )
+        dataset = synthetic_dataset(int(count), int(seed or "0"), spec=spec)
+        return dataset if names is None else dataset.with_names(names)
+    if scheme == "coco":
+        from anchorline.data.coco import load_coco
+
+        folder, _, annotations = rest.rpartition(",")
+        if not folder or not annotations:
+            raise DataError(f"data {spec!r}: expected coco:IMAGES,ANNOTATIONS.json")
+        return load_coco(_path(folder), _path(annotations), names, spec)
+    folder, _, split = rest.rpartition("@")
+    if not folder or not split:
+        usual = "trainval" if scheme == "voc" else "train"
+        raise DataError(
+            f"data {spec!r}: expected {scheme}:DIR@split, such as {scheme}:{folder or rest}@{usual}"
+        )
+    if scheme == "voc":
+        from anchorline.data.voc import load_voc
+
+        return load_voc(_path(folder), split, names, spec)
+    from anchorline.data.yolo import load_yolo
+
+    return load_yolo(_path(folder), split, names, spec)
+
+
+def load_datasets(specs: Sequence[str], names: Names = None) -> Dataset:
+    """Open several specs as one data set: images one after another, the union of the names in order."""
+    if not specs:
+        raise DataError(f"no data given; expected {FORMS}")
+    datasets = [load_dataset(spec, names) for spec in specs]
+    return datasets[0] if len(datasets) == 1 else concatenate(datasets)
+
+
+def concatenate(datasets: Sequence[Dataset]) -> Dataset:
+    """Data sets one after another; labels are moved to the union of the names.
+
+    COCO category ids are kept where all sets have them and agree.
+    """
+    names = tuple(dict.fromkeys(name for dataset in datasets for name in dataset.names))
+    pairs = {pair for each in datasets for pair in zip(each.names, each.category_ids or (), strict=False)}
+    id_of = dict(pairs)
+    unique = len(pairs) == len(id_of) == len(set(id_of.values()))
+    agree = unique and all(dataset.category_ids is not None for dataset in datasets)
+    return Dataset(
+        spec=" ".join(dataset.spec for dataset in datasets),
+        names=names,
+        images=tuple(image for dataset in datasets for image in dataset.with_names(names)),
+        category_ids=tuple(id_of[name] for name in names) if agree else None,
+        dropped=sum((dataset.dropped for dataset in datasets), Counter()),
+        unlabelled=sum(dataset.unlabelled for dataset in datasets),
+    )
+
+
+def _path(text: str) -> Path:
+    """The path with ``~`` as the home folder, which a shell leaves in the middle of a word."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no such user
+        return Path(text)
+
+
+# What the readers of the formats share.
 
 
 def list_names(names: Sequence[str]) -> str:
     """The names separated by commas, cut after a dozen."""
-    shown = ", ".join(names[:_SHOWN])
-    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
+    shown = ", ".join(names[:_SHOWN_NAMES])
+    return f"{shown} and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else shown
 
 
-def unknown_class(where: str, name: str, names: Sequence[str]) -> DataError:
-    """The error for a class in the data that the expected ``names`` do not hold."""
-    return DataError(f"{where}: unknown class {name!r}; expected one of {list_names(names)}")
+def class_index(names: Sequence[str], used: Iterable[str], where: str) -> dict[str, int]:
+    """The label of each name; raises ``DataError`` for a class that is used ``where`` and not among them."""
+    index = {name: label for label, name in enumerate(names)}
+    for name in used:
+        if name not in index:
+            raise DataError(f"{where}: unknown class {name!r}; expected one of {list_names(names)}")
+    return index
 
 
-# Image files of a labelled data set: found by name, measured cheaply, loaded when needed.
+def labelled_image(
+    id: str,
+    path: Path,
+    size: tuple[int, int],
+    boxes: NDArray[np.float64],
+    labels: Sequence[int],
+    *,
+    difficult: Sequence[bool] = (),
+    crowd: Sequence[bool] = (),
+    empty_side: float = 0.0,
+) -> tuple[LabelledImage, Counter[str]]:
+    """The image at ``path`` with its usable boxes, and how many of the others there are by reason.
+
+    ``boxes`` [N, 4] are as annotated, with ``empty_side`` as in ``clip_labelled_boxes``; no flags are
+    given where none is set.
+    """
+    clipped, kept, dropped = clip_labelled_boxes(boxes, size, empty_side)
+    none = np.zeros(len(boxes), dtype=np.bool_)
+    flags = [np.array(each, dtype=np.bool_) if len(each) else none for each in (difficult, crowd)]
+    own = np.array(labels, dtype=np.int64)[kept]
+    load = partial(load_image, path, size)
+    return LabelledImage(id, size, clipped, own, flags[0][kept], flags[1][kept], load), dropped
 
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Start-of-frame markers carry the size; C4, C8 and CC in that range are tables and extensions.
-_JPEG_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_JPEG_START_OF_SCAN = 0xDA
-_JPEG_EXIF = 0xE1
+def read_lines(path: Path, expected: str) -> list[str]:
+    """The lines of a text file; raises ``DataError``, which says what was ``expected`` on each."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); expected {expected} a line") from None
 
 
 def image_size(path: Path) -> tuple[int, int]:

@@ -9,7 +9,8 @@ their scores. Recall, training on given proposals and evaluation with them read 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from anchorline.runtime.io.files import atomic_path
 
 BOX_DECIMALS = 2
 SCORE_DECIMALS = 5
+LEAST_SIDE = 2  # pixels of the image; OpenCV's selective search also finds single rows of pixels
 _EDGE = 0.01  # pixels that rounding may move a box past the image's edge
 
 _REMEDY = "write it again with anchorline proposals"
@@ -53,7 +55,14 @@ def write_proposals(path: Path, data: Dataset, proposals: Iterable[Detections]) 
     """Write the proposals of every image of ``data``, in its order; all or nothing."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for image, found in zip(data, proposals, strict=True):
-            file.write(_line(image.id, image.size, found))
+            order = np.argsort(-found.scores, kind="stable")
+            record = {
+                "id": image.id,
+                "size": [int(side) for side in image.size],
+                "boxes": [[round(v, BOX_DECIMALS) for v in box] for box in found.boxes[order].tolist()],
+                "scores": [round(score, SCORE_DECIMALS) for score in found.scores[order].tolist()],
+            }
+            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_proposals(path: Path, data: Dataset) -> tuple[ImageProposals, ...]:
@@ -64,7 +73,19 @@ def read_proposals(path: Path, data: Dataset) -> tuple[ImageProposals, ...]:
     """
     found = _read_lines(path)
     if [each.id for each in found] != [image.id for image in data]:
-        found = _by_id(path, found, data)
+        known = {each.id: each for each in found}
+        if len(known) < len(found):
+            twice = next(id for id, count in Counter(each.id for each in found).items() if count > 1)
+            raise DataError(
+                f"{path}: holds image {twice!r} more than once; expected each image once; {_REMEDY}"
+            )
+        missing = [image.id for image in data if image.id not in known]
+        if missing:
+            raise DataError(
+                f"{path}: has no line for {len(missing)} of {len(data)} images of {data.spec}, first "
+                f"{missing[0]!r}; {_REMEDY} from this data"
+            )
+        found = [known[image.id] for image in data]
     for each, image in zip(found, data, strict=True):
         if each.size != tuple(image.size):
             raise DataError(
@@ -74,46 +95,19 @@ def read_proposals(path: Path, data: Dataset) -> tuple[ImageProposals, ...]:
     return tuple(found)
 
 
-def _line(id: str, size: tuple[int, int], found: Detections) -> str:
-    order = np.argsort(-found.scores, kind="stable")
-    record = {
-        "id": id,
-        "size": [int(side) for side in size],
-        "boxes": [[round(v, BOX_DECIMALS) for v in box] for box in found.boxes[order].tolist()],
-        "scores": [round(score, SCORE_DECIMALS) for score in found.scores[order].tolist()],
-    }
-    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _by_id(path: Path, found: list[ImageProposals], data: Dataset) -> list[ImageProposals]:
-    known = {each.id: each for each in found}
-    if len(known) < len(found):
-        ids = [each.id for each in found]
-        twice = next(id for id in ids if ids.count(id) > 1)
-        raise DataError(f"{path}: holds image {twice!r} more than once; expected each image once; {_REMEDY}")
-    missing = [image.id for image in data if image.id not in known]
-    if missing:
-        raise DataError(
-            f"{path}: has no line for {len(missing)} of {len(data)} images of {data.spec}, first "
-            f"{missing[0]!r}; {_REMEDY} from this data"
-        )
-    return [known[image.id] for image in data]
-
-
 def _read_lines(path: Path) -> list[ImageProposals]:
     if not path.is_file():
         raise DataError(
             f"{path}: no such file; expected stored proposals, as anchorline proposals writes them"
         )
-    return [_read_line(path, number, line) for number, line in _numbered_lines(path)]
-
-
-def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    found = []
     try:
         with path.open(encoding="utf-8") as file:
-            yield from enumerate(file, start=1)
+            for number, line in enumerate(file, start=1):
+                found.append(_read_line(path, number, line))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as stored proposals ({error}); {_REMEDY}") from None
+    return found
 
 
 def _read_line(path: Path, number: int, line: str) -> ImageProposals:
@@ -150,20 +144,12 @@ def _checked(record: Any) -> ImageProposals:
     return ImageProposals(id, (size[0], size[1]), boxes[order], scores[order])
 
 
-# Proposals without learning: selective search (Uijlings et al., 2013), as Fast R-CNN trained on.
-#
-# It is OpenCV's, which only the contrib build has.
-
-
-LEAST_SIDE = 2  # pixels of the image; OpenCV also finds single rows of pixels
-
-
 class SelectiveSearch:
-    """``batch(frames)`` gives up to ``count`` proposals a frame, in OpenCV's order.
+    """Proposals without learning (Uijlings et al., 2013), as Fast R-CNN trained on, by OpenCV.
 
-    OpenCV gives no scores: they fall evenly from 1, with the rank, which OpenCV draws in part at random,
-    so that two runs differ. Raises ``SettingsError`` without
-    the contrib build.
+    ``batch(frames)`` gives up to ``count`` proposals a frame, in OpenCV's order. OpenCV gives no scores:
+    they fall evenly from 1, with the rank, which OpenCV draws in part at random, so that two runs differ.
+    Raises ``SettingsError`` without the contrib build.
     """
 
     def __init__(self, count: int = 2000) -> None:

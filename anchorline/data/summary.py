@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,16 +15,18 @@ from anchorline.data.dataset import Dataset
 if TYPE_CHECKING:
     from rich.table import Table
 
-
-# COCO's size classes of objects, by the area of their boxes in square pixels of the source image.
-
-
 SIZE_CLASSES: dict[str, tuple[float, float]] = {
     "small": (0.0, 32.0**2),
     "medium": (32.0**2, 96.0**2),
     "large": (96.0**2, math.inf),
 }
-"""From and to. COCO's annotations measure the area of the mask; here it is always that of the box."""
+"""COCO's size classes of objects: from and to, in square pixels of the source image. COCO's annotations
+measure the area of the mask; here it is always that of the box."""
+SIDE_EDGES = (0.0, 8.0, 16.0, 32.0, 64.0, 96.0, 128.0, 256.0, 512.0, math.inf)
+"""Edges of the histogram of object sizes: the square root of the area, in pixels of the image."""
+ASPECT_EDGES = (0.0, 0.25, 0.5, 1 / math.sqrt(2), math.sqrt(2), 2.0, 4.0, math.inf)
+"""Edges of the histogram of aspect ratios: height over width, as anchors have it."""
+_BAR_LENGTH = 28
 
 
 def in_size_class(areas: NDArray[np.floating], name: str) -> NDArray[np.bool_]:
@@ -39,13 +41,6 @@ def in_size_class(areas: NDArray[np.floating], name: str) -> NDArray[np.bool_]:
 def size_class_counts(areas: NDArray[np.floating]) -> dict[str, int]:
     """How many of the areas [N] each size class holds; a box on a bound counts in the larger class only."""
     return {name: int(((areas >= low) & (areas < high)).sum()) for name, (low, high) in SIZE_CLASSES.items()}
-
-
-SIDE_EDGES = (0.0, 8.0, 16.0, 32.0, 64.0, 96.0, 128.0, 256.0, 512.0, math.inf)
-"""Edges of the histogram of object sizes: the square root of the area, in pixels of the image."""
-ASPECT_EDGES = (0.0, 0.25, 0.5, 1 / math.sqrt(2), math.sqrt(2), 2.0, 4.0, math.inf)
-"""Edges of the histogram of aspect ratios: height over width, as anchors have it."""
-_BAR_LENGTH = 28
 
 
 @dataclass(frozen=True)
@@ -101,16 +96,21 @@ class DataSummary:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the open end of a histogram is None."""
+        histograms = {
+            name: [
+                {"from": b.low, "to": None if math.isinf(b.high) else b.high, "count": b.count} for b in bins
+            ]
+            for name, bins in (("side_histogram", self.sides), ("aspect_histogram", self.aspects))
+        }
         return {
             "data": self.spec,
             "images": self.images,
             "empty_images": self.empty_images,
             "unlabelled_images": self.unlabelled_images,
             "boxes": self.boxes,
-            "per_class": {name: vars(each) for name, each in self.per_class.items()},
+            "per_class": {name: asdict(each) for name, each in self.per_class.items()},
             "sizes": self.sizes,
-            "side_histogram": [_bin_json(each) for each in self.sides],
-            "aspect_histogram": [_bin_json(each) for each in self.aspects],
+            **histograms,
             "imbalance": self.imbalance,
             "absent_classes": self.absent_classes,
             "dropped": self.dropped,
@@ -121,28 +121,22 @@ class DataSummary:
         from rich.markup import escape
         from rich.table import Table
 
+        classes = Table(
+            title=escape(f"{self.spec}: {self.images} images, {self.boxes} boxes"), title_justify="left"
+        )
+        classes.add_column("class")
+        for column in ("boxes", "images", *self.sizes, "difficult", "crowd"):
+            classes.add_column(column, justify="right")
+        for name, each in self.per_class.items():
+            row = (each.boxes, each.images, *each.sizes.values(), each.difficult, each.crowd)
+            classes.add_row(escape(name), *map(str, row))
         layout = Table.grid(padding=(0, 0, 1, 0))
-        layout.add_row(self._class_table())
+        layout.add_row(classes)
         layout.add_row(_histogram_table("size of objects, pixels", self.sides))
         layout.add_row(_histogram_table("height / width", self.aspects))
         for remark in self.remarks():
             layout.add_row(escape(remark))
         return layout
-
-    def _class_table(self) -> Table:
-        from rich.markup import escape
-        from rich.table import Table
-
-        table = Table(
-            title=escape(f"{self.spec}: {self.images} images, {self.boxes} boxes"), title_justify="left"
-        )
-        table.add_column("class")
-        for column in ("boxes", "images", *self.sizes, "difficult", "crowd"):
-            table.add_column(column, justify="right")
-        for name, each in self.per_class.items():
-            row = (each.boxes, each.images, *each.sizes.values(), each.difficult, each.crowd)
-            table.add_row(escape(name), *map(str, row))
-        return table
 
     def remarks(self) -> list[str]:
         """What deserves attention, a sentence each."""
@@ -165,9 +159,9 @@ class DataSummary:
 def summarise_data(dataset: Dataset) -> DataSummary:
     """Count what the data set holds; no image is loaded."""
     boxes = np.concatenate([np.zeros((0, 4)), *(image.boxes for image in dataset)])
-    labels = _joined([image.labels for image in dataset], np.int64)
-    difficult = _joined([image.difficult for image in dataset], np.bool_)
-    crowd = _joined([image.crowd for image in dataset], np.bool_)
+    labels = np.concatenate([np.zeros(0, np.int64), *(image.labels for image in dataset)])
+    difficult = np.concatenate([np.zeros(0, np.bool_), *(image.difficult for image in dataset)])
+    crowd = np.concatenate([np.zeros(0, np.bool_), *(image.crowd for image in dataset)])
     owners = np.repeat(np.arange(len(dataset)), [len(image.boxes) for image in dataset])
     areas = box_areas(boxes)
     per_class = {}
@@ -196,29 +190,17 @@ def summarise_data(dataset: Dataset) -> DataSummary:
     )
 
 
-def _joined(arrays: list[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
-    return np.concatenate([np.zeros(0, dtype), *arrays])
-
-
 def _histogram(values: NDArray[np.float64], edges: tuple[float, ...]) -> tuple[Bin, ...]:
-    places = np.searchsorted(edges, values, side="right") - 1
-    counts = np.bincount(places, minlength=len(edges) - 1)
-    return tuple(
-        Bin(low, high, int(count)) for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
-    )
-
-
-def _bin_json(each: Bin) -> dict[str, float | int | None]:
-    return {"from": each.low, "to": None if math.isinf(each.high) else each.high, "count": each.count}
+    counts = np.histogram(values, edges)[0].tolist()
+    return tuple(Bin(*bar) for bar in zip(edges[:-1], edges[1:], counts, strict=True))
 
 
 def _histogram_table(title: str, bins: tuple[Bin, ...]) -> Table:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    table.add_column("from", justify="right")
-    table.add_column("to", justify="right")
-    table.add_column("boxes", justify="right")
+    for column in ("from", "to", "boxes"):
+        table.add_column(column, justify="right")
     table.add_column("", min_width=_BAR_LENGTH)
     most = max(1, *(each.count for each in bins))
     for each in bins:

@@ -8,26 +8,34 @@ its bounding box. Fractions become continuous edges, clipped to the image.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.data.boxes import clip_labelled_boxes
-from anchorline.data.dataset import Dataset, LabelledImage, image_size, list_names, load_image, unknown_class
+from anchorline.data.boxes import as_number
+from anchorline.data.dataset import (
+    Dataset,
+    class_index,
+    image_size,
+    labelled_image,
+    list_names,
+    read_lines,
+)
 from anchorline.runtime.io.errors import DataError, SettingsError
 from anchorline.runtime.io.images import is_image
 
-# The class names of a YOLO data set: ``names`` in its YAML file, or the lines of ``classes.txt``.
-
+WITHOUT_IMAGE = "label file without an image"
 
 _CLASS_FILES = ("classes.txt", "labels/classes.txt")
+# Boxes may reach a little over the edge. Beyond this, the numbers are pixels or damage.
+_FARTHEST_FRACTION = 2.0
+_BOX_VALUES = 4
+_SMALLEST_POLYGON = 6  # values: three corners
 
 
 @dataclass(frozen=True)
@@ -38,31 +46,146 @@ class YoloConfig:
     keypoints: bool = False
 
 
+def load_yolo(folder: Path, split: str, names: Sequence[str] | None = None, spec: str = "") -> Dataset:
+    """Read the images of a split, its subfolders included, in the order of their names.
+
+    Labels index ``names``, or the data's own in its order. An image without a label file has no
+    objects and is counted as ``unlabelled``. Boxes of zero area, reversed or outside the image are
+    dropped and counted, label files without an image are counted. Raises ``DataError`` for anything
+    missing or broken, and for a class that is used and not in ``names``.
+    """
+    spec = spec or f"yolo:{folder}@{split}"
+    image_folder, label_folder = _split_folders(folder, split)
+    config = read_yolo_config(folder)
+    own_names = config.names if names is None else tuple(names)
+    image_paths = _find_images(image_folder)
+    label_paths = [label_folder / f"{id}.txt" for id in image_paths]
+    labelled = [path.is_file() for path in label_paths]
+    if not any(labelled):
+        raise DataError(
+            f"{label_folder}: none of the {len(label_paths)} images of {split!r} has a label file, the first "
+            f"would be {label_paths[0].name}; give images without objects empty label files"
+        )
+    label_files = {path for path in label_folder.rglob("*.txt") if path.name != "classes.txt"}
+    unused = len(label_files - set(label_paths))
+    dropped: Counter[str] = Counter({WITHOUT_IMAGE: unused} if unused else {})
+    images = []
+    for (id, path), label_path, has_labels in zip(image_paths.items(), label_paths, labelled, strict=True):
+        classes, fractions = _read_labels(label_path, config) if has_labels else ([], np.zeros((0, 4)))
+        used = [config.names[each] for each in classes]
+        index = class_index(own_names, used, str(label_path))
+        size = height, width = image_size(path)
+        boxes = fractions * [width, height, width, height]
+        image, reasons = labelled_image(id, path, size, boxes, [index[name] for name in used])
+        images.append(image)
+        dropped.update(reasons)
+    return Dataset(spec, own_names, tuple(images), dropped=dropped, unlabelled=labelled.count(False))
+
+
+def _split_folders(folder: Path, split: str) -> tuple[Path, Path]:
+    """The folders of the split's images and labels."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; expected a YOLO data set with images and labels")
+    for images, labels in ((f"images/{split}", f"labels/{split}"), (f"{split}/images", f"{split}/labels")):
+        if (folder / images).is_dir():
+            if not (folder / labels).is_dir():
+                raise DataError(f"{folder}: has {images} and no {labels}; expected the label files there")
+            return folder / images, folder / labels
+    found = {path.name for path in folder.glob("images/*") if path.is_dir()}
+    found |= {path.parent.name for path in folder.glob("*/images") if path.is_dir()}
+    if found:
+        remedy = f"use one of {list_names(sorted(found))}"
+    elif (folder / "images").is_dir():
+        remedy = "its images have no splits, use @. for all of them"
+    else:
+        remedy = "expected its images in images/SPLIT or SPLIT/images"
+    raise DataError(f"{folder}: no split {split!r}; {remedy}")
+
+
+def _find_images(folder: Path) -> dict[str, Path]:
+    """The image files by id: the path inside the folder without its suffix."""
+    paths: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if not is_image(path) or any(part.startswith(".") for part in inside.parts) or not path.is_file():
+            continue
+        id = inside.with_suffix("").as_posix()
+        if id in paths:
+            raise DataError(f"{path}: shares its label file with {paths[id].name}; rename one of the images")
+        paths[id] = path
+    if not paths:
+        raise DataError(f"{folder}: has no images; expected at least one")
+    return paths
+
+
+def _read_labels(path: Path, config: YoloConfig) -> tuple[list[int], NDArray[np.float64]]:
+    """One label file: class indices, and boxes [N, 4] as xyxy fractions of the image."""
+    classes, boxes = [], []
+    for number, line in enumerate(read_lines(path, "one object"), start=1):
+        if line.strip():
+            index, box = _read_object(line.split(), config, f"{path}: line {number}")
+            classes.append(index)
+            boxes.append(box)
+    return classes, np.array(boxes, dtype=np.float64).reshape(-1, 4)
+
+
+def _read_object(
+    fields: list[str], config: YoloConfig, where: str
+) -> tuple[int, tuple[float, float, float, float]]:
+    values = []
+    for text in fields[1:]:
+        values.append(as_number(text))
+        if not abs(values[-1]) <= _FARTHEST_FRACTION:
+            raise DataError(f"{where}: {text!r} is no fraction of the image; expected 0 to 1, not pixels")
+    if config.keypoints:
+        values = values[:_BOX_VALUES]
+    polygon = len(values) >= _SMALLEST_POLYGON and len(values) % 2 == 0
+    if len(values) != _BOX_VALUES and not polygon:
+        raise DataError(
+            f"{where} has {len(fields)} values; expected class, centre x, centre y, width, height, "
+            "or class and the x, y of at least 3 corners"
+        )
+    index, count = as_number(fields[0]), len(config.names)  # some tools write 0.0
+    if not (0 <= index < count and index.is_integer()):
+        raise DataError(
+            f"{where}: class {fields[0]!r}; expected a whole number from 0 to {count - 1}, the names being "
+            f"{list_names(config.names)}"
+        )
+    if polygon:
+        xs, ys = values[0::2], values[1::2]
+        return int(index), (min(xs), min(ys), max(xs), max(ys))
+    x, y, width, height = values
+    return int(index), (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+
+
+# The class names: ``names`` in the data's YAML file, or the lines of ``classes.txt``.
+
+
 def read_yolo_config(folder: Path) -> YoloConfig:
     """Read ``data.yaml``, else the one other YAML file in ``folder`` with ``names``, else ``classes.txt``.
 
     ``names`` may be a list or a mapping from 0, 1, ... to the names. Raises ``DataError`` when the
     names are missing, broken or contradictory, ``SettingsError`` when PyYAML is not installed.
     """
-    found = [(path, content) for path in _yaml_files(folder) if "names" in (content := _read_yaml(path))]
+    usual = folder / "data.yaml"
+    files = [usual] if usual.is_file() else sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+    found = [(path, content) for path in files if "names" in (content := _read_yaml(path))]
     if len(found) > 1:
-        files = ", ".join(path.name for path, _ in found)
-        raise DataError(f"{folder}: class names stand in {files}; rename the right file to data.yaml")
+        listed = ", ".join(path.name for path, _ in found)
+        raise DataError(f"{folder}: class names stand in {listed}; rename the right file to data.yaml")
     if found:
         path, content = found[0]
         return YoloConfig(_yaml_names(content, path), "kpt_shape" in content)
-    for name in _CLASS_FILES:
-        if (folder / name).is_file():
-            return YoloConfig(_read_class_file(folder / name))
+    for path in (folder / name for name in _CLASS_FILES):
+        if path.is_file():
+            lines = [line.strip() for line in read_lines(path, "one class name")]
+            while lines and not lines[-1]:
+                lines.pop()
+            return YoloConfig(_check_names(lines, path))
     raise DataError(
         f"{folder}: no class names; expected data.yaml with names, or classes.txt with one name a line "
         "in the order of the label files' indices"
     )
-
-
-def _yaml_files(folder: Path) -> list[Path]:
-    usual = folder / "data.yaml"
-    return [usual] if usual.is_file() else sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -104,14 +227,6 @@ def _yaml_names(content: dict[str, Any], path: Path) -> tuple[str, ...]:
     return checked
 
 
-def _read_class_file(path: Path) -> tuple[str, ...]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); expected one class name a line") from None
-    return _check_names([line.strip() for line in text.rstrip().splitlines()], path)
-
-
 def _check_names(names: list[Any], path: Path) -> tuple[str, ...]:
     if not names:
         raise DataError(f"{path}: holds no class names; expected at least one")
@@ -124,173 +239,3 @@ def _check_names(names: list[Any], path: Path) -> tuple[str, ...]:
                 f"{path}: classes {names.index(name)} and {index} are both {name!r}; expected each name once"
             )
     return tuple(names)
-
-
-WITHOUT_IMAGE = "label file without an image"
-
-# Boxes may reach a little over the edge. Beyond this, the numbers are pixels or damage.
-_FARTHEST_FRACTION = 2.0
-_BOX_VALUES = 4
-_SMALLEST_POLYGON = 6  # values: three corners
-
-
-@dataclass(frozen=True)
-class _Labels:
-    """One label file: class indices, and boxes [N, 4] as xyxy fractions of the image."""
-
-    classes: tuple[int, ...]
-    boxes: NDArray[np.float64]
-
-
-def load_yolo(folder: Path, split: str, names: Sequence[str] | None = None, spec: str = "") -> Dataset:
-    """Read the images of a split, its subfolders included, in the order of their names.
-
-    Labels index ``names``, or the data's own in its order. An image without a label file has no
-    objects and is counted as ``unlabelled``. Boxes of zero area, reversed or outside the image are
-    dropped and counted, label files without an image are counted. Raises ``DataError`` for anything
-    missing or broken, and for a class that is used and not in ``names``.
-    """
-    spec = spec or f"yolo:{folder}@{split}"
-    image_folder, label_folder = _split_folders(folder, split)
-    config = read_yolo_config(folder)
-    image_paths = _find_images(image_folder)
-    label_paths = [label_folder / f"{id}.txt" for id in image_paths]
-    labelled = [path.is_file() for path in label_paths]
-    if not any(labelled):
-        raise DataError(
-            f"{label_folder}: none of the {len(label_paths)} images of {split!r} has a label file, the first "
-            f"would be {label_paths[0].name}; give images without objects empty label files"
-        )
-    dropped = _unused_label_files(label_folder, label_paths)
-    images = []
-    for (id, path), label_path, has_labels in zip(image_paths.items(), label_paths, labelled, strict=True):
-        found = _read_labels(label_path, config) if has_labels else _Labels((), np.zeros((0, 4)))
-        image, reasons = _labelled_image(id, path, found, _indices(found, config, names, label_path))
-        images.append(image)
-        dropped.update(reasons)
-    own_names = config.names if names is None else tuple(names)
-    return Dataset(spec, own_names, tuple(images), dropped=dropped, unlabelled=labelled.count(False))
-
-
-def _split_folders(folder: Path, split: str) -> tuple[Path, Path]:
-    """The folders of the split's images and labels."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected a YOLO data set with images and labels")
-    for images, labels in ((f"images/{split}", f"labels/{split}"), (f"{split}/images", f"{split}/labels")):
-        if (folder / images).is_dir():
-            if not (folder / labels).is_dir():
-                raise DataError(f"{folder}: has {images} and no {labels}; expected the label files there")
-            return folder / images, folder / labels
-    found = {path.name for path in folder.glob("images/*") if path.is_dir()}
-    found |= {path.parent.name for path in folder.glob("*/images") if path.is_dir()}
-    if found:
-        remedy = f"use one of {list_names(sorted(found))}"
-    elif (folder / "images").is_dir():
-        remedy = "its images have no splits, use @. for all of them"
-    else:
-        remedy = "expected its images in images/SPLIT or SPLIT/images"
-    raise DataError(f"{folder}: no split {split!r}; {remedy}")
-
-
-def _find_images(folder: Path) -> dict[str, Path]:
-    """The image files by id: the path inside the folder without its suffix."""
-    paths: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if not is_image(path) or any(part.startswith(".") for part in inside.parts) or not path.is_file():
-            continue
-        id = inside.with_suffix("").as_posix()
-        if id in paths:
-            raise DataError(f"{path}: shares its label file with {paths[id].name}; rename one of the images")
-        paths[id] = path
-    if not paths:
-        raise DataError(f"{folder}: has no images; expected at least one")
-    return paths
-
-
-def _unused_label_files(folder: Path, used: Sequence[Path]) -> Counter[str]:
-    every = {path for path in folder.rglob("*.txt") if path.name != "classes.txt"}
-    count = len(every - set(used))
-    return Counter({WITHOUT_IMAGE: count}) if count else Counter()
-
-
-def _read_labels(path: Path, config: YoloConfig) -> _Labels:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); expected one object a line") from None
-    classes, boxes = [], []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            index, box = _read_object(line.split(), config, f"{path}: line {number}")
-            classes.append(index)
-            boxes.append(box)
-    return _Labels(tuple(classes), np.array(boxes, dtype=np.float64).reshape(-1, 4))
-
-
-def _read_object(
-    fields: list[str], config: YoloConfig, where: str
-) -> tuple[int, tuple[float, float, float, float]]:
-    """The class index and the box as xyxy fractions."""
-    values = [_fraction(text, where) for text in fields[1:]]
-    if config.keypoints:
-        values = values[:_BOX_VALUES]
-    polygon = len(values) >= _SMALLEST_POLYGON and len(values) % 2 == 0
-    if len(values) != _BOX_VALUES and not polygon:
-        raise DataError(
-            f"{where} has {len(fields)} values; expected class, centre x, centre y, width, height, "
-            "or class and the x, y of at least 3 corners"
-        )
-    index = _class_index(fields[0], config.names, where)
-    if polygon:
-        xs, ys = values[0::2], values[1::2]
-        return index, (min(xs), min(ys), max(xs), max(ys))
-    x, y, width, height = values
-    return index, (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-
-
-def _fraction(text: str, where: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not abs(value) <= _FARTHEST_FRACTION:
-        raise DataError(f"{where}: {text!r} is no fraction of the image; expected 0 to 1, not pixels")
-    return value
-
-
-def _class_index(text: str, names: Sequence[str], where: str) -> int:
-    try:
-        value = float(text)  # some tools write 0.0
-    except ValueError:
-        value = math.nan
-    if not (0 <= value < len(names) and value.is_integer()):
-        raise DataError(
-            f"{where}: class {text!r}; expected a whole number from 0 to {len(names) - 1}, the names being "
-            f"{list_names(names)}"
-        )
-    return int(value)
-
-
-def _indices(
-    labels: _Labels, config: YoloConfig, names: Sequence[str] | None, path: Path
-) -> NDArray[np.int64]:
-    """The label [N] of each object in ``names``, or in the data's own names."""
-    if names is None:
-        return np.array(labels.classes, dtype=np.int64)
-    index = {name: label for label, name in enumerate(names)}
-    for used in set(labels.classes):
-        if config.names[used] not in index:
-            raise unknown_class(str(path), config.names[used], names)
-    return np.array([index[config.names[each]] for each in labels.classes], dtype=np.int64)
-
-
-def _labelled_image(
-    id: str, path: Path, found: _Labels, labels: NDArray[np.int64]
-) -> tuple[LabelledImage, Counter[str]]:
-    """The image with its usable boxes, and the reasons for the others."""
-    size = height, width = image_size(path)
-    boxes, kept, dropped = clip_labelled_boxes(found.boxes * [width, height, width, height], size)
-    plain = np.zeros(len(boxes), dtype=np.bool_)
-    load = partial(load_image, path, size)
-    return LabelledImage(id, size, boxes, labels[kept], plain, plain.copy(), load), dropped

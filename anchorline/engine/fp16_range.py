@@ -11,6 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from anchorline.data.unlabelled import images_or_video
 from anchorline.engine.graph import (
     FLOAT,
     HALF,
@@ -27,7 +28,6 @@ from anchorline.runtime.backends.onnxruntime import open_for_checks
 from anchorline.runtime.canvas import Preprocessor, check_frame
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
-from anchorline.verify.material import images_or_video
 
 # Each costs two passes of the network on the CPU.
 SAMPLES = 4

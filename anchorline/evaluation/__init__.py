@@ -1,9 +1,27 @@
 """Metrics of detections against labelled data, and their pictures. Never imports PyTorch.
 
-A detector is anything that maps a list of frames to a list of ``Detections``.
+>>> detector = Detector("model.onnx")
+>>> data = load_dataset("voc:DIR@test", names=detector.contract.names)
+>>> report = evaluate(detector.batch, data, provider=detector.provider)
 """
 
-from anchorline.evaluation.evaluate import EvaluationReport, evaluate
-from anchorline.evaluation.recall import ProposalReport, evaluate_proposals
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anchorline.evaluation.evaluation import (
+        EvaluationReport,
+        ProposalReport,
+        evaluate,
+        evaluate_proposals,
+    )
 
 __all__ = ["EvaluationReport", "ProposalReport", "evaluate", "evaluate_proposals"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.evaluation"), name)
+    globals()[name] = value
+    return value

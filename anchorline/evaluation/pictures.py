@@ -16,15 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.data.dataset import Dataset
-from anchorline.evaluation.evaluate import EvaluationReport
-from anchorline.evaluation.matching import (
-    BACKGROUND,
-    ConfusionMatrix,
-    ImageMatches,
-    confusion_matrix,
-    match_image,
-)
-from anchorline.evaluation.recall import ProposalReport
+from anchorline.evaluation.evaluation import EvaluationReport, ProposalReport
+from anchorline.evaluation.metrics import BACKGROUND, ConfusionMatrix, confusion_matrix, match_image
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.drawing import draw
 from anchorline.runtime.io.errors import DataError, SettingsError
@@ -36,6 +29,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+PANEL = (360, 480)
+"""Height and width in pixels of one of the two pictures of an image that are shown beside each other."""
+
 _SMOOTHING = 25  # steps over which the drawn loss is averaged
 _LEGEND_INSIDE = 8  # classes; more would cover the curves
 _LEGEND_OUTSIDE = 96  # beside the plot; beyond this the JSON has to tell
@@ -43,6 +39,17 @@ _LEGEND_ROWS = 32
 _TITLE_HEIGHT = 22
 _GAP = 6
 _PAPER = 255
+_PAIR_GAP = 4
+_GREY = (110, 110, 110)  # visible on light and on dark images
+_SHOWN_COUNTS = (50, 100, 300, 1000)
+_SHOWN_IOUS = (0.5, 0.7, 0.9)
+_MOST_NUMBERED_CLASSES = 20  # numbers in the cells of a larger confusion matrix would not be legible
+_MOST_NAMED_CLASSES = 100  # and neither would their names
+_MOST_TABLE_ROWS = 200
+_GOOD = np.array((0.36, 0.62, 0.84))  # RGB of a table cell with AP 1; lighter below
+
+Pixels = NDArray[np.uint8]
+Colour = tuple[int, int, int]
 
 
 def plot_pr_curves(report: EvaluationReport, path: str | Path) -> None:
@@ -93,7 +100,7 @@ def plot_loss_curve(csv_path: str | Path, path: str | Path) -> None:
 
 
 def contact_sheet(
-    images: Sequence[NDArray[np.uint8]],
+    images: Sequence[Pixels],
     path: str | Path,
     columns: int = 4,
     titles: Sequence[str] | None = None,
@@ -117,24 +124,64 @@ def contact_sheet(
         top, left = index // columns * row_height + _GAP, index % columns * column_width + _GAP
         if titles is not None:
             _write_title(sheet, titles[index], left, top, cell[1])
-        _fit(sheet[top + title_height : top + title_height + cell[0], left : left + cell[1]], image)
+        fitted, _ = _fit(image, cell)
+        height, width = fitted.shape[:2]
+        top, left = top + title_height + (cell[0] - height) // 2, left + (cell[1] - width) // 2
+        sheet[top : top + height, left : left + width] = fitted
     write_image(path, sheet)
 
 
-def _fit(place: NDArray[np.uint8], image: NDArray[np.uint8]) -> None:
-    """Scale an image into the middle of its place."""
-    scale = min(place.shape[0] / image.shape[0], place.shape[1] / image.shape[1])
+def _fit(image: Pixels, size: tuple[int, int]) -> tuple[Pixels, float]:
+    """The image as large as ``size`` (h, w) allows, and the factor."""
+    scale = min(size[0] / image.shape[0], size[1] / image.shape[1])
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    top, left = (place.shape[0] - height) // 2, (place.shape[1] - width) // 2
-    place[top : top + height, left : left + width] = cv2.resize(image, (width, height), interpolation=method)
+    return np.asarray(cv2.resize(image, (width, height), interpolation=method), np.uint8), scale
 
 
-def _write_title(sheet: NDArray[np.uint8], title: str, left: int, top: int, width: int) -> None:
+def _write_title(sheet: Pixels, title: str, left: int, top: int, width: int) -> None:
     font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.45
     while len(title) > 1 and cv2.getTextSize(title, font, scale, 1)[0][0] > width:
         title = title[:-1]
     cv2.putText(sheet, title, (left, top + _TITLE_HEIGHT - 7), font, scale, (40, 40, 40), 1, cv2.LINE_AA)
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """What is drawn into one of the two pictures of an image: ``quiet`` boxes [N, 4], thin and grey, and on
+    top of them detections with their labels, in their class's colour where none is given."""
+
+    quiet: NDArray[np.float32]
+    marked: Sequence[tuple[Detections, Colour | None]]
+    scores: bool = True
+
+
+def pair_sheet(
+    pairs: Sequence[tuple[Pixels, Panel, Panel]], titles: Sequence[str], path: str | Path, columns: int
+) -> None:
+    """Write pictures of an image (uint8 BGR [H, W, 3]) side by side, as panels, with their titles."""
+    pictures = []
+    for pixels, *panels in pairs:
+        # Drawn on afterwards, so that lines and letters have the sheet's size and not the image's.
+        small, scale = _fit(pixels, PANEL)
+        left, right = (_draw_panel(small.copy(), scale, panel) for panel in panels)
+        gap = np.full((len(left), _PAIR_GAP, 3), _PAPER, np.uint8)
+        pictures.append(np.concatenate([left, gap, right], axis=1))
+    contact_sheet(pictures, path, columns, titles, cell=(PANEL[0], 2 * PANEL[1] + _PAIR_GAP))
+
+
+def _draw_panel(picture: Pixels, scale: float, panel: Panel) -> Pixels:
+    def outline(boxes: NDArray[np.float32], colour: Colour, thickness: int) -> None:
+        for box in np.round(boxes * scale).astype(int).tolist():
+            cv2.rectangle(picture, (box[0], box[1]), (box[2] - 1, box[3] - 1), colour, thickness)
+
+    outline(panel.quiet, _GREY, 1)
+    for each, colour in panel.marked:
+        if colour is not None:
+            outline(each.boxes, colour, 2)
+        scaled = Detections(each.boxes * scale, each.scores, each.labels, each.class_names)
+        picture = draw(picture, scaled, scores=panel.scores, colour=colour)
+    return picture
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -198,66 +245,6 @@ def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
 
 
-# Two pictures of one image beside each other, for contact sheets that compare two results.
-
-
-PANEL = (360, 480)
-"""Height and width in pixels of one of the two pictures of an image."""
-_PAIR_GAP = 4
-GREY = (110, 110, 110)  # visible on light and on dark images
-
-Pixels = NDArray[np.uint8]
-
-
-def fit_panel(pixels: Pixels) -> tuple[Pixels, float]:
-    """The image in a panel's size, and the factor; drawn on afterwards, so that lines and letters have
-    the sheet's size and not the image's."""
-    scale = min(PANEL[0] / pixels.shape[0], PANEL[1] / pixels.shape[1])
-    width, height = (max(1, round(side * scale)) for side in (pixels.shape[1], pixels.shape[0]))
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(pixels, (width, height), interpolation=method), dtype=np.uint8), scale
-
-
-def outline(
-    picture: Pixels,
-    boxes: NDArray[np.float32],
-    scale: float,
-    colour: tuple[int, int, int] = GREY,
-    thickness: int = 1,
-) -> None:
-    """Draw boxes without labels into the panel; thin and grey is what needs no attention."""
-    for box in np.round(boxes * scale).astype(int).tolist():
-        cv2.rectangle(picture, (box[0], box[1]), (box[2] - 1, box[3] - 1), colour, thickness)
-
-
-def to_panel(detections: Detections, scale: float) -> Detections:
-    """The detections in the panel's pixels."""
-    return Detections(detections.boxes * scale, detections.scores, detections.labels, detections.class_names)
-
-
-def pair(left: Pixels, right: Pixels) -> Pixels:
-    """Two panels of one image as one picture."""
-    gap = np.full((len(left), _PAIR_GAP, 3), 255, np.uint8)
-    return np.concatenate([left, gap, right], axis=1)
-
-
-def pair_sheet(pairs: Sequence[Pixels], titles: Sequence[str], path: str | Path, columns: int) -> None:
-    """Write pairs with their titles as one picture."""
-    contact_sheet(pairs, path, columns=columns, titles=titles, cell=(PANEL[0], 2 * PANEL[1] + _PAIR_GAP))
-
-
-# Pictures of an evaluation: proposal recall, the table of classes and sizes, the confusion matrix.
-
-
-_SHOWN_COUNTS = (50, 100, 300, 1000)
-_SHOWN_IOUS = (0.5, 0.7, 0.9)
-_MOST_NUMBERED_CLASSES = 20  # numbers in the cells of a larger confusion matrix would not be legible
-_MOST_NAMED_CLASSES = 100  # and neither would their names
-_MOST_TABLE_ROWS = 200
-_GOOD = (0.36, 0.62, 0.84)  # RGB of a table cell with AP 1; lighter below
-_NO_FIGURE = "-"
-
-
 def plot_recall(report: ProposalReport, path: str | Path) -> None:
     """Recall over IoU (the paper's figure 4), and over the number of proposals."""
     figure, (over_iou, over_count) = new_figures(11.0, 4.8, 2)
@@ -282,6 +269,8 @@ def plot_recall(report: ProposalReport, path: str | Path) -> None:
 
 def plot_class_table(report: EvaluationReport, path: str | Path) -> None:
     """A table: for each class its objects and AP, over all sizes and by size; darker cells are better."""
+    from matplotlib.transforms import Bbox
+
     columns = ["objects", "AP50", "VOC07", "AP"]
     for size in report.per_size:
         columns += [f"{size}\nobjects", f"{size}\nAP50", f"{size}\nAP"]
@@ -292,29 +281,18 @@ def plot_class_table(report: EvaluationReport, path: str | Path) -> None:
             figures = by_size.per_class[name]
             rows[literal(name)] += [figures.objects, figures.ap50, figures.ap]
     objects = sum(each.objects for each in report.per_class.values())
-    mean = [objects, report.map50, report.voc07, report.map]
+    rows["all, mean"] = [objects, report.map50, report.voc07, report.map]
     for by_size in report.per_size.values():
-        mean += [by_size.objects, by_size.map50, by_size.map]
-    _draw_table({**rows, "all, mean": mean}, columns, _title(report), path)
-
-
-def _title(report: EvaluationReport) -> str:
-    classes = len(report.per_class)
-    cut = f", the first {_MOST_TABLE_ROWS} of {classes} classes" if classes > _MOST_TABLE_ROWS else ""
-    return f"{report.images} images, {report.provider}, {report.precision}{cut}"
-
-
-def _draw_table(rows: dict[str, list[float]], columns: list[str], title: str, path: str | Path) -> None:
-    from matplotlib.transforms import Bbox
-
-    figure, axes = new_figure(2.2 + 0.75 * len(columns), 1.1 + 0.3 * len(rows))
-    axes.set_axis_off()
-    counts = [column.endswith("objects") for column in columns]
+        rows["all, mean"] += [by_size.objects, by_size.map50, by_size.map]
     texts, colours = [], []
     for values in rows.values():
+        counts = [column.endswith("objects") for column in columns]
         pairs = list(zip(values, counts, strict=True))
-        texts.append([_cell_text(value, count) for value, count in pairs])
-        colours.append([_cell_colour(0.0 if count else value) for value, count in pairs])
+        texts.append(["-" if np.isnan(v) else f"{v:.0f}" if count else f"{v:.3f}" for v, count in pairs])
+        shares = [0.0 if count or np.isnan(v) else v for v, count in pairs]
+        colours.append([tuple(1.0 - share * (1.0 - _GOOD)) for share in shares])
+    figure, axes = new_figure(2.2 + 0.75 * len(columns), 1.1 + 0.3 * len(rows))
+    axes.set_axis_off()
     table = axes.table(
         cellText=texts,
         cellColours=colours,
@@ -331,20 +309,10 @@ def _draw_table(rows: dict[str, list[float]], columns: list[str], title: str, pa
             cell.set_text_props(weight="bold")
         if row == 0:
             cell.set_height(2 * cell.get_height())
-    axes.set_title(title)
+    classes = len(report.per_class)
+    cut = f", the first {_MOST_TABLE_ROWS} of {classes} classes" if classes > _MOST_TABLE_ROWS else ""
+    axes.set_title(f"{report.images} images, {report.provider}, {report.precision}{cut}")
     save_figure(figure, path)
-
-
-def _cell_text(value: float, count: bool) -> str:
-    if np.isnan(value):
-        return _NO_FIGURE
-    return f"{value:.0f}" if count else f"{value:.3f}"
-
-
-def _cell_colour(value: float) -> tuple[float, float, float]:
-    share = 0.0 if np.isnan(value) else value
-    red, green, blue = (1.0 - share * (1.0 - channel) for channel in _GOOD)
-    return red, green, blue
 
 
 def plot_confusion(confusion: ConfusionMatrix, path: str | Path) -> None:
@@ -370,9 +338,6 @@ def plot_confusion(confusion: ConfusionMatrix, path: str | Path) -> None:
     axes.set_title(f"matched from IoU {confusion.iou_threshold:g} on")
     figure.colorbar(picture, ax=axes, shrink=0.75, label="share of the row")
     save_figure(figure, path)
-
-
-# The images a detector does worst on, as a contact sheet of ground truth beside detections.
 
 
 @dataclass(frozen=True)
@@ -421,35 +386,19 @@ def worst_images_sheet(
     What was found is drawn in grey. Returns the images shown.
     """
     worst = rank_images(dataset, detections, min_score, iou_threshold)[:count]
-    pictures = []
+    pairs, titles = [], []
     for each in worst:
         image, found = dataset.images[each.index], detections[each.index]
+        matches = match_image(image, found, min_score, iou_threshold)
         truth = Detections(image.boxes, np.ones(len(image.boxes), np.float32), image.labels, dataset.names)
         named = Detections(found.boxes, found.scores, found.labels, dataset.names)
-        matches = match_image(image, found, min_score, iou_threshold)
-        pictures.append(_side_by_side(image.load(), truth, named, matches))
-    titles = [
-        f"{each.id}: {each.missed} missed (left), {each.false_positives} false (right)" for each in worst
-    ]
-    pair_sheet(pictures, titles, path, columns=2)
+        hit = np.setdiff1d(np.arange(len(truth)), matches.missed)
+        left = Panel(truth.boxes[hit], [(truth[matches.missed], None)], scores=False)
+        right = Panel(named.boxes[matches.pairs[:, 0]], [(named[matches.false_positives], None)])
+        pairs.append((image.load(), left, right))
+        titles.append(f"{each.id}: {each.missed} missed (left), {each.false_positives} false (right)")
+    pair_sheet(pairs, titles, path, columns=2)
     return worst
-
-
-def _side_by_side(pixels: Pixels, truth: Detections, found: Detections, matches: ImageMatches) -> Pixels:
-    small, scale = fit_panel(pixels)
-    not_missed = np.setdiff1d(np.arange(len(truth)), matches.missed)
-    left = _panel(small, truth[not_missed], truth[matches.missed], scale, scores=False)
-    right = _panel(small, found[matches.pairs[:, 0]], found[matches.false_positives], scale, scores=True)
-    return pair(left, right)
-
-
-def _panel(small: Pixels, right: Detections, wrong: Detections, scale: float, scores: bool) -> Pixels:
-    picture = small.copy()
-    outline(picture, right.boxes, scale)
-    return draw(picture, to_panel(wrong, scale), scores=scores)
-
-
-# Everything an evaluation can show, written into one folder.
 
 
 def write_report_files(

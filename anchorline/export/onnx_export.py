@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from anchorline import __version__
+from anchorline.data.unlabelled import from_frames, scenes
 from anchorline.export.functions import OPSET, attach_functions
 from anchorline.runtime.canvas import padded, place
 from anchorline.runtime.contract import CANVAS_KEY, CONTRACT_KEY, TASKS, Contract
@@ -29,10 +30,8 @@ from anchorline.train.checkpoint import load_checkpoint, read_header
 from anchorline.train.model.faster_rcnn import OUTPUTS, FasterRCNN, check_own_proposals, run_task
 from anchorline.train.model.stages import MARKER
 from anchorline.train.predict import TorchDetector, TorchStages
-from anchorline.verify.material import from_frames, scenes
-from anchorline.verify.report import VerifyReport, write_not_executed, write_record
 from anchorline.verify.stages import Subject, onnx_subject
-from anchorline.verify.verify import verify as verify_subjects
+from anchorline.verify.verification import VerifyReport, verify_subjects, write_not_executed, write_record
 
 # Giving the values between the stages of a graph their stable names (see ``train/model/stages.py``).
 

@@ -19,16 +19,17 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from anchorline import __version__
-from anchorline.data.dataset import Dataset, LabelledImage
-from anchorline.data.specs import FORMS, load_datasets
-from anchorline.evaluation.evaluate import (
+from anchorline.data.dataset import FORMS, Dataset, LabelledImage, load_datasets
+from anchorline.data.unlabelled import images_or_video
+from anchorline.evaluation.evaluation import (
+    PROPOSAL_COUNTS,
     Detect,
     Progress,
+    proposal_recall,
     report_detections,
     run_detector,
     to_dataset_labels,
 )
-from anchorline.evaluation.recall import PROPOSAL_COUNTS, proposal_recall
 from anchorline.export.calibration import METHODS, Sensitivity, measure_ranges, measure_sensitivity
 from anchorline.export.integer_graph import (
     TARGETS,
@@ -45,12 +46,9 @@ from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import ArtefactError, DataError, ParityError, SettingsError
 from anchorline.runtime.io.files import atomic_path
-from anchorline.verify.compare import compare_all
-from anchorline.verify.material import first_images, has_labels, images_or_video
-from anchorline.verify.report import VerifyReport, write_not_executed, write_record
+from anchorline.verify.compare import TOLERANCES, compare_outputs
 from anchorline.verify.stages import onnx_subject
-from anchorline.verify.tolerances import TOLERANCES, detection_cuts, on_canvas
-from anchorline.verify.verify import verify as verify_subjects
+from anchorline.verify.verification import VerifyReport, verify_subjects, write_not_executed, write_record
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -308,7 +306,7 @@ class LossMeter:
 
     Where the images have labels: mAP50, or for proposals the recall at IoU 0.5. Else the share of the
     detections with a score of at least 0.5 that are alike in both, by the int8 row of
-    ``verify/tolerances.py``.
+    ``verify/compare.py``.
     """
 
     def __init__(
@@ -316,7 +314,7 @@ class LossMeter:
     ) -> None:
         self._dataset, self._contract = dataset, contract
         self.reference = list(run_detector(detect, dataset, 1, progress))
-        figure = self._figure(self.reference) if has_labels(dataset) else float("nan")
+        figure = self._figure(self.reference) if dataset.has_labels else float("nan")
         self._labelled = None if np.isnan(figure) else figure
 
     def measure(self, detect: Detect, progress: Progress | None = None) -> Loss:
@@ -334,15 +332,11 @@ class LossMeter:
         return report_detections(own, self._dataset, "").map50
 
     def _agreement(self, results: Sequence[Detections]) -> float:
-        cuts = detection_cuts(self._contract, TOLERANCES["int8"])
-        cuts["score_threshold"] = CONFIDENT
-        sides = (
-            [on_canvas(each[each.scores >= CONFIDENT], self._contract) for each in side]
-            for side in (self.reference, results)
+        each = compare_outputs(
+            *(self.reference, results, self._contract, TOLERANCES["int8"]), least_score=CONFIDENT
         )
-        total = compare_all(*sides, **cuts).total
-        every = total.matched + total.missed + total.extra
-        return 1.0 if not every else 1.0 - total.wrong / every
+        every = sum(one.matched + one.missed + one.extra for one in each)
+        return 1.0 - sum(one.wrong for one in each) / every if every else 1.0
 
 
 @dataclass(frozen=True)
@@ -498,7 +492,7 @@ class _Run:
         reference, candidate = onnx_subject(self.model), onnx_subject(path)
         try:
             return verify_subjects(
-                reference, candidate, first_images(self.dataset, VERIFY_IMAGES), which_traps=VERIFY_TRAPS
+                reference, candidate, self.dataset.first(VERIFY_IMAGES), which_traps=VERIFY_TRAPS
             )
         finally:
             reference.close()

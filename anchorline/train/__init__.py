@@ -1,7 +1,7 @@
 """Training: labelled images in, a ``model.safetensors`` out.
 
 >>> settings = load_preset("mobilenet-v2-fpn-quick", ["training.epochs=20"])
->>> result = train(settings, load_dataset("yolo:DIR"), Path("run"))  # anchorline.data.specs.load_dataset
+>>> result = train(settings, load_dataset("yolo:DIR"), Path("run"))  # anchorline.data.load_dataset
 >>> detector = TorchDetector.load(result.checkpoint)
 
 Each name is loaded when it is first used: importing this needs no PyTorch.

@@ -1,12 +1,14 @@
 """Compare two detectors' results detection by detection, by matching and not by slot.
 
-Two correct runtimes differ by rounding: near-equal scores swap places, a score at the threshold
-falls on either side, an overlap at the NMS threshold is decided either way. Swaps do not matter
-here; the other two are excused and counted, everything else beyond the tolerances is a disagreement.
+Two correct runtimes differ by rounding: near-equal scores swap places, a score at the threshold falls on
+either side, an overlap at the NMS threshold is decided either way. Detections meet by class and overlap,
+never by slot, so swaps do not matter; the other two are excused and counted, everything else beyond the
+tolerances is a disagreement.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,43 +18,79 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.data.boxes import iou_matrix
+from anchorline.runtime.canvas import boxes_to_canvas, place
+from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import SettingsError
 
-# Which detections of two results belong together, and which differences rounding excuses.
-#
-# Near-equal scores swap places, a score at the threshold falls on either side, an overlap at the NMS
-# threshold is decided either way: detections meet by class and overlap, never by slot.
-
-
 MATCH_IOU = 0.5
-NMS_TIE_IOU = 1e-3
-"""How near to the NMS threshold an overlap counts as undecided."""
-
 # Among this many detections of one class whose scores lie this near together (a network that has learnt
 # nothing) rounding alone decides which are kept: their boxes are not compared.
 MANY_ALIKE = 10
 ALIKE_SCORES = 1e-4
 SURE_SCORE = 0.9
 
-_BORDERLINE, _NMS_TIE = "borderline", "nms tie"
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far two artefacts of one precision may be apart; see docs/verify.md.
+
+    ``stage_rms`` and ``stage_peak`` bound what one stage adds, given the reference's inputs: the root
+    mean square of the difference by that of the stage, and the largest difference by its largest
+    magnitude. ``box_px`` (canvas pixels) and ``score`` bound a matched pair of detections, ``tie_iou`` is
+    how near to the NMS threshold an overlap counts as undecided. ``matched`` is the smallest share of all
+    detections that must be matched within these bounds (ties excused), ``confident`` that of those with a
+    score of at least 0.5, ``traps`` that in the traps. There only scores from ``trap_score`` on count:
+    the images are far from any training data and leave many boxes undecided. ``map50_drop`` and
+    ``recall_drop`` bound what labelled data may lose.
+    """
+
+    stage_rms: float
+    stage_peak: float
+    box_px: float
+    score: float
+    tie_iou: float
+    matched: float
+    confident: float
+    traps: float
+    trap_score: float
+    map50_drop: float
+    recall_drop: float
+
+
+# By precision, from the most to the least exact.
+TOLERANCES = {
+    "fp32": Tolerance(1e-4, 1e-3, 0.05, 1e-4, 1e-3, 1.0, 1.0, 1.0, 0.0, 0.001, 0.001),
+    "fp16": Tolerance(0.05, 0.05, 2.0, 0.02, 0.02, 0.95, 0.99, 0.95, 0.5, 0.003, 0.005),
+    "bf16": Tolerance(0.3, 0.3, 8.0, 0.1, 0.05, 0.85, 0.95, 0.85, 0.5, 0.01, 0.01),
+    "int8": Tolerance(0.75, 1.0, 16.0, 0.25, 0.1, 0.75, 0.9, 0.75, 0.5, 0.02, 0.02),
+}
+
+
+def tolerance_for(*precisions: str) -> Tolerance:
+    """The tolerance of the least exact of ``precisions``; an unknown one counts as int8."""
+    order = list(TOLERANCES)
+    return TOLERANCES[max((p if p in order else order[-1] for p in precisions), key=order.index)]
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """The tolerances of a comparison and the cuts that both results went through.
+    """The tolerances of a comparison, and the detectors' own settings, which say what rounding may decide.
 
+    ``box_tolerance_px`` and ``score_tolerance`` are the largest difference of a box edge, in pixels, and of
+    a score. ``score_threshold`` drops lower scores, ``nms_iou`` suppresses, ``max_detections`` bounds the
+    number (None: no such cut); ``tie_iou`` is how near to ``nms_iou`` an overlap counts as undecided.
     ``order_ties`` excuses a pair of equal scores whose boxes suppress each other: of two such boxes
     either may come first and win. Only for networks whose stages were seen to agree, since a box that
     is simply in the wrong place would be excused as well.
     """
 
-    score_threshold: float
-    box_tolerance_px: float
-    score_tolerance: float
-    nms_iou: float | None
-    max_detections: int | None
-    tie_iou: float = NMS_TIE_IOU
+    score_threshold: float = 0.05
+    box_tolerance_px: float = 0.05
+    score_tolerance: float = 1e-4
+    nms_iou: float | None = None
+    max_detections: int | None = None
+    tie_iou: float = 1e-3
     order_ties: bool = False
 
 
@@ -77,130 +115,10 @@ class Alignment:
     nms_ties: int
     excused: NDArray[np.bool_]
 
-
-@dataclass(frozen=True, eq=False)
-class _Side:
-    """One result with its classes as numbers that mean the same on both sides."""
-
-    detections: Detections
-    classes: NDArray[np.int64]
-
-
-def align(reference: Detections, candidate: Detections, cuts: Cuts) -> Alignment:
-    """Match the candidate's detections one to one with the reference's of the same class."""
-    ours, theirs = _sides(reference, candidate)
-    pairs = _match(ours, theirs, cuts.box_tolerance_px)
-    box_errors = np.abs(reference.boxes[pairs[:, 0]] - candidate.boxes[pairs[:, 1]]).max(axis=1, initial=0.0)
-    score_errors = np.abs(reference.scores[pairs[:, 0]] - candidate.scores[pairs[:, 1]])
-    missed, missed_excuses = _unmatched(ours, theirs, pairs[:, 0], cuts)
-    extra, extra_excuses = _unmatched(theirs, ours, pairs[:, 1], cuts)
-    excuses = missed_excuses + extra_excuses
-    moved, rescored = box_errors > cuts.box_tolerance_px, score_errors > cuts.score_tolerance
-    tied = moved & ~rescored & _suppress_each_other(reference, candidate, pairs, cuts)
-    tied |= moved & ~rescored & _among_many_alike(ours, theirs, cuts)[pairs[:, 0]]
-    return Alignment(
-        pairs,
-        box_errors,
-        score_errors,
-        differing=(moved | rescored) & ~tied,
-        missed=np.array(missed, np.int64),
-        extra=np.array(extra, np.int64),
-        borderline=excuses.count(_BORDERLINE),
-        nms_ties=excuses.count(_NMS_TIE) + int(tied.sum()),
-        excused=tied,
-    )
-
-
-def _among_many_alike(own: _Side, other: _Side, cuts: Cuts) -> NDArray[np.bool_]:
-    """Bool [N]: detections of ``own`` whose score many others of their class have as well, on both sides.
-
-    None that is sure of itself: scores near 1 lie near together in a network that has learnt a lot.
-    """
-    scores = own.detections.scores
-    here = _near(own, own, ALIKE_SCORES) >= MANY_ALIKE
-    there = _near(own, other, ALIKE_SCORES + cuts.score_tolerance) >= MANY_ALIKE // 2
-    return np.asarray(here & there & (scores < SURE_SCORE), np.bool_)
-
-
-def _near(own: _Side, other: _Side, within: float) -> NDArray[np.int64]:
-    """Int [N]: how many of ``other`` have the class and, nearly, the score of each of ``own``."""
-    near = np.abs(own.detections.scores[:, None] - other.detections.scores[None]) <= within
-    near &= own.classes[:, None] == other.classes[None]
-    return np.asarray(near.sum(axis=1), np.int64)
-
-
-def _suppress_each_other(
-    reference: Detections, candidate: Detections, pairs: NDArray[np.int64], cuts: Cuts
-) -> NDArray[np.bool_]:
-    """Bool [K]: pairs of which each box would have suppressed the other, where such ties are excused."""
-    if not cuts.order_ties or cuts.nms_iou is None:
-        return np.zeros(len(pairs), np.bool_)
-    overlaps = iou_matrix(reference.boxes[pairs[:, 0]], candidate.boxes[pairs[:, 1]]).diagonal()
-    return np.asarray(overlaps > cuts.nms_iou, np.bool_)
-
-
-def _sides(a: Detections, b: Detections) -> tuple[_Side, _Side]:
-    """Both results with comparable classes: by name where both have names, else by label."""
-    if not (a.class_names and b.class_names):
-        return _Side(a, a.labels), _Side(b, b.labels)
-    number = {name: index for index, name in enumerate(dict.fromkeys([*a.class_names, *b.class_names]))}
-    own, other = (np.array([number[name] for name in each.names], dtype=np.int64) for each in (a, b))
-    return _Side(a, own), _Side(b, other)
-
-
-def _match(ours: _Side, theirs: _Side, box_tolerance_px: float) -> NDArray[np.int64]:
-    """Pairs of indices [K, 2] into both sides, each used once; the nearest pair is taken first."""
-    a, b = ours.detections, theirs.detections
-    distance = np.abs(a.boxes[:, None] - b.boxes[None]).max(axis=2, initial=0.0)
-    # Boxes within the tolerance count as equal: also those without area, whose IoU is 0.
-    overlap = np.maximum(iou_matrix(a.boxes, b.boxes), distance <= box_tolerance_px)
-    cost = (1.0 - overlap) + np.abs(a.scores[:, None] - b.scores[None])
-    same_class = ours.classes[:, None] == theirs.classes[None]
-    rows, columns = np.nonzero(same_class & (overlap >= MATCH_IOU))
-    free_a, free_b = np.ones(len(a), dtype=np.bool_), np.ones(len(b), dtype=np.bool_)
-    pairs = []
-    for index in np.argsort(cost[rows, columns], kind="stable"):
-        row, column = rows[index], columns[index]
-        if free_a[row] and free_b[column]:
-            free_a[row] = free_b[column] = False
-            pairs.append((row, column))
-    return np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)
-
-
-def _unmatched(
-    own: _Side, other: _Side, matched: NDArray[np.int64], cuts: Cuts
-) -> tuple[list[int], list[str]]:
-    """Detections of ``own`` without a partner: the indices of those without excuse, and the excuses."""
-    without_excuse, excuses = [], []
-    undecided = _among_many_alike(own, other, cuts)
-    for index in np.setdiff1d(np.arange(len(own.detections)), matched):
-        excuse = _NMS_TIE if undecided[index] else _excuse(own, other, int(index), cuts)
-        if excuse is None:
-            without_excuse.append(int(index))
-        else:
-            excuses.append(excuse)
-    return without_excuse, excuses
-
-
-def _excuse(own: _Side, other: _Side, index: int, cuts: Cuts) -> str | None:
-    """Why rounding alone may have kept a detection in one result and not in the other."""
-    score = own.detections.scores[index]
-    if score <= cuts.score_threshold + cuts.score_tolerance:
-        return _BORDERLINE
-    full = cuts.max_detections is not None and len(other.detections) >= cuts.max_detections
-    if full and score <= other.detections.scores.min() + cuts.score_tolerance:
-        return _BORDERLINE
-    if cuts.nms_iou is not None:
-        # Whatever could have suppressed it stands in either result, with a score at least as high.
-        box = own.detections.boxes[index : index + 1]
-        for side in (own, other):
-            rival = (side.classes == own.classes[index]) & (
-                side.detections.scores >= score - cuts.score_tolerance
-            )
-            overlaps = iou_matrix(box, side.detections.boxes[rival])
-            if (np.abs(overlaps - cuts.nms_iou) <= cuts.tie_iou).any():
-                return _NMS_TIE
-    return None
+    def wrong_scores(self, reference: Detections, candidate: Detections) -> NDArray[np.float32]:
+        """The score of every detection that is not alike: that of the reference where it has one."""
+        differing = reference.scores[self.pairs[self.differing, 0]]
+        return np.concatenate((differing, reference.scores[self.missed], candidate.scores[self.extra]))
 
 
 @dataclass(frozen=True)
@@ -235,6 +153,12 @@ class Comparison:
     def agrees(self) -> bool:
         """Whether every detection has its partner within the tolerances, or is excused."""
         return self.first_disagreement is None
+
+    @property
+    def aligned(self) -> Alignment:
+        """The alignment, of a comparison that has one."""
+        assert self.alignment is not None
+        return self.alignment
 
 
 @dataclass(frozen=True)
@@ -289,31 +213,14 @@ class ComparisonSummary:
         }
 
 
-def compare_detections(
-    reference: Detections,
-    candidate: Detections,
-    *,
-    score_threshold: float = 0.05,
-    box_tolerance_px: float = 0.05,
-    score_tolerance: float = 1e-4,
-    nms_iou: float | None = None,
-    max_detections: int | None = None,
-    tie_iou: float = NMS_TIE_IOU,
-    order_ties: bool = False,
-) -> Comparison:
+def compare_detections(reference: Detections, candidate: Detections, **cuts: Any) -> Comparison:
     """Match the candidate's detections one to one with the reference's of the same class and compare.
 
     Pairs overlap by at least ``MATCH_IOU`` (or coincide within the tolerance); the nearest in overlap
     and score pair up first. Classes are compared by name, by label where one side has no names.
-    The tolerances are the largest difference of a box edge, in pixels, and of a score. The detectors'
-    own settings say what rounding may decide: ``score_threshold`` drops lower scores, ``nms_iou``
-    suppresses, ``max_detections`` bounds the number (None: no such cut); ``tie_iou`` is how near to
-    ``nms_iou`` an overlap counts as undecided, ``order_ties`` as in ``alignment.Cuts``.
+    ``cuts`` are the fields of ``Cuts``.
     """
-    cuts = Cuts(
-        score_threshold, box_tolerance_px, score_tolerance, nms_iou, max_detections, tie_iou, order_ties
-    )
-    found = align(reference, candidate, cuts)
+    found = align(reference, candidate, Cuts(**cuts))
     return Comparison(
         matched=len(found.pairs),
         differing=int(found.differing.sum()),
@@ -334,14 +241,8 @@ def compare_all(
     candidates: Sequence[Detections],
     *,
     image_names: Sequence[str] | None = None,
-    score_threshold: float = 0.05,
-    box_tolerance_px: float = 0.05,
-    score_tolerance: float = 1e-4,
-    nms_iou: float | None = None,
-    max_detections: int | None = None,
-    tie_iou: float = NMS_TIE_IOU,
-    order_ties: bool = False,
     required_share: float = 1.0,
+    **cuts: Any,
 ) -> ComparisonSummary:
     """``compare_detections`` for each image in turn, summed up; ``image_names`` stand in the message.
 
@@ -350,24 +251,71 @@ def compare_all(
     if len(references) != len(candidates):
         raise SettingsError(f"{len(candidates)} results to compare with {len(references)}; expected one each")
     names = image_names or [f"image {number}" for number in range(1, len(references) + 1)]
-    each = [
-        (
-            name,
-            compare_detections(
-                reference,
-                candidate,
-                score_threshold=score_threshold,
-                box_tolerance_px=box_tolerance_px,
-                score_tolerance=score_tolerance,
-                nms_iou=nms_iou,
-                max_detections=max_detections,
-                tie_iou=tie_iou,
-                order_ties=order_ties,
-            ),
-        )
-        for name, reference, candidate in zip(names, references, candidates, strict=True)
-    ]
-    return summarise(each, required_share)
+    each = [compare_detections(*pair, **cuts) for pair in zip(references, candidates, strict=True)]
+    return summarise(zip(names, each, strict=True), required_share)
+
+
+def compare_outputs(
+    references: Sequence[Detections],
+    candidates: Sequence[Detections],
+    contract: Contract,
+    tolerance: Tolerance,
+    *,
+    order_ties: bool = False,
+    least_score: float = 0.0,
+) -> list[Comparison]:
+    """What two detectors of one contract found in the same frames, compared on the canvas.
+
+    There rounding has one size whatever the frame's. Scores below ``least_score`` are left out;
+    ``order_ties`` as in ``Cuts``.
+    """
+    cuts = detection_cuts(contract, tolerance, order_ties)
+    cuts["score_threshold"] = max(cuts["score_threshold"], least_score)
+    sides = (
+        [on_canvas(each[each.scores >= least_score], contract) for each in side]
+        for side in (references, candidates)
+    )
+    return [compare_detections(*pair, **cuts) for pair in zip(*sides, strict=True)]
+
+
+def on_canvas(detections: Detections, contract: Contract) -> Detections:
+    """The same with boxes in canvas pixels."""
+    assert detections.size is not None
+    placement = place(detections.size, contract.canvas, contract.resize)
+    return dataclasses.replace(
+        detections, boxes=boxes_to_canvas(detections.boxes, placement), size=contract.canvas
+    )
+
+
+def detection_cuts(contract: Contract, tolerance: Tolerance, order_ties: bool = False) -> dict[str, Any]:
+    """The ``Cuts`` for the outputs of the contract's task, as keywords."""
+    if contract.task == "proposals":
+        return {**proposal_cuts(contract, tolerance), "order_ties": order_ties}
+    return {
+        **_limits(tolerance),
+        "score_threshold": contract.thresholds.score,
+        "nms_iou": contract.thresholds.nms_iou,
+        "max_detections": contract.thresholds.max_detections,
+        "order_ties": order_ties,
+    }
+
+
+def proposal_cuts(contract: Contract, tolerance: Tolerance) -> dict[str, Any]:
+    """The ``Cuts`` for proposals, as keywords: no score threshold, the RPN's NMS."""
+    return {
+        **_limits(tolerance),
+        "score_threshold": 0.0,
+        "nms_iou": contract.thresholds.rpn_nms_iou,
+        "max_detections": contract.thresholds.max_proposals,
+    }
+
+
+def _limits(tolerance: Tolerance) -> dict[str, float]:
+    return {
+        "box_tolerance_px": tolerance.box_px,
+        "score_tolerance": tolerance.score,
+        "tie_iou": tolerance.tie_iou,
+    }
 
 
 def summarise(
@@ -378,39 +326,127 @@ def summarise(
     Where it is below 1, one detection may always differ, unless not a single one has its partner.
     """
     each = list(comparisons)
-    disagreeing = [(name, one.first_disagreement) for name, one in each if not one.agrees]
+    disagreeing = [f"{name}: {one.first_disagreement}" for name, one in each if not one.agrees]
     parts = [one for _, one in each]
-    matched = sum(one.matched for one in parts)
+    counts = ("matched", "differing", "missed", "extra", "borderline", "nms_ties")
+    sums = {name: sum(getattr(one, name) for one in parts) for name in counts}
     total = Comparison(
-        matched=matched,
-        differing=sum(one.differing for one in parts),
-        missed=sum(one.missed for one in parts),
-        extra=sum(one.extra for one in parts),
-        borderline=sum(one.borderline for one in parts),
-        nms_ties=sum(one.nms_ties for one in parts),
+        **sums,
         max_box_error=max((one.max_box_error for one in parts), default=0.0),
-        mean_box_error=sum(one.mean_box_error * one.matched for one in parts) / max(matched, 1),
+        mean_box_error=sum(one.mean_box_error * one.matched for one in parts) / max(sums["matched"], 1),
         max_score_error=max((one.max_score_error for one in parts), default=0.0),
-        first_disagreement=f"{disagreeing[0][0]}: {disagreeing[0][1]}" if disagreeing else None,
+        first_disagreement=disagreeing[0] if disagreeing else None,
     )
     share = round(1.0 - required_share, 9)  # 1 - 0.95 is a little more than 0.05
     allowed = math.ceil(share * (total.matched + total.missed + total.extra)) if total.matched else 0
     return ComparisonSummary(len(each), len(disagreeing), total, allowed)
 
 
+def align(reference: Detections, candidate: Detections, cuts: Cuts) -> Alignment:
+    """Match the candidate's detections one to one with the reference's of the same class."""
+    ours, theirs = _with_common_labels(reference, candidate)
+    pairs = _match(ours, theirs, cuts.box_tolerance_px)
+    own, other = ours.boxes[pairs[:, 0]], theirs.boxes[pairs[:, 1]]
+    box_errors = np.abs(own - other).max(axis=1, initial=0.0)
+    score_errors = np.abs(ours.scores[pairs[:, 0]] - theirs.scores[pairs[:, 1]])
+    missed, *missed_excuses = _unmatched(ours, theirs, pairs[:, 0], cuts)
+    extra, *extra_excuses = _unmatched(theirs, ours, pairs[:, 1], cuts)
+    moved, rescored = box_errors > cuts.box_tolerance_px, score_errors > cuts.score_tolerance
+    undecided = _among_many_alike(ours, theirs, cuts)[pairs[:, 0]]
+    if cuts.order_ties and cuts.nms_iou is not None:
+        undecided |= iou_matrix(own, other).diagonal() > cuts.nms_iou
+    tied = moved & ~rescored & undecided
+    return Alignment(
+        pairs,
+        box_errors,
+        score_errors,
+        differing=(moved | rescored) & ~tied,
+        missed=missed,
+        extra=extra,
+        borderline=missed_excuses[0] + extra_excuses[0],
+        nms_ties=missed_excuses[1] + extra_excuses[1] + int(tied.sum()),
+        excused=tied,
+    )
+
+
+def _with_common_labels(a: Detections, b: Detections) -> tuple[Detections, Detections]:
+    """Both with labels that mean the same: by name where both have names, else as they are."""
+    if not (a.class_names and b.class_names):
+        return a, b
+    number = {name: index for index, name in enumerate(dict.fromkeys([*a.class_names, *b.class_names]))}
+    labels = [np.array([number[name] for name in each.names], np.int64) for each in (a, b)]
+    return Detections(a.boxes, a.scores, labels[0]), Detections(b.boxes, b.scores, labels[1])
+
+
+def _match(ours: Detections, theirs: Detections, box_tolerance_px: float) -> NDArray[np.int64]:
+    """Pairs of indices [K, 2] into both sides, each used once; the nearest pair is taken first."""
+    distance = np.abs(ours.boxes[:, None] - theirs.boxes[None]).max(axis=2, initial=0.0)
+    # Boxes within the tolerance count as equal: also those without area, whose IoU is 0.
+    overlap = np.maximum(iou_matrix(ours.boxes, theirs.boxes), distance <= box_tolerance_px)
+    cost = (1.0 - overlap) + np.abs(ours.scores[:, None] - theirs.scores[None])
+    rows, columns = np.nonzero((ours.labels[:, None] == theirs.labels[None]) & (overlap >= MATCH_IOU))
+    taken_rows, taken_columns, pairs = set(), set(), []
+    for index in np.argsort(cost[rows, columns], kind="stable"):
+        row, column = int(rows[index]), int(columns[index])
+        if row not in taken_rows and column not in taken_columns:
+            taken_rows.add(row)
+            taken_columns.add(column)
+            pairs.append((row, column))
+    return np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)
+
+
+def _unmatched(
+    own: Detections, other: Detections, matched: NDArray[np.int64], cuts: Cuts
+) -> tuple[NDArray[np.int64], int, int]:
+    """Detections of ``own`` without a partner: those without excuse, and how many are excused as
+    borderline and as NMS ties, since rounding alone may have kept them in one result only."""
+    alone = np.setdiff1d(np.arange(len(own)), matched)
+    scores, labels = own.scores[alone], own.labels[alone]
+    borderline = scores <= cuts.score_threshold + cuts.score_tolerance
+    if cuts.max_detections is not None and len(other) >= cuts.max_detections:
+        borderline |= scores <= other.scores.min(initial=1.0) + cuts.score_tolerance
+    undecided = _among_many_alike(own, other, cuts)[alone]
+    tied = np.zeros(len(alone), np.bool_)
+    if cuts.nms_iou is not None:
+        for side in (own, other):
+            # Whatever could have suppressed one stands in either result, with a score at least as high.
+            rival = labels[:, None] == side.labels[None]
+            rival &= side.scores[None] >= (scores - cuts.score_tolerance)[:, None]
+            near = np.abs(iou_matrix(own.boxes[alone], side.boxes) - cuts.nms_iou) <= cuts.tie_iou
+            tied |= (rival & near).any(axis=1)
+    borderline &= ~undecided
+    tied = undecided | (tied & ~borderline)
+    return alone[~(borderline | tied)], int(borderline.sum()), int(tied.sum())
+
+
+def _among_many_alike(own: Detections, other: Detections, cuts: Cuts) -> NDArray[np.bool_]:
+    """Bool [N]: detections of ``own`` whose score many others of their class have as well, on both sides.
+
+    None that is sure of itself: scores near 1 lie near together in a network that has learnt a lot.
+    """
+
+    def near(side: Detections, within: float) -> NDArray[np.int64]:
+        alike = np.abs(own.scores[:, None] - side.scores[None]) <= within
+        return np.asarray((alike & (own.labels[:, None] == side.labels[None])).sum(axis=1), np.int64)
+
+    here = near(own, ALIKE_SCORES) >= MANY_ALIKE
+    there = near(other, ALIKE_SCORES + cuts.score_tolerance) >= MANY_ALIKE // 2
+    return np.asarray(here & there & (own.scores < SURE_SCORE), np.bool_)
+
+
 def _describe_first(reference: Detections, candidate: Detections, alignment: Alignment) -> str | None:
     """One line on the disagreement of the highest score."""
+
+    def shown(detections: Detections, index: int) -> str:
+        box = ", ".join(f"{edge:.3f}" for edge in detections.boxes[index].tolist())
+        return f"{detections.names[index]} {detections.scores[index]:.5f} at [{box}]"
+
     found: list[tuple[float, str]] = []
     for index in alignment.missed:
-        found.append((float(reference.scores[index]), f"missed {_shown(reference, index)}"))
+        found.append((float(reference.scores[index]), f"missed {shown(reference, index)}"))
     for index in alignment.extra:
-        found.append((float(candidate.scores[index]), f"extra {_shown(candidate, index)}"))
+        found.append((float(candidate.scores[index]), f"extra {shown(candidate, index)}"))
     for ours, theirs in alignment.pairs[alignment.differing]:
-        text = f"{_shown(reference, ours)} became {_shown(candidate, theirs)}"
+        text = f"{shown(reference, ours)} became {shown(candidate, theirs)}"
         found.append((float(reference.scores[ours]), text))
     return max(found, key=lambda each: each[0])[1] if found else None
-
-
-def _shown(detections: Detections, index: int) -> str:
-    box = ", ".join(f"{edge:.3f}" for edge in detections.boxes[index].tolist())
-    return f"{detections.names[index]} {detections.scores[index]:.5f} at [{box}]"

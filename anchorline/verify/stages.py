@@ -1,9 +1,13 @@
-"""The stages of a detector: where two sides are compared, and what each side gives there."""
+"""The stages of a detector: where two sides are compared, and what each side gives there.
+
+The PyTorch side lives in ``train/predict.py`` and is handed in by whoever has it; the ONNX side is
+``OnnxStages``.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +21,6 @@ from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import ArtefactError
 from anchorline.runtime.io.files import sha256_of
-from anchorline.verify.tolerances import Tolerance
 
 # From pixels to detections. ``preprocess`` (frame to canvas) is outside the graph, ``detections`` are
 # its outputs; a stage of several levels numbers its values (``fpn.0``).
@@ -35,6 +38,11 @@ ORDER = (
     "detections",
 )
 _IN_GRAPH = {*ORDER, "proposal_scores"} - {"preprocess", "detections"}
+_WEIGHTED = ("Conv", "Gemm", "MatMul")
+_FED = "fed/"
+
+Arrays = Mapping[str, NDArray[Any]]
+Prepare = Callable[[Sequence[NDArray[np.uint8]]], tuple[dict[str, NDArray[np.generic]], list[Placement]]]
 
 
 def is_stage(value: str) -> bool:
@@ -48,82 +56,96 @@ def stage_of(value: str) -> str:
     return "proposals" if value == "proposal_scores" else value.partition(".")[0]
 
 
+class BatchDetector(Protocol):
+    """Frames to detections, as the runtime's ``Detector``."""
+
+    @property
+    def contract(self) -> Contract: ...
+
+    @property
+    def provider(self) -> str: ...
+
+    @property
+    def precision(self) -> str: ...
+
+    def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        """Detections of several frames of any sizes, boxes in the frames' own pixels."""
+        ...
+
+
+class StageRunner(Protocol):
+    """A network whose inside can be seen.
+
+    ``prepare`` gives the network's inputs for frames, by name, as this side makes them, and where each
+    frame lies on the canvas. ``run`` executes it on the contract's inputs and returns every stage by name
+    (``ORDER``), float32, and the contract's outputs. A stage in ``feed`` is still computed and
+    returned, but what follows it is computed from the fed value, so an error is seen where it arises and
+    nowhere else.
+    ``layers`` names the layers with weights in the order of execution, and ``run_layers`` returns the
+    outputs of some of them. ``release`` gives back what was kept for the next run.
+    """
+
+    @property
+    def layers(self) -> tuple[str, ...]: ...
+
+    def prepare(
+        self, frames: Sequence[NDArray[np.uint8]]
+    ) -> tuple[dict[str, NDArray[np.generic]], list[Placement]]: ...
+
+    def run(self, inputs: Arrays, feed: Arrays) -> dict[str, NDArray[Any]]: ...
+
+    def run_layers(
+        self, inputs: Arrays, feed: Arrays, layers: Sequence[str]
+    ) -> dict[str, NDArray[np.float32]]: ...
+
+    def release(self) -> None: ...
+
+
 @dataclass(frozen=True)
-class TensorError:
-    """How far two tensors are apart, relative to the reference: the root mean square of the difference
-    by that of the reference, and the largest difference by the largest magnitude. ``reason`` says in
-    words what no number says (another shape, values that are not finite)."""
+class Subject:
+    """One side of a verification: an artefact that runs. ``stages`` is None where only the whole can be run
+    (an engine). A context manager, which releases what holds resources."""
 
-    value: str
-    rms: float
-    peak: float
-    reason: str | None = None
+    path: Path
+    detector: BatchDetector
+    stages: StageRunner | None = None
 
-    def share_of(self, tolerance: Tolerance) -> float:
-        """How much of the tolerance is used up: above 1 the tensors differ."""
-        return max(self.rms / tolerance.stage_rms, self.peak / tolerance.stage_peak)
+    def identity(self) -> dict[str, Any]:
+        """Name, sha256, provider and precision, as the record states them."""
+        return {
+            "name": self.path.name,
+            "sha256": sha256_of(self.path) if self.path.is_file() else None,
+            "provider": self.detector.provider,
+            "precision": self.detector.precision,
+        }
 
-    def describe(self) -> str:
-        return self.reason or f"rms {self.rms:.2g}, peak {self.peak:.2g} ({self.value})"
+    def close(self) -> None:
+        """Release what holds resources."""
+        close = getattr(self.detector, "close", None)
+        if close is not None:
+            close()
 
+    def __enter__(self) -> Subject:
+        return self
 
-def tensor_error(value: str, reference: NDArray[Any], candidate: NDArray[Any], images: int) -> TensorError:
-    """Compare two tensors of the same name; the worst of the ``images`` in the batch counts."""
-    if reference.shape != candidate.shape:
-        return _apart(
-            value, f"{value} has the shape {list(candidate.shape)}, expected {list(reference.shape)}"
-        )
-    worst = TensorError(value, 0.0, 0.0)
-    for ours, theirs in zip(reference.reshape(images, -1), candidate.reshape(images, -1), strict=True):
-        one = _array_error(value, ours.astype(np.float32), theirs.astype(np.float32))
-        if one.reason is not None:
-            return one
-        worst = TensorError(value, max(worst.rms, one.rms), max(worst.peak, one.peak))
-    return worst
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def worst_of(errors: Mapping[str, TensorError], tolerance: Tolerance) -> dict[str, TensorError]:
-    """The worst error of each stage, by stage."""
-    worst: dict[str, TensorError] = {}
-    for value, error in errors.items():
-        stage = stage_of(value)
-        if stage not in worst or error.share_of(tolerance) > worst[stage].share_of(tolerance):
-            worst[stage] = error
-    return worst
+def onnx_subject(path: Path, provider: str = "cpu") -> Subject:
+    """An exported ONNX file, its inside on onnxruntime's CPU provider; raises ``ArtefactError``.
 
+    A graph without the stages' names, as the first versions wrote it, is compared as a whole.
+    """
+    from anchorline.runtime.detector import Detector
 
-def _array_error(value: str, reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> TensorError:
-    for side, values in (("the reference's ", reference), ("", candidate)):
-        broken = values.size - int(np.isfinite(values).sum())
-        if broken:
-            return _apart(value, f"{side}{value} has {broken} values that are not finite (an overflow)")
-    difference = candidate - reference
-    scale, largest = _rms(reference), float(np.abs(reference).max(initial=0.0))
-    rms, peak = _rms(difference), float(np.abs(difference).max(initial=0.0))
-    # Where the reference is all zero (a black image) nothing is there to be relative to.
-    return TensorError(value, rms / (scale or 1.0), peak / (largest or 1.0))
-
-
-def _rms(values: NDArray[np.float32]) -> float:
-    """In float64, in which the squares of large values do not overflow; 0 for no values."""
-    return float(np.sqrt(np.square(values, dtype=np.float64).mean())) if values.size else 0.0
-
-
-def _apart(value: str, reason: str) -> TensorError:
-    return TensorError(value, float("inf"), float("inf"), reason)
-
-
-# The inside of an ONNX file, for verification: the graph with its stages as outputs and as inputs.
-
-
-Prepare = Callable[[Sequence[NDArray[np.uint8]]], tuple[dict[str, NDArray[np.generic]], list[Placement]]]
-
-_WEIGHTED = ("Conv", "Gemm", "MatMul")
-_FED = "fed/"
+    detector = Detector(path, provider)
+    inside = OnnxStages(path, detector.prepare)
+    return Subject(path, detector, inside if inside.stages else None)
 
 
 class OnnxStages:
-    """Runs an exported ONNX file in onnxruntime as a ``StageRunner``.
+    """Runs an exported ONNX file in onnxruntime as a ``StageRunner``: stages as outputs and as inputs.
 
     ``prepare`` is that of the detector which runs the file. The file is read once and never changed:
     sessions run edited copies. A layer is named by its weight (``backbone.body.0.0`` for
@@ -149,16 +171,13 @@ class OnnxStages:
         self.layers = tuple(self._layer_values)
         self._sessions: dict[tuple[frozenset[str], tuple[str, ...]], Any] = {}
 
-    def run(
-        self, inputs: Mapping[str, NDArray[Any]], feed: Mapping[str, NDArray[Any]]
-    ) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Arrays, feed: Arrays) -> dict[str, NDArray[Any]]:
         """All stages and outputs; a stage in ``feed`` is replaced for what follows it."""
-        wanted = [*self.stages, *self.contract.outputs]
-        values = self._infer(inputs, feed, wanted, keep=True)
+        values = self._infer(inputs, feed, [*self.stages, *self.contract.outputs], keep=True)
         return {n: v.astype(np.float32, copy=False) if is_stage(n) else v for n, v in values.items()}
 
     def run_layers(
-        self, inputs: Mapping[str, NDArray[Any]], feed: Mapping[str, NDArray[Any]], layers: Sequence[str]
+        self, inputs: Arrays, feed: Arrays, layers: Sequence[str]
     ) -> dict[str, NDArray[np.float32]]:
         """The outputs of ``layers``."""
         value_of = {layer: self._layer_values[layer] for layer in layers if layer in self._layer_values}
@@ -170,19 +189,19 @@ class OnnxStages:
         self._sessions.clear()
 
     def _infer(
-        self,
-        inputs: Mapping[str, NDArray[Any]],
-        feed: Mapping[str, NDArray[Any]],
-        wanted: Sequence[str],
-        *,
-        keep: bool,
+        self, inputs: Arrays, feed: Arrays, wanted: Sequence[str], *, keep: bool
     ) -> dict[str, NDArray[Any]]:
         fed = {name: value for name, value in feed.items() if name in self.stages}
         key = (frozenset(fed), tuple(wanted))
         arrays = {name: inputs[name] for name in self.contract.inputs}
         arrays.update({f"{_FED}{name}": value.astype(np.float32, copy=False) for name, value in fed.items()})
         try:
-            session = self._sessions.get(key) or self._open(fed, wanted)
+            session = self._sessions.get(key)
+            if session is None:
+                model = opened_up(self._model, sorted(fed), wanted).SerializeToString()
+                config = exact_sums(self.contract)
+                # An arena grows in doublings and keeps them; every stage of a large canvas is an output here.
+                session = open_for_checks(model, provider=self._provider, arena=False, config=config)
             if keep:
                 self._sessions[key] = session
             values = session.run(list(wanted), arrays)
@@ -190,13 +209,6 @@ class OnnxStages:
             reason = " ".join(str(error).split())[:300]
             raise ArtefactError(f"{self._path}: onnxruntime cannot run its stages ({reason})") from error
         return dict(zip(wanted, values, strict=True))
-
-    def _open(self, fed: Iterable[str], wanted: Sequence[str]) -> Any:
-        model = opened_up(self._model, sorted(fed), wanted)
-        # An arena grows in doublings and keeps them; every stage of a large canvas is an output here.
-        return open_for_checks(
-            model.SerializeToString(), provider=self._provider, arena=False, config=exact_sums(self.contract)
-        )
 
 
 def opened_up(model: Any, fed: Sequence[str], wanted: Sequence[str]) -> Any:
@@ -210,35 +222,22 @@ def opened_up(model: Any, fed: Sequence[str], wanted: Sequence[str]) -> Any:
     edited = onnx.ModelProto()
     edited.CopyFrom(model)
     graph = edited.graph
-    reading = {name: f"{_FED}{name}/cast" for name in fed}
-    for node in graph.node:
-        node.input[:] = [reading.get(name, name) for name in node.input]
-    casts = []
+    casts = {}
     for name in fed:
         graph.input.append(onnx.helper.make_tensor_value_info(f"{_FED}{name}", onnx.TensorProto.FLOAT, None))
         # CastLike needs no knowledge of the type; its second input is the value that is replaced.
-        casts.append((name, onnx.helper.make_node("CastLike", [f"{_FED}{name}", name], [reading[name]])))
-    _insert_after_producers(graph, casts)
-    there = {value.name for value in graph.output}
-    del graph.output[:]
-    graph.output.extend(
-        next(v for v in model.graph.output if v.name == name)
-        if name in there
-        else onnx.ValueInfoProto(name=name)
-        for name in wanted
-    )
-    return edited
-
-
-def _insert_after_producers(graph: Any, casts: Sequence[tuple[str, Any]]) -> None:
-    """Put each cast behind the node that makes its value, as ONNX wants nodes in order."""
-    waiting = dict(casts)
+        casts[name] = onnx.helper.make_node("CastLike", [f"{_FED}{name}", name], [f"{_FED}{name}/cast"])
     nodes = []
     for node in graph.node:
-        nodes.append(node)
-        nodes += [waiting.pop(name) for name in node.output if name in waiting]
+        node.input[:] = [f"{_FED}{name}/cast" if name in casts else name for name in node.input]
+        # Each cast behind the node that makes its value, as ONNX wants nodes in order.
+        nodes += [node, *(casts[name] for name in node.output if name in casts)]
     del graph.node[:]
     graph.node.extend(nodes)
+    outputs = {value.name: value for value in model.graph.output}
+    del graph.output[:]
+    graph.output.extend(outputs.get(name) or onnx.ValueInfoProto(name=name) for name in wanted)
+    return edited
 
 
 def _layer_values(model: Any) -> dict[str, str]:
@@ -258,93 +257,3 @@ def _layer_values(model: Any) -> dict[str, str]:
         name = layer if runs[layer] == 1 else f"{layer}#{runs[layer]}"
         found[name] = normed.get(node.output[0], node.output[0])
     return found
-
-
-# What can be verified: an artefact that runs, whole and, where it can, stage by stage.
-#
-# The PyTorch side lives in ``train/predict.py`` and is handed in by whoever has it; the ONNX side is
-# ``OnnxStages``.
-
-
-Arrays = Mapping[str, NDArray[Any]]
-
-
-class BatchDetector(Protocol):
-    """Frames to detections, as the runtime's ``Detector``."""
-
-    @property
-    def contract(self) -> Contract: ...
-
-    @property
-    def provider(self) -> str: ...
-
-    @property
-    def precision(self) -> str: ...
-
-    def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:
-        """Detections of several frames of any sizes, boxes in the frames' own pixels."""
-        ...
-
-
-class StageRunner(Protocol):
-    """A network whose inside can be seen.
-
-    ``prepare`` gives the network's inputs for frames, by name, as this side makes them, and where each
-    frame lies on the canvas. ``run`` executes it on the contract's inputs and returns every stage by name
-    (``stages.ORDER``), float32, and the contract's outputs. A stage in ``feed`` is still computed and
-    returned, but what follows it is computed from the fed value, so an error is seen where it arises and
-    nowhere else.
-    ``layers`` names the layers with weights in the order of execution, and ``run_layers`` returns the
-    outputs of some of them. ``release`` gives back what was kept for the next run.
-    """
-
-    @property
-    def layers(self) -> tuple[str, ...]: ...
-
-    def prepare(
-        self, frames: Sequence[NDArray[np.uint8]]
-    ) -> tuple[dict[str, NDArray[np.generic]], list[Placement]]: ...
-
-    def run(self, inputs: Arrays, feed: Arrays) -> dict[str, NDArray[Any]]: ...
-
-    def run_layers(
-        self, inputs: Arrays, feed: Arrays, layers: Sequence[str]
-    ) -> dict[str, NDArray[np.float32]]: ...
-
-    def release(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One side of a verification. ``stages`` is None where only the whole can be run (an engine)."""
-
-    path: Path
-    detector: BatchDetector
-    stages: StageRunner | None = None
-
-    def identity(self) -> dict[str, Any]:
-        """Name, sha256, provider and precision, as the record states them."""
-        return {
-            "name": self.path.name,
-            "sha256": sha256_of(self.path) if self.path.is_file() else None,
-            "provider": self.detector.provider,
-            "precision": self.detector.precision,
-        }
-
-    def close(self) -> None:
-        """Release what holds resources."""
-        close = getattr(self.detector, "close", None)
-        if close is not None:
-            close()
-
-
-def onnx_subject(path: Path, provider: str = "cpu") -> Subject:
-    """An exported ONNX file, its inside on onnxruntime's CPU provider; raises ``ArtefactError``.
-
-    A graph without the stages' names, as the first versions wrote it, is compared as a whole.
-    """
-    from anchorline.runtime.detector import Detector
-
-    detector = Detector(path, provider)
-    inside = OnnxStages(path, detector.prepare)
-    return Subject(path, detector, inside if inside.stages else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from anchorline.data.synthetic import (
     CLASS_NAMES,
     SCENE_SIZE,
+    SMALLEST_SIDE,
     Pose,
     background,
     camera_image,
@@ -24,113 +25,30 @@ from anchorline.data.synthetic import (
     random_shape,
     surface_texture,
 )
-from anchorline.evaluation.evaluate import Progress
+from anchorline.evaluation.evaluation import Progress
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import AnchorlineError, SettingsError
 from anchorline.verify.compare import ComparisonSummary
-
-# The images that tend to break a detector: nothing to see, too much, too small, too large, too thin.
-
+from anchorline.verify.stages import BatchDetector
 
 LARGEST_SIZE = (3000, 4000)
 """Height and width of the largest image: a 12-megapixel photograph, 36 MB."""
 THIN = (8, 2000)
 """The short and the long side of the very thin images."""
-
-_TRAP_STREAM = 2
-_CROWD_CELLS = (5, 8)
-_CROWD_CELL = 64  # pixels
-_NARROWEST_SCENE = 64
-
-Frame = NDArray[np.uint8]
-
-
-def empty_image(seed: int) -> Frame:
-    """A background with camera noise and no object [240, 320, 3]."""
-    return _drawn(seed, SCENE_SIZE, [])
-
-
-def one_object(seed: int) -> Frame:
-    """One large object in the middle [240, 320, 3]."""
-    height, width = SCENE_SIZE
-    return _drawn(seed, SCENE_SIZE, [Pose(width / 2, height / 2, height / 4, angle=0.3)])
-
-
-def crowd(seed: int) -> Frame:
-    """Forty objects [320, 512, 3] that overlap their neighbours, so that NMS has something to decide."""
-    rng = np.random.default_rng(seed)
-    rows, columns = _CROWD_CELLS
-    poses = []
-    for cell in range(rows * columns):
-        x, y = ((index + rng.uniform(0.3, 0.7)) * _CROWD_CELL for index in (cell % columns, cell // columns))
-        radius = _CROWD_CELL * rng.uniform(0.4, 0.75)
-        poses.append(Pose(x, y, radius, rng.uniform(0.0, 2.0 * np.pi)))
-    return _drawn(seed, (rows * _CROWD_CELL, columns * _CROWD_CELL), poses)
-
-
-def mixed_images(seed: int) -> tuple[Frame, Frame, Frame]:
-    """Three scenes: landscape, portrait and small, so that each fills another part of its canvas."""
-    height, width = SCENE_SIZE
-    sizes = (SCENE_SIZE, (2 * width, height), (height // 2, height // 2))
-    first, second, third = (generate_scene(seed, size, index)[0] for index, size in enumerate(sizes))
-    return first, second, third
-
-
-def smallest_image() -> Frame:
-    """One pixel."""
-    return np.array([[[40, 120, 200]]], np.uint8)
-
-
-def largest_image(seed: int) -> Frame:
-    """A scene blown up to ``LARGEST_SIZE``."""
-    scene = generate_scene(seed)[0]
-    return np.asarray(cv2.resize(scene, LARGEST_SIZE[::-1], interpolation=cv2.INTER_LINEAR), np.uint8)
-
-
-def thin_images(seed: int) -> tuple[Frame, Frame]:
-    """A strip cut from the middle of a scene, lying [8, 2000, 3] and standing [2000, 8, 3]."""
-    short, long = THIN
-    top = (_NARROWEST_SCENE - short) // 2
-    strip = generate_scene(seed, (_NARROWEST_SCENE, long))[0][top : top + short]
-    return strip.copy(), np.ascontiguousarray(strip.transpose(1, 0, 2))
-
-
-def uniform_image(value: int) -> Frame:
-    """Every pixel of [240, 320, 3] at ``value``."""
-    return np.full((*SCENE_SIZE, 3), value, np.uint8)
-
-
-def noise_image(seed: int) -> Frame:
-    """Every channel of every pixel of [240, 320, 3] at random."""
-    return np.random.default_rng(seed).integers(0, 256, (*SCENE_SIZE, 3), dtype=np.uint8)
-
-
-def _drawn(seed: int, size: tuple[int, int], poses: Sequence[Pose]) -> Frame:
-    """A scene with an object of a random class at each pose."""
-    rng = np.random.Generator(np.random.PCG64([_TRAP_STREAM, seed]))
-    image = background(rng, size)
-    around = mean_colours(image, cells=1)
-    for pose in poses:
-        placed = place(random_shape(rng, int(rng.integers(len(CLASS_NAMES)))), pose)
-        paint(image, placed, surface_texture(rng, contrasting_colour(rng, around)), shadow=(1.0, 2.0))
-    return camera_image(rng, image, blur=0.5, noise=4.0)
-
-
 LARGEST_BATCH = 8
 LARGEST_BATCH_PIXELS = 3_000_000
 """On a model whose contract sets no bound, the largest batch tried: this many images, and no more than hold
 this many canvas pixels together (a ResNet-50 takes about 2.5 GB for that)."""
 
+_TRAP_STREAM = 2
+_CROWD_CELLS = (5, 8)
+_CROWD_CELL = 64  # pixels
+
+Frame = NDArray[np.uint8]
 Compare = Callable[[list[Detections], list[Detections]], ComparisonSummary]
 Settle = Callable[[Frame], bool]
 """Whether two detectors that differ on a frame do the same at every stage, given the same inputs."""
-
-
-class BatchDetector(Protocol):
-    """What is tried: one ``Detections`` for each frame, whatever the batch."""
-
-    def batch(self, frames: Sequence[Frame]) -> list[Detections]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,34 +91,6 @@ class TrapResult:
         }
 
 
-class OncePerFrame:
-    """A detector that sees each frame once, in a batch of one, and each batch once; it remembers the results.
-
-    Several traps share frames, which need not run again. Frames are known by identity and must not change.
-    """
-
-    def __init__(self, detector: BatchDetector) -> None:
-        self._detector = detector
-        self._known: dict[int, tuple[Frame, Detections]] = {}  # the frame is kept, so its id stays its own
-        self._batches: dict[tuple[int, ...], tuple[Sequence[Frame], list[Detections]]] = {}
-
-    def batch(self, frames: Sequence[Frame]) -> list[Detections]:
-        """The result of each frame."""
-        for frame in frames:
-            if id(frame) not in self._known:
-                self._known[id(frame)] = (frame, _detect(self._detector, [frame])[0])
-        return [self._known[id(frame)][1] for frame in frames]
-
-    def together(self, frames: Sequence[Frame]) -> list[Detections]:
-        """The results of the frames in one batch."""
-        if len(frames) == 1:
-            return self.batch(frames)
-        key = tuple(map(id, frames))
-        if key not in self._batches:
-            self._batches[key] = (frames, _detect(self._detector, frames))
-        return self._batches[key][1]
-
-
 def largest_batch(contract: Contract) -> int:
     """How many images the largest batch has: the contract's bound, else what the canvas leaves room for."""
     if contract.max_batch is not None:
@@ -216,27 +106,81 @@ def traps(max_batch: int | None, seed: int = 0) -> list[Trap]:
     """
     if max_batch is not None and max_batch < 1:
         raise SettingsError(f"max batch is {max_batch}; expected at least 1")
-    mixed = mixed_images(seed)
-    plain, crowded = mixed[0], crowd(seed)
+    height, width = SCENE_SIZE
+    # Landscape, portrait and small, so that each fills another part of its canvas.
+    sizes = (SCENE_SIZE, (2 * width, height), (height // 2, height // 2))
+    mixed = tuple(generate_scene(seed, size, index)[0] for index, size in enumerate(sizes))
+    plain, crowd = mixed[0], _crowd(seed)
     full = tuple(mixed[index % len(mixed)] for index in range(max_batch or LARGEST_BATCH))
-    lying, standing = thin_images(seed)
+    one_object = _drawn(seed, SCENE_SIZE, [Pose(width / 2, height / 2, height / 4, angle=0.3)])
+    large = cv2.resize(generate_scene(seed)[0], LARGEST_SIZE[::-1], interpolation=cv2.INTER_LINEAR)
+    top = (SMALLEST_SIDE - THIN[0]) // 2
+    lying = generate_scene(seed, (SMALLEST_SIDE, THIN[1]))[0][top : top + THIN[0]].copy()
+    standing = np.ascontiguousarray(lying.transpose(1, 0, 2))
+    noise = np.random.default_rng(seed).integers(0, 256, (*SCENE_SIZE, 3), dtype=np.uint8)
     return [
-        Trap("empty image", ((empty_image(seed),),)),
-        Trap("one object", ((one_object(seed),),)),
-        Trap("crowd", ((crowded,),)),
+        Trap("empty image", ((_drawn(seed, SCENE_SIZE, []),),)),
+        Trap("one object", ((one_object,),)),
+        Trap("crowd", ((crowd,),)),
         Trap("batch of 1", ((plain,),)),
         # The second call comes after another frame than the first: what a buffer kept of it shows.
-        Trap("repeated calls", ((plain,), (crowded,)), repeated=True),
-        Trap("smallest image", ((smallest_image(),),)),
-        Trap("largest image", ((largest_image(seed),),)),
+        Trap("repeated calls", ((plain,), (crowd,)), repeated=True),
+        Trap("smallest image", ((np.array([[[40, 120, 200]]], np.uint8),),)),
+        Trap("largest image", ((np.asarray(large, np.uint8),),)),
         Trap("very thin image", ((lying,), (standing,))),
-        Trap("all 0", ((uniform_image(0),),)),
-        Trap("all 255", ((uniform_image(255),),)),
-        Trap("noise", ((noise_image(seed),),)),
+        Trap("all 0", ((np.full((*SCENE_SIZE, 3), 0, np.uint8),),)),
+        Trap("all 255", ((np.full((*SCENE_SIZE, 3), 255, np.uint8),),)),
+        Trap("noise", ((noise,),)),
         # The last ones, because a runtime keeps the memory that a large batch took.
         Trap("mixed sizes in a batch", (mixed,), alone=True),
         Trap("largest batch", (full,), alone=True),
     ]
+
+
+def _crowd(seed: int) -> Frame:
+    """Forty objects [320, 512, 3] that overlap their neighbours, so that NMS has something to decide."""
+    rng = np.random.default_rng(seed)
+    rows, columns = _CROWD_CELLS
+    poses = []
+    for cell in range(rows * columns):
+        x, y = ((index + rng.uniform(0.3, 0.7)) * _CROWD_CELL for index in (cell % columns, cell // columns))
+        radius = _CROWD_CELL * rng.uniform(0.4, 0.75)
+        poses.append(Pose(x, y, radius, rng.uniform(0.0, 2.0 * np.pi)))
+    return _drawn(seed, (rows * _CROWD_CELL, columns * _CROWD_CELL), poses)
+
+
+def _drawn(seed: int, size: tuple[int, int], poses: Sequence[Pose]) -> Frame:
+    """A scene with camera noise and an object of a random class at each pose."""
+    rng = np.random.Generator(np.random.PCG64([_TRAP_STREAM, seed]))
+    image = background(rng, size)
+    around = mean_colours(image, cells=1)
+    for pose in poses:
+        placed = place(random_shape(rng, int(rng.integers(len(CLASS_NAMES)))), pose)
+        paint(image, placed, surface_texture(rng, contrasting_colour(rng, around)), shadow=(1.0, 2.0))
+    return camera_image(rng, image, blur=0.5, noise=4.0)
+
+
+class OncePerFrame:
+    """A detector that sees each frame once, in a batch of one, and each batch once; it remembers the results.
+
+    Several traps share frames, which need not run again. Frames are known by identity and must not change.
+    """
+
+    def __init__(self, detector: BatchDetector) -> None:
+        self._detector = detector
+        # The frames are kept, so that their ids stay their own.
+        self._known: dict[tuple[int, ...], tuple[Sequence[Frame], list[Detections]]] = {}
+
+    def batch(self, frames: Sequence[Frame]) -> list[Detections]:
+        """The result of each frame."""
+        return [self.together([frame])[0] for frame in frames]
+
+    def together(self, frames: Sequence[Frame]) -> list[Detections]:
+        """The results of the frames in one batch."""
+        key = tuple(map(id, frames))
+        if key not in self._known:
+            self._known[key] = (frames, _detect(self._detector, frames))
+        return self._known[key][1]
 
 
 def run_traps(
@@ -247,26 +191,22 @@ def run_traps(
     progress: Progress | None = None,
     settle: Settle | None = None,
 ) -> list[TrapResult]:
-    """``run_trap`` for each; a frame that several of them share goes through each detector once."""
+    """Give each trap's batches to the candidate and compare with the reference, frame by frame.
+
+    The reference sees its frames one at a time, so that nothing can leak between them there. A frame that
+    several traps share goes through each detector once. An ``AnchorlineError`` of either is a failed trap;
+    anything else is a bug and goes on.
+    """
     known, alone = OncePerFrame(reference), OncePerFrame(candidate)
     results = []
     for trap in each:
-        results.append(_run(trap, known, candidate, alone, compare, settle))
+        results.append(_run_trap(trap, known, candidate, alone, compare, settle))
         if progress is not None:
             progress(len(results), len(each))
     return results
 
 
-def run_trap(trap: Trap, reference: BatchDetector, candidate: BatchDetector, compare: Compare) -> TrapResult:
-    """Give the trap's batches to the candidate and compare with the reference, frame by frame.
-
-    The reference sees its frames one at a time, so that nothing can leak between them there. An
-    ``AnchorlineError`` of either is a failed trap; anything else is a bug and goes on.
-    """
-    return _run(trap, OncePerFrame(reference), candidate, OncePerFrame(candidate), compare, None)
-
-
-def _run(
+def _run_trap(
     trap: Trap,
     reference: OncePerFrame,
     candidate: BatchDetector,
@@ -286,33 +226,24 @@ def _run(
     except AnchorlineError as error:
         return TrapResult(trap.name, False, f"the candidate failed: {error}", images)
     summary = compare(expected, found)
-    fault = (_unstable(found, again) if trap.repeated else None) or _leak(single, found, compare)
     detail = summary.describe()
+    fault = _unstable(found, again) if trap.repeated else None
+    if fault is None and single is not None:
+        together = compare(single, found)
+        if not together.agrees:
+            fault = f"the batch changes a result that the frame has alone: {together.first_disagreement}"
     if fault is None and not summary.agrees:
-        if settle is not None and _settled(trap.frames, expected, found, compare, settle):
+        differing = [
+            frame
+            for frame, one, other in zip(trap.frames, expected, found, strict=True)
+            if not compare([one], [other]).agrees
+        ]
+        # On a picture without content most scores are nearly equal; which of them win is any runtime's own.
+        if settle is not None and differing and all(settle(frame) for frame in differing):
             detail += "; given the same proposals every stage agrees: near-ties among them"
         else:
             fault = summary.first_disagreement
     return TrapResult(trap.name, fault is None, fault or detail, images, summary)
-
-
-def _settled(
-    frames: Sequence[Frame],
-    expected: list[Detections],
-    found: list[Detections],
-    compare: Compare,
-    settle: Settle,
-) -> bool:
-    """Whether rounding alone explains each frame that differs.
-
-    On a picture without content most scores are nearly equal, and which of them win is any runtime's own.
-    """
-    differing = [
-        frame
-        for frame, one, other in zip(frames, expected, found, strict=True)
-        if not compare([one], [other]).agrees
-    ]
-    return bool(differing) and all(settle(frame) for frame in differing)
 
 
 def _detect(detector: BatchDetector, frames: Sequence[Frame]) -> list[Detections]:
@@ -333,13 +264,3 @@ def _unstable(first: list[Detections], again: list[Detections]) -> str | None:
                 error = float(np.abs(before - after).max())
                 return f"image {number}: {name} differ by up to {error:.2g} when called again"
     return None
-
-
-def _leak(single: list[Detections] | None, found: list[Detections], compare: Compare) -> str | None:
-    """The first frame whose result in its batch is not its own."""
-    if single is None:
-        return None
-    summary = compare(single, found)
-    if summary.agrees:
-        return None
-    return f"the batch changes a result that the frame has alone: {summary.first_disagreement}"

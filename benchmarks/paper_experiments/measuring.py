@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anchorline.data.proposals import read_proposals
-from anchorline.evaluation.evaluate import evaluate, run_detector
-from anchorline.evaluation.recall import proposal_recall
+from anchorline.evaluation.evaluation import evaluate, proposal_recall, run_detector
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import TrainingError
 from anchorline.train.alternating import epochs_of_steps

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from anchorline.data.boxes import box_areas
-from anchorline.data.dataset import Dataset
-from anchorline.data.specs import load_dataset
+from anchorline.data.dataset import Dataset, load_dataset
 from anchorline.runtime.canvas import boxes_to_canvas, place
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import SettingsError

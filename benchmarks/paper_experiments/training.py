@@ -9,7 +9,7 @@ from pathlib import Path
 
 from anchorline.data.dataset import Dataset
 from anchorline.data.proposals import SelectiveSearch, write_proposals
-from anchorline.evaluation.evaluate import run_detector
+from anchorline.evaluation.evaluation import run_detector
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.files import write_json
 from anchorline.train.alternating import FINISHED

@@ -25,7 +25,7 @@ from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import ArtefactError, GpuError
 from anchorline.runtime.io.files import sha256_of
-from anchorline.verify.report import write_not_executed
+from anchorline.verify.verification import write_not_executed
 
 Make = Callable[..., Machine]
 SIDE = 64

@@ -12,8 +12,8 @@ import pytest
 
 from anchorline.data.dataset import Dataset
 from anchorline.data.summary import in_size_class, size_class_counts
-from anchorline.evaluation.coco_ap import coco_figures
-from anchorline.evaluation.evaluate import report_detections
+from anchorline.evaluation.evaluation import report_detections
+from anchorline.evaluation.metrics import coco_figures
 from anchorline.runtime.detections import Detections
 
 BACKENDS = ("faster-coco-eval", "pycocotools")

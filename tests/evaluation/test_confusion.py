@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from anchorline.data.dataset import Dataset
-from anchorline.evaluation.matching import confusion_matrix, match_image
+from anchorline.evaluation.metrics import confusion_matrix, match_image
 from anchorline.runtime.detections import Detections
 
 NAMES = ("cat", "dog", "bird")

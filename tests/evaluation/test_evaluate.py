@@ -12,8 +12,7 @@ import pytest
 from rich.console import Console
 
 from anchorline.data.dataset import Dataset
-from anchorline.evaluation.evaluate import evaluate
-from anchorline.evaluation.recall import evaluate_proposals, proposal_recall
+from anchorline.evaluation.evaluation import evaluate, evaluate_proposals, proposal_recall
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import DataError, SettingsError
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from anchorline.data.dataset import Dataset
-from anchorline.evaluation.evaluate import report_detections
+from anchorline.evaluation.evaluation import report_detections
 from anchorline.evaluation.pictures import contact_sheet, plot_loss_curve, plot_pr_curves
 from anchorline.runtime.io.errors import DataError, OutputError, SettingsError
 
@@ -105,8 +105,8 @@ def test_contact_sheet_wants_images_and_matching_titles(tmp_path: Path) -> None:
 
 def test_evaluation_imports_no_heavy_package() -> None:
     code = (
-        "import sys, anchorline.evaluation.pictures, anchorline.data.specs, anchorline.verify.compare,"
-        " anchorline.data.synthetic_video, anchorline.evaluation.recall,"
+        "import sys, anchorline.evaluation.pictures, anchorline.data.dataset, anchorline.verify.compare,"
+        " anchorline.data.synthetic_video, anchorline.evaluation.evaluation,"
         " anchorline.data.yolo, anchorline.evaluation.pictures, anchorline.data.summary,"
         " anchorline.verify.traps, anchorline.verify.detection_check;"
         "heavy = {'torch', 'matplotlib', 'pycocotools', 'faster_coco_eval', 'onnx', 'onnxruntime', 'yaml'};"

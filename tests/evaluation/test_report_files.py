@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from anchorline.data.dataset import Dataset
-from anchorline.evaluation.evaluate import EvaluationReport, report_detections
+from anchorline.evaluation.evaluation import EvaluationReport, proposal_recall, report_detections
 from anchorline.evaluation.pictures import (
     PANEL,
     plot_class_table,
@@ -23,7 +23,6 @@ from anchorline.evaluation.pictures import (
     worst_images_sheet,
     write_report_files,
 )
-from anchorline.evaluation.recall import proposal_recall
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import OutputError, SettingsError
 

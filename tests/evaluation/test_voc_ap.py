@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anchorline.evaluation.voc_ap import average_precision, voc_curves
+from anchorline.evaluation.metrics import average_precision, voc_curves
 from anchorline.runtime.detections import Detections
 
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from anchorline.data.synthetic import CLASS_NAMES, synthetic_dataset
-from anchorline.evaluation.evaluate import evaluate
-from anchorline.evaluation.recall import evaluate_proposals
+from anchorline.data.unlabelled import scenes
+from anchorline.evaluation.evaluation import evaluate, evaluate_proposals
 from anchorline.export import onnx_export as exporting
 from anchorline.export.onnx_export import ExportResult, export_onnx
 from anchorline.runtime.canvas import place
@@ -37,9 +37,8 @@ from anchorline.train.checkpoint import contract_of, load_checkpoint, save_check
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.model.settings import ModelSettings
 from anchorline.train.predict import TorchDetector
-from anchorline.verify.material import scenes
-from anchorline.verify.report import record_path
 from anchorline.verify.stages import ORDER
+from anchorline.verify.verification import record_path
 
 CANVAS = (64, 96)
 ToOnnx = Callable[[FasterRCNN, Contract], onnx.ModelProto]

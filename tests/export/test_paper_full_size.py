@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from anchorline.data.specs import load_dataset
+from anchorline.data.dataset import load_dataset
 from anchorline.export.onnx_export import export_onnx
 from anchorline.train.loop.train import train
 from anchorline.train.settings import load_preset

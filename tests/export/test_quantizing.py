@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from anchorline import cli
-from anchorline.data.dataset import Dataset, LabelledImage
-from anchorline.data.specs import load_datasets
+from anchorline.data.dataset import Dataset, LabelledImage, load_datasets
 from anchorline.data.synthetic import generate_scene
-from anchorline.evaluation.evaluate import evaluate
+from anchorline.evaluation.evaluation import evaluate
 from anchorline.export import integer_graph as quantizing_graph
 from anchorline.export import quantizing as quantizing_search
 from anchorline.export.calibration import measure_ranges, measure_sensitivity
@@ -39,9 +38,9 @@ from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import AnchorlineError, ParityError
 from anchorline.runtime.io.images import write_image
-from anchorline.verify.report import record_path
+from anchorline.verify import verify
 from anchorline.verify.stages import is_stage
-from anchorline.verifying import verify_files
+from anchorline.verify.verification import record_path
 
 SIDE, CELLS, CHANNELS = 64, 16, 8
 PROPOSALS = DETECTIONS = CELLS * CELLS
@@ -516,7 +515,7 @@ def test_the_verdict_lies_beside_the_file_and_verify_repeats_it(made: dict[str, 
     record = json.loads(record_path(made["cpu"]).read_text())
     assert record["passed"] is True
     assert record["artefact"]["precision"] == "int8"
-    report = verify_files(folder / "tiny.onnx", made["cpu"], images=[str(folder / "images")])
+    report = verify(folder / "tiny.onnx", made["cpu"], images=[str(folder / "images")])
     assert report.tolerance["stage_rms"] == 0.75, "the row of int8"
     assert {stage.name for stage in report.stages or ()} >= {"backbone", "fpn", "class_logits"}
     assert report.passed, report.reason

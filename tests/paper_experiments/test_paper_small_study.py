@@ -16,8 +16,8 @@ from paper_experiments.runs import ANCHORS, COUNTS, LAMBDAS, WITHOUT_NMS
 from paper_experiments.study import open_study
 from paper_experiments.training import train_run
 
+from anchorline.data.dataset import concatenate, load_dataset
 from anchorline.data.proposals import write_proposals
-from anchorline.data.specs import concatenate, load_dataset
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.images import read_image
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from anchorline.data.dataset import Dataset
-from anchorline.evaluation.evaluate import Detect, report_detections, run_detector, to_dataset_labels
+from anchorline.evaluation.evaluation import Detect, report_detections, run_detector, to_dataset_labels
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import SettingsError, TrainingError
 

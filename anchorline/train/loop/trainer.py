@@ -20,7 +20,7 @@ from torch import Tensor
 from anchorline.data.dataset import Dataset
 from anchorline.data.proposals import read_proposals
 from anchorline.data.summary import DataSummary, summarise_data
-from anchorline.evaluation.recall import proposal_recall
+from anchorline.evaluation.evaluation import proposal_recall
 from anchorline.runtime.io.errors import ArtefactError, TrainingError
 from anchorline.runtime.io.files import atomic_path, atomic_write_text, write_json
 from anchorline.train.checkpoint import contract_of, load_checkpoint, save_checkpoint

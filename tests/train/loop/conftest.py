@@ -26,7 +26,7 @@ from anchorline.train.settings import Settings
 # What the processes below import, so that the server they are forked from has it once for all of them.
 PRELOADED = [
     *("torch", "torch.distributed.rendezvous", "torch.utils.data", "torchvision"),
-    *("anchorline.cli", "anchorline.cli.train", "anchorline.evaluation.evaluate"),
+    *("anchorline.cli", "anchorline.cli.train", "anchorline.evaluation.evaluation"),
     *("anchorline.data.synthetic", "anchorline.train.proposing", "anchorline.train.loop.train"),
 ]
 

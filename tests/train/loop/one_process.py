@@ -21,7 +21,7 @@ import torch
 
 from anchorline.data.dataset import Dataset
 from anchorline.data.synthetic import synthetic_dataset
-from anchorline.evaluation.evaluate import run_detector
+from anchorline.evaluation.evaluation import run_detector
 from anchorline.runtime.io.errors import AnchorlineError, DataError
 from anchorline.train.loop.distributed import run_shared
 from anchorline.train.loop.metrics import StepReport

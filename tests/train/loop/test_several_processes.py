@@ -25,8 +25,7 @@ from safetensors.torch import load_file
 
 from anchorline.data.proposals import read_proposals
 from anchorline.data.synthetic import synthetic_dataset
-from anchorline.evaluation.evaluate import run_detector
-from anchorline.evaluation.recall import proposal_recall
+from anchorline.evaluation.evaluation import proposal_recall, run_detector
 from anchorline.train.checkpoint import load_checkpoint
 from anchorline.train.proposing import load_rpn
 from anchorline.train.settings import Settings

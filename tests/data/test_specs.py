@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from anchorline.data.specs import load_dataset, load_datasets
+from anchorline.data.dataset import load_dataset, load_datasets
 from anchorline.data.synthetic import CLASS_NAMES
 from anchorline.runtime.io.errors import DataError
 

@@ -18,8 +18,8 @@ from anchorline.verify.traps import (
     LARGEST_BATCH,
     OncePerFrame,
     Trap,
+    TrapResult,
     largest_batch,
-    run_trap,
     run_traps,
     traps,
 )
@@ -146,6 +146,11 @@ class Dropping(Honest):
 @pytest.fixture(scope="module")
 def all_traps() -> list[Trap]:
     return traps(None)
+
+
+def run_trap(trap: Trap, reference: Honest, candidate: Honest) -> TrapResult:
+    (result,) = run_traps([trap], reference, candidate, compare)
+    return result
 
 
 def failed(all_traps: list[Trap], candidate: Honest, reference: Honest | None = None) -> dict[str, str]:
@@ -278,7 +283,7 @@ def test_unstable_bits_are_found_within_the_tolerance(candidate: type[Honest], a
 
 def test_another_number_of_detections_when_called_again_is_told() -> None:
     frame = np.full((20, 20, 3), 90, np.uint8)
-    result = run_trap(Trap("repeated", ((frame,),), repeated=True), Honest(), Sometimes(), compare)
+    result = run_trap(Trap("repeated", ((frame,),), repeated=True), Honest(), Sometimes())
     assert (result.passed, result.detail) == (False, "image 1: 1 detections, and 0 when called again")
 
 
@@ -297,7 +302,7 @@ def test_a_bug_is_not_hidden(all_traps: list[Trap]) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        run_trap(all_traps[0], Honest(), Failing(fails), compare)
+        run_trap(all_traps[0], Honest(), Failing(fails))
 
 
 def test_a_batch_beyond_the_profile_is_a_failed_row(all_traps: list[Trap]) -> None:
@@ -319,10 +324,10 @@ def test_a_missing_result_is_a_failed_row(all_traps: list[Trap]) -> None:
 
 
 def test_a_result_is_plain_json(all_traps: list[Trap]) -> None:
-    good = run_trap(all_traps[0], Honest(), Honest(), compare).to_json()
+    good = run_trap(all_traps[0], Honest(), Honest()).to_json()
     assert (good["name"], good["passed"], good["images"]) == ("empty image", True, 1)
     assert good["comparison"]["matched"] == 1
-    bad = run_trap(all_traps[0], Honest(), Failing(lambda frame: True), compare).to_json()
+    bad = run_trap(all_traps[0], Honest(), Failing(lambda frame: True)).to_json()
     assert (bad["passed"], bad["comparison"]) == (False, None)
 
 

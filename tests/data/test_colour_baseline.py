@@ -28,7 +28,7 @@ from anchorline.data.synthetic import (
     synthetic_dataset,
 )
 from anchorline.data.synthetic_video import synthetic_video_dataset
-from anchorline.evaluation.evaluate import evaluate
+from anchorline.evaluation.evaluation import evaluate
 from anchorline.runtime.detections import Detections
 
 NEIGHBOURS = 7

@@ -13,15 +13,14 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from anchorline.data.unlabelled import scenes
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.io.errors import ArtefactError
 from anchorline.train.checkpoint import contract_of, save_checkpoint
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.predict import checkpoint_subject
-from anchorline.verify.material import scenes
-from anchorline.verify.report import VerifyReport
 from anchorline.verify.stages import OnnxStages, Subject, onnx_subject
-from anchorline.verify.verify import verify
+from anchorline.verify.verification import VerifyReport, verify_subjects
 
 Plant = Callable[[onnx.ModelProto], None]
 NAMES = ("cat", "dog", "bird")
@@ -56,7 +55,7 @@ def verified(reference: tuple[Subject, onnx.ModelProto], tmp_path: Path) -> Call
         path = tmp_path / "model.onnx"
         onnx.save(proto, path)
         candidate = onnx_subject(path)
-        return verify(reference[0], candidate, scenes(NAMES, 2), bisect=bisect, which_traps=())
+        return verify_subjects(reference[0], candidate, scenes(NAMES, 2), bisect=bisect, which_traps=())
 
     return verified
 
@@ -284,7 +283,7 @@ def test_another_resize_is_a_fault_of_preprocessing(
         return inputs, placements
 
     monkeypatch.setattr(candidate.stages, "prepare", prepare_otherwise)
-    report = verify(reference[0], candidate, scenes(NAMES, 2), which_traps=())
+    report = verify_subjects(reference[0], candidate, scenes(NAMES, 2), which_traps=())
     assert report.first_divergence == "preprocess"
     assert [stage.name for stage in report.stages or () if not stage.passed] == ["preprocess"]
 
@@ -296,7 +295,7 @@ def test_a_canvas_on_its_side_is_named(
     model = small_model("fpn", len(NAMES), canvas=(width, height))
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, model.state_dict(), model.settings, contract_of(model.settings, NAMES))
-    report = verify(reference[0], checkpoint_subject(path), scenes(NAMES, 2), which_traps=())
+    report = verify_subjects(reference[0], checkpoint_subject(path), scenes(NAMES, 2), which_traps=())
     assert report.first_divergence == "preprocess"
     assert f"{width}x{height}" in str(report.reason)
 

@@ -1,8 +1,8 @@
-"""What two artefacts are compared on: labelled data, plain images, a video, or generated scenes."""
+"""Images without labels as a data set, to compare artefacts on: files, videos, frames, generated scenes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,27 +21,21 @@ _SEED = 7
 _SCENE_SIZES = ((240, 320), (480, 640), (64, 512), (512, 64), (100, 100), (360, 203), (33, 47), (600, 900))
 
 
-def has_labels(dataset: Dataset) -> bool:
-    """Whether any image has an object to be found."""
-    return any(len(image.boxes) for image in dataset)
-
-
-def first_images(dataset: Dataset, limit: int | None) -> Dataset:
-    """The first ``limit`` images of the data, all of them for None."""
-    if limit is None or len(dataset) <= limit:
-        return dataset
-    return Dataset(dataset.spec, dataset.names, dataset.images[:limit], dataset.category_ids)
-
-
 def scenes(names: tuple[str, ...], count: int = len(_SCENE_SIZES)) -> Dataset:
-    """Generated scenes of varied sizes, without labels: a model of any classes can look at them."""
-    frames = [_scene(_SCENE_SIZES[index % len(_SCENE_SIZES)], index) for index in range(count)]
+    """Generated scenes of varied sizes: a model of any classes can look at them."""
+    frames = []
+    for index in range(count):
+        height, width = _SCENE_SIZES[index % len(_SCENE_SIZES)]
+        # Sides too small for the generator are cut out of a larger scene.
+        scene = generate_scene(_SEED, (max(height, 64), max(width, 64)), index)[0]
+        frames.append(np.ascontiguousarray(scene[:height, :width]))
     return from_frames(f"{count} generated scenes", names, frames)
 
 
 def from_frames(spec: str, names: tuple[str, ...], frames: Sequence[NDArray[np.uint8]]) -> Dataset:
-    """Frames (uint8 BGR [H, W, 3]) in memory, without labels, named by their number."""
-    return _unlabelled(spec, names, [(f"image {i}", frame) for i, frame in enumerate(frames, start=1)])
+    """Frames (uint8 BGR [H, W, 3]) in memory, named by their number."""
+    images = [_from_frame(f"image {number}", frame) for number, frame in enumerate(frames, start=1)]
+    return Dataset(spec, names, tuple(images))
 
 
 def images_or_video(sources: Sequence[str | Path], names: tuple[str, ...]) -> Dataset:
@@ -54,20 +48,15 @@ def images_or_video(sources: Sequence[str | Path], names: tuple[str, ...]) -> Da
         if not source.exists():
             raise DataError(f"{source}: no such file or folder; give an image, a folder of images or a video")
         if is_video(source):
-            images += _unlabelled("", names, _video_frames(source)).images
+            images += [_from_frame(name, frame) for name, frame in _video_frames(source)]
             continue
         for path in find_images(source):
             size = image_size(path)
-            images.append(_image(path.name, size, partial(load_image, path, size)))
+            images.append(_unlabelled(path.name, size, partial(load_image, path, size)))
+    spec = ", ".join(map(str, sources))
     if not images:
-        raise DataError(f"{', '.join(map(str, sources))}: holds no image; expected at least one")
-    return Dataset(", ".join(map(str, sources)), names, tuple(images))
-
-
-def _scene(size: tuple[int, int], index: int) -> NDArray[np.uint8]:
-    """A scene; sides too small for the generator are cut out of a larger one."""
-    drawn = (max(size[0], 64), max(size[1], 64))
-    return np.ascontiguousarray(generate_scene(_SEED, drawn, index)[0][: size[0], : size[1]])
+        raise DataError(f"{spec}: holds no image; expected at least one")
+    return Dataset(spec, names, tuple(images))
 
 
 def _video_frames(path: Path) -> list[tuple[str, NDArray[np.uint8]]]:
@@ -84,13 +73,10 @@ def _video_frames(path: Path) -> list[tuple[str, NDArray[np.uint8]]]:
     return kept[:VIDEO_FRAMES]
 
 
-def _unlabelled(
-    spec: str, names: tuple[str, ...], frames: Sequence[tuple[str, NDArray[np.uint8]]]
-) -> Dataset:
-    images = tuple(_image(name, (f.shape[0], f.shape[1]), partial(np.copy, f)) for name, f in frames)
-    return Dataset(spec, names, images)
+def _from_frame(name: str, frame: NDArray[np.uint8]) -> LabelledImage:
+    return _unlabelled(name, (frame.shape[0], frame.shape[1]), partial(np.copy, frame))
 
 
-def _image(name: str, size: tuple[int, int], load: partial[NDArray[np.uint8]]) -> LabelledImage:
+def _unlabelled(name: str, size: tuple[int, int], load: Callable[[], NDArray[np.uint8]]) -> LabelledImage:
     none = np.zeros(0, np.bool_)
     return LabelledImage(name, size, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), none, none, load)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from anchorline.data.specs import load_dataset
+from anchorline.data.dataset import load_dataset
 from anchorline.runtime.io.errors import DataError
 
 MakeCoco = Callable[..., str]

@@ -8,14 +8,12 @@ import cv2
 import numpy as np
 import pytest
 
-from anchorline.runtime.io.errors import DataError
-from anchorline.verify.material import (
-    first_images,
+from anchorline.data.unlabelled import (
     from_frames,
-    has_labels,
     images_or_video,
     scenes,
 )
+from anchorline.runtime.io.errors import DataError
 
 
 def test_scenes_are_the_same_each_time_and_of_many_shapes() -> None:
@@ -24,7 +22,7 @@ def test_scenes_are_the_same_each_time_and_of_many_shapes() -> None:
     assert len({image.size for image in one}) == len(one) == 8
     assert all(np.array_equal(a.load(), b.load()) for a, b in zip(one, other, strict=True))
     assert all(image.load().std() > 0 for image in one)
-    assert not has_labels(one)
+    assert not one.has_labels
 
 
 def test_frames_come_as_copies() -> None:
@@ -36,8 +34,8 @@ def test_frames_come_as_copies() -> None:
 
 def test_the_first_images() -> None:
     dataset = scenes(("cell",), 3)
-    assert [image.id for image in first_images(dataset, 2)] == ["image 1", "image 2"]
-    assert first_images(dataset, None) is first_images(dataset, 3) is dataset
+    assert [image.id for image in dataset.first(2)] == ["image 1", "image 2"]
+    assert dataset.first(None) is dataset.first(3) is dataset
 
 
 def test_files_and_folders(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anchorline.data.specs import load_dataset
+from anchorline.data.dataset import load_dataset
 from anchorline.data.voc import _read_annotation
 from anchorline.runtime.io.errors import AnchorlineError, DataError
 

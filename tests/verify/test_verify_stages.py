@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from anchorline.data.unlabelled import from_frames
 from anchorline.runtime.canvas import Preprocessor
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import ArtefactError, DataError, SettingsError
-from anchorline.verify.material import from_frames
-from anchorline.verify.stage_check import StageResult, check_stages, first_differing_layer
-from anchorline.verify.stages import Subject, tensor_error
-from anchorline.verify.tolerances import TOLERANCES
-from anchorline.verify.verify import verify
+from anchorline.verify.compare import TOLERANCES
+from anchorline.verify.stage_check import StageResult, check_stages, first_differing_layer, tensor_error
+from anchorline.verify.stages import Subject
+from anchorline.verify.verification import verify_subjects
 
 Arrays = dict[str, NDArray[Any]]
 Change = Callable[[Arrays], None]
@@ -296,7 +296,7 @@ def test_the_layer_is_found_and_a_failure_there_is_said() -> None:
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_model_for_single_images_gets_single_images(side: int) -> None:
     sides = [subject(max_batch=1 if index == side else None) for index in range(2)]
-    assert verify(*sides, from_frames("two", CONTRACT.names, [FRAME, FRAME]), which_traps=()).passed
+    assert verify_subjects(*sides, from_frames("two", CONTRACT.names, [FRAME, FRAME]), which_traps=()).passed
     for each in sides:
         assert isinstance(each.stages, Network)
         assert set(each.stages.batches) == {1}
@@ -305,16 +305,16 @@ def test_a_model_for_single_images_gets_single_images(side: int) -> None:
 def test_two_tasks_and_no_images_are_refused() -> None:
     proposals = subject(task="proposals", outputs=("boxes", "scores", "num_proposals"))
     with pytest.raises(SettingsError, match="gives detections, network gives proposals; expected one task"):
-        verify(subject(), proposals, from_frames("one", CONTRACT.names, [FRAME]))
+        verify_subjects(subject(), proposals, from_frames("one", CONTRACT.names, [FRAME]))
     with pytest.raises(DataError, match="nothing: has no images"):
-        verify(subject(), subject(), from_frames("nothing", CONTRACT.names, []))
+        verify_subjects(subject(), subject(), from_frames("nothing", CONTRACT.names, []))
 
 
 def test_progress_goes_to_the_end_once() -> None:
     seen: list[tuple[int, int]] = []
     dataset = from_frames("two", CONTRACT.names, [FRAME, FRAME])
     progress = lambda done, total: seen.append((done, total))  # noqa: E731
-    verify(subject(), subject(), dataset, which_traps=("all 0", "noise"), progress=progress)
+    verify_subjects(subject(), subject(), dataset, which_traps=("all 0", "noise"), progress=progress)
     assert seen == [(done, 6) for done in range(1, 7)]
 
 
@@ -338,7 +338,7 @@ def test_on_a_blank_frame_choices_are_left_to_rounding_and_stages_are_not(stage:
     )
     picture = np.random.default_rng(0).integers(0, 256, FRAME.shape, dtype=np.uint8)
     data = from_frames("one", CONTRACT.names, [picture])
-    report = verify(subject(), candidate, data, which_traps=("all 0", "all 255"))
+    report = verify_subjects(subject(), candidate, data, which_traps=("all 0", "all 255"))
     assert [(trap.name, trap.passed) for trap in report.traps] == [
         ("all 0", True),
         ("all 255", stage != "fpn.0"),
@@ -348,5 +348,7 @@ def test_on_a_blank_frame_choices_are_left_to_rounding_and_stages_are_not(stage:
 def test_stages_on_another_processor_than_the_detections_are_noted() -> None:
     candidate = subject()
     candidate.detector.provider = "cuda"  # type: ignore[misc]
-    report = verify(subject(), candidate, from_frames("one", CONTRACT.names, [FRAME]), which_traps=())
+    report = verify_subjects(
+        subject(), candidate, from_frames("one", CONTRACT.names, [FRAME]), which_traps=()
+    )
     assert report.notes == ("network: its stages ran on the CPU, its detections and traps on cuda",)

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from anchorline.data.dataset import Dataset
-from anchorline.data.specs import load_dataset
+from anchorline.data.dataset import Dataset, load_dataset
 from anchorline.data.summary import summarise_data
 
 

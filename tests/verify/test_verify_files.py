@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from anchorline.artefacts import verify_engine, verify_import
 from anchorline.cli import main
 from anchorline.data.synthetic import CLASS_NAMES, generate_scene
 from anchorline.export import onnx_export as exporting
@@ -24,8 +26,8 @@ from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import GpuError, OutputError, ParityError, SettingsError
 from anchorline.train.checkpoint import contract_of, save_checkpoint
 from anchorline.train.model.faster_rcnn import FasterRCNN
-from anchorline.verify.report import record_path
-from anchorline.verifying import verify_engine, verify_files, verify_import
+from anchorline.verify import verify
+from anchorline.verify.verification import record_path
 
 TRAPS = 13
 
@@ -193,7 +195,7 @@ def test_an_engine_that_cannot_run_here_is_recorded_and_no_failure(
     def refused(*_: object, **__: object) -> None:
         raise GpuError(f"{engine}: cannot run here: there is no NVIDIA GPU")
 
-    monkeypatch.setattr("anchorline.verifying.Detector", refused)
+    monkeypatch.setattr("anchorline.artefacts.Detector", refused)
     assert "cannot run here" in verify_engine(artefacts[1], engine)
     record = json.loads(record_path(engine).read_text(encoding="utf-8"))
     assert record["passed"] is None
@@ -208,12 +210,12 @@ def test_an_engine_that_differs_is_removed(
     _, sound, faulty = artefacts
     engine = tmp_path / "model.engine"
     engine.write_bytes(b"an engine")
-    monkeypatch.setattr("anchorline.verifying.Detector", lambda *_: Detector(faulty, "cpu"))
+    monkeypatch.setattr("anchorline.artefacts.Detector", lambda *_: Detector(faulty, "cpu"))
     with pytest.raises(ParityError, match="it was removed"):
         verify_engine(sound, engine)
     assert list(tmp_path.iterdir()) == []
     engine.write_bytes(b"an engine")
-    monkeypatch.setattr("anchorline.verifying.Detector", lambda *_: Detector(sound, "cpu"))
+    monkeypatch.setattr("anchorline.artefacts.Detector", lambda *_: Detector(sound, "cpu"))
     assert "13 traps hold" in verify_engine(sound, engine)
     assert json.loads(record_path(engine).read_text(encoding="utf-8"))["passed"] is True
 
@@ -231,7 +233,7 @@ def test_a_checkpoint_takes_task_and_canvas_from_the_other_side_whichever_it_is(
     monkeypatch.setattr(exporting, "to_onnx", onnx_of)
     exporting.export_onnx(checkpoint, out, task="proposals", canvas=(96, 64), verify=False)
     for sides in ((out, checkpoint), (checkpoint, out)):
-        report = verify_files(*sides, images=[str(picture)])
+        report = verify(*sides, images=[str(picture)])
         assert report.passed, report.reason
         assert report.detections.summary.total.matched > 0
         record_path(sides[1]).unlink()
@@ -274,14 +276,15 @@ def test_the_provider_is_the_candidate_s(
     """On the same provider on both sides a fault of it would be in both."""
     opened = []
 
-    def note(path: Path, provider: str) -> None:
+    def note(path: Path, provider: str) -> SimpleNamespace:
         opened.append((path.name, provider))
         if path == artefacts[1]:
             raise SettingsError("seen enough")
+        return SimpleNamespace(detector=SimpleNamespace(contract=None))
 
-    monkeypatch.setattr("anchorline.verifying.onnx_subject", note)
+    monkeypatch.setattr("anchorline.artefacts.onnx_subject", note)
     with pytest.raises(SettingsError, match="seen enough"):
-        verify_files(artefacts[1], artefacts[2], provider="cuda")
+        verify(artefacts[1], artefacts[2], provider="cuda")
     assert opened == [("faulty.onnx", "cuda"), ("sound.onnx", "cpu")]
 
 
@@ -291,14 +294,14 @@ def test_a_record_that_cannot_be_written_takes_nothing_from_the_verdict(
     def refused(*_: object) -> None:
         raise OutputError("model.verify.json: cannot be written (read-only)")
 
-    monkeypatch.setattr("anchorline.verifying.write_record", refused)
-    report = verify_files(artefacts[1], artefacts[1], images=[str(picture)])
+    monkeypatch.setattr("anchorline.artefacts.write_record", refused)
+    report = verify(artefacts[1], artefacts[1], images=[str(picture)])
     assert report.passed
     assert "not recorded: model.verify.json: cannot be written" in report.notes[0]
 
 
 def test_a_video_is_sampled_over_its_whole_length(tmp_path: Path) -> None:
-    from anchorline.verify.material import VIDEO_FRAMES, images_or_video
+    from anchorline.data.unlabelled import VIDEO_FRAMES, images_or_video
 
     path = tmp_path / "long.avi"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 25, (64, 48))

@@ -1,0 +1,295 @@
+"""Artefacts opened by their suffix, and two of them compared: for the command, and for ``anchorline.verify``.
+
+A ``.safetensors`` runs in PyTorch, an ``.onnx`` or ``.engine`` in the runtime, without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.data.dataset import load_datasets
+from anchorline.data.proposals import SelectiveSearch, read_proposals, write_proposals
+from anchorline.data.synthetic import generate_scene
+from anchorline.data.unlabelled import from_frames, images_or_video, scenes
+from anchorline.evaluation.evaluation import Detect, Progress, run_detector
+from anchorline.runtime.backends.selection import exact_provider
+from anchorline.runtime.canvas import padded, place
+from anchorline.runtime.contract import Contract
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.detector import Detector
+from anchorline.runtime.io.errors import GpuError, OutputError, ParityError, SettingsError
+from anchorline.runtime.tensorrt.manifest import manifest_path
+from anchorline.verify.compare import TOLERANCES
+from anchorline.verify.stages import BatchDetector, Subject, onnx_subject
+from anchorline.verify.verification import (
+    VerifyReport,
+    verify_subjects,
+    write_not_executed,
+    write_record,
+    write_worst_images,
+)
+
+# torchvision computes the same in another order, and differs from itself by as much when only the memory
+# layout of its tensors changes.
+IMPORT_TOLERANCE = dataclasses.replace(TOLERANCES["fp32"], score=1e-3, matched=0.98, confident=0.98)
+SELECTIVE_SEARCH = "selective-search"
+
+_ENGINE_PROVIDERS = ("tensorrt", "tensorrt-rtx")
+_TORCHVISION_NOTE = (
+    "torchvision's canvas is each image's own size in multiples of 32; on a larger one the features near the "
+    "border differ (docs/import.md)"
+)
+
+
+def is_checkpoint(path: Path) -> bool:
+    return path.suffix.lower() == ".safetensors"
+
+
+def is_engine(path: Path) -> bool:
+    return path.suffix.lower() == ".engine"
+
+
+def open_detector(
+    model: Path,
+    provider: str = "auto",
+    *,
+    cpu_precision: str = "auto",
+    proposals: Path | None = None,
+    data: Sequence[str] = (),
+) -> BatchDetector:
+    """A detector whose figures can be compared: never bf16 without being told.
+
+    With ``proposals`` the detection head of a checkpoint on these stored ones, for the images of the specs
+    ``data`` in their order. Raises ``AnchorlineError`` for what cannot be opened.
+    """
+    if proposals is not None:
+        from anchorline.train.checkpoint import read_header
+        from anchorline.train.proposing import StoredProposalDetector
+
+        if not is_checkpoint(model):
+            raise SettingsError(f"{model}: cannot take stored proposals; expected a model.safetensors")
+        dataset = load_datasets(data, names=read_header(model)[1].names)
+        return StoredProposalDetector.open(model, read_proposals(proposals, dataset))
+    if is_checkpoint(model):
+        from anchorline.train.predict import TorchDetector
+
+        return TorchDetector.load(model)
+    wanted = provider if cpu_precision == "bf16" else exact_provider(provider)
+    return Detector(model, wanted, cpu_precision=cpu_precision)
+
+
+def open_subject(path: Path, provider: str = "auto", other: Contract | None = None) -> Subject:
+    """One side of a verification. An engine runs itself or not at all, never the ONNX file in its place.
+
+    With the contract of the ``other`` side a checkpoint does that side's task on that side's canvas. Raises
+    ``AnchorlineError`` for what cannot be opened, ``GpuError`` for what cannot run here.
+    """
+    if is_engine(path):
+        if provider not in ("auto", *_ENGINE_PROVIDERS):
+            raise SettingsError(
+                f"{path}: on the provider {provider} not the engine would run but its ONNX file; expected "
+                f"auto or {' or '.join(_ENGINE_PROVIDERS)}"
+            )
+        return Subject(path, Detector(path, "tensorrt" if provider == "auto" else provider))
+    if is_checkpoint(path):
+        from anchorline.train.predict import checkpoint_subject
+
+        return checkpoint_subject(path, other)
+    return onnx_subject(path, exact_provider(provider))
+
+
+def verify(
+    reference: str | Path,
+    candidate: str | Path,
+    *,
+    data: Sequence[str] = (),
+    images: Sequence[str] = (),
+    limit: int | None = None,
+    bisect: bool = False,
+    worst: Path | None = None,
+    reference_by: str = "anchorline",
+    provider: str = "auto",
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Compare ``candidate`` with ``reference`` and write the record beside the candidate.
+
+    On the labelled ``data`` (specs), on ``images`` (files, folders, a video), or on generated scenes.
+    A checkpoint on one side is opened on the canvas the other was exported for. ``provider`` is for the
+    candidate. ``worst`` is a .png for the images that differ most. With ``reference_by="torchvision"``
+    the weights of the checkpoint ``reference`` run in torchvision's own detector, which shows its
+    detections only. Raises ``AnchorlineError`` for what cannot be opened.
+    """
+    if data and images:
+        raise SettingsError("both --data and --images are given; expected one of them")
+    if worst is not None and worst.suffix.lower() != ".png":
+        raise SettingsError(f"the picture of the worst images is {str(worst)!r}; expected a .png file")
+    reference, candidate = Path(reference), Path(candidate)
+    ours, theirs = _open_both(reference, candidate, provider, reference_by)
+    with ours, theirs:
+        names = ours.detector.contract.names
+        if data:
+            dataset = load_datasets(data, names=names)
+        else:
+            dataset = images_or_video(images, names) if images else scenes(names)
+        dataset = dataset.first(limit)
+        # torchvision sizes its canvas by the image, so the traps' odd shapes would differ by design.
+        which = () if reference_by == "torchvision" else None
+        report = verify_subjects(ours, theirs, dataset, bisect=bisect, which_traps=which, progress=progress)
+    notes = [*report.notes]
+    if reference_by == "torchvision":
+        notes.append(_TORCHVISION_NOTE)
+    if worst is not None and not write_worst_images(report.detections, dataset, worst):
+        notes.append(f"{worst}: not written, no image differs")
+    report = dataclasses.replace(report, notes=tuple(notes))
+    try:
+        write_record(candidate, report)
+    except OutputError as error:  # a folder that cannot be written to takes nothing from the verdict
+        report = dataclasses.replace(report, notes=(*notes, f"not recorded: {error}"))
+    return report
+
+
+def _open_both(reference: Path, candidate: Path, provider: str, reference_by: str) -> tuple[Subject, Subject]:
+    """Both sides, the candidate on ``provider``. An ONNX file as the reference runs on the CPU, since a
+    fault of a provider would be in both sides otherwise. A candidate that cannot run here is recorded."""
+    reference_provider = "auto" if is_engine(reference) else "cpu"
+    # A checkpoint takes task and canvas from the other side, which is therefore opened first.
+    waits = is_checkpoint(candidate) and not is_checkpoint(reference)
+    first = open_subject(reference, reference_provider) if waits and reference_by == "anchorline" else None
+    try:
+        theirs = open_subject(candidate, provider, None if first is None else first.detector.contract)
+    except GpuError as error:
+        reason = str(error).removeprefix(f"{candidate}: ")
+        write_not_executed(candidate, reason, reference if reference.is_file() else None)
+        raise
+    if reference_by == "torchvision":
+        return _open_in_torchvision(reference, theirs.detector.contract.task), theirs
+    return first or open_subject(reference, reference_provider, theirs.detector.contract), theirs
+
+
+def _open_in_torchvision(path: Path, task: str) -> Subject:
+    """The weights of a checkpoint in torchvision's own detector."""
+    if not is_checkpoint(path) or task != "detections":
+        raise SettingsError(
+            f"--reference torchvision is for a model.safetensors and detections; got {path} and the task "
+            f"{task}"
+        )
+    from anchorline.export.importers.torchvision_reference import TorchvisionDetector
+    from anchorline.train.checkpoint import load_checkpoint
+
+    return Subject(path, TorchvisionDetector.of(*load_checkpoint(path)))
+
+
+def verify_engine(model: Path, engine: Path, images: Sequence[NDArray[np.uint8]] = ()) -> str:
+    """Compare a new ``engine`` with the ONNX ``model`` it was built from, and record it; says how it went.
+
+    Where this machine cannot run it, that is recorded and said, and is no failure. An engine that differs
+    is removed with its manifest, and ``ParityError`` raised.
+    """
+    try:
+        theirs = open_subject(engine)
+    except GpuError as error:
+        reason = str(error).removeprefix(f"{engine}: ")
+        write_not_executed(engine, reason, model)
+        return f"not verified: {reason}"
+    with theirs, onnx_subject(model, "cpu") as ours:
+        names = ours.detector.contract.names
+        dataset = from_frames("the given images", names, images) if images else scenes(names)
+        report = verify_subjects(ours, theirs, dataset)
+    return _record_or_remove(report, f"the engine and {model.name}", engine, manifest_path(engine))
+
+
+def verify_import(path: Path) -> str:
+    """Compare an imported checkpoint with torchvision's own detector, and record it; says how it went.
+
+    On one scene of the size for which torchvision's canvas is the model's. Where there is none, or the model
+    is of a library that has no detector here, that is recorded and said. A model that differs is removed,
+    and ``ParityError`` raised.
+    """
+    from anchorline.export.importers.importing import LIBRARY_KEY
+
+    theirs = open_subject(path)
+    contract = theirs.detector.contract
+    library, reason = contract.source.get(LIBRARY_KEY, "torchvision"), None
+    if library != "torchvision":
+        reason = f"there is no {library} here to compare with (docs/import.md)"
+    elif contract.input_dtype != "float32":
+        reason = "the fast resize is not torchvision's"
+    elif padded(place(contract.canvas, contract.canvas, contract.resize).valid) != contract.canvas:
+        reason = "the canvas is another than torchvision's for any frame of its shape"
+    if reason is not None:
+        write_not_executed(path, reason)
+        return f"not verified: {reason}"
+    report = verify_subjects(
+        _open_in_torchvision(path, contract.task),
+        theirs,
+        from_frames("a generated scene", contract.names, [generate_scene(0, contract.canvas, 0)[0]]),
+        which_traps=(),
+        tolerance=IMPORT_TOLERANCE,
+    )
+    return _record_or_remove(report, "the imported model and torchvision", path)
+
+
+def _record_or_remove(report: VerifyReport, sides: str, path: Path, *beside: Path) -> str:
+    if not report.passed:
+        for each in (path, *beside):
+            each.unlink(missing_ok=True)
+        raise ParityError(
+            f"{path}: {sides} disagree in {report.reason}; it was removed, --no-verify keeps it all the same"
+        )
+    write_record(path, report)
+    return report.describe()
+
+
+def store_proposals(
+    data: Sequence[str],
+    out: Path,
+    *,
+    model: Path | None = None,
+    method: str | None = None,
+    count: int | None = None,
+    provider: str = "auto",
+    progress: Progress | None = None,
+) -> int:
+    """Write the proposals of every image of ``data`` to ``out``; returns the number of boxes.
+
+    They are those of ``model`` (a checkpoint, or an ONNX file of the task ``proposals``) or of the
+    ``method`` ``"selective-search"``, at most ``count`` an image (default: the model's own number, or
+    2000). Raises ``SettingsError``, and what reading data and model raise.
+    """
+    propose = _open_proposer(model, method, count, provider)
+    dataset, boxes = load_datasets(data), 0
+
+    def found() -> Iterator[Detections]:
+        nonlocal boxes
+        for each in run_detector(propose, dataset, 1, progress):
+            kept = each if count is None else each[(-each.scores).argsort(kind="stable")[:count]]
+            boxes += len(kept)
+            yield kept
+
+    write_proposals(out, dataset, found())
+    return boxes
+
+
+def _open_proposer(model: Path | None, method: str | None, count: int | None, provider: str) -> Detect:
+    if (model is None) == (method is None):
+        raise SettingsError(f"model is {model}, method {method}; expected one: --model MODEL or --method")
+    if model is None:
+        if method != SELECTIVE_SEARCH:
+            raise SettingsError(f"method is {method!r}; expected {SELECTIVE_SEARCH!r}")
+        return SelectiveSearch(*(() if count is None else (count,))).batch
+    if is_checkpoint(model):
+        from anchorline.train.proposing import load_rpn
+
+        return load_rpn(model, post_nms=count).batch
+    detector = Detector(model, provider=provider)
+    if detector.contract.task != "proposals":
+        raise SettingsError(
+            f"{model}: has the task {detector.contract.task!r}; expected a model exported with "
+            "--task proposals, or a .safetensors"
+        )
+    return detector.batch

@@ -1,0 +1,311 @@
+"""Evaluate a detector on labelled images: VOC and COCO AP by class and size, or the recall of proposals.
+
+A detector is any function from a list of frames to a list of ``Detections``, so a checkpoint, an
+ONNX file and an engine go through the same code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.data.boxes import box_areas, iou_matrix
+from anchorline.data.dataset import Dataset, LabelledImage, list_names
+from anchorline.data.proposals import read_proposals
+from anchorline.data.summary import SIZE_CLASSES, in_size_class
+from anchorline.evaluation.metrics import CocoFigures, PrecisionRecall, coco_figures, voc_curves
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.io.errors import DataError, SettingsError
+from anchorline.runtime.io.files import plain
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PROPOSAL_COUNTS = (1, 3, 10, 30, 50, 100, 200, 300, 500, 1000)
+IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
+
+Detect = Callable[[list[NDArray[np.uint8]]], list[Detections]]
+Progress = Callable[[int, int], None]
+
+
+def part_of(progress: Progress | None, start: int, total: int) -> Progress | None:
+    """``progress`` for a part of the work that begins at ``start`` of ``total``."""
+    return None if progress is None else lambda done, _: progress(start + done, total)
+
+
+def run_detector(
+    detect: Detect, dataset: Dataset, batch: int = 1, progress: Progress | None = None
+) -> Iterator[Detections]:
+    """The detector's own results for every image, in order, computed ``batch`` images at a time."""
+    if batch < 1:
+        raise SettingsError(f"batch is {batch}; expected at least 1")
+    if not len(dataset):
+        raise DataError(f"{dataset.spec}: has no images; expected at least one to evaluate")
+    for start in range(0, len(dataset), batch):
+        frames = [image.load() for image in dataset.images[start : start + batch]]
+        results = detect(frames)
+        if len(results) != len(frames):
+            raise SettingsError(f"the detector returned {len(results)} results for {len(frames)} frames")
+        yield from results
+        if progress is not None:
+            progress(start + len(frames), len(dataset))
+
+
+@dataclass(frozen=True)
+class ClassReport:
+    """The figures of one class: VOC AP at IoU 0.5 (area, 11-point), COCO AP, objects that count."""
+
+    ap50: float
+    voc07: float
+    ap: float
+    objects: int
+
+
+@dataclass(frozen=True)
+class SizeFigures:
+    """COCO AP at IoU 0.5 and .5:.95 over the objects of one size class, and how many count."""
+
+    ap50: float
+    ap: float
+    objects: int
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """One of COCO's size classes: the mean over the classes that have such objects, and each class."""
+
+    map50: float
+    map: float
+    objects: int
+    per_class: dict[str, SizeFigures]
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What a detector reaches on a data set. Means are over the classes that have objects.
+
+    ``map50`` is VOC's area AP at IoU 0.5, ``voc07`` the 11-point one, ``map`` COCO's AP .5:.95; a
+    figure is NaN where there is no object to find. ``per_size`` are COCO's figures for ``small``,
+    ``medium`` and ``large`` objects; ``curves`` the precision-recall curves at IoU 0.5 by class name;
+    ``detections`` what the detector found in each image, with labels that index the data's names.
+    """
+
+    map50: float
+    voc07: float
+    map: float
+    per_class: dict[str, ClassReport]
+    per_size: dict[str, SizeReport]
+    images: int
+    provider: str
+    precision: str
+    curves: dict[str, PrecisionRecall]
+    detections: tuple[Detections, ...] = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plain dict that ``anchorline evaluate --json`` writes; NaN becomes None."""
+        figures: dict[str, Any] = plain(
+            {
+                "map50": self.map50,
+                "voc07": self.voc07,
+                "map": self.map,
+                "per_class": {name: asdict(each) for name, each in self.per_class.items()},
+                "per_size": {size: asdict(each) for size, each in self.per_size.items()},
+                "images": self.images,
+                "provider": self.provider,
+                "precision": self.precision,
+            }
+        )
+        return figures
+
+    def render(self) -> Table:
+        """A rich table: one row per class and the mean; the last columns are COCO AP by size."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(title=f"{self.images} images, {self.provider}, {self.precision}")
+        table.add_column("class")
+        for column in ("objects", "AP50", "VOC07", "AP", *self.per_size):
+            table.add_column(column, justify="right")
+
+        def add(name: str, objects: int, *figures: float, style: str | None = None) -> None:
+            shown = ("-" if np.isnan(figure) else f"{figure:.3f}" for figure in figures)
+            table.add_row(name, str(objects), *shown, style=style)
+
+        for name, each in self.per_class.items():
+            by_size = [size.per_class[name].ap for size in self.per_size.values()]
+            add(escape(name), each.objects, each.ap50, each.voc07, each.ap, *by_size)
+        table.add_section()
+        objects = sum(each.objects for each in self.per_class.values())
+        by_size = [size.map for size in self.per_size.values()]
+        add("mean", objects, self.map50, self.voc07, self.map, *by_size, style="bold")
+        return table
+
+
+def evaluate(
+    detect: Detect,
+    dataset: Dataset,
+    batch: int = 1,
+    progress: Progress | None = None,
+    *,
+    provider: str,
+    precision: str = "fp32",
+) -> EvaluationReport:
+    """Run ``detect`` over the data set, ``batch`` images at a time, and report its accuracy.
+
+    ``progress`` is called with (images done, images in all) after each batch. Class names of the
+    detections and of the data set are matched by name: a class of the data that the detector does
+    not know is a ``DataError``, detections of a class the data does not have are left out.
+    """
+    found = [to_dataset_labels(each, dataset) for each in run_detector(detect, dataset, batch, progress)]
+    return report_detections(found, dataset, provider, precision)
+
+
+def report_detections(
+    detections: Sequence[Detections], dataset: Dataset, provider: str, precision: str = "fp32"
+) -> EvaluationReport:
+    """The report for detections whose labels index ``dataset.names`` (see ``to_dataset_labels``)."""
+    curves = voc_curves(dataset.images, detections, len(dataset.names))
+    coco = coco_figures(dataset.images, detections, len(dataset.names))
+    per_class = {
+        name: ClassReport(curve.area, curve.eleven_point, ap, curve.objects)
+        for name, curve, ap in zip(dataset.names, curves, coco["all"].ap, strict=True)
+    }
+    return EvaluationReport(
+        map50=_mean([each.ap50 for each in per_class.values()]),
+        voc07=_mean([each.voc07 for each in per_class.values()]),
+        map=_mean([each.ap for each in per_class.values()]),
+        per_class=per_class,
+        per_size={size: _size_report(size, coco[size], dataset) for size in SIZE_CLASSES},
+        images=len(dataset),
+        provider=provider,
+        precision=precision,
+        curves=dict(zip(dataset.names, curves, strict=True)),
+        detections=tuple(detections),
+    )
+
+
+def _size_report(size: str, coco: CocoFigures, dataset: Dataset) -> SizeReport:
+    counts = np.zeros(len(dataset.names), dtype=np.int64)  # objects of each class that are to be found
+    for image in dataset:
+        counted = in_size_class(box_areas(image.boxes), size) & ~image.ignored
+        counts += np.bincount(image.labels[counted], minlength=len(counts))
+    figures = map(SizeFigures, coco.ap50, coco.ap, counts.tolist())
+    per_class = dict(zip(dataset.names, figures, strict=True))
+    return SizeReport(_mean(coco.ap50), _mean(coco.ap), int(counts.sum()), per_class)
+
+
+def to_dataset_labels(detections: Detections, dataset: Dataset) -> Detections:
+    """The same detections with the data set's labels; those of foreign classes are left out."""
+    names = detections.class_names or dataset.names
+    for name in dataset.names:
+        if name not in names:
+            raise DataError(
+                f"{dataset.spec}: the data has the class {name!r}, the model knows only {list_names(names)}; "
+                "evaluate it on data of its own classes"
+            )
+    index = {name: label for label, name in enumerate(dataset.names)}
+    to_dataset = np.array([index.get(name, -1) for name in names], dtype=np.int64)
+    if len(detections) and int(detections.labels.max()) >= len(names):
+        raise DataError(
+            f"a detection has label {int(detections.labels.max())} and no class names; "
+            f"expected a label below {len(names)}, the number of classes in {dataset.spec}"
+        )
+    labels = to_dataset[detections.labels]
+    known = labels >= 0
+    return Detections(detections.boxes[known], detections.scores[known], labels[known], dataset.names)
+
+
+def _mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if not np.isnan(value)]
+    return float(np.mean(finite)) if finite else float("nan")
+
+
+@dataclass(frozen=True)
+class ProposalReport:
+    """Recall by number of proposals and IoU, and the average recall ``ar`` (IoU .5:.95, most proposals)."""
+
+    recall: dict[int, dict[float, float]]
+    ar: float
+    objects: int
+    images: int
+    provider: str = ""
+    precision: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"recall": {"100": {"0.5": ...}}, "ar", ...}`` and what it was measured on; None where
+        there is no object."""
+        figures: dict[str, Any] = plain(asdict(self))
+        return figures
+
+    def render(self) -> Table:
+        """A rich table: recall by number of proposals (rows) and IoU (columns)."""
+        from rich.table import Table
+
+        shown = (0.5, 0.6, 0.7, 0.8, 0.9)
+        table = Table(
+            title=f"{self.images} images, {self.objects} objects, {self.provider}, {self.precision}",
+            caption=f"average recall (IoU .5:.95, {max(self.recall)} proposals) {self.ar:.3f}",
+        )
+        for column in ("proposals", *(f"IoU {iou}" for iou in shown)):
+            table.add_column(column, justify="right")
+        for count, by_iou in self.recall.items():
+            table.add_row(str(count), *(f"{by_iou[iou]:.3f}" for iou in shown))
+        return table
+
+
+def evaluate_proposals(
+    propose: Detect,
+    dataset: Dataset,
+    batch: int = 1,
+    progress: Progress | None = None,
+    *,
+    provider: str = "",
+    precision: str = "",
+) -> ProposalReport:
+    """Run a model that delivers proposals over the data set and report its recall."""
+    report = proposal_recall(dataset.images, list(run_detector(propose, dataset, batch, progress)))
+    return dataclasses.replace(report, provider=provider, precision=precision)
+
+
+def evaluate_stored(path: Path, dataset: Dataset) -> ProposalReport:
+    """The recall of the stored proposals in ``path`` on the data set; raises ``DataError``."""
+    stored = [each.to_detections() for each in read_proposals(path, dataset)]
+    return dataclasses.replace(proposal_recall(dataset.images, stored), provider="stored proposals")
+
+
+def proposal_recall(
+    images: Sequence[LabelledImage],
+    proposals: Sequence[Detections],
+    counts: Sequence[int] = PROPOSAL_COUNTS,
+) -> ProposalReport:
+    """The share of objects that some proposal covers, whatever its class.
+
+    Of each image the ``count`` best-scored proposals are looked at; an object counts as covered at an
+    IoU threshold when one of them reaches it (one proposal may cover several). Difficult and crowd
+    objects are left out.
+    """
+    columns = np.array(counts, dtype=np.int64)
+    each_image = [np.zeros((0, len(columns)))]
+    for image, each in zip(images, proposals, strict=True):
+        ranked = np.argsort(-each.scores, kind="stable")[: columns.max()]
+        boxes = image.boxes[~image.ignored]
+        overlaps = np.zeros((len(boxes), len(ranked) + 1))  # the first column stands for no proposal at all
+        overlaps[:, 1:] = iou_matrix(boxes, each.boxes[ranked])
+        best_so_far = np.maximum.accumulate(overlaps, axis=1)
+        each_image.append(best_so_far[:, np.minimum(columns, len(ranked))])
+    best = np.concatenate(each_image)  # [objects, counts]: the IoU with the best of so many proposals
+    recall = {
+        count: {
+            iou: float((best[:, column] >= iou).mean()) if len(best) else float("nan")
+            for iou in IOU_THRESHOLDS
+        }
+        for column, count in enumerate(counts)
+    }
+    ar = float(np.mean(list(recall[max(counts)].values())))
+    return ProposalReport(recall, ar, objects=len(best), images=len(images))

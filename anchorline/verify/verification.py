@@ -1,0 +1,325 @@
+"""Verification, the whole of it: stages, detections and traps of two artefacts, the verdict, the record."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.data.dataset import Dataset
+from anchorline.evaluation.evaluation import Progress, part_of
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.io.errors import DataError, SettingsError
+from anchorline.runtime.io.files import sha256_of, write_json
+from anchorline.verify.compare import (
+    ComparisonSummary,
+    Tolerance,
+    compare_outputs,
+    summarise,
+    tolerance_for,
+)
+from anchorline.verify.detection_check import DetectionCheck, SideBySide, check_detections, write_side_by_side
+from anchorline.verify.stage_check import (
+    Frames,
+    LayerResult,
+    StageResult,
+    check_stages,
+    first_differing_layer,
+)
+from anchorline.verify.stages import Subject
+from anchorline.verify.traps import TrapResult, largest_batch, run_traps, traps
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WORST_IMAGES = 8
+# Of the detections of a network whose stages all agree: a near-tie among the proposals can give one of them
+# another box. Seen: 2 of 214 on a ResNet-50 with drawn weights.
+TIED_SHARE = 0.02
+
+# Images whose stages are compared: enough to see a fault, few enough to hold every map in memory.
+_STAGE_IMAGES = 3
+_CHOICES = ("proposals", "detections")
+# Those of an ONNX file; its stages always run on onnxruntime's CPU provider.
+_GPU_PROVIDERS = ("cuda", "tensorrt", "tensorrt-rtx")
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Everything a verification found.
+
+    ``reference`` and ``candidate`` are the subjects' identities, ``tolerance`` the limits in force.
+    ``stages`` is None with the reason in ``stages_note`` where a side shows only its whole; ``layer`` is
+    the result of a bisection, None when none was asked for or nothing differs.
+    """
+
+    reference: dict[str, Any]
+    candidate: dict[str, Any]
+    data: str
+    tolerance: dict[str, Any]
+    detections: DetectionCheck
+    traps: tuple[TrapResult, ...] = ()
+    stages: tuple[StageResult, ...] | None = None
+    stages_note: str | None = None
+    layer: LayerResult | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every stage, every trap and the detections hold."""
+        return not self._faults()
+
+    @property
+    def first_divergence(self) -> str | None:
+        """The first stage that differs; without one, ``detections`` or the first trap that failed."""
+        return next(iter(self._faults()), None)
+
+    @property
+    def reason(self) -> str | None:
+        """The first divergence and what was seen there, in one line; None when all holds."""
+        for name, detail in self._faults().items():
+            layer = f", first in layer {self.layer.layer}" if self.layer and self.layer.layer else ""
+            return f"{name}: {detail}{layer}"
+        return None
+
+    def _faults(self) -> dict[str, str]:
+        """What differs, in order, and what was seen there."""
+        faults = {stage.name: stage.detail for stage in self.stages or () if not stage.passed}
+        if not self.detections.passed:
+            faults.setdefault("detections", self.detections.detail)
+        return faults | {f"trap: {trap.name}": trap.detail for trap in self.traps if not trap.passed}
+
+    def describe(self) -> str:
+        """The verdict in one line."""
+        if not self.passed:
+            return f"differs in {self.reason}"
+        compared = sum(stage.compared for stage in self.stages or ())
+        inside = f"{compared} stages hold, " if compared else ""
+        traps = f", {len(self.traps)} traps hold" if self.traps else ""
+        return f"{inside}{self.detections.summary.brief()}{traps}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The plain dict that ``anchorline verify --json`` and the record beside the artefact hold."""
+        return {
+            "passed": self.passed,
+            "first_divergence": self.first_divergence,
+            "reference": self.reference,
+            "artefact": self.candidate,
+            "data": self.data,
+            "tolerance": self.tolerance,
+            "stages": None if self.stages is None else [stage.to_json() for stage in self.stages],
+            "stages_note": self.stages_note,
+            "bisect": self.layer and self.layer.to_json(),
+            "detections": self.detections.to_json(),
+            "traps": [trap.to_json() for trap in self.traps],
+            "notes": list(self.notes),
+        }
+
+    def render(self) -> Table:
+        """One row for each stage, the detections, and each trap."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        sides = [
+            f"{side['name']} ({side['provider']}, {side['precision']})"
+            for side in (self.reference, self.candidate)
+        ]
+        verdict = "the numbers held" if self.passed else f"they differ; {self.reason}"
+        table = Table(
+            title=escape(f"{sides[0]} and {sides[1]} on {self.data}"),
+            caption=escape("\n".join([verdict, *self.notes])),
+            caption_justify="left",
+        )
+        for column in ("", "", "what was found"):
+            table.add_column(column)
+
+        def add(name: str, passed: bool | None, detail: str) -> None:
+            mark = "-" if passed is None else "[green]ok[/]" if passed else "[bold red]differs[/]"
+            table.add_row(name, mark, escape(detail))
+
+        for stage in self.stages or ():
+            add(stage.name, stage.passed if stage.compared else None, stage.detail)
+        if self.stages is None:
+            add("stages", None, self.stages_note or "not compared")
+        table.add_section()
+        add(f"{self.detections.summary.images} images", self.detections.passed, self.detections.detail)
+        for name, each in (self.detections.accuracy or {}).items():
+            ap50, recall = ("{:.4f} and {:.4f}".format(*pair) for pair in (each.ap50, each.recall))
+            table.add_row(f"  {escape(name)}", "", f"AP50 {ap50}, recall {recall}")
+        table.add_section()
+        for trap in self.traps:
+            brief = trap.comparison.brief() if trap.passed and trap.comparison else trap.detail
+            add(trap.name, trap.passed, brief)
+        return table
+
+
+def verify_subjects(
+    reference: Subject,
+    candidate: Subject,
+    dataset: Dataset,
+    *,
+    bisect: bool = False,
+    which_traps: Sequence[str] | None = None,
+    tolerance: Tolerance | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Compare ``candidate`` with ``reference`` on the images of ``dataset``.
+
+    ``tolerance`` is by default that of the less exact precision of the two. With ``bisect`` the first
+    differing layer is looked for when a stage differs. ``which_traps`` (names) is for callers without the
+    time for all of them (``verify/traps.py``). ``progress`` counts each image twice, and the traps.
+    Raises ``SettingsError`` for two different tasks, ``DataError`` for data without images.
+    """
+    ours, theirs = reference.detector, candidate.detector
+    if ours.contract.task != theirs.contract.task:
+        raise SettingsError(
+            f"{reference.path} gives {ours.contract.task}, {candidate.path} gives {theirs.contract.task}; "
+            "expected one task, export one of them again with --task"
+        )
+    if not len(dataset):
+        raise DataError(f"{dataset.spec}: has no images; expected at least one to compare on")
+    limits = tolerance or tolerance_for(ours.precision, theirs.precision)
+    stages, layer, note = None, None, None
+    closed = next((side for side in (reference, candidate) if side.stages is None), None)
+    if closed is not None:
+        note = f"{closed.path.name} shows its outputs only; compared end to end"
+    else:
+        batches = _stage_batches(dataset, single=1 in (ours.contract.max_batch, theirs.contract.max_batch))
+        stages = tuple(check_stages(reference, candidate, batches, limits))
+        if bisect and any(not stage.passed and stage.name != "preprocess" for stage in stages):
+            layer = first_differing_layer(reference, candidate, batches[-1], limits)
+        _release(reference, candidate)
+    # Where each stage does the same with the same inputs, near-equal scores are left to rounding, and there
+    # is room for proposals that changed places far upstream, and so for boxes that no excuse explains.
+    sound = stages is not None and all(stage.passed for stage in stages)
+    if sound:
+        shares = {
+            name: min(getattr(limits, name), 1.0 - TIED_SHARE) for name in ("matched", "confident", "traps")
+        }
+        limits = dataclasses.replace(limits, **shares)
+    chosen = [
+        t for t in traps(largest_batch(theirs.contract)) if which_traps is None or t.name in which_traps
+    ]
+    runs = 2 * len(dataset)
+    total = runs + len(chosen)
+    detections = check_detections(reference, candidate, dataset, limits, part_of(progress, 0, total), sound)
+
+    def compare(a: list[Detections], b: list[Detections]) -> ComparisonSummary:
+        each = compare_outputs(
+            *(a, b, ours.contract, limits), order_ties=sound, least_score=limits.trap_score
+        )
+        return summarise(((f"image {n}", one) for n, one in enumerate(each, start=1)), limits.traps)
+
+    def settle(frame: NDArray[np.uint8]) -> bool:
+        """Whether every stage does the same for a frame, each given what the reference's gave it.
+
+        The choices, of proposals and detections, are left out on a frame of one colour: the maps are
+        constant there, so whole rows of anchors share a score, and the images have shown how the
+        candidate chooses.
+        """
+        found = check_stages(reference, candidate, [[frame]], limits)
+        _release(reference, candidate)
+        blank = bool((frame == frame[0, 0]).all())
+        return all(stage.passed or (blank and stage.name in _CHOICES) for stage in found)
+
+    results = run_traps(
+        *(chosen, ours, theirs, compare), part_of(progress, runs, total), settle if sound else None
+    )
+    elsewhere = (
+        f"{side.path.name}: its stages ran on the CPU, its detections and traps on {side.detector.provider}"
+        for side in (reference, candidate)
+        if stages is not None and side.detector.provider in _GPU_PROVIDERS
+    )
+    return VerifyReport(
+        reference=reference.identity(),
+        candidate=candidate.identity(),
+        data=dataset.spec,
+        tolerance=dataclasses.asdict(limits),
+        detections=detections,
+        traps=tuple(results),
+        stages=stages,
+        stages_note=note,
+        layer=layer,
+        notes=tuple(elsewhere),
+    )
+
+
+def _release(*sides: Subject) -> None:
+    for side in sides:
+        if side.stages is not None:
+            side.stages.release()
+
+
+def _stage_batches(dataset: Dataset, single: bool) -> list[Frames]:
+    """One image alone, then, where both models take batches, two of different shape together.
+
+    The second of them fills a part of the canvas only, so that what happens in the padding counts. Of a
+    single image, which may be all there is time for, the two together.
+    """
+    frames = [image.load() for image in dataset.images[:_STAGE_IMAGES]]
+    last = frames[-1]
+    left_half = np.ascontiguousarray(last[:, : max(1, last.shape[1] // 2)])
+    if single:
+        return [[frames[0]], [left_half]]
+    if len(frames) == 1:
+        return [[frames[0], left_half]]
+    return [[frames[0]], [frames[1], left_half]]
+
+
+def write_worst_images(report: DetectionCheck, dataset: Dataset, path: Path) -> bool:
+    """Write the images on which the two differ most side by side; False where none differ."""
+    rows = [
+        SideBySide(
+            report.names[index],
+            dataset.images[index].load(),
+            report.reference[index],
+            report.candidate[index],
+            report.comparisons[index],
+        )
+        for index in report.worst(WORST_IMAGES)
+    ]
+    if rows:
+        write_side_by_side(path, rows)
+    return bool(rows)
+
+
+# The record beside an artefact, ``<artefact>.verify.json``: what it was compared with, and the verdict. It is
+# keyed by the SHA-256 of both files, so a record that outlives its artefact is known for stale.
+
+
+def record_path(artefact: Path) -> Path:
+    """Where the record of ``artefact`` lies."""
+    return artefact.with_name(f"{artefact.name}.verify.json")
+
+
+def write_record(artefact: Path, report: VerifyReport) -> Path:
+    """Write what a verification of ``artefact`` found; returns the record's path."""
+    figures = report.to_json()
+    return _write(
+        artefact, {**figures, "artefact": {**figures["artefact"], **_key(artefact)}, "not_executed": None}
+    )
+
+
+def write_not_executed(artefact: Path, reason: str, reference: Path | None = None) -> Path:
+    """Record that ``artefact`` was not verified, and why: told not to, or it does not run here."""
+    keys = {"artefact": _key(artefact), "reference": reference and _key(reference)}
+    return _write(artefact, {"passed": None, **keys, "not_executed": reason})
+
+
+def _key(path: Path) -> dict[str, str]:
+    return {"name": path.name, "sha256": sha256_of(path)}
+
+
+def _write(artefact: Path, figures: dict[str, Any]) -> Path:
+    from anchorline import __version__
+
+    path = record_path(artefact)
+    stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    write_json(path, {**figures, "date": stamp, "anchorline": __version__})
+    return path
