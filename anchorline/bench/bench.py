@@ -1,25 +1,89 @@
-"""Measuring models, each with each provider in a process of its own, so that its memory is its own."""
+"""Measuring models, each with each provider in a process of its own, so that its memory is its own.
+
+What was measured is shown as table, JSON, CSV and picture.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from anchorline.bench.figures import BenchReport, BenchRow, check_plot, plot_bench
-from anchorline.bench.work import Work
+from anchorline.bench.work import QUANTITIES, STAGES, TOTAL, BenchRow, Work
 from anchorline.doctor.machine import find_cpu, installed_packages
-from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError
-from anchorline.runtime.io.files import atomic_write_text, write_json
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, OutputError, SettingsError
+from anchorline.runtime.io.files import atomic_path, atomic_write_text, write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13", "numpy",
              "opencv-python-headless")  # fmt: skip
 _MISTAKE = 2
+_SUFFIXES = (".png", ".svg", ".pdf")
+_SHADES = ("#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08306b")
+_COLOURS = ("#e69f00", "#56b4e9", "#0072b2", "#009e73", "#cc79a7")
 
-Progress = Callable[[int, int], None]
+
+class BenchError(AnchorlineError, RuntimeError):
+    """What the process of a model reported: a mistake of the user's, in one line."""
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """The rows, and the ``machine`` they were measured on: processor, cores, versions."""
+
+    rows: tuple[BenchRow, ...]
+    machine: Mapping[str, str]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain values for ``files.write_json``: each row states its machine."""
+        return [{**asdict(row), "machine": dict(self.machine)} for row in self.rows]
+
+    def to_csv(self) -> str:
+        """A line for each row; the stages' figures are columns such as ``network_p95_ms``."""
+        lines = []
+        for row in self.rows:
+            fields = asdict(row)
+            stages = fields.pop("stages")
+            for stage in (*STAGES, TOTAL):
+                fields.update({f"{stage}_{q}_ms": f"{stages[stage][q]:.3f}" for q in QUANTITIES})
+            lines.append({**fields, **self.machine})
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+        return text.getvalue()
+
+    def render(self) -> Table:
+        """A table for ``rich``'s console, one section a row."""
+        from rich.table import Table
+
+        grid = Table.grid(padding=(1, 0))
+        for row in self.rows:
+            title = f"{row.model}: {row.provider}, {row.precision}, batch {row.batch}, {row.threads} threads"
+            caption = (
+                f"{row.fps:.1f} frames/s over {row.batches} batches of {row.frame_size} frames; opened in "
+                f"{row.open_s:.2f} s, first batch {row.first_ms:.1f} ms; peak memory {row.peak_mib:.0f} MiB, "
+                f"{row.base_mib:.0f} of them before the model"
+            )
+            table = Table(title=title, caption=caption, min_width=72)
+            table.add_column("stage")
+            for quantity in QUANTITIES:
+                table.add_column(f"{quantity} ms", justify="right")
+            for stage in (*STAGES, TOTAL):
+                if stage == TOTAL:
+                    table.add_section()
+                table.add_row(stage, *(f"{row.stages[stage][q]:.2f}" for q in QUANTITIES))
+            grid.add_row(table)
+        grid.add_row("; ".join(f"{name} {value}" for name, value in self.machine.items()))
+        return grid
 
 
 def bench(
@@ -35,7 +99,7 @@ def bench(
     json_file: str | Path | None = None,
     csv_file: str | Path | None = None,
     plot: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> BenchReport:
     """Measure ``models`` on ``providers``, one after the other.
 
@@ -104,5 +168,50 @@ def _measure(work: Work) -> BenchRow:
     return BenchRow(**json.loads(lines[-1]))
 
 
-class BenchError(AnchorlineError, RuntimeError):
-    """What the process of a model reported: a mistake of the user's, in one line."""
+def check_plot(path: str | Path) -> None:
+    """Raise before the work where the picture cannot be made: its suffix, or matplotlib missing."""
+    if Path(path).suffix.lower() not in _SUFFIXES:
+        raise OutputError(f"{path}: unknown suffix of a picture; expected one of {', '.join(_SUFFIXES)}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise SettingsError(
+            f"the picture {path} needs matplotlib ({error}); pip install 'anchorline[evaluate]'"
+        ) from error
+
+
+def plot_bench(report: BenchReport, path: str | Path) -> None:
+    """Above, the percentiles of the whole call for each row; below, where its median goes, by stage."""
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    rows, height = report.rows, 0.8 / len(QUANTITIES)
+    places = range(len(rows))
+    figure = Figure(figsize=(9, 3.6 + 1.25 * len(rows)), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=(1.6, 1))
+    for step, (quantity, shade) in enumerate(zip(QUANTITIES, _SHADES, strict=True)):
+        positions = [place + height * (step - 2) for place in places]
+        values = [row.stages[TOTAL][quantity] for row in rows]
+        bars = above.barh(positions, values, height=height, color=shade, label=quantity)
+        above.bar_label(bars, fmt="%.1f", padding=3, fontsize=6)
+    above.margins(x=0.08)
+    starts = [0.0] * len(rows)
+    for stage, colour in zip(STAGES, _COLOURS, strict=True):
+        values = [row.stages[stage]["p50"] for row in rows]
+        below.barh(places, values, left=starts, height=0.6, color=colour, label=stage)
+        starts = [start + value for start, value in zip(starts, values, strict=True)]
+    names = [f"{row.model}\n{row.provider}, {row.precision}, batch {row.batch}" for row in rows]
+    for axes, label in (
+        (above, "frames to boxes, ms a batch; nothing is clipped"),
+        (below, "median of each stage, ms a batch"),
+    ):
+        axes.set_xlabel(label)
+        axes.set_yticks(places, names, fontsize="small")
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", frameon=False)
+    machine = report.machine
+    figure.suptitle(f"{machine['processor']}, {machine['cores']} cores", fontsize="medium")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)

@@ -15,8 +15,16 @@ import pytest
 from anchorline.bench import bench as bench_module
 from anchorline.bench import work as work_module
 from anchorline.bench.bench import BenchError, bench
-from anchorline.bench.figures import QUANTITIES, STAGES, TOTAL, summarise
-from anchorline.bench.work import Work, load_frames, measure, peak_memory
+from anchorline.bench.work import (
+    QUANTITIES,
+    STAGES,
+    TOTAL,
+    Work,
+    load_frames,
+    measure,
+    peak_memory,
+    summarise,
+)
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, DataError, OutputError, SettingsError
 
 pytest.importorskip("onnxruntime")
