@@ -86,12 +86,19 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
 
 def run(app: typer.Typer, arguments: Sequence[str] | None) -> int:
     """Run ``app`` on ``arguments`` (None: ``sys.argv``) and return its exit code."""
+    args = None if arguments is None else list(arguments)
     try:
-        return _run(app, arguments)
+        code = typer.main.get_command(app).main(args=args, prog_name="anchorline", standalone_mode=False)
+        if code == INTERRUPTED:  # typer's way to hand on a KeyboardInterrupt
+            raise KeyboardInterrupt
+        sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
+        return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except typer.TyperException as error:
-        return _fail(f"{error.format_message()}{_usage_hint(error)}")
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context is not None else ""
+        return _fail(f"{error.format_message()}{hint}")
     except BrokenPipeError:  # the reader of our output has gone, as in `anchorline ... | head`
         _abandon_stdout()
         return 1
@@ -102,16 +109,6 @@ def run(app: typer.Typer, arguments: Sequence[str] | None) -> int:
         return _fail(line)
 
 
-def _run(app: typer.Typer, arguments: Sequence[str] | None) -> int:
-    command = typer.main.get_command(app)
-    args = None if arguments is None else list(arguments)
-    code = command.main(args=args, prog_name="anchorline", standalone_mode=False)
-    if code == INTERRUPTED:  # typer's way to hand on a KeyboardInterrupt
-        raise KeyboardInterrupt
-    sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
-    return code if isinstance(code, int) else 0
-
-
 def _explain(error: Exception) -> str | None:
     """What to tell the user about ``error``, or ``None`` where it is a bug."""
     from anchorline.runtime.io.errors import AnchorlineError
@@ -120,8 +117,7 @@ def _explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        if package in EXTRAS:
-            extra = EXTRAS[package]
+        if extra := EXTRAS.get(package):
             return f"{package} is not installed, and this needs it: pip install 'anchorline[{extra}]'"
     if isinstance(error, OSError) and error.errno in _OUT_OF_SPACE:
         _abandon_stdout()
@@ -129,14 +125,8 @@ def _explain(error: Exception) -> str | None:
     return None
 
 
-def _usage_hint(error: typer.TyperException) -> str:
-    context = getattr(error, "ctx", None)
-    return f" (see {context.command_path} --help)" if context is not None else ""
-
-
 def _fail(message: str, code: int = USER_ERROR) -> int:
-    lines = (line.strip() for line in message.splitlines())
-    print("anchorline:", " ".join(line for line in lines if line), file=sys.stderr)
+    print("anchorline:", " ".join(filter(None, map(str.strip, message.splitlines()))), file=sys.stderr)
     return code
 
 
