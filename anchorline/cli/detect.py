@@ -113,7 +113,7 @@ def _detect_on_ray(
 ) -> None:
     """With progress, and the summary after an interrupt as well; exit code 1 where files were given up."""
     from anchorline import cluster
-    from anchorline.cluster.display import progress_display
+    from anchorline.cluster.summary import progress_display
 
     summaries: list[ClusterSummary] = []
     try:

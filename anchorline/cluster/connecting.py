@@ -1,10 +1,10 @@
-"""Joining a Ray cluster, or starting one on this machine alone."""
+"""Joining a Ray cluster, or starting one on this machine alone; and what Ray says, in a few words."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
+import math
 import os
 import re
 import signal
@@ -13,16 +13,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from anchorline.runtime.backends.cpu_options import usable_cores
 from anchorline.runtime.io.errors import AnchorlineError, SettingsError
 
 LOCAL, AUTO = "local", "auto"
 _ADDRESS = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):(?P<port>\d{1,5})")
-_REACH_SECONDS = 5.0
+_REACH_SECONDS = 5.0  # Ray itself tries for a minute
 _OBJECT_STORE = 200 << 20  # bytes: what travels is small, and the default takes a third of the memory
 _CORES = 4  # of a worker: more of them gain little for a network on one frame
+_ERROR_LINE = re.compile(r"^\s*(\w+(?:\.\w+)*(?:Error|Exception): .+)$", re.MULTILINE)
 
 log = logging.getLogger("anchorline.cluster")
 
@@ -38,41 +39,34 @@ class Cluster:
     ray: Any
     nodes: tuple[tuple[float, float], ...]
 
-    def shares(self, provider: str, is_engine: bool, threads: int | None) -> tuple[int, int]:
+    def shares(self, provider: str, threads: int | None) -> tuple[int, int]:
         """The CPUs and GPUs that a worker takes.
 
         A GPU each where the provider is one's, or may become one's and the cluster has some; else as many
         cores as ``threads``, by default four, or what the smallest machine has. Raises ``SettingsError``
         where no machine has so much.
         """
-        on_gpu = provider in ("cuda", "tensorrt", "tensorrt-rtx") or (
-            provider == "auto" and (is_engine or self._gpus > 0)
-        )
-        if on_gpu and not self._gpus:
-            if provider != "auto":
-                raise SettingsError(f"provider is {provider!r}, but the cluster offers no GPU")
-            on_gpu = False
+        has_gpus = any(gpus for _, gpus in self.nodes)
+        needs_gpu = provider in ("cuda", "tensorrt", "tensorrt-rtx")
+        if needs_gpu and not has_gpus:
+            raise SettingsError(f"provider is {provider!r}, but the cluster offers no GPU")
+        on_gpu = needs_gpu or (provider == "auto" and has_gpus)
         smallest = min((int(cpus) for cpus, _ in self.nodes if cpus >= 1), default=0)
         cpus = threads or (1 if on_gpu else max(1, min(_CORES, smallest)))
-        gpus = int(on_gpu)
-        if not self.room(cpus, gpus):
+        if not self.room(cpus, int(on_gpu)):
             most = max((int(cpus) for cpus, _ in self.nodes), default=0)
             raise SettingsError(
                 f"a worker needs {cpus} CPUs{' and a GPU' if on_gpu else ''}, and the largest machine of the "
                 f"cluster has {most}; lower --threads"
             )
-        return cpus, gpus
+        return cpus, int(on_gpu)
 
     def room(self, cpus: int, gpus: int) -> int:
         """How many workers of this size the cluster holds."""
         return sum(
-            int(min(node_cpus // cpus, node_gpus // gpus if gpus else node_cpus // cpus))
+            int(min(node_cpus // cpus, node_gpus // gpus if gpus else math.inf))
             for node_cpus, node_gpus in self.nodes
         )
-
-    @property
-    def _gpus(self) -> float:
-        return sum(gpus for _, gpus in self.nodes)
 
 
 def check_address(address: str) -> None:
@@ -94,23 +88,25 @@ def connected(address: str, cores: int | None = None) -> Iterator[Cluster]:
     ``local`` starts one on the loopback address, with ``cores`` or those there are, which ends with the
     block. Raises ``ClusterError``.
     """
-    ray = _import_ray(alone=address == LOCAL)
+    if address == LOCAL and "ray" not in sys.modules:
+        # Ray has no other switch for a cluster that listens on the loopback address only.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    ray = _import_ray()
     joined_before = ray.is_initialized()
-    with _quiet_stdout():
+    # Results go to stdout, and nothing of Ray's among them; we tell of dead workers ourselves.
+    with contextlib.redirect_stdout(cast(IO[str], _WithoutRay(sys.stdout))):
         if not joined_before:
             _join(ray, address, cores or usable_cores())
         try:
-            yield Cluster(ray, _nodes(ray))
+            alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            yield Cluster(ray, tuple((each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in alive))
         finally:
             if not joined_before:
                 ray.shutdown()
 
 
-def _import_ray(alone: bool = False) -> Any:
+def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if alone and "ray" not in sys.modules:
-        # Ray has no other switch for a cluster that listens on the loopback address only.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
     except ImportError as error:
@@ -125,30 +121,24 @@ def _join(ray: Any, address: str, cores: int) -> None:
         settings |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _OBJECT_STORE}
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        _init(ray, settings)
+        try:
+            ray.init(**settings)
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()  # a machine under load was too slow for the half minute that Ray grants
+            ray.init(**settings)
     except ConnectionError as error:
         text = "; start one with ray start --head, or take --ray local" if address == AUTO else ""
-        raise ClusterError(f"--ray {address}: no cluster is to be reached ({_line(error)}){text}") from None
+        raise ClusterError(f"--ray {address}: no cluster is to be reached ({in_line(error)}){text}") from None
     except Exception as error:  # Ray raises many kinds, RuntimeError for another version of itself
-        raise ClusterError(f"--ray {address}: the cluster cannot be joined ({_line(error)})") from error
+        raise ClusterError(f"--ray {address}: the cluster cannot be joined ({in_line(error)})") from error
     finally:
         if threading.current_thread() is threading.main_thread():  # Ray puts its own in the place of ours
             signal.signal(signal.SIGTERM, handler)
 
 
-def _init(ray: Any, settings: dict[str, Any]) -> None:
-    """``ray.init``, a second time where a machine under load was too slow for the half minute it grants."""
-    try:
-        ray.init(**settings)
-    except Exception as error:
-        if "timed out during startup" not in str(error):
-            raise
-        ray.shutdown()
-        ray.init(**settings)
-
-
 def _check_reachable(address: str) -> None:
-    """Ray itself tries for a minute."""
     parts = _ADDRESS.fullmatch(address)
     if parts is None:
         return
@@ -162,16 +152,7 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
-def _nodes(ray: Any) -> tuple[tuple[float, float], ...]:
-    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return tuple((each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in found)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-class _WithoutRay(io.TextIOBase):
+class _WithoutRay:
     """stdout for everybody but Ray's threads, which print there what goes wrong on the cluster."""
 
     def __init__(self, real: IO[str]) -> None:
@@ -183,27 +164,23 @@ class _WithoutRay(io.TextIOBase):
             return len(text)
         return self._real.write(text)
 
-    def flush(self) -> None:
-        self._real.flush()
-
-    def fileno(self) -> int:
-        return self._real.fileno()
-
-    def isatty(self) -> bool:
-        return not self.closed and self._real.isatty()
-
-    @property
-    def closed(self) -> bool:
-        """Asked by what Ray has left behind, as late as at the end of Python."""
-        return self._real.closed
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return str(getattr(self._real, "encoding", "utf-8"))
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
 
 
-@contextlib.contextmanager
-def _quiet_stdout() -> Iterator[None]:
-    """Results go to stdout, and nothing of Ray's among them; we tell of dead workers ourselves."""
-    with contextlib.redirect_stdout(_WithoutRay(sys.stdout)):
-        yield
+def in_line(error: BaseException) -> str:
+    """An error's text without its line ends."""
+    return " ".join(str(error).split())
+
+
+def why_dead(error: BaseException) -> str:
+    """Ray's page about a dead actor as a few words."""
+    text = str(error)
+    if "OutOfMemoryError" in text or "running low on memory" in text:  # all pages muse about the OOM killer
+        return "out of memory"
+    raised = _ERROR_LINE.findall(text)
+    if raised:
+        return str(raised[-1]).strip()
+    if "node" in text.lower() and "died" in text and "worker process has died" not in text:
+        return "its machine is lost"
+    return "its process ended"

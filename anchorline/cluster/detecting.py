@@ -1,32 +1,51 @@
-"""Detection in files on a cluster: everything is checked, then started, then put together."""
+"""Detection in files on a cluster: items to idle workers on Ray, their answers to the outputs, and what
+failed back again.
+
+Ray places the workers, carries the pieces of their answers, stops a worker whose pieces nobody takes, and
+notices dead processes and machines. Its own retries are not used: they would go on amid the pieces of the
+first try, could not split a group of images, start a worker again without end that dies as it opens, and say
+of every death only that the worker is not available just now.
+"""
 
 from __future__ import annotations
 
+import heapq
+import logging
+import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from anchorline import __version__
-from anchorline.cluster.answering import answer
-from anchorline.cluster.connecting import AUTO, check_address, connected
-from anchorline.cluster.dispatching import SILENCE, Progress
-from anchorline.cluster.fleet import RayFleet
-from anchorline.cluster.job import Job
-from anchorline.cluster.merging import Copies
-from anchorline.cluster.model_files import model_files
-from anchorline.cluster.planning import make_items, plan_files
-from anchorline.cluster.summary import ClusterSummary
-from anchorline.cluster.tally import Tally
-from anchorline.cluster.work_queue import WorkQueue
-from anchorline.cluster.worker import DetectionWorker
-from anchorline.runtime.io.errors import SettingsError
+from anchorline.cluster.connecting import AUTO, ClusterError, check_address, connected, in_line, why_dead
+from anchorline.cluster.outputs import Outputs
+from anchorline.cluster.summary import ClusterSummary, Progress, WorkerState
+from anchorline.cluster.worker import DetectionWorker, Job, NotHere, Piece, WorkItem, model_files
+from anchorline.runtime.io.errors import AnchorlineError, DataError, SettingsError
+from anchorline.runtime.timing import StageTimes
 from anchorline.runtime.video.options import DetectOptions
-from anchorline.runtime.video.paths import check_outputs
-from anchorline.runtime.video.signals import signals_as_exit
+from anchorline.runtime.video.paths import Item, check_outputs
+from anchorline.runtime.video.signals import TERMINATED, signals_as_exit
+from anchorline.runtime.video.source import parse_source, plan
+from anchorline.runtime.video.summary import DetectSummary
 
 _IMAGES = 16  # of an item: some seconds of work, which is what a lost machine costs
 _TRIES = 3
+_ROUNDS = 4  # items of images for each worker at least, so that none idles for long at the end
+_SILENCE = 600.0  # seconds without a word in which a worker counts as dead: more than any frame takes
+_LOOK = 0.25  # seconds between two looks at what is silent, and two reports
+_WAITING = 30.0  # seconds without a worker before somebody should know
+_AHEAD = 2  # pieces of an answer that wait to be taken, in Ray's memory
+_START_TRIES = 3
+_FAILURES_IN_VAIN = 12
+
+
+log = logging.getLogger("anchorline.cluster")
 
 
 def detect_on_cluster(
@@ -38,7 +57,7 @@ def detect_on_cluster(
     workers: int | None = None,
     images_per_item: int = _IMAGES,
     tries: int = _TRIES,
-    silence: float = SILENCE,
+    silence: float = _SILENCE,
     progress: Callable[[Progress], object] | None = None,
     conclude: Callable[[ClusterSummary], object] | None = None,
     worker_type: type[DetectionWorker] = DetectionWorker,
@@ -51,47 +70,54 @@ def detect_on_cluster(
     ``images_per_item`` images, or a video) is tried whose worker dies or says nothing for ``silence``
     seconds; files that are given up stand in the summary's ``failed``. ``progress`` is called a few times
     a second. ``conclude`` gets the summary in any case: on Ctrl-C and SIGTERM the outputs hold the files
-    that were answered, and
-    ``KeyboardInterrupt`` or ``SystemExit`` goes on. Raises ``SettingsError``, ``DataError`` (also where no
-    file could be read), ``ArtefactError``, ``OutputError`` and ``ClusterError``; what can be checked
-    before is checked before a cluster is started.
+    that were answered, and ``KeyboardInterrupt`` or ``SystemExit`` goes on. Raises ``SettingsError``,
+    ``DataError`` (also where no file could be read), ``ArtefactError``, ``OutputError`` and
+    ``ClusterError``; what can be checked before is checked before a cluster is started.
     """
     options = options or DetectOptions()
-    _check_options(options)
-    for name, count in (("workers", workers), ("images_per_item", images_per_item), ("tries", tries)):
-        _check_count(name, count)
+    _check_settings(options, workers=workers, images_per_item=images_per_item, tries=tries)
     files = plan_files(sources, options.save, options.stride)
-    targets = (file.target for file in files if file.target)
+    targets = [file.target for file in files if file.target]
     check_outputs([options.jsonl], [model, *(file.path for file in files), *targets])
     check_address(address)
-    is_engine = Path(model).suffix.lower() == ".engine"
     parts = model_files(model)
-    with connected(address) as cluster, signals_as_exit(), Copies(files) as copies:
-        cpus, gpus = cluster.shares(options.provider, is_engine, options.threads)
-        job = Job(
-            version=__version__,
-            folder=os.getcwd(),
-            model=parts,
-            options=options if gpus else replace(options, threads=cpus),
-            copies=None if copies.folder is None else str(copies.folder),
-            token=copies.token,
-        )
+    ended: BaseException | None = None
+    with connected(address) as cluster, signals_as_exit():
+        cpus, gpus = cluster.shares(options.provider, options.threads)
         most = workers or cluster.room(cpus, gpus)
-        return answer(
-            RayFleet(cluster, job, cpus, gpus, worker_type),
-            WorkQueue(make_items(files, most, images_per_item), tries),
-            Tally(len(files)),
-            copies,
-            options.jsonl,
-            most,
-            silence=silence,
-            progress=progress,
-            conclude=conclude,
+        actor = cluster.ray.remote(worker_type).options(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
         )
+        with Outputs(files, options.jsonl) as outputs:
+            shared = options if gpus else replace(options, threads=cpus)
+            job = Job(__version__, os.getcwd(), parts, shared, outputs.copies)
+            run = _Run(
+                ray=cluster.ray,
+                start=lambda: actor.remote(job),
+                model=list(parts),
+                items=make_items(files, most, images_per_item),
+                outputs=outputs,
+                workers=most,
+                tries=tries,
+                silence=silence,
+                progress=progress,
+            )
+            try:
+                run.work()
+            except (KeyboardInterrupt, SystemExit) as interrupt:
+                ended = interrupt
+        summary = run.summary()
+        if conclude is not None:
+            conclude(summary)
+        if isinstance(ended, SystemExit) and ended.code == 1:
+            raise SystemExit(TERMINATED)  # Ray makes 1 of whatever exit a signal asks for
+        if ended is not None:
+            raise ended
+        return summary
 
 
-def _check_options(options: DetectOptions) -> None:
-    """Raise ``SettingsError`` for what a cluster does not do."""
+def _check_settings(options: DetectOptions, **counts: int | None) -> None:
+    """Raise ``SettingsError`` for what a cluster does not do, and for numbers that are none."""
     others = {
         "--policy latest": options.policy == "latest",
         "--report": options.report,
@@ -101,8 +127,326 @@ def _check_options(options: DetectOptions) -> None:
     for name, value in others.items():
         if value:
             raise SettingsError(f"{name} does not go with --ray, which answers files; leave out one of them")
+    for name, count in counts.items():
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise SettingsError(f"{name} is {count!r}; expected a whole number of at least 1")
 
 
-def _check_count(name: str, value: int | None) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise SettingsError(f"{name} is {value!r}; expected a whole number of at least 1")
+def plan_files(sources: Sequence[str | Path], save: str | Path | None, stride: int) -> list[Item]:
+    """The files in the order of the local run, each with the place of its annotated copy.
+
+    Raises ``SettingsError`` for what is no file, and the errors of ``sources.plan_items``.
+    """
+    for given in sources:
+        source = parse_source(given)
+        if isinstance(source.where, int) or source.live or "://" in str(source.where):
+            raise SettingsError(
+                f"{source.describe() or given}: no file; a cluster reads images, folders of images and "
+                "videos, not webcams and streams; leave out --ray"
+            )
+        if source.name:
+            raise SettingsError(
+                f"{given}: names are for sources that are read side by side; a cluster's results stand in "
+                f"the order of the files; give {source.where} without a name"
+            )
+    return [item for source in plan(sources, save, stride=stride) for item in source.items]
+
+
+def make_items(files: Sequence[Item], workers: int, most_images: int) -> list[WorkItem]:
+    """Groups of up to ``most_images`` images that follow each other, and each video on its own.
+
+    Groups are smaller where there would be too few for all workers.
+    """
+    images = sum(not file.is_video for file in files)
+    size = max(1, min(most_images, -(-images // (workers * _ROUNDS))))
+    items: list[WorkItem] = []
+    for place, file in enumerate(files):
+        last = items[-1] if items else None
+        if file.is_video or last is None or last.is_video or len(last.paths) == size:
+            items.append(WorkItem(place, (str(file.path),), file.is_video))
+        else:
+            items[-1] = replace(last, paths=(*last.paths, str(file.path)))
+    return items
+
+
+# What a worker's coroutine waits for: a call of Ray's, and for how many seconds; None until there is work.
+_Steps = Generator[tuple[Any, float] | None, None, None]
+
+
+@dataclass
+class _Answer:
+    """A worker's answer to an item, as far as it is known."""
+
+    item: WorkItem
+    worker: WorkerState
+    frames: int = 0
+    detections: int = 0
+    warnings: tuple[str, ...] = ()
+    unreadable: str | None = None
+
+
+@dataclass(eq=False)
+class _Worker:
+    """An actor, and what it says of itself and works on."""
+
+    actor: Any
+    state: WorkerState | None = None
+    answer: _Answer | None = None
+
+    def describe(self) -> str:
+        if self.state is None:
+            return "a worker"
+        return f"the worker on {self.state.node} (process {self.state.pid})"
+
+
+@dataclass(eq=False)
+class _Run:
+    """Answers every item with up to ``workers`` workers, which ``start`` makes as actors of Ray.
+
+    Each file is answered once: only an answer that came to its end is taken, whatever happened before.
+    An item whose worker dies, raises or says nothing for ``silence`` seconds is tried again by a new
+    worker, ``tries`` times in all; a group of images is then split into single ones, so that one bad
+    image costs no other its answer. A machine that refuses (another version, no such provider) or does
+    not see the files takes no further part.
+    """
+
+    ray: Any
+    start: Callable[[], Any]
+    model: Sequence[str]
+    items: list[WorkItem]  # a heap: those that come back go before the ones behind them
+    outputs: Outputs
+    workers: int
+    tries: int
+    silence: float = _SILENCE
+    progress: Callable[[Progress], object] | None = None
+
+    def __post_init__(self) -> None:
+        self._files = sum(len(item.paths) for item in self.items)
+        self._alive: list[_Worker] = []
+        self._waiting: dict[Any, tuple[_Steps, float]] = {}  # by call: who waits for it, and until when
+        self._idle: list[_Steps] = []
+        self._contents: list[Any] = []  # of the model's files, in Ray's object store where one is lacking
+        self._refusals: list[AnchorlineError] = []
+        self._opened: list[WorkerState] = []
+        self._answers: dict[int, _Answer] = {}  # by the first file's place
+        self._failed: dict[int, str] = {}  # by the file's place
+        self._computed = self._retries = self._failures = 0
+        self._stages = StageTimes()
+        self._seconds = self._told = 0.0
+        self._begun: float | None = None
+        self._without_since = time.monotonic()
+
+    def work(self) -> None:
+        """Work until every item is answered or given up; the workers are ended in any case.
+
+        Raises ``AnchorlineError`` where no worker is left, ``DataError`` where no file could be read, and
+        ``OutputError``.
+        """
+        self._idle = [self._serve() for _ in range(min(self.workers, len(self.items)))]
+        try:
+            while self.items or any(worker.answer for worker in self._alive):
+                while self.items and self._idle:
+                    self._go_on(self._idle.pop(0))
+                if not self._waiting:
+                    raise self._refusals[0]
+                for call in self.ray.wait(list(self._waiting), num_returns=1, timeout=_LOOK)[0]:
+                    self._go_on(self._waiting.pop(call)[0])
+                self._look()
+            if self.progress is not None:
+                self.progress(self._state())
+        finally:
+            self._seconds = 0.0 if self._begun is None else time.monotonic() - self._begun
+            for steps in (*self._idle, *(steps for steps, _ in self._waiting.values())):
+                steps.close()
+        unreadable = [each.unreadable for _, each in sorted(self._answers.items()) if each.unreadable]
+        if unreadable and not self._failed and not any(each.frames for each in self._answers.values()):
+            raise DataError(unreadable[0])
+
+    def _go_on(self, steps: _Steps, error: Exception | None = None) -> None:
+        """Let a worker's coroutine take its next step."""
+        try:
+            step = next(steps) if error is None else steps.throw(error)
+        except StopIteration:
+            return
+        if step is None:
+            self._idle.append(steps)
+        else:
+            self._waiting[step[0]] = (steps, time.monotonic() + step[1])
+
+    def _serve(self) -> _Steps:
+        """The life of a worker, and of those that take its place: open, then answer while there are items."""
+        tries = _START_TRIES
+        while tries:
+            while not self.items:
+                yield None
+            worker = _Worker(self.start())
+            self._alive.append(worker)
+            tries -= 1
+            try:
+                yield from self._open(worker)
+                tries = _START_TRIES
+                while True:
+                    while not self.items:
+                        yield None
+                    yield from self._answer(worker)
+            except self.ray.exceptions.RayTaskError as error:  # it lives, and has raised something
+                cause, answer = error.cause, worker.answer
+                is_ours = isinstance(cause, AnchorlineError)
+                if answer and isinstance(cause, NotHere) and answer.item.measured() == answer.item:
+                    self._put_back([answer.item])  # which is no fault of the item's
+                    worker.answer = None
+                if is_ours and worker.answer is None:
+                    self._refusals.append(cause)
+                    return
+                reason = in_line(cause) if is_ours else f"{type(cause).__name__}: {in_line(cause)}"
+                told = f"{reason} ({worker.describe()})"
+                if isinstance(cause, NotHere):
+                    told = "changed while it was read"
+            except (self.ray.exceptions.RayError, TimeoutError) as error:
+                reason = str(error) if isinstance(error, TimeoutError) else why_dead(error)
+                told = f"{worker.describe()} died: {reason}"
+            finally:
+                self._alive.remove(worker)
+                self.ray.kill(worker.actor)
+            if worker.answer is not None:
+                self._try_again(worker.answer.item, told)
+        self._refusals.append(ClusterError(f"a worker cannot be started: {reason}"))
+
+    def _open(self, worker: _Worker) -> _Steps:
+        """Let it open its detector, for which it may have to wait for its resources first."""
+        call = worker.actor.open.remote()
+        yield call, math.inf
+        worker.state = self.ray.get(call)
+        if worker.state is None:  # the model is not there: it is put into the object store once
+            self._contents = self._contents or [
+                self.ray.put(np.fromfile(path, np.uint8)) for path in self.model
+            ]
+            call = worker.actor.open.remote(*self._contents)
+            yield call, math.inf
+            worker.state = self.ray.get(call)
+        assert worker.state is not None
+        self._opened.append(worker.state)
+        self._begun = self._begun or time.monotonic()
+
+    def _answer(self, worker: _Worker) -> _Steps:
+        """Let it answer the next item."""
+        item = heapq.heappop(self.items).measured()
+        if len(item.paths) > 1 and None in item.sizes:  # a file has gone: it is answered on its own
+            self._put_back(item.split())
+            return
+        assert worker.state is not None
+        worker.answer = answer = _Answer(item, worker.state)
+        method = worker.actor.answer.options(
+            num_returns="streaming", _generator_backpressure_num_objects=_AHEAD
+        )
+        pieces = method.remote(item)
+        yield pieces, self.silence
+        while (call := next(pieces, None)) is not None:
+            self._add(answer, self.ray.get(call))
+            yield pieces, self.silence
+        worker.answer = None
+        self.outputs.answered(item)
+        self._answers[item.first] = answer
+
+    def _add(self, answer: _Answer, piece: Piece) -> None:
+        self.outputs.add(answer.item, piece.lines)
+        answer.frames += piece.frames
+        answer.detections += piece.detections
+        answer.warnings, answer.unreadable = piece.warnings, piece.unreadable
+        self._computed += piece.frames
+        for stage, durations in piece.times.items():
+            for seconds in durations:
+                self._stages.add(stage, seconds)
+
+    def _put_back(self, items: Iterable[WorkItem]) -> None:
+        for item in items:
+            heapq.heappush(self.items, item)
+
+    def _try_again(self, item: WorkItem, reason: str) -> None:
+        """One try of the item has failed."""
+        log.warning("%s: %s", item.describe(), reason)
+        self.outputs.drop(item)
+        self._failures += 1
+        if not self._answers and self._failures >= _FAILURES_IN_VAIN:
+            raise ClusterError(f"the first {self._failures} tries have all failed, the last one so: {reason}")
+        item = replace(item, tries=item.tries + 1)
+        if item.tries < self.tries:
+            self._retries += 1
+            self._put_back(item.split())
+            return
+        self.outputs.ended(item)
+        for place, path in enumerate(item.paths, item.first):
+            self._failed[place] = f"{path}: given up after {item.tries} tries: {reason}"
+
+    def _look(self) -> None:
+        """What has to be noticed although nobody says it; and the report."""
+        now = time.monotonic()
+        for call, (steps, until) in list(self._waiting.items()):
+            if now > until:
+                del self._waiting[call]
+                self._go_on(steps, TimeoutError(f"nothing came of it for {self.silence:g} s"))
+        if any(worker.state for worker in self._alive):
+            self._without_since = now
+        elif now - self._without_since > _WAITING:
+            self._without_since = math.inf  # said once
+            log.warning("still no worker after %g s: is the cluster busy, or out of memory?", _WAITING)
+        if self.progress is not None and now - self._told >= _LOOK:
+            self._told = now
+            self.progress(self._state())
+
+    def _state(self) -> Progress:
+        return Progress(
+            files=self._files,
+            answered=sum(len(each.item.paths) for each in self._answers.values()),
+            failed=len(self._failed),
+            frames=self._computed,
+            retries=self._retries,
+            workers=tuple(
+                replace(each.state, doing=each.answer.item.describe() if each.answer else "")
+                for each in self._alive
+                if each.state is not None
+            ),
+        )
+
+    def summary(self) -> ClusterSummary:
+        """What the run amounted to."""
+        answers = [answer for _, answer in sorted(self._answers.items())]
+        nodes: dict[str, dict[str, Any]] = {}
+        for each in sorted(self._opened, key=lambda each: each.node):
+            node = nodes.setdefault(each.node, {"workers": 0, "files": 0, "frames": 0})
+            node["workers"] += 1
+            node |= {"provider": each.provider, "precision": each.precision}
+        for answer in answers:
+            nodes[answer.worker.node]["files"] += len(answer.item.paths)
+            nodes[answer.worker.node]["frames"] += answer.frames
+        warnings = [line for answer in answers for line in answer.warnings]
+        warnings += dict.fromkeys(f"not used: {refusal}" for refusal in self._refusals)
+        kinds = {name: f"{node['provider']} {node['precision']}" for name, node in nodes.items()}
+        if len(set(kinds.values())) > 1:
+            named = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
+            warnings.append(
+                f"the machines compute differently ({named}); figures may differ in the last digits: set "
+                "--provider"
+            )
+        frames = sum(answer.frames for answer in answers)
+        detect = DetectSummary(
+            frames=frames,
+            fps=frames / self._seconds if self._seconds > 0 else 0.0,
+            stages=self._stages.percentiles(),
+            detections=sum(answer.detections for answer in answers),
+            provider=_joined([node["provider"] for node in nodes.values()]),
+            precision=_joined([node["precision"] for node in nodes.values()]),
+            warnings=tuple(warnings),
+        )
+        return ClusterSummary(
+            detect=detect,
+            files=self._files,
+            answered=sum(len(answer.item.paths) for answer in answers),
+            failed=tuple(line for _, line in sorted(self._failed.items())),
+            retries=self._retries,
+            nodes=nodes,
+        )
+
+
+def _joined(values: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(values)) or "none"

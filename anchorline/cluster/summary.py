@@ -1,8 +1,9 @@
-"""What a run on a cluster amounted to."""
+"""How far a run on a cluster is, and what it amounted to."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,65 @@ from anchorline.runtime.video.summary import DetectSummary
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """A worker whose detector is open, by machine and process; ``doing`` is empty while it waits."""
+
+    node: str
+    pid: int
+    provider: str
+    precision: str
+    doing: str = ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, in files; ``frames`` counts what was computed, ``failed`` the files given up."""
+
+    files: int
+    answered: int
+    failed: int
+    frames: int
+    retries: int
+    workers: tuple[WorkerState, ...]
+
+    def describe(self) -> str:
+        """The workers and what they have done, for people."""
+        if not self.workers:
+            return "waiting for workers"
+        busy = sum(bool(worker.doing) for worker in self.workers)
+        machines = len({worker.node for worker in self.workers})
+        where = "one machine" if machines == 1 else f"{machines} machines"
+        text = f"{self.frames} frames, {busy} of {len(self.workers)} workers busy on {where}"
+        if self.retries or self.failed:
+            text += f", {self.retries} retries, {self.failed} failed"
+        return text
+
+
+@contextlib.contextmanager
+def progress_display() -> Iterator[Callable[[Progress], None]]:
+    """A bar of files on stderr, where that is a terminal, with frames, workers and machines beside it."""
+    from rich import progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("files"),
+        progress.TextColumn("{task.fields[state]}"),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("detecting", total=None, state="starting the cluster")
+
+        def show(now: Progress) -> None:
+            bar.update(task, completed=now.answered + now.failed, total=now.files, state=now.describe())
+
+        yield show
 
 
 @dataclass(frozen=True)
@@ -54,11 +114,11 @@ class ClusterSummary:
             f"{self.retries} tried again"
         )
         nodes.add_column("machine", overflow="fold")
-        for column in ("workers", "files", "frames", "provider", "precision"):
+        columns = ("workers", "files", "frames", "provider", "precision")
+        for column in columns:
             nodes.add_column(column, justify="right", no_wrap=True)
-        for name, each in self.nodes.items():
-            values = (each[key] for key in ("workers", "files", "frames", "provider", "precision"))
-            nodes.add_row(name, *map(str, values))
+        for name, figures in self.nodes.items():
+            nodes.add_row(name, *(str(figures[column]) for column in columns))
         tables = Table.grid(padding=(0, 0))
         tables.add_row(self.detect.render())
         tables.add_row(nodes)

@@ -1,6 +1,7 @@
 """A worker: a process on some machine of the cluster that holds one detector and answers items.
 
-It knows nothing of Ray, and answers every call with a value of ``replies``.
+It knows nothing of Ray. What it raises and yields travels back, so that an ``AnchorlineError`` of ``open``
+is the worker's reason not to take part.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cv2
@@ -18,211 +19,243 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline import __version__
-from anchorline.cluster.job import Job, WorkItem
-from anchorline.cluster.model_files import find_model, receive_model
-from anchorline.cluster.replies import Absent, Broken, Chunk, Copy, Done, NeedsModel, Ready, Refused, Reply
+from anchorline.cluster.summary import WorkerState
+from anchorline.runtime.backends.openvino import cache_folder
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.io.errors import AnchorlineError, DataError, OutputError, SettingsError
-from anchorline.runtime.io.files import output_errors
-from anchorline.runtime.video.frames import Result
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, DataError, OutputError, SettingsError
+from anchorline.runtime.io.files import atomic_path, output_errors, sha256_of
+from anchorline.runtime.tensorrt.engine import onnx_of
+from anchorline.runtime.tensorrt.manifest import manifest_path, read_manifest
+from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.paths import Item
 from anchorline.runtime.video.pipeline import VideoPipeline, batch_size
 from anchorline.runtime.video.readers import open_file
 from anchorline.runtime.video.sinks import line_of
 
-CHUNK_BYTES = 1 << 18
-CHUNK_SECONDS = 1.0
-TOKEN_FILE = "token"
+PIECE_BYTES = 1 << 18
+PIECE_SECONDS = 1.0
+_KEPT_DIGITS = 40  # of the model's hash
+
+
+class NotHere(DataError):
+    """The worker's machine does not have a file of the item as the command sees it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all items of a run have in common.
+
+    ``folder`` is where the command was called, which relative names start from. ``model`` holds the SHA-256
+    of the model's files by their absolute paths there, the one to open first. The ``jsonl`` of the
+    ``options`` tells whether lines are wanted; ``copies`` is the folder of ``Outputs.copies``.
+    """
+
+    version: str
+    folder: str
+    model: Mapping[str, str]
+    options: DetectOptions = field(default_factory=DetectOptions)
+    copies: Path | None = None
+
+
+@dataclass(frozen=True, order=True)
+class WorkItem:
+    """Files that one worker answers in one go: some images, or one video.
+
+    ``first`` is the place of the first of them among all files of the run. ``sizes`` are in bytes as
+    the command sees them, ``None`` for a file that is not there any more. ``tries`` counts the
+    attempts that have failed.
+    """
+
+    first: int
+    paths: tuple[str, ...]
+    is_video: bool
+    sizes: tuple[int | None, ...] = ()
+    tries: int = 0
+
+    def split(self) -> list[WorkItem]:
+        """One item for each file."""
+        return [
+            WorkItem(self.first + index, (path,), self.is_video, tries=self.tries)
+            for index, path in enumerate(self.paths)
+        ]
+
+    def measured(self) -> WorkItem:
+        """The same with the sizes that the files have now."""
+        return replace(self, sizes=tuple(map(_size, self.paths)))
+
+    def folder_in(self, copies: Path) -> Path:
+        """Where the copies of this try go: a worker that is lost may still be writing those of another."""
+        return copies / f"{self.first}-{self.tries}"
+
+    def describe(self) -> str:
+        """What to call it in a message."""
+        if len(self.paths) == 1:
+            return self.paths[0]
+        return f"{self.paths[0]} ... {self.paths[-1]} ({len(self.paths)} files)"
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
+
+
+@dataclass
+class Piece:
+    """Some frames of an item's answer: JSON lines as UTF-8, and the seconds of each frame by stage.
+
+    The last one tells what was wrong with the files; ``unreadable`` is the complaint about the first of
+    which there is no frame.
+    """
+
+    lines: bytearray = field(default_factory=bytearray)
+    frames: int = 0
+    detections: int = 0
+    times: dict[str, list[float]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    unreadable: str | None = None
 
 
 class DetectionWorker:
-    """``open``, then for each item ``begin`` and ``more`` until the answer is no ``Chunk``.
+    """``open``, then ``answer`` for each item.
 
     The lines and warnings are those of the local run by construction: each item goes through
-    ``VideoPipeline`` under the names that the command was given, in the folder it was called in. The
-    next piece is computed only when it is asked for, but for what the pipeline reads ahead.
+    ``VideoPipeline`` under the names that the command was given, in the folder it was called in.
     """
 
-    def __init__(self, version: str, job: Job) -> None:
-        self._version, self._job = version, job
+    def __init__(self, job: Job) -> None:
+        self._job = job
         self._detector: Detector | None = None
-        self._answers: Iterator[Reply] = iter(())
 
-    def open(self, numbers: Sequence[int] = (), *contents: NDArray[np.uint8]) -> Reply:
-        """Open the detector, with the contents of these files of the model where they had to be sent."""
+    def open(self, *contents: NDArray[np.uint8]) -> WorkerState | None:
+        """Open the detector; None where this machine lacks the model and needs the ``contents`` of its files.
+
+        Raises ``AnchorlineError`` where this machine cannot take part.
+        """
         try:
-            return self._open(dict(zip(numbers, contents, strict=True)))
+            return self._open(contents)
         except AnchorlineError as error:
-            return Refused(platform.node(), type(error).__name__, str(error))
+            raise type(error)(f"{platform.node()}: {error}") from None
 
-    def begin(self, item: WorkItem) -> Reply:
-        """The first piece of an item's answer."""
-        self._answers = self._answer(item)
-        return self.more()
-
-    def more(self) -> Reply:
-        """The next piece."""
-        try:
-            return next(self._answers)
-        except Exception as error:
-            text = str(error) if isinstance(error, AnchorlineError) else f"{type(error).__name__}: {error}"
-            return Broken(" ".join(text.split()))
-
-    def _open(self, contents: dict[int, NDArray[np.uint8]]) -> Reply:
-        job = self._job
-        if self._version != __version__:
+    def _open(self, contents: Sequence[NDArray[np.uint8]]) -> WorkerState | None:
+        job, options = self._job, self._job.options
+        if job.version != __version__:
             raise SettingsError(
-                f"anchorline {__version__} is installed there, and the command is {self._version}; install "
+                f"anchorline {__version__} is installed there, and the command is {job.version}; install "
                 "the same version on all machines"
             )
         with contextlib.suppress(OSError):  # then no relative name is found, and that is told
             os.chdir(job.folder)
-        if job.copies is not None:
-            check_copies_folder(Path(job.copies), job.token)
-        if contents:
-            model = receive_model(job.model, contents)
-        else:
-            found, missing = find_model(job.model)
-            if found is None:
-                return NeedsModel(tuple(missing))
-            model = found
-        if job.options.threads is not None:
-            cv2.setNumThreads(job.options.threads)
-        detector = job.options.open_detector(model)
-        job.options.filters.check_names(detector.contract.names)
-        batch_size(job.options, detector, 1)
-        self._detector = detector
-        return Ready(platform.node(), os.getpid(), detector.provider, detector.precision)
-
-    def _answer(self, item: WorkItem) -> Iterator[Reply]:
-        measured = zip(item.paths, item.sizes, strict=True)
-        absent = next((path for path, size in measured if not _is_here(path, size)), None)
-        if absent is not None:
-            yield Absent(
-                f"{absent}: not on {platform.node()}, or another file; all machines of the cluster must see "
-                "the files under the same names"
+        # The folder's name is random: where there is one, it is the one that the command has made.
+        if job.copies is not None and not (job.copies.is_dir() and os.access(job.copies, os.W_OK)):
+            raise OutputError(
+                f"{job.copies.parent}: copies are saved in a folder that all machines of the cluster share "
+                f"and may write to, and {platform.node()} does not; choose one, or leave out --save"
             )
-            return
-        gone = self._complaint(item)
-        if gone is not None:
-            yield Done(warnings=(gone,), unreadable=gone)
-            return
-        folder = self._copies_folder(item)
-        options = replace(self._job.options, save=folder, jsonl=None)
-        assert self._detector is not None
-        pipeline = VideoPipeline(
-            self._detector,
-            [Path(path) for path in item.paths],
-            options,
-        )
-        yield from self._pieces(pipeline, item, folder)
+        model = find_model(job.model, contents)
+        if model is None:
+            return None
+        if options.threads is not None:
+            cv2.setNumThreads(options.threads)
+        detector = options.open_detector(model)
+        options.filters.check_names(detector.contract.names)
+        batch_size(options, detector, 1)
+        self._detector = detector
+        return WorkerState(platform.node(), os.getpid(), detector.provider, detector.precision)
 
-    def _pieces(self, pipeline: VideoPipeline, item: WorkItem, folder: Path | None) -> Iterator[Reply]:
-        gathered = _Gathered(self._job.options.jsonl is not None)
+    def answer(self, item: WorkItem) -> Iterator[Piece]:
+        """The item's answer in pieces, which bound the memory of all who hold them; raises ``NotHere``.
+
+        The next one is computed when it is asked for, but for what the pipeline reads ahead.
+        """
+        for path, size in zip(item.paths, item.sizes, strict=True):
+            if size is not None and _size(path) != size:
+                raise NotHere(
+                    f"{path}: not on {platform.node()}, or another file; all machines of the cluster must "
+                    "see the files under the same names"
+                )
+        job = self._job
+        if None in item.sizes:  # gone since the run was planned, and alone in its item
+            try:
+                open_file(Item(Path(item.paths[0]), item.is_video, None), job.options.decoder).close()
+            except DataError as error:  # as the local run says it
+                yield Piece(warnings=(str(error),), unreadable=str(error))
+                return
+        folder = None if job.copies is None else item.folder_in(job.copies)
+        if folder is not None:
+            with output_errors(folder):
+                folder.mkdir(exist_ok=True)
+        assert self._detector is not None
+        options = replace(job.options, save=folder, jsonl=None)
+        pipeline = VideoPipeline(self._detector, [Path(path) for path in item.paths], options)
+        (figures,) = pipeline.figures.sources.values()
+        piece, begun = Piece(), time.monotonic()
         try:
             for result in pipeline:
-                gathered.add(result)
-                if gathered.is_due:
-                    yield gathered.chunk()
+                if job.options.jsonl is not None:
+                    piece.lines += line_of(result).encode("utf-8")
+                piece.frames += 1
+                piece.detections += len(result.detections)
+                for stage, seconds in result.times.items():
+                    piece.times.setdefault(stage, []).append(seconds)
+                if len(piece.lines) >= PIECE_BYTES or time.monotonic() - begun >= PIECE_SECONDS:
+                    yield piece
+                    piece, begun = Piece(), time.monotonic()
         except DataError as error:
-            if all(error is not each.first_error for each in pipeline.figures.sources.values()):
+            if error is not figures.first_error:
                 raise  # of the detections, not of a file
-        (figures,) = pipeline.figures.sources.values()
-        yield Done(
-            last=gathered.chunk(),
-            warnings=tuple(figures.warnings),
-            unreadable=None if figures.first_error is None else str(figures.first_error),
-            copies=_copies(pipeline, item, folder),
+        piece.warnings = tuple(figures.warnings)
+        piece.unreadable = None if figures.first_error is None else str(figures.first_error)
+        yield piece
+
+
+def model_files(model: str | Path) -> dict[str, str]:
+    """The files that ``Detector(model)`` may open, as in ``Job.model``; raises ``ArtefactError``.
+
+    An engine has its manifest and, where it lies beside it, its ONNX file, which stands in for it.
+    """
+    path = Path(model)
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        raise ArtefactError(
+            f"{path}: checkpoints are not run directly; first anchorline export {path} --out model.onnx"
         )
-
-    def _complaint(self, item: WorkItem) -> str | None:
-        """What the local run says of a file that has gone since the run was planned."""
-        if None not in item.sizes:
-            return None
-        try:
-            open_file(Item(Path(item.paths[0]), item.is_video, None), self._job.options.decoder).close()
-        except DataError as error:
-            return str(error)
-        return None
-
-    def _copies_folder(self, item: WorkItem) -> Path | None:
-        if self._job.copies is None:
-            return None
-        folder = Path(self._job.copies) / f"{item.first}-{item.tries}"
-        with output_errors(folder):
-            folder.mkdir(exist_ok=True)
-        return folder
+    paths = [path]
+    if suffix == ".engine":
+        manifest = read_manifest(path)
+        paths.append(manifest_path(path))
+        with contextlib.suppress(ArtefactError):  # it is needed only where the engine cannot run
+            paths.append(onnx_of(path, manifest))
+    return {str(each.absolute()): sha256_of(each) for each in paths}
 
 
-class _Gathered:
-    """Results on their way into a chunk, which bounds the memory of all who hold it."""
+def find_model(files: Mapping[str, str], contents: Sequence[NDArray[np.uint8]] = ()) -> Path | None:
+    """Where the model can be opened on this machine, or None where its files' ``contents`` are needed.
 
-    def __init__(self, with_lines: bool) -> None:
-        self._with_lines = with_lines
-        self._begin()
-
-    def _begin(self) -> None:
-        self._lines: list[bytes] = []
-        self._times: dict[str, list[float]] = {}
-        self._frames = self._detections = self._size = 0
-        self._since = time.monotonic()
-
-    def add(self, result: Result) -> None:
-        self._frames += 1
-        self._detections += len(result.detections)
-        for stage, seconds in result.times.items():
-            self._times.setdefault(stage, []).append(seconds)
-        if self._with_lines:
-            self._lines.append(line_of(result).encode("utf-8"))
-            self._size += len(self._lines[-1])
-
-    @property
-    def is_due(self) -> bool:
-        return self._size >= CHUNK_BYTES or time.monotonic() - self._since >= CHUNK_SECONDS
-
-    def chunk(self) -> Chunk:
-        found = Chunk(b"".join(self._lines), self._frames, self._detections, self._times)
-        self._begin()
-        return found
-
-
-def check_copies_folder(folder: Path, token: str) -> None:
-    """Raise ``OutputError`` unless this is the folder that the command has made, and can be written to."""
-    try:
-        seen = (folder / TOKEN_FILE).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        seen = ""
-    if seen != token or not os.access(folder, os.W_OK):
-        raise OutputError(
-            f"{folder.parent}: copies are saved in a folder that all machines of the cluster share and may "
-            f"write to, and {platform.node()} does not; choose one, or leave out --save"
-        )
-
-
-def _is_here(path: str, size: int | None) -> bool:
-    """Whether this machine has the file as the command sees it."""
-    if size is None:
-        return True
-    try:
-        return os.stat(path).st_size == size
-    except OSError:
-        return False
-
-
-def _copies(pipeline: VideoPipeline, item: WorkItem, folder: Path | None) -> tuple[Copy, ...]:
-    """What the pipeline has written into ``folder``."""
-    if folder is None:
-        return ()
-    targets = [each.target for source in pipeline.sources for each in source.items]
-    found = [
-        Copy(index, 1, f"{folder.name}/{target.name}")
-        for index, target in enumerate(targets)
-        if target is not None and target.exists()
+    All files lie in one folder, since an engine looks for the others beside it: the model's own, if it has
+    the same ones here, or one in the cache, which gets the contents. Raises ``OutputError``, and
+    ``ArtefactError`` where they are not what was announced.
+    """
+    own = [Path(path) for path in files]
+    if all(map(_has_hash, own, files.values())):
+        return own[0]
+    folder = cache_folder().with_name("models") / files[str(own[0])][:_KEPT_DIGITS]
+    cached = [folder / path.name for path in own]
+    for path, sha256, content in zip(cached, files.values(), contents, strict=False):
+        if not _has_hash(path, sha256):
+            with atomic_path(path) as temporary:
+                content.tofile(temporary)
+    missing = [
+        path for path, there in zip(own, map(_has_hash, cached, files.values()), strict=True) if not there
     ]
-    if item.is_video and found:
-        name = Path(found[0].name)
-        part = 2
-        while (folder / f"{name.stem}-{part}{name.suffix}").exists():
-            found.append(Copy(0, part, f"{folder.name}/{name.stem}-{part}{name.suffix}"))
-            part += 1
-    return tuple(found)
+    if missing and contents:
+        raise ArtefactError(f"{missing[0]}: changed while the run began; start it again when it is complete")
+    return None if missing else cached[0]
+
+
+def _has_hash(path: Path, sha256: str) -> bool:
+    try:
+        return sha256_of(path) == sha256
+    except ArtefactError:
+        return False

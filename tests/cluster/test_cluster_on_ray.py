@@ -91,25 +91,21 @@ def test_workers_that_are_killed(write_clip, pictures, local, on_cluster, tmp_pa
     died = tmp_path / "died"
 
     class Mortal(DetectionWorker):  # inside the function, so that Ray sends the class itself
-        def __init__(self, version, job):
+        def __init__(self, job):
             from anchorline.cluster import worker
 
-            worker.CHUNK_BYTES = 1000  # so that a short clip is answered in many pieces
-            super().__init__(version, job)
+            worker.PIECE_BYTES = 1000  # so that a short clip is answered in many pieces
+            super().__init__(job)
 
-        def begin(self, item):
+        def answer(self, item):
             if any(path.endswith("5.png") for path in item.paths):
                 os.kill(os.getpid(), signal.SIGKILL)
-            self.clip, self.pieces = item.paths[0].endswith(".mp4"), 0
-            return super().begin(item)
-
-        def more(self):
-            self.pieces += 1
-            if self.clip and self.pieces == 3:  # two have been given: only the first worker dies of it
-                with contextlib.suppress(FileExistsError):
-                    died.touch(exist_ok=False)
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return super().more()
+            for number, piece in enumerate(super().answer(item)):
+                if item.is_video and number == 2:  # two have been given: only the first worker dies of it
+                    with contextlib.suppress(FileExistsError):
+                        died.touch(exist_ok=False)
+                        os.kill(os.getpid(), signal.SIGKILL)
+                yield piece
 
     clips = [write_clip(tmp_path / f"{index}.mp4", frames=100) for index in range(2)]
     expected, _ = local([*clips, *(path for path in pictures if path.name != "5.png")])
@@ -126,9 +122,9 @@ def test_the_model_is_sent_where_it_is_not(pictures, local, on_cluster, tmp_path
     cache, elsewhere = str(tmp_path / "cache"), str(tmp_path / "elsewhere" / "tiny.onnx")
 
     class Elsewhere(DetectionWorker):
-        def __init__(self, version, job):
+        def __init__(self, job):
             os.environ["XDG_CACHE_HOME"] = cache
-            super().__init__(version, replace(job, model=(replace(job.model[0], path=elsewhere),)))
+            super().__init__(replace(job, model=dict.fromkeys([elsewhere], *job.model.values())))
 
     expected, _ = local(pictures)
     assert on_cluster(pictures, worker_type=Elsewhere).answered == 8
@@ -146,8 +142,8 @@ def test_errors_of_the_workers_are_ours(pictures, on_cluster, tmp_path):
 @pytest.mark.slow
 def test_workers_that_refuse(pictures, on_cluster, tmp_path):
     class Older(DetectionWorker):
-        def __init__(self, version, job):
-            super().__init__("0.0.1", job)
+        def __init__(self, job):
+            super().__init__(replace(job, version="0.0.1"))
 
     with pytest.raises(SettingsError, match=r"and the command is 0\.0\.1; install the same version"):
         on_cluster(pictures, worker_type=Older)

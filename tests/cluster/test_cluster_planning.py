@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import threading
@@ -12,10 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchorline.cluster import ClusterError, connecting, detect_on_cluster
-from anchorline.cluster.connecting import Cluster, check_address
-from anchorline.cluster.fleet import why
-from anchorline.cluster.planning import make_items, plan_files
-from anchorline.cluster.work_queue import WorkQueue
+from anchorline.cluster.connecting import Cluster, check_address, why_dead
+from anchorline.cluster.detecting import make_items, plan_files
 from anchorline.runtime.io.errors import ArtefactError, DataError, SettingsError
 from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.paths import Item, plan_items
@@ -111,7 +110,7 @@ def test_nobody_answers():
 
 
 def test_what_ray_prints_stays_out_of_the_results(capsys):
-    with connecting._quiet_stdout():
+    with contextlib.redirect_stdout(connecting._WithoutRay(sys.stdout)):
         for name in ("ray_listen_error_messages", "another"):
             thread = threading.Thread(target=print, args=(name,), name=name)
             thread.start()
@@ -140,53 +139,22 @@ due to high memory usage, (2) ray stop --force was called. Consider uninformed k
     ],
 )
 def test_why_a_worker_died(text, reason):
-    assert why(RuntimeError(text)) == reason
+    assert why_dead(RuntimeError(text)) == reason
 
 
 def test_what_a_worker_takes():
     nodes = ((8.0, 0.0), (3.0, 0.0), (0.0, 0.0))
     cluster = Cluster(None, nodes)
-    assert cluster.shares("auto", False, None) == (3, 0)  # so that no machine is left out
+    assert cluster.shares("auto", None) == (3, 0)  # so that no machine is left out; an engine's ONNX file too
     assert cluster.room(3, 0) == 3
-    assert cluster.shares("cpu", False, 8) == (8, 0)
+    assert cluster.shares("cpu", 8) == (8, 0)
     assert cluster.room(8, 0) == 1
-    assert cluster.shares("auto", True, None) == (3, 0)  # an engine's ONNX file, on the CPU
     with pytest.raises(SettingsError, match=r"a worker needs 9 CPUs, .* has 8; lower --threads"):
-        cluster.shares("cpu", False, 9)
+        cluster.shares("cpu", 9)
     with pytest.raises(SettingsError, match="provider is 'cuda', but the cluster offers no GPU"):
-        cluster.shares("cuda", False, None)
+        cluster.shares("cuda", None)
     with_gpus = Cluster(None, ((16.0, 4.0), (16.0, 0.0)))
-    assert with_gpus.shares("auto", False, None) == (1, 1)
+    assert with_gpus.shares("auto", None) == (1, 1)
     assert with_gpus.room(1, 1) == 4
     assert with_gpus.room(8, 1) == 2
-    assert with_gpus.shares("cpu", False, None) == (4, 0)
-
-
-def test_the_queue(tmp_path):
-    paths = [tmp_path / f"{index}.png" for index in range(6)]
-    for path in paths:
-        path.touch()
-    queue = WorkQueue(make_items([Item(path, False, None) for path in paths], 1, 3), most_tries=2)
-    first, second, third = queue.take(), queue.take(), queue.take()
-    assert [len(item.paths) for item in (first, second, third)] == [2, 2, 2]
-    assert queue.take() is None
-    assert not queue.finished
-    assert not queue.failed(second)  # now in single files, before what comes later
-    queue.put_back(third)
-    queue.done()
-    order = [queue.take() for _ in range(3)]
-    assert [item.first for item in order] == [2, 3, 4]
-    assert queue.failed(order[0])
-    queue.done()
-    queue.done()
-    assert queue.finished
-
-
-def test_a_file_that_has_gone_is_answered_alone(tmp_path):
-    paths = [tmp_path / f"{index}.png" for index in range(3)]
-    for path in paths:
-        path.touch()
-    queue = WorkQueue(make_items([Item(path, False, None) for path in paths], 1, 12), most_tries=1)
-    paths[1].unlink()
-    taken = [queue.take() for _ in range(3)]
-    assert [item.sizes for item in taken] == [(0,), (None,), (0,)]
+    assert with_gpus.shares("cpu", None) == (4, 0)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from anchorline import __version__
+from anchorline.cluster import WorkerState
 from anchorline.cluster import worker as worker_module
-from anchorline.cluster.job import Job, WorkItem
-from anchorline.cluster.merging import Copies
-from anchorline.cluster.model_files import find_model, model_files, receive_model
-from anchorline.cluster.replies import Absent, Broken, Chunk, Done, NeedsModel, Ready, Refused
-from anchorline.cluster.worker import DetectionWorker
+from anchorline.cluster.outputs import Outputs
+from anchorline.cluster.worker import DetectionWorker, Job, NotHere, WorkItem, find_model, model_files
 from anchorline.runtime import Detector, detect
-from anchorline.runtime.io.errors import ArtefactError
+from anchorline.runtime.io.errors import ArtefactError, OutputError, SettingsError
 from anchorline.runtime.video.options import DetectOptions, Filters
 from anchorline.runtime.video.paths import Item
 
@@ -37,8 +37,8 @@ def opened(job):
     """``opened(**changes)``: a worker for the job that has opened its detector."""
 
     def start(**changes):
-        worker = DetectionWorker(__version__, replace(job, **changes))
-        assert isinstance(worker.open(), Ready)
+        worker = DetectionWorker(replace(job, **changes))
+        assert isinstance(worker.open(), WorkerState)
         return worker
 
     return start
@@ -49,17 +49,13 @@ def item_of(*paths, is_video=False):
 
 
 def whole_answer(worker, item):
-    """All lines of an item, and the last reply."""
-    reply, lines = worker.begin(item), b""
-    while isinstance(reply, Chunk):
-        lines += reply.lines
-        reply = worker.more()
-    return (lines + reply.last.lines if isinstance(reply, Done) else lines), reply
+    """All lines of an item, its frames, and the last piece."""
+    pieces = list(worker.answer(item))
+    return b"".join(piece.lines for piece in pieces), sum(piece.frames for piece in pieces), pieces[-1]
 
 
 def test_what_it_says_of_itself(job):
-    reply = DetectionWorker(__version__, job).open()
-    assert reply == Ready(platform.node(), os.getpid(), "cpu", "fp32")
+    assert DetectionWorker(job).open() == WorkerState(platform.node(), os.getpid(), "cpu", "fp32")
 
 
 @pytest.mark.parametrize(
@@ -83,69 +79,63 @@ def test_lines_and_warnings_are_those_of_the_local_run(options, opened, files, m
         item_of(sources[2]),
         item_of(sources[3], is_video=True),
     ):
-        found, reply = whole_answer(worker, item)
-        assert isinstance(reply, Done)
-        lines, warnings, frames = lines + found, warnings + list(reply.warnings), frames + reply.last.frames
+        found, count, last = whole_answer(worker, item)
+        lines, warnings, frames = lines + found, warnings + list(last.warnings), frames + count
     assert lines == (tmp_path / "local.jsonl").read_bytes()
     assert tuple(warnings) == local.warnings
     assert frames == local.frames == len(lines.splitlines())
-    assert reply.unreadable == warnings[-1]
-    assert str(sources[3]) in reply.unreadable
+    assert last.unreadable == warnings[-1]
+    assert str(sources[3]) in last.unreadable
 
 
 def test_an_answer_comes_in_pieces(opened, write_clip, tmp_path, monkeypatch):
-    monkeypatch.setattr(worker_module, "CHUNK_BYTES", 400)
+    monkeypatch.setattr(worker_module, "PIECE_BYTES", 400)
     item = item_of(write_clip(tmp_path / "clip.mp4", 30), is_video=True)
     worker = opened()
-    pieces, reply = [], worker.begin(item)
-    while isinstance(reply, Chunk):
-        pieces.append(reply)
-        reply = worker.more()
+    pieces = list(worker.answer(item))
     assert len(pieces) > 10
     assert all(piece.frames == len(piece.lines.splitlines()) <= 4 for piece in pieces)
-    assert sum(piece.frames for piece in [*pieces, reply.last]) == 30
+    assert sum(piece.frames for piece in pieces) == 30
     assert len(pieces[0].times["decode"]) == pieces[0].frames
-    assert whole_answer(worker, item)[0] == b"".join(piece.lines for piece in [*pieces, reply.last])
+    assert whole_answer(worker, item)[0] == b"".join(piece.lines for piece in pieces)
 
 
 def test_no_lines_where_none_are_wanted(opened, write_clip, tmp_path):
     item = item_of(write_clip(tmp_path / "clip.mp4"), is_video=True)
-    lines, reply = whole_answer(opened(options=DetectOptions(provider="cpu")), item)
-    assert (lines, reply.last.frames, reply.last.detections) == (b"", 12, 12)
+    lines, frames, _ = whole_answer(opened(options=DetectOptions(provider="cpu")), item)
+    assert (lines, frames) == (b"", 12)
 
 
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"options": DetectOptions(provider="magic")}, "SettingsError", "provider is 'magic'"),
+        ({"options": DetectOptions(provider="magic")}, SettingsError, "provider is 'magic'"),
         (
             {"options": DetectOptions(score_threshold=0.001)},
-            "SettingsError",
+            SettingsError,
             "already drops scores up to 0.01",
         ),
         (
             {"options": DetectOptions(filters=Filters(classes=("cat",)))},
-            "SettingsError",
+            SettingsError,
             "knows no class 'cat'",
         ),
         (
-            {"copies": "out/.hidden", "token": "x"},
-            "OutputError",
+            {"copies": Path("out/.hidden")},
+            OutputError,
             "out: copies are saved in a folder that all",
         ),
     ],
 )
 def test_it_refuses_what_it_cannot_do(changes, kind, message, job):
-    reply = DetectionWorker(__version__, replace(job, **changes)).open()
-    assert isinstance(reply, Refused)
-    assert reply.kind == kind
-    assert message in reply.text
+    with pytest.raises(kind, match=rf"^{re.escape(platform.node())}: .*{message}"):
+        DetectionWorker(replace(job, **changes)).open()
 
 
 def test_it_refuses_another_version(job):
-    reply = DetectionWorker("0.0.1", job).open()
-    assert isinstance(reply, Refused)
-    assert f"anchorline {__version__} is installed there, and the command is 0.0.1" in reply.text
+    message = f"anchorline {__version__} is installed there, and the command is 0.0.1"
+    with pytest.raises(SettingsError, match=message):
+        DetectionWorker(replace(job, version="0.0.1")).open()
 
 
 def test_a_batch_that_the_model_does_not_take(job, monkeypatch):
@@ -155,42 +145,42 @@ def test_a_batch_that_the_model_does_not_take(job, monkeypatch):
             return replace(super().contract, max_batch=2)
 
     monkeypatch.setattr("anchorline.runtime.detector.Detector", Small)
-    reply = DetectionWorker(__version__, replace(job, options=DetectOptions(batch=3))).open()
-    assert isinstance(reply, Refused)
-    assert "at most 2 frames" in reply.text
+    with pytest.raises(SettingsError, match="at most 2 frames"):
+        DetectionWorker(replace(job, options=DetectOptions(batch=3))).open()
 
 
 def test_files_that_are_not_here(opened, write_picture, tmp_path):
     worker = opened()
     item = item_of(write_picture(tmp_path / "a.png", 100))
-    assert isinstance(whole_answer(worker, item)[1], Done)
-    for reply in (
-        worker.begin(replace(item, sizes=(item.sizes[0] + 1,))),  # another file under this name
-        worker.begin(replace(item, paths=("b.png",))),
+    assert whole_answer(worker, item)[1] == 1
+    message = f"not on {re.escape(platform.node())}, or another file"
+    for other in (
+        replace(item, sizes=(item.sizes[0] + 1,)),  # another file under this name
+        replace(item, paths=("b.png",)),
     ):
-        assert isinstance(reply, Absent)
-        assert f"not on {platform.node()}, or another file" in reply.text
+        with pytest.raises(NotHere, match=message):
+            whole_answer(worker, other)
 
 
 def test_files_that_have_gone_everywhere(opened, write_picture, write_clip, tmp_path):
     worker = opened()
     for path in (write_picture(tmp_path / "a.png", 100), write_clip(tmp_path / "a.mp4")):
         path.unlink()
-        reply = worker.begin(item_of(path, is_video=path.suffix == ".mp4"))
-        assert isinstance(reply, Done)
-        assert f"{path}: no such file" in reply.unreadable
-        assert reply.warnings == (reply.unreadable,)
+        (piece,) = worker.answer(item_of(path, is_video=path.suffix == ".mp4"))
+        assert f"{path}: no such file" in piece.unreadable
+        assert piece.warnings == (piece.unreadable,)
 
 
-def test_what_the_computation_raises_is_told(opened, write_picture, tmp_path, monkeypatch):
+def test_what_the_computation_raises_is_no_complaint_about_the_file(
+    opened, write_picture, tmp_path, monkeypatch
+):
     def broken(self, frames):
         raise RuntimeError("two\nlines")
 
     worker = opened()
     monkeypatch.setattr(Detector, "batch", broken)
-    item = item_of(write_picture(tmp_path / "a.png", 100))
-    assert worker.begin(item) == Broken("RuntimeError: two lines")
-    assert isinstance(worker.more(), Broken)  # and there is no more of it
+    with pytest.raises(RuntimeError, match="two\nlines"):
+        whole_answer(worker, item_of(write_picture(tmp_path / "a.png", 100)))
 
 
 def test_copies_wait_in_the_folder_for_them(opened, write_clip, write_picture, tmp_path):
@@ -200,38 +190,38 @@ def test_copies_wait_in_the_folder_for_them(opened, write_clip, write_picture, t
     files = [
         Item(path, path == clip, target) for path, target in zip([*pictures, clip], targets, strict=True)
     ]
-    with Copies(files) as copies:
-        worker = opened(copies=str(copies.folder), token=copies.token)
+    with Outputs(files, None) as outputs:
+        worker = opened(copies=outputs.copies)
         for item in (item_of(*pictures), replace(item_of(clip, is_video=True), first=2)):
-            reply = whole_answer(worker, item)[1]
+            whole_answer(worker, item)
             assert not any(target.exists() for target in targets[item.first :])
-            copies.publish(item, reply.copies)
+            outputs.answered(item)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a-2.png", "a.png", "clip.mp4"]
 
 
 # The model
 
 
+def elsewhere(job, path="elsewhere/tiny.onnx"):
+    """The job with the model at a path where it is not."""
+    return replace(job, model=dict.fromkeys([str(Path(job.folder, path))], *job.model.values()))
+
+
 def test_the_model_is_used_where_it_is(job, model):
-    assert find_model(job.model) == (model, [])
+    assert find_model(job.model) == model
 
 
-def test_a_model_that_is_not_here_is_sent_once(job, model, tmp_path):
-    moved = replace(job.model[0], path=str(tmp_path / "elsewhere" / "tiny.onnx"))
-    elsewhere = replace(job, model=(moved,))
-    assert DetectionWorker(__version__, elsewhere).open() == NeedsModel((0,))
-    content = np.fromfile(model, np.uint8)
-    assert isinstance(DetectionWorker(__version__, elsewhere).open([0], content), Ready)
-    assert isinstance(DetectionWorker(__version__, elsewhere).open(), Ready)  # from the cache
+def test_a_model_that_is_not_here_is_sent_once(job, model):
+    assert DetectionWorker(elsewhere(job)).open() is None
+    assert isinstance(DetectionWorker(elsewhere(job)).open(np.fromfile(model, np.uint8)), WorkerState)
+    assert isinstance(DetectionWorker(elsewhere(job)).open(), WorkerState)  # from the cache
 
 
 def test_another_model_under_the_same_name_is_not_used(job, tmp_path):
-    path = tmp_path / "tiny.onnx"
-    path.write_bytes(b"another")
-    assert find_model((replace(job.model[0], path=str(path)),)) == (None, [0])
+    (tmp_path / "tiny.onnx").write_bytes(b"another")
+    assert find_model(elsewhere(job, "tiny.onnx").model) is None
 
 
-def test_a_model_that_changes_on_the_way(job, tmp_path):
-    moved = replace(job.model[0], path=str(tmp_path / "elsewhere" / "tiny.onnx"))
+def test_a_model_that_changes_on_the_way(job):
     with pytest.raises(ArtefactError, match="changed while the run began"):
-        receive_model((moved,), {0: np.zeros(3, np.uint8)})
+        find_model(elsewhere(job).model, [np.zeros(3, np.uint8)])

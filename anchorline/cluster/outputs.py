@@ -1,0 +1,133 @@
+"""Putting the answers together: JSON lines in the order of the files, copies under their names."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from anchorline.cluster.worker import WorkItem
+from anchorline.runtime.io.files import discard, is_stream, output_errors
+from anchorline.runtime.video.paths import Item, add_targets
+from anchorline.runtime.video.sinks import JsonLines
+
+
+class Outputs:
+    """The lines and annotated copies of ``files``, whose items are answered in any order.
+
+    Lines that come before their turn wait in files beside the output, not in memory; ``jsonl`` is as for
+    ``JsonLines``, and None keeps no lines. Workers write copies into the hidden folder ``copies`` beside
+    the targets (None where there are none), and each gets its name, whole, when its item is answered.
+
+    A context manager, which completes the lines with what there is (files without an answer are left
+    out), or drops them after an error. Raises ``OutputError``.
+    """
+
+    def __init__(self, files: Sequence[Item], jsonl: str | Path | None) -> None:
+        self._targets = [file.target for file in files]
+        self._taken = {target for target in self._targets if target is not None}
+        self._next = 0
+        self._waiting: dict[int, int] = {}  # complete before their turn: the first file to how many
+        self._sink: JsonLines | None = None
+        self.copies: Path | None = None
+        with contextlib.ExitStack() as undo:
+            if self._taken:
+                place = next(iter(self._taken)).parent.absolute()
+                self.copies = undo.enter_context(_hidden_folder(place))
+            if jsonl is not None:
+                self._sink = JsonLines(jsonl)
+                undo.callback(self._sink.abandon)  # of no effect on one that is closed
+                place = Path(jsonl).parent
+                beside = str(jsonl) != "-" and not is_stream(Path(jsonl)) and os.access(place, os.W_OK)
+                self._parts = undo.enter_context(
+                    _hidden_folder(place if beside else Path(tempfile.gettempdir()))
+                )
+            self._undo = undo.pop_all()
+
+    def add(self, item: WorkItem, lines: bytes | bytearray) -> None:
+        """Whole lines of an item that is worked on."""
+        if self._sink is not None and lines:
+            path = self._parts / str(item.first)
+            with output_errors(path), path.open("ab") as file:
+                file.write(lines)
+
+    def drop(self, item: WorkItem) -> None:
+        """Forget the lines of a try that has failed."""
+        if self._sink is not None:
+            discard(self._parts / str(item.first))
+
+    def answered(self, item: WorkItem) -> None:
+        """The item's lines and copies are there."""
+        if self.copies is not None:
+            paths = [Path(path) for path in item.paths]
+            written = add_targets(paths, item.folder_in(self.copies), single=False)  # as the worker did
+            for file, target in zip(written, self._targets[item.first :], strict=False):
+                if file.target is not None and target is not None:
+                    self._name(file.target, target, file.is_video)
+        self.ended(item)
+
+    def ended(self, item: WorkItem) -> None:
+        """Nothing more comes of the item; a second time is a mistake of the caller."""
+        if item.first < self._next or item.first in self._waiting:
+            raise RuntimeError(f"{item.describe()}: answered twice")
+        self._waiting[item.first] = len(item.paths)
+        while self._next in self._waiting:
+            first = self._next
+            self._next += self._waiting.pop(first)
+            self._write(first)
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._undo:
+            if self._sink is not None and kind is None:
+                for first in sorted(self._waiting):
+                    self._write(first)
+                self._sink.close()
+
+    def _write(self, first: int) -> None:
+        """Its turn has come."""
+        if self._sink is None or not (self._parts / str(first)).exists():
+            return
+        with (self._parts / str(first)).open(encoding="utf-8", newline="\n") as file:
+            for line in file:
+                self._sink.write_line(line)
+        discard(self._parts / str(first))
+
+    def _name(self, written: Path, target: Path, is_video: bool) -> None:
+        """Move a copy to its target, and further parts of a video whose pictures change their size midway."""
+        for number in itertools.count(1):
+            part = written if number == 1 else written.with_name(f"{written.stem}-{number}{written.suffix}")
+            if not part.exists() or (number > 1 and not is_video):
+                return
+            place = target
+            if number > 1:
+                names = (target.with_name(f"{target.stem}-{n}{target.suffix}") for n in itertools.count(2))
+                place = next(name for name in names if name not in self._taken)
+                self._taken.add(place)
+            with output_errors(place):
+                os.replace(part, place)
+
+
+@contextlib.contextmanager
+def _hidden_folder(place: Path) -> Iterator[Path]:
+    """A folder inside ``place``, which is made where it is missing and then goes if nothing else is there."""
+    made = not place.exists()
+    with output_errors(place):
+        place.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=".anchorline-", dir=place)
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):
+                place.rmdir()
