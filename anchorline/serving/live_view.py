@@ -1,12 +1,26 @@
-"""A run in the browser: the sink that the pipeline writes to, and the server that shows it."""
+"""A run in the browser: the sink that the pipeline writes to, where it is served, and the server."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
+import ipaddress
+import logging
+import os
+import re
+import socket
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from anchorline.runtime.io.errors import SettingsError
 from anchorline.runtime.video.frames import Result
@@ -14,7 +28,28 @@ from anchorline.runtime.video.pipeline import VideoPipeline
 from anchorline.serving.access import Gate
 from anchorline.serving.application import Pages, content_policy, read_page
 from anchorline.serving.live_state import LiveState
-from anchorline.serving.server import Address, Server, listen, parse_address
+
+_LOOPBACK = "127.0.0.1"
+_FORM = re.compile(r"(?:(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):)?(\d{1,5})")
+_LAST_PORT = 65535
+_BACKLOG = 128
+# What the kernel may hold for one viewer. Its own choice grows to megabytes, seconds of pictures that
+# a slow viewer would have to see before the newest one.
+_SEND_BUFFER = 256 * 1024
+_REASONS = {
+    errno.EADDRINUSE: "port {port} is in use; end the program that has it, or choose another port",
+    errno.EACCES: "port {port} is for the system's services; choose one from 1024 on",
+    errno.EADDRNOTAVAIL: "{host} is no address of this machine; expected one of its own, or 127.0.0.1",
+}
+_IDLE_SECONDS = 15.0  # that a connection may take to send a request, or to take the last of an answer
+_MOST_CONNECTIONS = 256
+_LEAVE_SECONDS = 1  # that connections get to end in good order
+
+# Nonsense from outside is no event, and our own mistakes are logged by the gate. uvicorn's own loggers are
+# left alone: they may be those of the program that we run in.
+_nowhere = logging.getLogger("anchorline.live.http")
+_nowhere.addHandler(logging.NullHandler())
+_nowhere.propagate = False
 
 
 class LiveView:
@@ -94,3 +129,123 @@ class LiveView:
             self._server.run([self._socket])
         except BaseException as error:  # SystemExit included, which is uvicorn's way to fail
             self._error = error
+
+
+@dataclass(frozen=True)
+class Address:
+    """A host (name or IP address, IPv6 without brackets) and a port; 0 is any free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return ipaddress.ip_address(self.host.partition("%")[0]).is_loopback
+
+    @property
+    def url(self) -> str:
+        """The address for a browser on this machine."""
+        anywhere = ipaddress.ip_address(self.host.partition("%")[0]).is_unspecified
+        return f"http://{Address('localhost', self.port) if anywhere else self}/"
+
+
+def parse_address(text: str) -> Address:
+    """``HOST:PORT``, ``[IPV6]:PORT``, or a port alone for this machine only; else ``SettingsError``."""
+    matched = _FORM.fullmatch(text.strip())
+    if matched is None or int(matched.group(2)) > _LAST_PORT:
+        raise SettingsError(
+            f"the address to serve at is {text!r}; expected HOST:PORT such as {_LOOPBACK}:8080, "
+            f"with a port from 0 (any free one) to {_LAST_PORT}"
+        )
+    return Address((matched.group(1) or _LOOPBACK).strip("[]"), int(matched.group(2)))
+
+
+def listen(address: Address) -> socket.socket:
+    """A socket that listens there, so that nobody else can take the port. Raises ``SettingsError``."""
+    host, port = address.host, address.port
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, place = min(found, key=lambda each: each[0] != socket.AF_INET)
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        opened = socket.create_server(place, family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+    except (socket.gaierror, UnicodeError):
+        reason = f"there is no host {host!r}; expected this machine's name or IP address"
+        raise SettingsError(f"{address}: {reason}") from None
+    except OSError as error:
+        number = error.errno or 0
+        reason = _REASONS.get(number, f"cannot be served at ({os.strerror(number)}); choose another address")
+        raise SettingsError(f"{address}: {reason.format(host=host, port=port)}") from None
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)  # for all that it accepts
+    return opened
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's, whose ``limit_concurrency`` and ``timeout_keep_alive`` wait for a request.
+
+    Here a connection also ends that sends none or does not take its answer, or that is one too many.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.logger = _nowhere
+        self.access_log = False  # it would show tokens
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.app_state = {"abort": transport.abort}  # the ``state`` of each request
+        self._idle = self.loop.call_later(_IDLE_SECONDS, transport.abort)
+        if len(self.connections) > _MOST_CONNECTIONS:
+            transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._is_answering():
+            self._idle.cancel()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()  # goes on to the next request where it is there
+        self._idle.cancel()
+        if not self._is_answering():
+            self._idle = self.loop.call_later(_IDLE_SECONDS, self.transport.abort)
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse; where an answer is under way already, only cut the connection."""
+        try:
+            super().send_400_response(msg)
+        except h11.LocalProtocolError:
+            self.transport.abort()
+
+
+class Server(uvicorn.Server):
+    """Serves ``app`` over HTTP/1.1, quietly; ``run`` takes the sockets and blocks until ``should_exit``."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        config = uvicorn.Config(
+            app,
+            http=_Protocol,
+            loop="asyncio",
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            log_config=None,
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=2 * _LEAVE_SECONDS,
+        )
+        super().__init__(config)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Also cuts the connections of who does not read, for which uvicorn would wait and then complain."""
+        asyncio.get_running_loop().call_later(_LEAVE_SECONDS, self._abort_all)
+        await super().shutdown(sockets)
+
+    def _abort_all(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()

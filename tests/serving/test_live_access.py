@@ -9,8 +9,7 @@ import socket
 import pytest
 
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.serving.live_view import LiveView
-from anchorline.serving.server import Address, parse_address
+from anchorline.serving.live_view import Address, LiveView, parse_address
 
 TOKEN = "correct-horse-7"
 PATHS = ("/", "/feed", "/stream/0", "/status", "/metrics", "/nothing", "/controls")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from anchorline.runtime.video.frames import Result, Stream
-from anchorline.serving import application, painting, server
+from anchorline.serving import application, live_view, painting
 from anchorline.serving.painting import Painter
 
 
@@ -144,7 +144,7 @@ def test_there_is_an_end_to_the_number_of_viewers(run, monkeypatch, until):
 def test_connections_that_ask_nothing_are_ended(run, monkeypatch):
     with dialled(run.port, *ASKING) as watching:
         assert watching.recv(4) == b"HTTP"
-        monkeypatch.setattr(server, "_IDLE_SECONDS", 0.3)
+        monkeypatch.setattr(live_view, "_IDLE_SECONDS", 0.3)
         for lines in ((), ("GET / HTTP/1.1", "Host: localh")):
             with dialled(run.port, *lines) as opened, contextlib.suppress(ConnectionError):
                 assert opened.recv(10) == b""
@@ -153,7 +153,7 @@ def test_connections_that_ask_nothing_are_ended(run, monkeypatch):
 
 
 def test_there_is_an_end_to_the_number_of_connections(run, monkeypatch, until):
-    monkeypatch.setattr(server, "_MOST_CONNECTIONS", 3)
+    monkeypatch.setattr(live_view, "_MOST_CONNECTIONS", 3)
 
     def is_open(opened):
         opened.settimeout(0.01)
