@@ -24,8 +24,7 @@ from anchorline.runtime import Detector, GpuError, GpuOptions
 from anchorline.runtime.canvas import place, to_canvas
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.tensorrt.cuda import CUDA_PACKAGES, Cuda, open_cuda
-from anchorline.runtime.tensorrt.frames import DeviceFrame
-from anchorline.runtime.tensorrt.preprocess import GpuPreprocessor
+from anchorline.runtime.tensorrt.frames import DeviceFrame, FrameIntake
 
 SIZES = {"1080p": (1080, 1920), "4K": (2160, 3840)}
 CANVAS = (800, 1088)
@@ -73,7 +72,7 @@ def measure(cuda: Cuda, size: tuple[int, int]) -> dict[str, float]:
     frame = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     placement = place(size, CANVAS, contract.resize)
     canvas = np.empty((*CANVAS, 3), np.uint8)
-    stream, preprocess = cuda.create_stream(), GpuPreprocessor(cuda, contract)
+    stream, intake = cuda.create_stream(), FrameIntake(cuda, contract)
     pinned = cuda.allocate_pinned(frame.nbytes)
     source = cuda.allocate(frame.nbytes, "a frame", "")
     target = cuda.allocate(canvas.nbytes + 8, "a canvas", "")
@@ -85,7 +84,7 @@ def measure(cuda: Cuda, size: tuple[int, int]) -> dict[str, float]:
             cuda, stream, lambda: cuda.copy_in(target, pinned, canvas.nbytes, stream)
         ),
         "kernel_us": on_events(
-            cuda, stream, lambda: preprocess(on_gpu, placement, target, image_size, stream)
+            cuda, stream, lambda: intake.to_canvas(on_gpu, placement, target, image_size, stream)
         ),
         "cpu_letterbox_us": on_clock(lambda: to_canvas(frame, placement, canvas)),
     }

@@ -18,8 +18,8 @@ import torch
 import torchvision
 from record import append_row
 
-from anchorline.runtime.tensorrt.plugins import driver
-from anchorline.runtime.tensorrt.plugins.ops import BatchedNMS, Call
+from anchorline.runtime.tensorrt import plugins
+from anchorline.runtime.tensorrt.plugins import BatchedNMS, Call
 
 CASES = ((5, 1000), (90, 1000), (40, 1000), (1, 6000))
 IOU, SCORE = 0.5, 0.0
@@ -84,7 +84,7 @@ def prepared(
             kept.data_ptr(),
             scratch.data_ptr(),
         )
-        driver.launch(op.launches(call), torch.cuda.current_stream().cuda_stream)
+        plugins.launch(op.launches(call), torch.cuda.current_stream().cuda_stream)
 
     return kept, run
 

@@ -20,12 +20,10 @@ from numpy.typing import NDArray
 
 from anchorline import __version__
 from anchorline.cluster.summary import WorkerState
-from anchorline.runtime.backends.openvino import cache_folder
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, DataError, OutputError, SettingsError
-from anchorline.runtime.io.files import atomic_path, output_errors, sha256_of
-from anchorline.runtime.tensorrt.engine import onnx_of
-from anchorline.runtime.tensorrt.manifest import manifest_path, read_manifest
+from anchorline.runtime.io.files import atomic_path, cache_folder, output_errors, sha256_of
+from anchorline.runtime.tensorrt.manifest import manifest_path, onnx_of, read_manifest
 from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.paths import Item
 from anchorline.runtime.video.pipeline import VideoPipeline, batch_size
@@ -240,7 +238,7 @@ def find_model(files: Mapping[str, str], contents: Sequence[NDArray[np.uint8]] =
     own = [Path(path) for path in files]
     if all(map(_has_hash, own, files.values())):
         return own[0]
-    folder = cache_folder().with_name("models") / files[str(own[0])][:_KEPT_DIGITS]
+    folder = cache_folder() / "models" / files[str(own[0])][:_KEPT_DIGITS]
     cached = [folder / path.name for path in own]
     for path, sha256, content in zip(cached, files.values(), contents, strict=False):
         if not _has_hash(path, sha256):

@@ -13,8 +13,8 @@ from anchorline.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from anchorline.runtime.backends.selection import open_backend
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError
 from anchorline.runtime.io.files import sha256_of
+from anchorline.runtime.tensorrt.cuda import GpuOptions
 from anchorline.runtime.tensorrt.manifest import EngineManifest
-from anchorline.runtime.tensorrt.options import GpuOptions
 
 # The providers of onnxruntime that run ONNX files, by their name on the command line: onnxruntime's own
 # name, and the package that brings it. All but the first need an NVIDIA GPU.

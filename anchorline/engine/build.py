@@ -24,9 +24,9 @@ from anchorline.engine.toolkit import Progress, Toolkit, layer_report, load_tool
 from anchorline.runtime.contract import DOMAIN
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
 from anchorline.runtime.io.files import atomic_path, sha256_of, write_json
+from anchorline.runtime.tensorrt.kernels import source_hash
 from anchorline.runtime.tensorrt.manifest import EngineManifest, manifest_path, read_manifest
 from anchorline.runtime.tensorrt.plugins import PLUGIN_NAMESPACE, PLUGIN_VERSION, PLUGINS
-from anchorline.runtime.tensorrt.plugins.images import source_hash
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def load_toolkit(options: BuildOptions) -> Toolkit:
 def current_gpu() -> tuple[str, int]:
     """Name and compute capability (86 for 8.6) of the first GPU; raises ``SettingsError`` without one."""
     try:
-        from anchorline.runtime.tensorrt.plugins.driver import first_gpu
+        from anchorline.runtime.tensorrt.cuda import first_gpu
 
         return first_gpu()
     except ModuleNotFoundError as error:

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anchorline.runtime.canvas import Nv12 as Nv12
     from anchorline.runtime.contract import Contract as Contract
     from anchorline.runtime.detections import Detections as Detections
     from anchorline.runtime.detector import Detector as Detector
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from anchorline.runtime.io.images import find_images as find_images
     from anchorline.runtime.io.images import read_image as read_image
     from anchorline.runtime.io.images import write_image as write_image
-    from anchorline.runtime.tensorrt.frames import Nv12 as Nv12
-    from anchorline.runtime.tensorrt.options import GpuOptions as GpuOptions
+    from anchorline.runtime.tensorrt.cuda import GpuOptions as GpuOptions
     from anchorline.runtime.tracking import ObjectTracker as ObjectTracker
     from anchorline.runtime.video.detection import detect as detect
     from anchorline.runtime.video.files import VideoReader as VideoReader
@@ -53,9 +53,9 @@ _MODULES = {
     "Filters": "video.options",
     "FrameError": "io.errors",
     "GpuError": "io.errors",
-    "GpuOptions": "tensorrt.options",
+    "GpuOptions": "tensorrt.cuda",
     "LatestFrame": "video.sinks",
-    "Nv12": "tensorrt.frames",
+    "Nv12": "canvas",
     "ObjectTracker": "tracking",
     "OutputError": "io.errors",
     "ParityError": "io.errors",

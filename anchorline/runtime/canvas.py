@@ -11,7 +11,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import cv2
 import numpy as np
@@ -21,28 +21,25 @@ from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import ArtefactError, DataError, FrameError
 
-# Pillow's antialiased bilinear resize, to the last bit, for models whose source library resizes so.
-#
-# As ``PIL.Image.resize(size, Resampling.BILINEAR)`` on 8-bit pixels (Pillow, src/libImaging/Resample.c),
-# which is what Detectron2 does: a triangle filter that grows wider as the picture shrinks, with weights of
-# 22 bits after the point; first across, then down, rounded to whole grey levels after each. (Pillow 13 goes
-# down first for pictures that shrink and are more than about twice as tall as wide, which moves single
-# pixels by one grey level.)
-#
-# Each pass is a few products with small matrices, some rows of the result at a time. The weights go in as two
-# halves of 11 bits, so that every sum is a whole number that a float32 holds exactly: products in float32 are
-# what NumPy does fastest, and nothing is rounded but where Pillow rounds.
+# What a resize of frames has to reproduce to the last bit depends on the library that the model comes from:
+# OpenCV's own bilinear one, Pillow's antialiased one (Detectron2), or PyTorch's in float32.
 
+COARSEST_STRIDE = 32
+PROPOSAL_NAMES = ("object",)
 
-_BITS = 22  # PRECISION_BITS of Resample.c
+_BITS = 22  # of Pillow's weights after the point, PRECISION_BITS of Resample.c
 _HALF = _BITS // 2
 _ROWS = 8  # of the result in one product
 _FLOAT32_TAPS = 32  # with more, 2**8 grey levels times 2**11 a tap can add up to more than 2**24
 _WIDEST = 1024  # taps of all rows in one product, so that a matrix stays small for extreme shrinking
+_STRIP = 32  # rows at a time, so that what lies between two steps stays in the processor's cache
+_NO_MAP = np.empty(0, np.uint16)  # cv2.remap's second map holds fractions, and these are whole pixels
+_REMAP_LIMIT = 32767  # pixels a side, cv2.remap's coordinates being 16-bit numbers
+_BGR = "Expected a frame as uint8 BGR array of shape [H, W, 3]"
+_NV12 = "Expected an NV12 frame as uint8 of shape [H * 3 / 2, W] with even H and W"
 
 
-@dataclass(frozen=True)
-class _Block:
+class _Block(NamedTuple):
     """Some rows of the result: ``weights`` [2 * rows, inputs], all high halves before all low ones."""
 
     outputs: slice
@@ -53,7 +50,13 @@ class _Block:
 def resize_antialiased(
     frame: NDArray[np.uint8], out: NDArray[np.uint8] | NDArray[np.float32]
 ) -> NDArray[np.uint8] | NDArray[np.float32]:
-    """Resize ``frame`` (uint8 [H, W, 3]) into ``out`` ([height, width, 3], whole grey levels); returns it."""
+    """Resize ``frame`` (uint8 [H, W, 3]) into ``out`` ([height, width, 3], whole grey levels); returns it.
+
+    As ``PIL.Image.resize(size, Resampling.BILINEAR)`` on 8-bit pixels (Pillow, src/libImaging/Resample.c): a
+    triangle filter that grows wider as the picture shrinks; first across, then down, rounded to whole grey
+    levels after each. (Pillow 13 goes down first for pictures that shrink and are more than about twice as
+    tall as wide, which moves single pixels by one grey level.)
+    """
     height, width = out.shape[:2]
     if frame.shape[1] != width:
         columns = np.empty((width, len(frame), 3), np.uint8)
@@ -67,7 +70,11 @@ def resize_antialiased(
 
 
 def _resize_rows(rows: NDArray[np.uint8], out: NDArray[np.uint8] | NDArray[np.float32]) -> None:
-    """Resize ``rows`` [n, w, 3] along the first axis into ``out`` [m, w, 3]."""
+    """Resize ``rows`` [n, w, 3] along the first axis into ``out`` [m, w, 3], by a few products of matrices.
+
+    The weights go in as two halves of 11 bits, so that every sum is a whole number that a float32 holds
+    exactly, and nothing is rounded but where Pillow rounds.
+    """
     flat = rows.reshape(len(rows), -1)
     for block in _blocks(len(rows), len(out)):
         sums = block.weights @ flat[block.inputs].astype(block.weights.dtype)
@@ -121,21 +128,13 @@ def _weights(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.in
     return first, (weights * 2.0**_BITS + 0.5).astype(np.int64)
 
 
-# Bilinear resizing in float32 with PyTorch's arithmetic, for models whose source library resizes so.
-#
-# As ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)``. OpenCV's float resize
-# differs from it by up to 0.003 grey levels, since it computes the sampling places in double precision
-# where PyTorch computes them in single; a detector's scores then differ by four times as much as
-# rounding alone explains.
-
-
-_STRIP = 32  # rows at a time, so that what lies between two steps stays in the processor's cache
-_NO_MAP = np.empty(0, np.uint16)  # cv2.remap's second map holds fractions, and these are whole pixels
-_REMAP_LIMIT = 32767  # pixels a side, cv2.remap's coordinates being 16-bit numbers
-
-
 def resize_float(frame: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
-    """Resize ``frame`` (uint8 [H, W, 3]) into ``out`` (float32 [height, width, 3])."""
+    """Resize ``frame`` (uint8 [H, W, 3]) into ``out`` (float32 [height, width, 3]), bilinearly.
+
+    As ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)``. OpenCV's float resize is up
+    to 0.003 grey levels off, since it computes the sampling places in double precision where PyTorch
+    computes them in single; scores then differ by four times as much as rounding alone explains.
+    """
     height, width = out.shape[:2]
     upper, lower, down = _taps(frame.shape[0], height)
     left, right, across = _columns(frame.shape[1], width)
@@ -203,9 +202,6 @@ def _taps(source: int, target: int) -> tuple[NDArray[np.intp], NDArray[np.intp],
     return first, second, np.clip(place - first, 0, 1).astype(np.float32)
 
 
-COARSEST_STRIDE = 32
-
-
 @dataclass(frozen=True)
 class Placement:
     """Where a frame lies on its canvas: ``source`` and ``valid`` are its (height, width) in pixels
@@ -246,9 +242,9 @@ def place(source_size: tuple[int, int], canvas: tuple[int, int], resize: ResizeR
 def _scaled_by_rule(height: int, width: int, resize: ResizeRule) -> tuple[int, int] | None:
     """The size that ``resize`` alone asks for; ``None`` when it sets no bound.
 
-        In double precision, as in torchvision's ``GeneralizedRCNNTransform`` and
-        ``torch.nn.functional.interpolate``: 97 x 97 at a shorter side of 800 becomes 799 x 799 there. To the
-    X"""
+    In double precision, as in torchvision's ``GeneralizedRCNNTransform`` and
+    ``torch.nn.functional.interpolate``: 97 x 97 at a shorter side of 800 becomes 799 x 799 there.
+    """
     scales = []
     if resize.shorter_side is not None:
         scales.append(resize.shorter_side / min(height, width))
@@ -271,7 +267,7 @@ def to_canvas(
     """Resize ``frame`` (uint8 [H, W, 3]) into the top left of ``out`` and zero the rest.
 
     ``out`` is the canvas [CH, CW, 3], uint8 or float32, and may hold anything before. Bilinearly, a float32
-    canvas is filled as PyTorch resizes (see ``float_resize``), without rounding to whole grey levels.
+    canvas is filled as PyTorch resizes (``resize_float``), without rounding to whole grey levels.
     """
     height, width = placement.valid
     if frame.strides[1:] != (3, 1) or frame.strides[0] < 0:
@@ -305,29 +301,58 @@ def _factors(placement: Placement) -> NDArray[np.float64]:
     return np.array([placement.scale_x, placement.scale_y, placement.scale_x, placement.scale_y])
 
 
-# Frames of any size to the network's input batch.
+@dataclass(frozen=True)
+class Nv12:
+    """A frame in NV12: uint8 [H * 3 / 2, W], luma over interleaved chroma, on the host or on the GPU.
+
+    The colours are ITU-R BT.601 in its limited range, as in OpenCV's ``COLOR_YUV2BGR_NV12``.
+    """
+
+    pixels: Any
 
 
-_EXPECTATION = "Expected a frame as uint8 BGR array of shape [H, W, 3]"
+def nv12_size(shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
+    """Height and width of an NV12 frame whose pixels are so; ``FrameError`` for what is none."""
+    fits = len(shape) == 2 and 0 not in shape and shape[0] % 3 == 0 and shape[1] % 2 == 0
+    if dtype != "uint8" or not fits:
+        raise FrameError(f"{_NV12}, got {dtype} {list(shape)}")
+    return shape[0] * 2 // 3, shape[1]
+
+
+def frame_size(frame: Any) -> tuple[int, int]:
+    """Height and width of a checked frame of the host; ``FrameError`` for an ``Nv12`` that is none."""
+    if not isinstance(frame, Nv12):
+        return frame.shape[0], frame.shape[1]
+    if not isinstance(frame.pixels, np.ndarray):
+        raise FrameError(f"{_NV12}, got a {type(frame.pixels).__name__}")
+    return nv12_size(frame.pixels.shape, str(frame.pixels.dtype))
+
+
+def bgr_of(frame: NDArray[np.uint8] | Nv12) -> NDArray[np.uint8]:
+    """A checked frame of the host as BGR [H, W, 3]."""
+    if not isinstance(frame, Nv12):
+        return frame
+    frame_size(frame)
+    return np.asarray(cv2.cvtColor(np.ascontiguousarray(frame.pixels), cv2.COLOR_YUV2BGR_NV12), np.uint8)
 
 
 def check_frame(frame: object) -> NDArray[np.uint8]:
     """Return ``frame`` if it is uint8 [H, W, 3] with at least one pixel; else raise ``FrameError``."""
     if frame is None:
-        raise FrameError(f"{_EXPECTATION}, got None; an image or video that could not be read gives None")
+        raise FrameError(f"{_BGR}, got None; an image or video that could not be read gives None")
     if not isinstance(frame, np.ndarray):
-        raise FrameError(f"{_EXPECTATION}, got a {type(frame).__name__}; convert it with numpy.asarray")
+        raise FrameError(f"{_BGR}, got a {type(frame).__name__}; convert it with numpy.asarray")
     got = f"got {frame.dtype} {list(frame.shape)}"
     if frame.ndim == 2 or (frame.ndim == 3 and frame.shape[2] == 1):
-        raise FrameError(f"{_EXPECTATION}, {got}; convert grey with cv2.cvtColor(frame, cv2.COLOR_GRAY2BGR)")
+        raise FrameError(f"{_BGR}, {got}; convert grey with cv2.cvtColor(frame, cv2.COLOR_GRAY2BGR)")
     if frame.ndim == 3 and frame.shape[2] == 4:
-        raise FrameError(f"{_EXPECTATION}, {got}; drop the alpha channel with frame[:, :, :3]")
+        raise FrameError(f"{_BGR}, {got}; drop the alpha channel with frame[:, :, :3]")
     if frame.ndim != 3 or frame.shape[2] != 3:
-        raise FrameError(f"{_EXPECTATION}, {got}; give one frame, channels last (several go to batch)")
+        raise FrameError(f"{_BGR}, {got}; give one frame, channels last (several go to batch)")
     if frame.size == 0:
-        raise FrameError(f"{_EXPECTATION}, {got}; the frame has no pixels, check the crop or the reader")
+        raise FrameError(f"{_BGR}, {got}; the frame has no pixels, check the crop or the reader")
     if frame.dtype != np.uint8:
-        raise FrameError(f"{_EXPECTATION}, {got}; scale it to 0..255 and convert with astype(numpy.uint8)")
+        raise FrameError(f"{_BGR}, {got}; scale it to 0..255 and convert with astype(numpy.uint8)")
     return frame
 
 
@@ -340,7 +365,7 @@ class Preprocessor:
         self._images = np.empty((0, *contract.canvas, 3), np.dtype(contract.input_dtype))
 
     def __call__(
-        self, frames: Sequence[NDArray[np.uint8]]
+        self, frames: Sequence[NDArray[np.uint8] | Nv12]
     ) -> tuple[NDArray[np.generic], NDArray[np.float32], list[Placement]]:
         """Place checked frames of any sizes.
 
@@ -350,16 +375,10 @@ class Preprocessor:
         if len(self._images) < len(frames):
             self._images = np.empty((len(frames), *self._images.shape[1:]), self._images.dtype)
         images = self._images[: len(frames)]
-        placements = [place((f.shape[0], f.shape[1]), self._canvas, self._resize) for f in frames]
+        placements = [place(frame_size(frame), self._canvas, self._resize) for frame in frames]
         for frame, placement, canvas in zip(frames, placements, images, strict=True):
-            to_canvas(frame, placement, canvas)
+            to_canvas(bgr_of(frame), placement, canvas)
         return images, np.array([p.valid for p in placements], np.float32), placements
-
-
-# The network's fixed-size output slots to ``Detections`` in source pixels.
-
-
-PROPOSAL_NAMES = ("object",)
 
 
 def to_detections(
@@ -368,7 +387,7 @@ def to_detections(
     contract: Contract,
     score_threshold: float = 0.0,
 ) -> list[Detections]:
-    """Unpack a batch.
+    """Unpack a batch of the network's fixed-size output slots into detections in source pixels.
 
     ``outputs`` holds, by the contract's names, boxes [B, D, 4] on the canvas, scores [B, D], for the
     task ``detections`` labels [B, D], and the number of filled slots [B]. Detections with a score
@@ -377,9 +396,10 @@ def to_detections(
     """
     arrays = [outputs[name] for name in contract.outputs]
     boxes, scores, counts = arrays[0], arrays[1], arrays[-1]
-    labels = arrays[2] if contract.task == "detections" else np.zeros(scores.shape, np.int64)
-    names = contract.names if contract.task == "detections" else PROPOSAL_NAMES
-    ids = contract.category_ids if contract.task == "detections" else None
+    if contract.task == "detections":
+        labels, names, ids = arrays[2], contract.names, contract.category_ids
+    else:
+        labels, names, ids = np.zeros(scores.shape, np.int64), PROPOSAL_NAMES, None
     found = []
     for index, placement in enumerate(placements):
         kept = np.flatnonzero(scores[index, : int(counts[index])] >= np.float32(score_threshold))

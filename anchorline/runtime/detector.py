@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,19 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.runtime.backends.base import Lane, LanePool, stream_detections
+from anchorline.runtime.backends.base import Lane, LanePool
 from anchorline.runtime.backends.cpu_options import CpuOptions
 from anchorline.runtime.backends.selection import open_backend
-from anchorline.runtime.canvas import Placement, Preprocessor, check_frame, to_detections
+from anchorline.runtime.canvas import Nv12, Placement, Preprocessor, check_frame, frame_size, to_detections
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import ArtefactError, FrameError, SettingsError
-from anchorline.runtime.tensorrt.frames import Nv12, check_host_nv12, is_device_frame
-from anchorline.runtime.tensorrt.options import GpuOptions
+from anchorline.runtime.tensorrt.cuda import GpuOptions
+from anchorline.runtime.tensorrt.frames import is_device_frame
+from anchorline.runtime.timing import DETECTOR_STAGES
 
 _INPUT_COUNT = 2
 _OUTPUT_COUNTS = {"detections": 4, "proposals": 3}
-_STAGES = ("preprocess", "upload", "network", "download", "postprocess")
 
 Frame = Any  # uint8 BGR [H, W, 3] on the host, the same on the GPU, or an Nv12 of either
 
@@ -69,10 +71,11 @@ class Detector:
             raise
         self._lanes = LanePool(self._backend.create_lane, workers, str(model))
         self._preprocess = Preprocessor(self.contract)
-        self._last_timings: dict[str, float] = dict.fromkeys(_STAGES, 0.0)
+        self._last_timings = dict.fromkeys(DETECTOR_STAGES, 0.0)
         self._thread = threading.local()
-        # Alone OpenVINO's throughput mode uses half of the cores: one call for each of two streams.
-        self._concurrent_calls = 2 if tuning == "throughput" and self.provider == "openvino" else 1
+        # How many threads may usefully call at once; a video pipeline has as many for files. Alone OpenVINO's
+        # throughput mode uses half of the cores: one call for each of two streams.
+        self.concurrent_calls = 2 if tuning == "throughput" and self.provider == "openvino" else 1
 
     @property
     def contract(self) -> Contract:
@@ -94,15 +97,6 @@ class Detector:
         """Seconds by stage of the call that ended last: of this thread's, or any's if it made none."""
         return getattr(self._thread, "timings", self._last_timings)
 
-    @timings.setter
-    def timings(self, seconds: dict[str, float]) -> None:
-        self._thread.timings = self._last_timings = seconds
-
-    @property
-    def concurrent_calls(self) -> int:
-        """How many threads may usefully call at once; a video pipeline has as many for files."""
-        return self._concurrent_calls
-
     def __call__(self, frame: Frame, stream: Any = None) -> Detections:
         """Detect in one frame: uint8 BGR [H, W, 3] of any size, or ``Nv12``; else ``FrameError``.
 
@@ -118,14 +112,14 @@ class Detector:
         """
         self._lanes.check()
         checked = self._checked(frames)
-        timings = dict.fromkeys(_STAGES, 0.0)
+        timings = dict.fromkeys(DETECTOR_STAGES, 0.0)
         step = self.contract.max_batch or max(1, len(checked))
         found: list[Detections] = []
         for first in range(0, len(checked), step):
             with self._lanes.lane() as lane, lane.entered():
                 lane.submit(checked[first : first + step], stream)
                 found += self._collect(lane, timings)
-        self.timings = timings
+        self._thread.timings = self._last_timings = timings
         return found
 
     def stream(self, frames: Iterable[Frame], batch: int = 1, in_flight: int = 2) -> Iterator[Detections]:
@@ -142,7 +136,7 @@ class Detector:
         if most is not None and batch > most:
             raise SettingsError(f"batch is {batch}; the model takes at most {most} at a time")
         self._lanes.check()
-        return stream_detections(frames, batch, in_flight, self._lanes, self._checked, self._finished)
+        return self._streamed(iter(frames), batch, in_flight)
 
     def prepare(
         self, frames: Sequence[NDArray[np.uint8]]
@@ -154,11 +148,35 @@ class Detector:
         images, image_sizes, placements = self._preprocess(frames)
         return dict(zip(self.contract.inputs, (images, image_sizes), strict=True)), placements
 
-    def _finished(self, lane: Lane) -> list[Detections]:
-        """The detections of the batch in ``lane``; ``timings`` becomes that batch's."""
-        timings = dict.fromkeys(_STAGES, 0.0)
-        found = self._collect(lane, timings)
-        self.timings = timings
+    def _streamed(self, source: Iterator[Frame], batch: int, in_flight: int) -> Iterator[Detections]:
+        """The lanes go back when the iterator ends, fails or is closed."""
+        lanes, pending = self._lanes, deque[Lane]()
+        try:
+            while chunk := list(itertools.islice(source, batch)):
+                checked = self._checked(chunk)
+                pending.append(lanes.borrow())
+                with pending[-1].entered():
+                    pending[-1].submit(checked)
+                if len(pending) == in_flight:  # now, and not after the next frames have been waited for
+                    yield from self._oldest(pending)
+            while pending:
+                yield from self._oldest(pending)
+        except BaseException as error:
+            if not lanes.in_fork:
+                lanes.note(error)
+            raise
+        finally:
+            while pending and not lanes.in_fork:
+                lanes.abandon(pending.popleft())
+
+    def _oldest(self, pending: deque[Lane]) -> list[Detections]:
+        """The detections of the oldest batch under way; ``timings`` becomes that batch's."""
+        self._lanes.check()
+        timings = dict.fromkeys(DETECTOR_STAGES, 0.0)
+        with pending[0].entered():
+            found = self._collect(pending[0], timings)
+        self._thread.timings = self._last_timings = timings
+        self._lanes.give_back(pending.popleft())
         return found
 
     def _collect(self, lane: Lane, timings: dict[str, float]) -> list[Detections]:
@@ -171,11 +189,26 @@ class Detector:
         return found
 
     def _checked(self, frames: Sequence[Frame]) -> list[Frame]:
-        takes_device_frames = self._backend.device_frames
-        return [
-            _check_one(index, frame, len(frames), takes_device_frames, self.provider)
-            for index, frame in enumerate(frames)
-        ]
+        for index, frame in enumerate(frames):
+            try:
+                self._check_frame(frame)
+            except FrameError as error:
+                if len(frames) == 1:
+                    raise
+                raise FrameError(f"frame {index} of the batch: {error}") from None
+        return list(frames)
+
+    def _check_frame(self, frame: Frame) -> None:
+        if is_device_frame(frame):
+            if not self._backend.device_frames:
+                raise FrameError(
+                    f"the frame lies on a GPU, but this model runs on {self.provider}; copy the frame to the "
+                    "host, or run an engine"
+                )
+        elif isinstance(frame, Nv12):
+            frame_size(frame)
+        else:
+            check_frame(frame)
 
     def close(self) -> None:
         """Release the model, once the calls of other threads have ended. Safe to call twice."""
@@ -225,22 +258,3 @@ def _choose_threshold(wanted: float | None, contract: Contract) -> float:
 def _check_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SettingsError(f"{name} is {value!r}; expected a whole number of at least 1")
-
-
-def _check_one(index: int, frame: Frame, count: int, on_gpu: bool, provider: str) -> Frame:
-    try:
-        if is_device_frame(frame):
-            if on_gpu:
-                return frame
-            raise FrameError(
-                f"the frame lies on a GPU, but this model runs on {provider}; copy the frame to the host, or "
-                "run an engine"
-            )
-        if isinstance(frame, Nv12):
-            check_host_nv12(frame)
-            return frame
-        return check_frame(frame)
-    except FrameError as error:
-        if count == 1:
-            raise
-        raise FrameError(f"frame {index} of the batch: {error}") from None

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.io.errors import SettingsError
 
-STAGES = ("decode", "preprocess", "upload", "network", "download", "postprocess", "track", "draw", "write")
+DETECTOR_STAGES = ("preprocess", "upload", "network", "download", "postprocess")
+STAGES = ("decode", *DETECTOR_STAGES, "track", "draw", "write")
 PERCENTILES = (50, 95, 99)
 _EXACT = 8192  # durations kept as they are; more than these are counted in bins
 _SHORTEST = 1e-7  # seconds; the first bin's lower edge

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -415,7 +416,7 @@ def test_an_older_file_is_exact_without_vnni_too(
 ) -> None:
     onnx.save(with_8_bits(folder, monkeypatch), tmp_path / "old.onnx")
     monkeypatch.setattr(onnxruntime_backend, "adds_in_16_bits", lambda: not vnni)
-    with OnnxRuntimeBackend(tmp_path / "old.onnx") as backend:
+    with contextlib.closing(OnnxRuntimeBackend(tmp_path / "old.onnx")) as backend:
         assert backend.contract.needs_vnni
         config = exact_sums(backend.contract)
     assert [record.levelname for record in caplog.records] == ([] if vnni else ["WARNING"])

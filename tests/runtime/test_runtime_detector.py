@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import threading
@@ -217,10 +218,10 @@ def test_proposals_have_one_class(tmp_path, write_model, contract):
     assert found.to_coco(1)[0]["category_id"] == 1
 
 
-def test_the_backend_as_a_context_manager(model_path):
-    with OnnxRuntimeBackend(model_path, threads=1) as backend:
+def test_the_backend_by_itself(model_path):
+    with contextlib.closing(OnnxRuntimeBackend(model_path, threads=1)) as backend:
         images = np.full((2, 48, 64, 3), 51, np.uint8)
-        outputs = backend.infer({"images": images, "image_sizes": np.array([[48, 64]] * 2, np.float32)})
+        outputs, _ = backend.infer({"images": images, "image_sizes": np.array([[48, 64]] * 2, np.float32)})
         assert set(outputs) == {"boxes", "scores", "labels", "num_detections"}
         np.testing.assert_allclose(outputs["scores"][:, 0], 0.2, rtol=1e-6)
         with pytest.raises(ArtefactError, match="onnxruntime cannot run it"):

@@ -1,14 +1,12 @@
-"""What a detector needs from whatever runs the network: lanes, who may use them, batches under way."""
+"""What a detector needs from whatever runs the network: backends, their lanes, and who may use those."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,18 +16,16 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.canvas import Placement, Preprocessor
 from anchorline.runtime.contract import Contract
-from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import FrameError, GpuError, SettingsError
-from anchorline.runtime.tensorrt.frames import Nv12, host_bgr
 
-Outputs = Mapping[str, NDArray[np.generic]]
+Arrays = dict[str, NDArray[np.generic]]  # by the contract's names
 
 
 @dataclass(frozen=True)
 class LaneResult:
     """The network's ``outputs`` by name, no views of the lane's buffers; seconds by stage."""
 
-    outputs: Outputs
+    outputs: Mapping[str, NDArray[np.generic]]
     placements: list[Placement]
     timings: dict[str, float]
 
@@ -61,74 +57,69 @@ class Lane(Protocol):
         ...
 
 
-class Backend(Protocol):
+class Backend:
     """A loaded network. ``provider`` names the hardware path, ``precision`` the arithmetic.
 
-    ``device_frames`` says whether frames in GPU memory can be handed to its lanes. ``timings`` holds the
-    seconds of this thread's last ``infer`` by stage: upload, network, download.
+    ``device_frames`` says whether frames in GPU memory can be handed to its lanes.
     """
 
     contract: Contract
     provider: str
     precision: str
-    device_frames: bool
-
-    @property
-    def timings(self) -> dict[str, float]: ...
-
-    def infer(self, inputs: Outputs) -> dict[str, NDArray[np.generic]]:
-        """Run the network on named inputs; returns its outputs by the contract's names."""
-        ...
+    device_frames = False
 
     def create_lane(self) -> Lane:
         """A lane of this network; callable from any thread, one at a time."""
-        ...
+        raise NotImplementedError
 
     def close(self) -> None:
         """Release the network. Safe to call twice."""
-        ...
-
-
-# A lane whose preprocessing is done by OpenCV and whose network takes arrays of the host.
+        raise NotImplementedError
 
 
 class HostLane:
-    """Preprocesses when a batch is submitted and runs the network when it is collected."""
+    """A lane whose frames OpenCV lays onto the canvas, for a network that takes arrays of the host."""
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._preprocess = Preprocessor(backend.contract)
-        self._batch: tuple[Any, ...] | None = None
+    def __init__(self, contract: Contract, provider: str) -> None:
+        self._contract, self._provider = contract, provider
+        self._preprocess = Preprocessor(contract)
+        self._pending: tuple[list[Placement], float] | None = None
 
-    def entered(self) -> contextlib.AbstractContextManager[None]:
+    def start(self, inputs: Arrays) -> None:
+        """Hand the network its inputs, which stay as they are until ``wait`` has returned."""
+        raise NotImplementedError
+
+    def wait(self) -> tuple[Arrays, dict[str, float]]:
+        """Its outputs, and the seconds of upload, network and download."""
+        raise NotImplementedError
+
+    def entered(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def submit(self, frames: Sequence[Any], stream: Any = None) -> None:
         if stream is not None:
-            raise SettingsError(f"stream: the model runs on {self._backend.provider}, which takes none")
+            raise SettingsError(f"stream: the model runs on {self._provider}, which takes none")
         start = time.perf_counter()
-        pixels = [host_bgr(frame) if isinstance(frame, Nv12) else frame for frame in frames]
-        self._batch = (*self._preprocess(pixels), time.perf_counter() - start)
+        images, image_sizes, placements = self._preprocess(frames)
+        seconds = time.perf_counter() - start
+        self.start(dict(zip(self._contract.inputs, (images, image_sizes), strict=True)))
+        self._pending = placements, seconds
 
     def collect(self) -> LaneResult:
-        assert self._batch is not None
-        images, image_sizes, placements, seconds = self._batch
-        names = self._backend.contract.inputs
-        outputs = self._backend.infer(dict(zip(names, (images, image_sizes), strict=True)))
-        return LaneResult(outputs, placements, {"preprocess": seconds, **self._backend.timings})
+        assert self._pending is not None
+        placements, seconds = self._pending
+        outputs, timings = self.wait()
+        return LaneResult(outputs, placements, {"preprocess": seconds, **timings})
 
     def drain(self) -> None:
-        self._batch = None
+        self._pending = None
 
     def close(self) -> None:
-        self._batch = None
-
-
-# The lanes of a detector: who may use the network now, from which thread and process.
+        self.drain()
 
 
 class LanePool:
-    """Lanes made on demand and used again. Each belongs to one caller at a time.
+    """The lanes of a detector, made on demand and used again. Each belongs to one caller at a time.
 
     At most ``workers`` calls run at once, others wait their turn. ``borrow`` does not wait, so that a
     stream that is paused with its lanes in hand cannot hold up anybody.
@@ -185,6 +176,15 @@ class LanePool:
             lane.close()  # still under the lock: closing the pool must not overtake it
             self._all.remove(lane)
 
+    def abandon(self, lane: Lane) -> None:
+        """Wait for a batch that nobody wants any more, and give its lane back; one that failed is dropped."""
+        try:
+            lane.drain()
+        except Exception as error:
+            self.give_back(lane, error)
+        else:
+            self.give_back(lane)
+
     def note(self, error: BaseException) -> None:
         """Remember an error that loses the GPU, after which no lane is lent any more."""
         with self._lock:
@@ -232,54 +232,3 @@ class LanePool:
     def _note(self, error: BaseException | None) -> None:
         if isinstance(error, GpuError) and getattr(error, "sticky", False):
             self._failure = self._failure or str(error)
-
-
-# Several batches under way at once, their results in the order of the frames.
-
-
-def stream_detections(
-    frames: Iterable[Any],
-    batch: int,
-    in_flight: int,
-    lanes: LanePool,
-    check: Callable[[Sequence[Any]], list[Any]],
-    finish: Callable[[Lane], list[Detections]],
-) -> Iterator[Detections]:
-    """See ``Detector.stream``. The lanes go back when the iterator ends, fails or is closed."""
-    source = iter(frames)
-    pending: deque[Lane] = deque()
-
-    def oldest() -> list[Detections]:
-        lanes.check()
-        with pending[0].entered():
-            found = finish(pending[0])
-        lanes.give_back(pending.popleft())
-        return found
-
-    try:
-        while chunk := list(itertools.islice(source, batch)):
-            checked = check(chunk)
-            pending.append(lanes.borrow())
-            with pending[-1].entered():
-                pending[-1].submit(checked)
-            if len(pending) == in_flight:  # now, and not after the next frames have been waited for
-                yield from oldest()
-        while pending:
-            yield from oldest()
-    except BaseException as error:
-        if not lanes.in_fork:
-            lanes.note(error)
-        raise
-    finally:
-        while pending and not lanes.in_fork:
-            _abandon(pending.popleft(), lanes)
-
-
-def _abandon(lane: Lane, lanes: LanePool) -> None:
-    """Wait for a batch that nobody wants any more; a lane that failed is dropped."""
-    try:
-        lane.drain()
-    except Exception as error:
-        lanes.give_back(lane, error)
-    else:
-        lanes.give_back(lane)

@@ -31,24 +31,23 @@ class CpuOptions:
 
     ``precision`` is ``auto`` (bf16 where the provider can and the processor computes it natively, fp32
     elsewhere), ``fp32`` or ``bf16``. ``tuning`` is ``latency`` (all threads on one batch) or ``throughput``
-    (OpenVINO: as many batches at once as workers ask for, with fewer threads each).
+    (OpenVINO: as many batches at once as workers ask for, with fewer threads each). Raises ``SettingsError``.
     """
 
     threads: int | None = None
     precision: str = "auto"
     tuning: str = "latency"
 
-    def check(self) -> None:
-        """Raise ``SettingsError`` for values that make no sense."""
+    def __post_init__(self) -> None:
         threads = self.threads
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise SettingsError(f"threads is {threads!r}; expected a whole number of at least 1, or None")
-        for name, value, known in (
-            ("cpu_precision", self.precision, PRECISIONS),
-            ("tuning", self.tuning, TUNINGS),
-        ):
-            if value not in known:
-                raise SettingsError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+        if self.precision not in PRECISIONS:
+            raise SettingsError(
+                f"cpu_precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}"
+            )
+        if self.tuning not in TUNINGS:
+            raise SettingsError(f"tuning is {self.tuning!r}; expected one of {', '.join(TUNINGS)}")
 
     @property
     def thread_count(self) -> int:

@@ -10,29 +10,140 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from anchorline.runtime.backends.base import HostLane
+from anchorline.runtime.backends.base import Arrays, Backend, HostLane
 from anchorline.runtime.backends.cpu_options import CpuOptions, adds_in_16_bits, core_budget
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.io.errors import ArtefactError, GpuError, SettingsError
-from anchorline.runtime.tensorrt.cuda.interface import CudaError
-from anchorline.runtime.tensorrt.options import GpuOptions
+from anchorline.runtime.io.files import input_errors
+from anchorline.runtime.tensorrt.cuda import CudaError, GpuOptions
 
-# Running an onnxruntime session with its inputs and outputs bound to memory of the device.
-#
-# The buffers of a batch size are made once, so that the session copies nothing by itself and its CUDA
-# graph, which replays the very addresses it was captured with, stays valid.
-
-
+# By their names on the command line; those of a GPU come with onnxruntime-gpu.
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
+_GRAPH_OPTIONS = {
+    "cuda": "enable_cuda_graph",
+    "tensorrt": "trt_cuda_graph_enable",
+    "tensorrt-rtx": "enable_cuda_graph",
+}
+_LOST = range(700, 721)  # cudaError_t from an illegal address to a failed launch
+_FATAL_ONLY = 4  # onnxruntime's log severity: its errors come back as exceptions anyway
+_ONNX_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
+# Quantises float layers that stand between rounded values, with one scale for all channels.
+_UNWANTED_OPTIMIZERS = ["WeightBiasQuantization"]
+
+log = logging.getLogger("anchorline.runtime")
+
+
+def available_providers() -> list[str]:
+    """The names in ``PROVIDERS`` that the installed onnxruntime was built with; ``cpu`` without any."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return ["cpu"]
+    there = onnxruntime.get_available_providers()
+    return [name for name, provider in PROVIDERS.items() if provider in there]
+
+
+class OnnxRuntimeBackend(Backend):
+    """A network in an ONNX file that carries its contract; for any number of threads.
+
+    ``provider`` is one of ``PROVIDERS``; ``threads`` bounds the CPU threads, by default one for each core.
+    Raises ``ArtefactError`` for a file that is missing, damaged, no ONNX, without contract or at odds with
+    it, ``GpuError`` where the provider does not start.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        provider: str = "cpu",
+        threads: int | None = None,
+        options: GpuOptions | None = None,
+    ) -> None:
+        if provider not in available_providers():
+            raise SettingsError(
+                f"provider is {provider!r}; available for ONNX files here: {', '.join(available_providers())}"
+            )
+        self.path, self.provider = Path(path), provider
+        options = options or GpuOptions()
+        self._threads = CpuOptions(threads).thread_count
+        self._session: Any = _open_session(self.path, provider, options, self._threads)
+        self.contract = _read_contract(self.path, self._session)
+        exact = exact_sums(self.contract)
+        if provider == "cpu" and exact:
+            self._session = _open_session(self.path, provider, options, self._threads, exact)
+            log.warning(
+                "%s: its 8-bit weights need VNNI, which this processor has not; it is computed in float32, "
+                "quantise the float model again for full speed",
+                self.path,
+            )
+        _check_graph(self.path, self._session, self.contract)
+        self.precision = self.contract.precision
+        # On a GPU inputs and outputs stay bound to device memory. TensorRT's providers move them themselves.
+        self._bound = (
+            BoundNetwork(self._session, self.contract, "cuda", options.device, bool(options.graph))
+            if provider == "cuda"
+            else None
+        )
+
+    def infer(self, inputs: Arrays) -> tuple[Arrays, dict[str, float]]:
+        """Run the network: ``images`` [B, H, W, 3] and ``image_sizes`` float32 [B, 2] by the contract's input
+        names, to the contract's outputs by name, and the seconds of upload, network and download."""
+        if self._session is None:
+            raise SettingsError(f"{self.path}: the model is closed; open it again")
+        # The cores that a run takes are shared with the other detectors of this process.
+        cores = core_budget().lent(self._threads) if self.provider == "cpu" else contextlib.nullcontext()
+        try:
+            if self._bound is not None:
+                return self._bound.infer(inputs)
+            # No IO binding here: on the CPU onnxruntime reads the arrays where they are.
+            with cores:
+                start = time.perf_counter()
+                values = self._session.run(list(self.contract.outputs), dict(inputs))
+                seconds = time.perf_counter() - start
+        except Exception as error:  # onnxruntime's exceptions have no common base of their own
+            if self.provider != "cpu":
+                raise _gpu_failure(self.path, self.provider, error) from None
+            raise ArtefactError(f"{self.path}: onnxruntime cannot run it ({_reason(error)})") from error
+        outputs = dict(zip(self.contract.outputs, values, strict=True))
+        return outputs, {"upload": 0.0, "network": seconds, "download": 0.0}
+
+    def create_lane(self) -> OnnxRuntimeLane:
+        return OnnxRuntimeLane(self)
+
+    def close(self) -> None:
+        self._session = None
+        self._bound = None
+
+
+class OnnxRuntimeLane(HostLane):
+    """Preprocesses when a batch is submitted and runs the network when it is collected."""
+
+    def __init__(self, backend: OnnxRuntimeBackend) -> None:
+        super().__init__(backend.contract, backend.provider)
+        self._backend = backend
+        self._inputs: Arrays = {}
+
+    def start(self, inputs: Arrays) -> None:
+        self._inputs = inputs
+
+    def wait(self) -> tuple[Arrays, dict[str, float]]:
+        return self._backend.infer(self._inputs)
+
+    def drain(self) -> None:
+        super().drain()
+        self._inputs = {}
 
 
 @dataclass(frozen=True)
@@ -46,9 +157,11 @@ class _Bound:
 
 
 class BoundNetwork:
-    """``session`` with buffers on ``device_type`` (``cuda``, ``cpu``) for each batch size.
+    """``session`` with its inputs and outputs bound to buffers on ``device_type`` (``cuda``, ``cpu``).
 
-    One call runs at a time. With ``graph`` each batch size has a CUDA graph of its own.
+    The buffers of a batch size are made once, so that the session copies nothing by itself and its CUDA
+    graph, one for each batch size with ``graph``, stays valid: it replays the very addresses it was captured
+    with. One call runs at a time.
     """
 
     def __init__(
@@ -60,16 +173,12 @@ class BoundNetwork:
         self._sizes: dict[int, _Bound] = {}
         self._lock = threading.Lock()
 
-    def infer(
-        self, inputs: Mapping[str, NDArray[np.generic]]
-    ) -> tuple[dict[str, NDArray[np.generic]], dict[str, float]]:
+    def infer(self, inputs: Arrays) -> tuple[Arrays, dict[str, float]]:
         """Outputs by name, as arrays of the host, and the seconds of upload, network and download."""
         batch = len(inputs[self._contract.inputs[0]])
         with self._lock:
             started = time.perf_counter()
-            bound = self._sizes.get(batch)
-            if bound is None:
-                bound = self._bind(batch, inputs)
+            bound = self._sizes.get(batch) or self._bind(batch, inputs)
             for name, value in bound.inputs.items():
                 value.update_inplace(np.ascontiguousarray(inputs[name]))
             uploaded = time.perf_counter()
@@ -82,7 +191,7 @@ class BoundNetwork:
         seconds = {"upload": uploaded - started, "network": ran - uploaded, "download": done - ran}
         return outputs, seconds
 
-    def _bind(self, batch: int, inputs: Mapping[str, NDArray[np.generic]]) -> _Bound:
+    def _bind(self, batch: int, inputs: Arrays) -> _Bound:
         import onnxruntime
 
         def buffer(shape: list[int], dtype: Any) -> Any:
@@ -103,150 +212,13 @@ class BoundNetwork:
         return self._sizes.setdefault(batch, _Bound(binding, options, bound_inputs, bound_outputs))
 
 
-# By their names on the command line; those of a GPU come with onnxruntime-gpu.
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
-}
-_GRAPH_OPTIONS = {
-    "cuda": "enable_cuda_graph",
-    "tensorrt": "trt_cuda_graph_enable",
-    "tensorrt-rtx": "enable_cuda_graph",
-}
-_LOST = range(700, 721)  # cudaError_t from an illegal address to a failed launch
-_FATAL_ONLY = 4  # onnxruntime's log severity: its errors come back as exceptions anyway
-_ONNX_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
-# Quantises float layers that stand between rounded values, with one scale for all channels.
-_UNWANTED_OPTIMIZERS = ["WeightBiasQuantization"]
-
-log = logging.getLogger("anchorline.runtime")
-
-
-def available_providers() -> list[str]:
-    """The names in ``PROVIDERS`` that the installed onnxruntime was built with; ``cpu`` without any."""
-    try:
-        import onnxruntime
-    except ImportError:
-        return ["cpu"]
-    there = onnxruntime.get_available_providers()
-    return [name for name, provider in PROVIDERS.items() if provider in there]
-
-
-class OnnxRuntimeBackend:
-    """A network in an ONNX file that carries its contract. A context manager; for any number of threads.
-
-    ``provider`` is one of ``PROVIDERS``; ``threads`` bounds the CPU threads, ``None`` leaves the
-    choice to onnxruntime. Raises ``ArtefactError`` for a file that is missing, damaged, no ONNX,
-    without contract or at odds with it, ``GpuError`` where the provider does not start.
-    """
-
-    device_frames = False
-
-    def __init__(
-        self,
-        path: str | Path,
-        provider: str = "cpu",
-        threads: int | None = None,
-        options: GpuOptions | None = None,
-    ) -> None:
-        if provider not in available_providers():
-            raise SettingsError(
-                f"provider is {provider!r}; available for ONNX files here: {', '.join(available_providers())}"
-            )
-        cpu = CpuOptions(threads)
-        cpu.check()
-        self.path = Path(path)
-        self.provider = provider
-        options = options or GpuOptions()
-        self._threads = cpu.thread_count
-        self._session: Any = _open_session(self.path, provider, _session_options(cpu), options)
-        self.contract = _read_contract(self.path, self._session)
-        exact = exact_sums(self.contract)
-        if provider == "cpu" and exact:
-            self._session = _open_session(self.path, provider, _session_options(cpu, exact), options)
-            log.warning(
-                "%s: its 8-bit weights need VNNI, which this processor has not; it is computed in float32, "
-                "quantise the float model again for full speed",
-                self.path,
-            )
-        _check_graph(self.path, self._session, self.contract)
-        self.precision = self.contract.precision
-        self._thread = threading.local()
-        # On a GPU inputs and outputs stay bound to device memory. TensorRT's providers move them themselves.
-        self._bound = (
-            BoundNetwork(self._session, self.contract, "cuda", options.device, bool(options.graph))
-            if provider == "cuda"
-            else None
-        )
-
-    @property
-    def timings(self) -> dict[str, float]:
-        """Of this thread's last ``infer``."""
-        return dict(getattr(self._thread, "timings", {"upload": 0.0, "network": 0.0, "download": 0.0}))
-
-    def infer(self, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
-        """Run the network: ``images`` [B, H, W, 3] and ``image_sizes`` float32 [B, 2] by the
-        contract's input names, to the contract's outputs by name."""
-        session, bound = self._session, self._bound
-        if session is None:
-            raise SettingsError(f"{self.path}: the model is closed; open it again")
-        try:
-            if bound is not None:
-                outputs, self._thread.timings = bound.infer(inputs)
-                return outputs
-            # No IO binding here: on the CPU onnxruntime reads the arrays where they are.
-            with self._cores():
-                start = time.perf_counter()
-                values = session.run(list(self.contract.outputs), dict(inputs))
-                seconds = time.perf_counter() - start
-        except Exception as error:  # onnxruntime's exceptions have no common base of their own
-            if self.provider != "cpu":
-                raise _gpu_failure(self.path, self.provider, error) from None
-            raise ArtefactError(f"{self.path}: onnxruntime cannot run it ({_reason(error)})") from error
-        self._thread.timings = {"upload": 0.0, "network": seconds, "download": 0.0}
-        return dict(zip(self.contract.outputs, values, strict=True))
-
-    def _cores(self) -> contextlib.AbstractContextManager[None]:
-        """The cores that a run takes, shared with the other detectors of this process."""
-        if self.provider != "cpu":
-            return contextlib.nullcontext()
-        return core_budget().lent(self._threads)
-
-    def create_lane(self) -> HostLane:
-        """A lane; any number of them may be at work."""
-        return HostLane(self)
-
-    def close(self) -> None:
-        """Release the session. Safe to call twice."""
-        self._session = None
-        self._bound = None
-
-    def __enter__(self) -> OnnxRuntimeBackend:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
 def write_inlined(path: Path, target: Path) -> Contract:
     """Write the graph of ``path`` to ``target`` with our custom ops replaced by their function bodies.
 
     For runtimes that do not know model-local functions. Returns the contract; raises ``ArtefactError``
     as ``OnnxRuntimeBackend`` does.
     """
-
-    def configure(onnxruntime: Any) -> Any:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _FATAL_ONLY
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.optimized_model_filepath = str(target)  # functions are inlined even so
-        return options
-
-    session = _open_session(path, "cpu", configure, GpuOptions())
+    session = _open_session(path, "cpu", GpuOptions(), inlined=target)
     contract = _read_contract(path, session)
     _check_graph(path, session, contract)
     return contract
@@ -268,7 +240,7 @@ def open_for_checks(
     """
     import onnxruntime
 
-    options = _session_options(CpuOptions(), config)(onnxruntime)
+    options = _session_options(CpuOptions().thread_count, config)
     options.enable_cpu_mem_arena = arena
     if in_order:
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
@@ -287,21 +259,28 @@ def exact_sums(contract: Contract) -> dict[str, str]:
     return {"session.disable_quant_qdq": "1"} if contract.needs_vnni and adds_in_16_bits() else {}
 
 
-def _session_options(cpu: CpuOptions, config: Mapping[str, str] | None = None) -> Callable[[Any], Any]:
-    def configure(onnxruntime: Any) -> Any:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _FATAL_ONLY
-        # Always a number: left to itself onnxruntime pins the threads of every session to the same cores,
-        # and several detectors stand in each other's way. It also overlooks a container's limit.
-        options.intra_op_num_threads = cpu.thread_count
-        for key, value in (config or {}).items():
-            options.add_session_config_entry(key, value)
-        return options
+def _session_options(threads: int, config: Mapping[str, str] | None = None) -> Any:
+    import onnxruntime
 
-    return configure
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _FATAL_ONLY
+    # Always a number: left to itself onnxruntime pins the threads of every session to the same cores,
+    # and several detectors stand in each other's way. It also overlooks a container's limit.
+    options.intra_op_num_threads = threads
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
+    return options
 
 
-def _open_session(path: Path, provider: str, configure: Callable[[Any], Any], gpu: GpuOptions) -> Any:
+def _open_session(
+    path: Path,
+    provider: str,
+    gpu: GpuOptions,
+    threads: int = 1,
+    config: Mapping[str, str] | None = None,
+    inlined: Path | None = None,
+) -> Any:
+    """A session of the file; its graph without custom ops is written to the file ``inlined``."""
     check_file(path)
     try:
         import onnxruntime
@@ -309,11 +288,15 @@ def _open_session(path: Path, provider: str, configure: Callable[[Any], Any], gp
         raise ArtefactError(
             f"{path}: running ONNX files needs onnxruntime ({error}); pip install 'anchorline[cpu]'"
         ) from error
+    options = _session_options(threads, config)
+    if inlined is not None:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.optimized_model_filepath = str(inlined)  # functions are inlined even so
     try:
         # Without its own fallback, which says so on stdout and forgets the options: the GPU's number, too.
         session = onnxruntime.InferenceSession(
             str(path),
-            configure(onnxruntime),
+            options,
             providers=_provider_list(provider, gpu),
             enable_fallback=0,
             disabled_optimizers=_UNWANTED_OPTIMIZERS,
@@ -366,16 +349,12 @@ def _gpu_failure(path: Path, provider: str, error: Exception) -> GpuError:
 
 def check_file(path: Path) -> None:
     """Raise ``ArtefactError`` unless ``path`` is a file that can be read and is not empty."""
-    try:
+    with input_errors(path, "give an ONNX file written by anchorline export"):
         if path.is_dir():
             raise ArtefactError(f"{path}: is a folder, expected an ONNX file")
         with path.open("rb") as file:
             if not file.read(1):
                 raise ArtefactError(f"{path}: the file is empty, expected an ONNX file; export it again")
-    except FileNotFoundError:
-        raise ArtefactError(f"{path}: no such file; give an ONNX file written by anchorline export") from None
-    except OSError as error:
-        raise ArtefactError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
 
 
 def _read_contract(path: Path, session: Any) -> Contract:

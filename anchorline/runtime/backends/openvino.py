@@ -15,30 +15,30 @@ import logging
 import os
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from anchorline.runtime.backends.base import LaneResult
+from anchorline.runtime.backends.base import Arrays, Backend, HostLane
 from anchorline.runtime.backends.cpu_options import CpuOptions, adds_in_16_bits, network_precision
 from anchorline.runtime.backends.onnxruntime import check_file, write_inlined
-from anchorline.runtime.canvas import Placement, Preprocessor
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError
-from anchorline.runtime.io.files import atomic_path, sha256_of
-from anchorline.runtime.tensorrt.frames import Nv12, host_bgr
+from anchorline.runtime.io.files import atomic_path, cache_folder, sha256_of
 
-# The package ``openvino``: whether it is there, and importing it.
-
-
+LIMIT_BYTES = 2 << 30  # of the compiled networks on disk
 _TELEMETRY = "openvino_telemetry"
+_LONGEST_HEADER = 1 << 24
+_SUFFIX = ".network"
+_CACHE_FORMAT = "2"
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+_said: set[Path] = set()  # damaged entries that were logged already
+
+log = logging.getLogger("anchorline.runtime")
 
 
 def has_openvino() -> bool:
@@ -74,143 +74,59 @@ def core() -> Any:
     return load_openvino().Core()
 
 
-def version() -> str:
-    """As ``2026.4.1``."""
-    return str(load_openvino().__version__).partition("-")[0]
+class OpenVINOBackend(Backend):
+    """A network in an ONNX file that carries its contract; for any number of threads.
 
+    Compiled networks are kept on disk (``CompiledCache``). Raises ``ArtefactError`` for a file that
+    is missing, damaged, no ONNX, without contract or at odds with it, or that OpenVINO cannot compile, and
+    ``SettingsError`` where OpenVINO is not installed or the processor has no bf16 and it is asked for.
+    """
 
-# Compiled networks on disk, so that a model opens at once the second time.
-#
-# An entry is a file: one line of JSON with the contract and the payload's SHA-256, then the payload. It is
-# named by the hash of everything that decides it (model, versions, settings), so it never goes stale; the
-# ones that were not used for longest make room.
+    provider = "openvino"
 
-
-LIMIT_BYTES = 2 << 30
-_LONGEST_HEADER = 1 << 24
-_SUFFIX = ".network"
-
-log = logging.getLogger("anchorline.runtime")
-
-
-class DamagedEntryError(Exception):
-    """An entry that is there and cannot be used."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A compiled network and the contract of the model it was made from."""
-
-    contract: Contract
-    payload: bytes
-
-
-def cache_folder() -> Path:
-    """Where compiled networks are kept."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "anchorline" / "networks"
-
-
-class CompiledCache:
-    """The entries in ``folder``, together at most ``limit`` bytes."""
-
-    def __init__(self, folder: Path | None = None, limit: int = LIMIT_BYTES) -> None:
-        self._folder, self._limit = folder or cache_folder(), limit
-
-    def path(self, facts: Mapping[str, str]) -> Path:
-        """The file for a network that these facts decide."""
-        key = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
-        return self._folder / f"{key[:40]}{_SUFFIX}"
-
-    def load(self, path: Path) -> Entry | None:
-        """The entry, None where there is none; raises ``DamagedEntryError``."""
+    def __init__(self, path: str | Path, options: CpuOptions | None = None) -> None:
+        self.path = Path(path)
+        check_file(self.path)
         try:
-            with path.open("rb") as file:
-                header = file.readline(_LONGEST_HEADER)
-                payload = file.read()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise DamagedEntryError(error.strerror or str(error)) from error
-        try:
-            fields = json.loads(header)
-            contract = Contract.from_json(fields["contract"], where=str(path))
-            whole = hashlib.sha256(payload).hexdigest() == fields["sha256"]
-        except (ValueError, KeyError, TypeError) as error:  # an ArtefactError is a ValueError
-            raise DamagedEntryError("its header cannot be read") from error
-        if not whole:
-            raise DamagedEntryError("its contents have changed")
-        with contextlib.suppress(OSError):
-            os.utime(path)  # used just now
-        return Entry(contract, payload)
+            load_openvino()
+        except Exception as error:  # a damaged package may raise anything
+            raise SettingsError(
+                f"provider is 'openvino', which cannot be loaded here ({error}); "
+                "pip install 'anchorline[openvino]', or use the provider cpu"
+            ) from error
+        self._network: Any
+        self.contract, self._network = _open(self.path, options or CpuOptions(), CompiledCache())
+        if self.contract.needs_vnni and adds_in_16_bits():
+            raise ArtefactError(
+                f"{self.path}: its 8-bit weights need VNNI, which this processor has not; quantise the float "
+                "model again, or use the provider cpu"
+            )
+        self.precision = self.contract.precision
+        if self.precision == "fp32" and "bfloat16" in str(
+            self._network.get_property("INFERENCE_PRECISION_HINT")
+        ):
+            self.precision = "bf16"
 
-    def store(self, path: Path, entry: Entry) -> None:
-        """Keep ``entry`` and make room. Where that cannot be, the log says so and all goes on without."""
-        if len(entry.payload) > self._limit:
-            return
-        header = {
-            "contract": entry.contract.to_json(),
-            "sha256": hashlib.sha256(entry.payload).hexdigest(),
-        }
-        try:
-            with atomic_path(path) as temporary, temporary.open("wb") as file:
-                file.write(json.dumps(header).encode() + b"\n")
-                file.write(entry.payload)
-        except AnchorlineError as error:
-            log.info("the compiled network is not kept: %s", error)
-            return
-        self._make_room()
+    def create_lane(self) -> OpenVINOLane:
+        if self._network is None:
+            raise SettingsError(f"{self.path}: the model is closed; open it again")
+        return OpenVINOLane(self.path, self.contract, self._network.create_infer_request())
 
-    def _make_room(self) -> None:
-        with contextlib.suppress(OSError):
-            found = [(each.stat(), each) for each in self._folder.glob(f"*{_SUFFIX}")]
-            total = sum(stat.st_size for stat, _ in found)
-            for stat, path in sorted(found, key=lambda each: each[0].st_mtime):
-                if total <= self._limit:
-                    break
-                path.unlink(missing_ok=True)
-                total -= stat.st_size
+    def close(self) -> None:
+        self._network = None
 
 
-# A lane of OpenVINO: the network runs while the caller goes on, on the lane's own canvas.
-
-
-class OpenVINOLane:
-    """Preprocesses and starts the network when a batch is submitted; ``collect`` waits for it."""
+class OpenVINOLane(HostLane):
+    """Preprocesses and starts the network when a batch is submitted; it runs while the caller goes on."""
 
     def __init__(self, path: Path, contract: Contract, request: Any) -> None:
-        self._path, self._contract, self._request = path, contract, request
-        self._preprocess = Preprocessor(contract)
-        self._pending: tuple[list[Placement], float] | None = None
-        self._arrays: list[NDArray[np.generic]] = []  # what the network reads while it runs
+        super().__init__(contract, "openvino")
+        self._path, self._request = path, request
+        self._arrays: list[Any] = []  # what the network reads while it runs
         self._running = False
         self._started = 0.0
 
-    def entered(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def submit(self, frames: Sequence[Any], stream: Any = None) -> None:
-        if stream is not None:
-            raise SettingsError("stream: the model runs on openvino, which takes none")
-        start = time.perf_counter()
-        pixels = [host_bgr(frame) if isinstance(frame, Nv12) else frame for frame in frames]
-        images, image_sizes, placements = self._preprocess(pixels)
-        seconds = time.perf_counter() - start
-        self.start(dict(zip(self._contract.inputs, (images, image_sizes), strict=True)))
-        self._pending = placements, seconds
-
-    def collect(self) -> LaneResult:
-        assert self._pending is not None
-        placements, seconds = self._pending
-        ended_before = self._request.wait_for(0)  # then the clock here says nothing, and OpenVINO's does
-        outputs = self.wait()
-        network = self._request.latency / 1000.0 if ended_before else time.perf_counter() - self._started
-        return LaneResult(
-            outputs, placements, {"preprocess": seconds, "upload": 0.0, "network": network, "download": 0.0}
-        )
-
-    def start(self, inputs: Mapping[str, NDArray[np.generic]]) -> None:
-        """Start the network on arrays by the contract's names, which are not copied."""
+    def start(self, inputs: Arrays) -> None:
         tensor = load_openvino().Tensor
         try:
             self._arrays = [np.ascontiguousarray(inputs[name]) for name in self._contract.inputs]
@@ -222,111 +138,32 @@ class OpenVINOLane:
             raise self._failure(error) from error
         self._running = True
 
-    def wait(self) -> dict[str, NDArray[np.generic]]:
-        """The outputs of the network that was started, by the contract's names."""
+    def wait(self) -> tuple[Arrays, dict[str, float]]:
+        ended_before = self._request.wait_for(0)  # then the clock here says nothing, and OpenVINO's does
         self._running = False
         try:
             self._request.wait()
         except RuntimeError as error:
             raise self._failure(error) from error
         # Copies, for the next run fills the same memory.
-        return {name: np.array(self._request.get_tensor(name).data) for name in self._contract.outputs}
+        outputs = {name: np.array(self._request.get_tensor(name).data) for name in self._contract.outputs}
+        network = self._request.latency / 1000.0 if ended_before else time.perf_counter() - self._started
+        return outputs, {"upload": 0.0, "network": network, "download": 0.0}
 
     def drain(self) -> None:
-        self._pending = None
+        super().drain()
         if self._running:
             self._running = False
             with contextlib.suppress(RuntimeError):
                 self._request.wait()
 
     def close(self) -> None:
-        if self._request is not None:
-            self.drain()
+        self.drain()
         self._request, self._arrays = None, []
 
     def _failure(self, error: Exception) -> ArtefactError:
         reason = " ".join(str(error).split())[-300:]
         return ArtefactError(f"{self._path}: OpenVINO cannot run it ({reason}); use the provider cpu")
-
-
-_HINTS = {"fp32": "f32", "bf16": "bf16"}
-_CACHE_FORMAT = "2"
-
-_said: set[Path] = set()  # damaged entries that were logged already
-
-
-class OpenVINOBackend:
-    """A network in an ONNX file that carries its contract. A context manager; for any number of threads.
-
-    Compiled networks are kept on disk (``CompiledCache``). Raises ``ArtefactError`` for a file that
-    is missing, damaged, no ONNX, without contract or at odds with it, or that OpenVINO cannot compile, and
-    ``SettingsError`` where OpenVINO is not installed or the processor has no bf16 and it is asked for.
-    """
-
-    device_frames = False
-    provider = "openvino"
-
-    def __init__(
-        self, path: str | Path, options: CpuOptions | None = None, cache: CompiledCache | None = None
-    ) -> None:
-        self.path = Path(path)
-        options = options or CpuOptions()
-        options.check()
-        check_file(self.path)
-        try:
-            load_openvino()
-        except Exception as error:  # a damaged package may raise anything
-            raise SettingsError(
-                f"provider is 'openvino', which cannot be loaded here ({error}); "
-                "pip install 'anchorline[openvino]', or use the provider cpu"
-            ) from error
-        self._network: Any
-        self.contract, self._network = _open(self.path, options, cache or CompiledCache())
-        if self.contract.needs_vnni and adds_in_16_bits():
-            raise ArtefactError(
-                f"{self.path}: its 8-bit weights need VNNI, which this processor has not; quantise the float "
-                "model again, or use the provider cpu"
-            )
-        hint = str(self._network.get_property("INFERENCE_PRECISION_HINT"))
-        computed = "bf16" if "bfloat16" in hint else "fp32"
-        self.precision = computed if self.contract.precision == "fp32" else self.contract.precision
-        self._thread = threading.local()
-
-    @property
-    def timings(self) -> dict[str, float]:
-        """Of this thread's last ``infer``."""
-        return dict(getattr(self._thread, "timings", {"upload": 0.0, "network": 0.0, "download": 0.0}))
-
-    def infer(self, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
-        """Run the network: ``images`` [B, H, W, 3] and ``image_sizes`` float32 [B, 2] by the
-        contract's input names, to the contract's outputs by name."""
-        lane = getattr(self._thread, "lane", None)
-        if lane is None:
-            lane = self._thread.lane = self.create_lane()
-        start = time.perf_counter()
-        lane.start(inputs)
-        outputs = lane.wait()
-        self._thread.timings = {"upload": 0.0, "network": time.perf_counter() - start, "download": 0.0}
-        return outputs
-
-    def create_lane(self) -> OpenVINOLane:
-        """A lane; any number of them may be at work."""
-        if self._network is None:
-            raise SettingsError(f"{self.path}: the model is closed; open it again")
-        return OpenVINOLane(self.path, self.contract, self._network.create_infer_request())
-
-    def close(self) -> None:
-        """Release the network. Safe to call twice."""
-        self._network = None
-        self._thread = threading.local()
-
-    def __enter__(self) -> OpenVINOBackend:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _open(path: Path, options: CpuOptions, cache: CompiledCache) -> tuple[Contract, Any]:
@@ -356,7 +193,9 @@ def _open(path: Path, options: CpuOptions, cache: CompiledCache) -> tuple[Contra
         contract = write_inlined(path, inlined)
         precision = network_precision(options.precision, contract.precision)
         network = _compile(path, inlined, {**settings, "INFERENCE_PRECISION_HINT": _HINTS[precision]})
-    cache.store(entry_path, Entry(contract, _exported(network)))
+    exported = network.export_model()
+    payload = exported if isinstance(exported, bytes) else bytes(exported.read())
+    cache.store(entry_path, Entry(contract, payload))
     return contract, network
 
 
@@ -368,7 +207,7 @@ def _from_cache(
         if entry is None:
             return None
         return entry.contract, core().import_model(entry.payload, "CPU", settings)
-    except (DamagedEntryError, RuntimeError) as error:
+    except (ArtefactError, RuntimeError) as error:
         if entry_path not in _said:
             _said.add(entry_path)
             reason = str(error).strip().splitlines()[-1]
@@ -383,8 +222,9 @@ def _compile(path: Path, inlined: Path, settings: dict[str, str]) -> Any:
         return core().compile_model(model, "CPU", settings)
     except Exception as error:
         reason = " ".join(str(error).split())
+        version = str(load_openvino().__version__).partition("-")[0]
         raise ArtefactError(
-            f"{path}: OpenVINO {version()} cannot compile it ({reason[:300]}); use the provider cpu"
+            f"{path}: OpenVINO {version} cannot compile it ({reason[:300]}); use the provider cpu"
         ) from error
 
 
@@ -400,6 +240,69 @@ def _keep_coordinates(model: Any) -> None:
         model.add_outputs(rois)
 
 
-def _exported(network: Any) -> bytes:
-    exported = network.export_model()
-    return exported if isinstance(exported, bytes) else bytes(exported.read())
+class Entry(NamedTuple):
+    """A compiled network and the contract of the model it was made from."""
+
+    contract: Contract
+    payload: bytes
+
+
+class CompiledCache:
+    """Compiled networks on disk, so that a model opens at once the second time; at most ``limit`` bytes.
+
+    An entry is a file: one line of JSON with the contract and the payload's SHA-256, then the payload. It is
+    named by the hash of everything that decides it (model, versions, settings), so it never goes stale; the
+    ones that were not used for longest make room.
+    """
+
+    def __init__(self, folder: Path | None = None, limit: int = LIMIT_BYTES) -> None:
+        self._folder, self._limit = folder or cache_folder() / "networks", limit
+
+    def path(self, facts: Mapping[str, str]) -> Path:
+        """The file for a network that these facts decide."""
+        key = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
+        return self._folder / f"{key[:40]}{_SUFFIX}"
+
+    def load(self, path: Path) -> Entry | None:
+        """The entry, None where there is none; ``ArtefactError`` for one that cannot be used."""
+        try:
+            with path.open("rb") as file:
+                header = file.readline(_LONGEST_HEADER)
+                payload = file.read()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ArtefactError(error.strerror or str(error)) from error
+        try:
+            fields = json.loads(header)
+            contract = Contract.from_json(fields["contract"], where=str(path))
+            whole = hashlib.sha256(payload).hexdigest() == fields["sha256"]
+        except (ValueError, KeyError, TypeError) as error:  # an ArtefactError is a ValueError
+            raise ArtefactError("its header cannot be read") from error
+        if not whole:
+            raise ArtefactError("its contents have changed")
+        with contextlib.suppress(OSError):
+            os.utime(path)  # used just now
+        return Entry(contract, payload)
+
+    def store(self, path: Path, entry: Entry) -> None:
+        """Keep ``entry`` and make room. Where that cannot be, the log says so and all goes on without."""
+        if len(entry.payload) > self._limit:
+            return
+        sha256 = hashlib.sha256(entry.payload).hexdigest()
+        header = json.dumps({"contract": entry.contract.to_json(), "sha256": sha256})
+        try:
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                file.write(header.encode() + b"\n")
+                file.write(entry.payload)
+        except AnchorlineError as error:
+            log.info("the compiled network is not kept: %s", error)
+            return
+        with contextlib.suppress(OSError):
+            found = [(each.stat(), each) for each in self._folder.glob(f"*{_SUFFIX}")]
+            total = sum(stat.st_size for stat, _ in found)
+            for stat, old in sorted(found, key=lambda each: each[0].st_mtime):
+                if total <= self._limit:
+                    break
+                old.unlink(missing_ok=True)
+                total -= stat.st_size

@@ -11,12 +11,11 @@ from anchorline.runtime.backends.cpu_options import CpuOptions
 from anchorline.runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, available_providers
 from anchorline.runtime.backends.openvino import has_openvino
 from anchorline.runtime.io.errors import ArtefactError, GpuError, SettingsError
-from anchorline.runtime.tensorrt.engine import CannotRunHereError, check_flavour, onnx_of
-from anchorline.runtime.tensorrt.manifest import EngineManifest, read_manifest
-from anchorline.runtime.tensorrt.options import GpuOptions
+from anchorline.runtime.tensorrt.cuda import GpuOptions
+from anchorline.runtime.tensorrt.library import FLAVOURS
+from anchorline.runtime.tensorrt.manifest import CannotRunHereError, EngineManifest, onnx_of, read_manifest
 
 OPENVINO = "openvino"
-_ENGINE_PROVIDERS = ("tensorrt", "tensorrt-rtx")
 _BEST_FIRST = ("cuda", OPENVINO)  # what "auto" tries for an ONNX file before onnxruntime on the CPU
 
 log = logging.getLogger("anchorline.runtime")
@@ -26,8 +25,6 @@ _saying = threading.Lock()
 
 def open_backend(path: Path, provider: str, cpu: CpuOptions, options: GpuOptions) -> Backend:
     """Load ``path``; see ``Detector`` for the arguments."""
-    options.check()
-    cpu.check()
     if provider not in ("auto", OPENVINO, *PROVIDERS):
         raise SettingsError(f"provider is {provider!r}; available here: {', '.join(_offered())}")
     if path.suffix.lower() == ".safetensors":
@@ -46,13 +43,17 @@ def exact_provider(provider: str) -> str:
 
 def _open_engine(path: Path, provider: str, cpu: CpuOptions, options: GpuOptions) -> Backend:
     manifest = read_manifest(path)
-    check_flavour(manifest)
+    if manifest.flavour not in FLAVOURS:
+        raise ArtefactError(
+            f"{manifest.path}: flavour is {manifest.flavour!r}; expected one of {', '.join(FLAVOURS)}; "
+            "build the engine again"
+        )
     if provider == "tensorrt-rtx" and manifest.flavour != provider:
         raise SettingsError(f"provider is {provider!r}, but {path} is an engine of {manifest.flavour}")
-    if provider != "auto" and provider not in _ENGINE_PROVIDERS:
+    if provider != "auto" and provider not in FLAVOURS:
         return _open_onnx(onnx_of(path, manifest), provider, cpu, options)
     # Here, not above: who runs ONNX files need not wait for the GPU's modules.
-    from anchorline.runtime.tensorrt.backend import TensorRTBackend
+    from anchorline.runtime.tensorrt.lane import TensorRTBackend
 
     try:
         return TensorRTBackend(path, manifest, options)

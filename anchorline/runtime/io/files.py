@@ -93,6 +93,28 @@ def output_errors(path: str | Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def input_errors(
+    path: str | Path, missing: str = "check the name", error_class: type[AnchorlineError] = ArtefactError
+) -> Iterator[None]:
+    """Turn an ``OSError`` of the block into one line that names ``path``; ``missing`` is the remedy for a
+    file that is not there."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise error_class(f"{path}: no such file; {missing}") from None
+    except AnchorlineError:
+        raise
+    except OSError as error:
+        raise error_class(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+
+
+def cache_folder() -> Path:
+    """Where Anchorline keeps what it can make again."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "anchorline"
+
+
 def atomic_write_bytes(path: str | Path, content: bytes) -> None:
     """Write ``content`` to ``path``, whole or not at all."""
     with atomic_path(path) as temporary:
@@ -125,14 +147,9 @@ def plain(value: Any) -> Any:
 
 
 def sha256_of(path: str | Path) -> str:
-    """The file's SHA-256 as 64 hexadecimal digits; raises ``ArtefactError`` when it cannot be read."""
+    """The file's SHA-256 as 64 hexadecimal digits; ``ArtefactError`` where it cannot be read."""
     digest = hashlib.sha256()
-    try:
-        with Path(path).open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-    except FileNotFoundError:
-        raise ArtefactError(f"{path}: no such file; check the name") from None
-    except OSError as error:
-        raise ArtefactError(f"{path}: cannot be read ({error.strerror or error}); check the file") from None
+    with input_errors(path), Path(path).open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
     return digest.hexdigest()

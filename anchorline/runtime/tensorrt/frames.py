@@ -1,35 +1,41 @@
-"""Frames that lie on the GPU already, and NV12 frames as video decoders deliver them.
+"""Frames on a GPU: read where they lie, staged when they are large, laid onto the canvas by a kernel each.
 
 A device frame is anything with ``__dlpack__`` or ``__cuda_array_interface__``: tensors and arrays of
-PyTorch, CuPy, Numba, pycuda, cuda.core, on the GPU or in pinned memory. It is read where it lies and must not
-be changed until its detections have come.
+PyTorch, CuPy, Numba, pycuda, cuda.core, on the GPU or in pinned memory. It must not be changed until its
+detections have come. The counterpart of ``canvas.Preprocessor``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-from anchorline.runtime.io.errors import FrameError
-from anchorline.runtime.tensorrt.cuda.interface import LEGACY_STREAM
-from anchorline.runtime.tensorrt.dlpack import on_cuda, read_dlpack
+from anchorline.runtime.canvas import Nv12, Placement, frame_size, nv12_size
+from anchorline.runtime.contract import Contract
+from anchorline.runtime.io.errors import FrameError, SettingsError
+from anchorline.runtime.tensorrt.cuda import LEGACY_STREAM, PER_THREAD_STREAM, Cuda, PinnedBuffer
+from anchorline.runtime.tensorrt.kernels import Launch
 
 _BGR = "Expected a device frame as uint8 BGR of shape [H, W, 3]"
-_NV12 = "Expected an NV12 frame as uint8 of shape [H * 3 / 2, W] with even H and W"
 
+_CUDA, _CUDA_HOST, _CUDA_MANAGED = 2, 3, 13  # kDLCUDA, kDLCUDAHost (pinned) and kDLCUDAManaged of dlpack.h
+_READABLE = (_CUDA, _CUDA_HOST, _CUDA_MANAGED)  # by a kernel
+_MAJOR = 1  # of dlpack.h, which we ask for: earlier ones know no tensors that are read only
+_VERSIONED_BYTES = 32  # of DLManagedTensorVersioned before its DLTensor: version, context, deleter, flags
+_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}
 
-@dataclass(frozen=True)
-class Nv12:
-    """A frame in NV12: uint8 [H * 3 / 2, W], luma over interleaved chroma, on the host or on the GPU.
+SOURCE = "preprocess"
+KERNELS = tuple(f"{pixels}_to_{dtype}" for pixels in ("bgr", "nv12") for dtype in ("uint8", "float32"))
+_THREADS = 256
 
-    The colours are ITU-R BT.601 in its limited range, as in OpenCV's ``COLOR_YUV2BGR_NV12``.
-    """
-
-    pixels: Any
+_REMEMBERED = 1024  # addresses of device frames whose device is known; decoders use a few over and over
+_STAGING_REMEDY = "give smaller frames, smaller batches, or run less at once (workers, in_flight)"
 
 
 @dataclass(frozen=True)
@@ -48,75 +54,66 @@ class DeviceFrame:
     owner: Any
 
 
+@dataclass(frozen=True)
+class _Array:
+    """What a library tells of an array: ``strides`` in bytes of uint8; pinned memory is of no ``device``."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    device: int | None
+    stream: int | None
+    owner: Any
+
+
 def is_device_frame(frame: object) -> bool:
     """Whether ``frame``, or the array in an ``Nv12``, lies on a GPU by its own account."""
     pixels = frame.pixels if isinstance(frame, Nv12) else frame
     if isinstance(pixels, np.ndarray):
         return False
-    return on_cuda(pixels) or getattr(pixels, "__cuda_array_interface__", None) is not None
-
-
-def host_bgr(frame: Nv12) -> NDArray[np.uint8]:
-    """An NV12 frame of the host as BGR [H, W, 3]."""
-    check_host_nv12(frame)
-    pixels = frame.pixels
-    return np.asarray(cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_YUV2BGR_NV12), np.uint8)
-
-
-def check_host_nv12(frame: Nv12) -> tuple[int, int]:
-    """Height and width of an NV12 frame of the host; ``FrameError`` for what is none."""
-    if not isinstance(frame.pixels, np.ndarray):
-        raise FrameError(f"{_NV12}, got a {type(frame.pixels).__name__}")
-    _check_nv12(frame.pixels.shape, str(frame.pixels.dtype))
-    return frame.pixels.shape[0] * 2 // 3, frame.pixels.shape[1]
+    return _speaks_dlpack(pixels) or getattr(pixels, "__cuda_array_interface__", None) is not None
 
 
 def read_device_frame(frame: Any, stream: int) -> DeviceFrame:
     """Where ``frame`` lies, for work to be queued on ``stream``; ``FrameError`` for what is no frame."""
     pixels = frame.pixels if isinstance(frame, Nv12) else frame
-    address, shape, strides, dtype, device, ready_on, owner = (
-        _from_dlpack(pixels, stream) if on_cuda(pixels) else _from_interface(pixels)
-    )
+    array = _read_dlpack(pixels, stream) if _speaks_dlpack(pixels) else _read_interface(pixels)
+    shape = array.shape
     # A side of 1 has no next one, so libraries write any step there; rows and pixels are never nearer.
-    strides = tuple(
+    strides = [
         dense if side == 1 else step
-        for side, step, dense in zip(shape, strides, _dense(shape, np.dtype(np.uint8)), strict=True)
-    )
+        for side, step, dense in zip(shape, array.strides, _dense(shape), strict=True)
+    ]
     if isinstance(frame, Nv12):
-        _check_nv12(shape, dtype)
-        height, width = shape[0] * 2 // 3, shape[1]
-        tight, expectation = strides[1] == 1 and strides[0] >= width, _NV12
-        chroma = address + height * strides[0]
+        height, width = nv12_size(shape, array.dtype)
+        tight = strides[1] == 1 and strides[0] >= width
+        expectation = "Expected an NV12 frame as uint8 of shape [H * 3 / 2, W] with even H and W"
+        chroma = array.address + height * strides[0]
     else:
-        _check_bgr(shape, dtype)
+        if array.dtype != "uint8" or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+            raise FrameError(f"{_BGR}, got {array.dtype} {list(shape)}; convert it on the GPU first")
         height, width = shape[:2]
-        tight, expectation = strides[1:] == (3, 1) and strides[0] >= 3 * width, _BGR
+        tight, expectation = strides[1:] == [3, 1] and strides[0] >= 3 * width, _BGR
         chroma = 0
     if not tight:
         raise FrameError(
-            f"{expectation} with pixels side by side and rows in order, got strides {list(strides)} bytes; "
+            f"{expectation} with pixels side by side and rows in order, got strides {strides} bytes; "
             "make it contiguous first"
         )
-    return DeviceFrame(address, chroma, strides[0], (height, width), device, ready_on, owner)
+    return DeviceFrame(
+        array.address, chroma, strides[0], (height, width), array.device, array.stream, array.owner
+    )
 
 
-Read = tuple[int, tuple[int, ...], tuple[int, ...], str, "int | None", "int | None", Any]
-
-
-def _from_dlpack(pixels: Any, stream: int) -> Read:
-    """The library makes ``stream`` wait for the tensor, so there is no stream left to wait for."""
-    tensor = read_dlpack(pixels, stream)
-    return tensor.address, tensor.shape, tensor.strides, tensor.dtype, tensor.device, None, tensor.capsule
-
-
-def _from_interface(pixels: Any) -> Read:
+def _read_interface(pixels: Any) -> _Array:
     """CUDA array interface, versions 2 and 3: ``stream`` None means ready; version 2 does not say."""
     told = pixels.__cuda_array_interface__
     try:
         shape = tuple(int(side) for side in told["shape"])
         dtype = np.dtype(told["typestr"])
         strides = told.get("strides")
-        steps = tuple(int(step) for step in (strides if strides is not None else _dense(shape, dtype)))
+        steps = _dense(shape, dtype.itemsize) if strides is None else tuple(int(step) for step in strides)
         address = int(told["data"][0])
         stream = told["stream"] if int(told.get("version", 2)) >= 3 and "stream" in told else LEGACY_STREAM
         ready_on = None if stream is None else int(stream)
@@ -131,22 +128,245 @@ def _from_interface(pixels: Any) -> Read:
             f"the frame's __cuda_array_interface__ says stream {ready_on}, which is ambiguous; expected None "
             "(ready), 1 (legacy default), 2 (the thread's default) or a stream's handle"
         )
-    return address, shape, steps, str(dtype), None, ready_on, pixels
+    return _Array(address, shape, steps, str(dtype), None, ready_on, pixels)
 
 
-def _dense(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, ...]:
-    steps = [dtype.itemsize]
-    for side in shape[:0:-1]:
-        steps.append(steps[-1] * side)
-    return tuple(reversed(steps))
+def _dense(shape: tuple[int, ...], step: int = 1) -> tuple[int, ...]:
+    return tuple(step * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def _check_bgr(shape: tuple[int, ...], dtype: str) -> None:
-    if dtype != "uint8" or len(shape) != 3 or shape[2] != 3 or 0 in shape:
-        raise FrameError(f"{_BGR}, got {dtype} {list(shape)}; convert it on the GPU first")
+# DLPack in plain Python (dlpack.h, versions 0 and 1).
 
 
-def _check_nv12(shape: tuple[int, ...], dtype: str) -> None:
-    fits = len(shape) == 2 and 0 not in shape and shape[0] % 3 == 0 and shape[1] % 2 == 0
-    if dtype != "uint8" or not fits:
-        raise FrameError(f"{_NV12}, got {dtype} {list(shape)}")
+class _Tensor(ctypes.Structure):
+    """``DLTensor``."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer_of.restype = ctypes.c_void_p
+_pointer_of.argtypes = [ctypes.py_object, ctypes.c_char_p]
+_is_named = ctypes.pythonapi.PyCapsule_IsValid
+_is_named.restype = ctypes.c_int
+_is_named.argtypes = [ctypes.py_object, ctypes.c_char_p]
+
+
+def _speaks_dlpack(tensor: Any) -> bool:
+    """Whether a tensor says through DLPack that it lies where an NVIDIA GPU reads it."""
+    try:
+        return tensor.__dlpack_device__()[0] in _READABLE
+    except Exception:  # not there, or a library's own way to say no
+        return False
+
+
+def _read_dlpack(tensor: Any, stream: int) -> _Array:
+    """The tensor's memory, ready to be read by work queued on ``stream`` from now on.
+
+    Its own library sees to that, so there is no stream left to wait for. The capsule stays unconsumed and is
+    the owner: its destructor gives the memory back.
+    """
+    try:
+        # Memory of the host is on no stream: PyTorch refuses one there.
+        asked = None if tensor.__dlpack_device__()[0] == _CUDA_HOST else stream
+        try:
+            capsule = tensor.__dlpack__(stream=asked, max_version=(_MAJOR, 0))
+        except TypeError:  # from before there were versions
+            capsule = tensor.__dlpack__(stream=asked)
+        found = _tensor_in(capsule)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise FrameError(
+            f"a {type(tensor).__name__} cannot be read through DLPack ({reason}); hand over a plain tensor"
+        ) from None
+    shape = tuple(found.shape[: found.ndim])
+    strides = tuple(found.strides[: found.ndim]) if found.strides else _dense(shape)
+    dtype = f"{_CODES.get(found.code, 'type ' + str(found.code))}{found.bits}"
+    if found.lanes != 1:
+        dtype += f"x{found.lanes}"
+    start = int(found.data or 0) + int(found.byte_offset)
+    device = None if found.device_type == _CUDA_HOST else int(found.device_id)
+    return _Array(start, shape, strides, dtype, device, None, capsule)
+
+
+def _tensor_in(capsule: Any) -> _Tensor:
+    """The ``DLTensor`` of a capsule of either version; ``ValueError`` for others."""
+    if _is_named(capsule, b"dltensor_versioned"):
+        address = _pointer_of(capsule, b"dltensor_versioned")
+        major = ctypes.c_uint32.from_address(address).value
+        if major != _MAJOR:
+            raise ValueError(f"version {major} of DLPack; versions 0 and {_MAJOR} are known")
+        address += _VERSIONED_BYTES
+    else:
+        address = _pointer_of(capsule, b"dltensor")
+    found = _Tensor.from_address(address)
+    if found.device_type not in _READABLE:
+        raise ValueError(f"it lies on a device of type {found.device_type}")
+    return found
+
+
+# Onto the canvas.
+
+
+def resizes_as(contract: Contract) -> bool:
+    """Whether the kernels do the contract's resize: not the antialiased one (``canvas.to_canvas``)."""
+    return contract.resize.interpolation == "bilinear"
+
+
+def canvas_launch(
+    frame: DeviceFrame, placement: Placement, contract: Contract, canvas: int, image_size: int
+) -> Launch:
+    """The kernel that lays ``frame`` on the canvas at address ``canvas`` and notes its valid size.
+
+    ``image_size`` is the address of two float32. uint8 canvases are within one grey level of OpenCV's
+    resize, float32 ones equal ``canvas.resize_float``. Raises ``SettingsError`` where ``resizes_as`` says no.
+    """
+    if not resizes_as(contract):
+        raise SettingsError(
+            f"resize.interpolation is {contract.resize.interpolation!r}, which the GPU's kernels do not do; "
+            "lay the frames onto the canvas with canvas.to_canvas"
+        )
+    height, width = contract.canvas
+    # Source pixels for one canvas pixel: in single precision for float32, as in PyTorch.
+    number = np.float32 if contract.input_dtype == "float32" else np.float64
+    steps = (np.array(placement.source, number) / np.array(placement.valid, number)).tolist()
+    arguments = (
+        ctypes.c_void_p(frame.address),
+        ctypes.c_void_p(frame.chroma),
+        ctypes.c_longlong(frame.pitch),
+        ctypes.c_int(frame.size[0]),
+        ctypes.c_int(frame.size[1]),
+        ctypes.c_void_p(canvas),
+        ctypes.c_int(width),
+        ctypes.c_void_p(image_size),
+        ctypes.c_int(placement.valid[0]),
+        ctypes.c_int(placement.valid[1]),
+        ctypes.c_double(steps[0]),
+        ctypes.c_double(steps[1]),
+    )
+    kernel = f"{'nv12' if frame.chroma else 'bgr'}_to_{contract.input_dtype}"
+    return Launch(SOURCE, kernel, (-(-width // _THREADS), height, 1), _THREADS, arguments)
+
+
+class FrameIntake:
+    """Frames on their way to a lane: what they wait for, staging of large host frames, the kernels.
+
+    The staging memory, pinned and on the device, grows to the largest frame of each place in a batch.
+    """
+
+    def __init__(self, cuda: Cuda, contract: Contract) -> None:
+        self._cuda, self._contract = cuda, contract
+        self._staging: dict[int, tuple[PinnedBuffer, int]] = {}
+        self._devices: dict[int, int | None] = {}
+        self._event: int | None = None
+        self._kernels: dict[str, Any] = {}
+
+    def read(
+        self, frames: Sequence[Any], own: int, named: int | None, follow: bool
+    ) -> tuple[list[DeviceFrame | None], int]:
+        """The device frames among ``frames`` (``None`` for others), and the stream to work on.
+
+        With ``follow`` that is the stream ``named`` by the caller, or else the one that all device frames
+        come from, so that nobody has to wait. Otherwise it is ``own``, made to wait for those streams. Never
+        a thread's own default stream, which no other thread could wait for. Raises ``FrameError``.
+        """
+        stream = named if follow and named is not None and named != PER_THREAD_STREAM else own
+        found = [read_device_frame(frame, stream) if is_device_frame(frame) else None for frame in frames]
+        there = [frame for frame in found if frame is not None]
+        for frame in there:
+            self._check_device(frame)
+        origins = {frame.stream for frame in there}
+        if follow and named is None and len(origins) == 1:
+            (only,) = origins
+            if only is not None and only != PER_THREAD_STREAM:
+                return found, only
+        for origin in origins | {named}:
+            if origin is not None and origin != stream:
+                if self._event is None:
+                    self._event = self._cuda.create_event()
+                self._cuda.record(self._event, origin)
+                self._cuda.wait(stream, self._event)
+        return found, stream
+
+    def resized_by_cpu(self, frame: Any) -> bool:
+        """Whether a frame of the host is resized before the copy: where the GPU cannot, and up to the size
+        of the canvas, but for NV12 (half the bytes)."""
+        height, width = self._contract.canvas
+        small = not isinstance(frame, Nv12) and frame.shape[0] * frame.shape[1] <= height * width
+        return small or not resizes_as(self._contract)
+
+    def stage(self, index: int, frame: Any, stream: int) -> DeviceFrame:
+        """Copy a host frame as it is into pinned memory, and queue the copy to the device."""
+        pixels = frame.pixels if isinstance(frame, Nv12) else frame
+        pinned, address = self._room(index, pixels.nbytes)
+        np.copyto(pinned.array[: pixels.nbytes].reshape(pixels.shape), pixels)
+        self._cuda.copy_in(address, pinned, pixels.nbytes, stream)
+        height, width = frame_size(frame)
+        pitch = width if isinstance(frame, Nv12) else 3 * width
+        chroma = address + height * pitch if isinstance(frame, Nv12) else 0
+        return DeviceFrame(address, chroma, pitch, (height, width), self._cuda.device, None, frame)
+
+    def to_canvas(
+        self, frame: DeviceFrame, placement: Placement, canvas: int, image_size: int, stream: int
+    ) -> None:
+        """Queue the kernel for one frame; see ``canvas_launch``. It is loaded when it is first wanted."""
+        item = canvas_launch(frame, placement, self._contract, canvas, image_size)
+        if item.kernel not in self._kernels:
+            self._kernels[item.kernel] = self._cuda.load_kernel(item.source, item.kernel)
+        self._cuda.launch(self._kernels[item.kernel], item.grid, item.threads, item.arguments, stream)
+
+    def close(self) -> None:
+        """Free the staging memory."""
+        with contextlib.ExitStack() as stack:
+            if self._event is not None:
+                stack.callback(self._cuda.destroy_event, self._event)
+            for index in list(self._staging):
+                stack.callback(self._release, index)
+
+    def _room(self, index: int, size: int) -> tuple[PinnedBuffer, int]:
+        """Pinned and device memory for a frame of ``size`` bytes."""
+        staging = self._staging.get(index)
+        if staging is not None and len(staging[0].array) >= size:
+            return staging
+        self._release(index)
+        address = self._cuda.allocate(size, f"a frame of {size} bytes", _STAGING_REMEDY)
+        try:
+            pinned = self._cuda.allocate_pinned(size)
+        except BaseException:
+            self._cuda.free(address)
+            raise
+        self._staging[index] = pinned, address
+        return pinned, address
+
+    def _release(self, index: int) -> None:
+        if index in self._staging:
+            pinned, address = self._staging.pop(index)
+            self._cuda.free(address)
+            self._cuda.free_pinned(pinned)
+
+    def _check_device(self, frame: DeviceFrame) -> None:
+        device = frame.device
+        if device is None:
+            if frame.address not in self._devices:
+                if len(self._devices) >= _REMEMBERED:
+                    self._devices.clear()
+                self._devices[frame.address] = self._cuda.device_of(frame.address)
+            device = self._devices[frame.address]
+        if device is None:
+            raise FrameError("Expected a device frame, got one whose address CUDA does not know")
+        if device != self._cuda.device:
+            raise FrameError(
+                f"Expected a device frame on GPU {self._cuda.device}, got one on GPU {device}; copy it "
+                f"there, or open the detector with device={device}"
+            )

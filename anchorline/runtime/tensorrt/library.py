@@ -17,12 +17,14 @@ import re
 import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.io.files import cache_folder
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ _LEVELS = {
     "INFO": logging.INFO,
     "VERBOSE": logging.DEBUG,
 }
+
+_KEPT = 32  # of its latest errors
+_LONGEST = 300  # characters of a reason
+_MEMORY_WORDS = ("out of memory", "outofmemory", "cudamalloc", "cuda_error_out_of_memory")
 
 _loggers: dict[str, Any] = {}
 _loading = threading.Lock()
@@ -108,6 +114,44 @@ def _logger_class(trt: Any) -> type:
     return Logger
 
 
+class ErrorLog(logging.Handler):
+    """The latest errors of TensorRT's log, which alone says why a call failed.
+
+    Attached once, so that nothing is done for each frame.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self._errors: deque[tuple[int, str]] = deque(maxlen=_KEPT)
+        self._count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._count += 1
+        self._errors.append((self._count, " ".join(record.getMessage().split())))
+
+    def mark(self) -> int:
+        """A point in the log, for ``reason``."""
+        return self._count
+
+    def reason(self, mark: int) -> str:
+        """The first error after ``mark``: the cause, which later ones follow from."""
+        text = next(iter(self._since(mark)), "no reason given")
+        return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+    def tell_of_memory(self, mark: int) -> bool:
+        """Whether an error after ``mark`` says that the GPU's memory was not enough."""
+        complaints = " ".join(self._since(mark)).lower()
+        return any(words in complaints for words in _MEMORY_WORDS)
+
+    def _since(self, mark: int) -> list[str]:
+        """Those of other threads may be among them."""
+        return [text for number, text in list(self._errors) if number > mark]
+
+
+errors = ErrorLog()
+log.addHandler(errors)
+
+
 @contextlib.contextmanager
 def captured_log() -> Iterator[list[logging.LogRecord]]:
     """Collect what TensorRT logs inside the block, from INFO on."""
@@ -138,26 +182,19 @@ def _load_rtx_libraries() -> None:
         return
     folder = Path(spec.origin).resolve().parent
     names = [name for name in _RTX_LIBRARIES if (folder / f"{name}.1").is_file()]
-    links = _link_folder(folder)
+    links = cache_folder() / f"tensorrt-rtx-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
+    try:
+        links.mkdir(parents=True, exist_ok=True)
+        writable = os.access(links, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        links = Path(tempfile.mkdtemp(prefix="anchorline-tensorrt-rtx-"))
     for name in names:
-        _link(links / f"{name}.1", folder / f"{name}.1")
-        _link(links / name, folder / f"{name}.1")
+        for link in (links / f"{name}.1", links / name):
+            _link(link, folder / f"{name}.1")
     for name in names:
         ctypes.CDLL(str(links / f"{name}.1"))
-
-
-def _link_folder(folder: Path) -> Path:
-    """A folder of our own for links to ``folder``: in the user's cache, or a temporary one."""
-    key = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    try:
-        links = cache / "anchorline" / f"tensorrt-rtx-{key}"
-        links.mkdir(parents=True, exist_ok=True)
-        if os.access(links, os.W_OK):
-            return links
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="anchorline-tensorrt-rtx-"))
 
 
 def _link(link: Path, target: Path) -> None:

@@ -7,13 +7,22 @@ so that other loaders take it as well.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anchorline.runtime.contract import Contract
-from anchorline.runtime.io.errors import ArtefactError
-from anchorline.runtime.io.files import sha256_of
+from anchorline.runtime.io.errors import ArtefactError, GpuError
+from anchorline.runtime.io.files import input_errors, sha256_of
+from anchorline.runtime.tensorrt.library import FLAVOURS
+
+_RELEASE_NUMBERS = 3  # a plan is loaded by the very release that built it
+_AMPERE = 80
+
+
+class CannotRunHereError(GpuError):
+    """An engine that is sound but not for this machine; its ONNX file may run instead."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +61,22 @@ def read_manifest(engine: Path, *, check_engine: bool = True) -> EngineManifest:
     Raises ``ArtefactError`` when either is missing, damaged, or they do not belong together.
     """
     path = manifest_path(engine)
-    raw = _read_json(path)
+    missing = "an engine needs its manifest beside it: copy both, or build it again"
+    with input_errors(path, missing):
+        content = path.read_bytes()
     try:
-        contract = raw["contract"]
+        raw = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"{path}: the manifest is not JSON ({error}); build the engine again") from None
+    if not isinstance(raw, dict):
+        raise ArtefactError(f"{path}: holds a {type(raw).__name__}, expected a JSON object; build it again")
+    try:
         low, best, high = (int(size) for size in raw["profiles"][0]["batch"])
         if not 1 <= low <= best <= high:
             raise ValueError(f"batch is {[low, best, high]}, not rising from 1")
         manifest = EngineManifest(
             path=path,
-            contract=Contract.from_json(json.dumps(contract), where=str(path)),
+            contract=Contract.from_json(json.dumps(raw["contract"]), where=str(path)),
             flavour=str(raw["flavour"]),
             flavour_version=str(raw["flavour_version"]),
             compute_capabilities=tuple(int(number) for number in raw["compute_capabilities"]),
@@ -70,9 +86,9 @@ def read_manifest(engine: Path, *, check_engine: bool = True) -> EngineManifest:
             options_hash=str(raw["options_hash"]),
             raw=raw,
         )
+    except ArtefactError:
+        raise
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        if isinstance(error, ArtefactError):
-            raise
         raise ArtefactError(f"{path}: damaged manifest ({error!r}); build the engine again") from None
     if check_engine and sha256_of(engine) != manifest.engine_sha256:
         raise ArtefactError(
@@ -82,17 +98,37 @@ def read_manifest(engine: Path, *, check_engine: bool = True) -> EngineManifest:
     return manifest
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def check_fit(manifest: EngineManifest, version: str, capability: int, gpu: str) -> None:
+    """Raise ``CannotRunHereError`` where TensorRT ``version`` on a GPU of ``capability`` cannot run it."""
+    title = FLAVOURS[manifest.flavour].title
+    options = manifest.options
+    numbers = 1 if options.get("version_compatible") else _RELEASE_NUMBERS
+    here, there = (re.findall(r"\d+", text)[:numbers] for text in (version, manifest.flavour_version))
+    if here != there:
+        raise CannotRunHereError(
+            f"it was built with {title} {manifest.flavour_version}, and {version} is installed; build it "
+            "again here, or install that release"
+        )
+    built = manifest.compute_capabilities
+    compatible = bool(options.get("hardware_compatible")) and capability >= _AMPERE
+    if built and capability not in built and not compatible:
+        names = ", ".join(f"sm_{number}" for number in built)
+        raise CannotRunHereError(
+            f"it was built for {names}, and {gpu} is sm_{capability}; build it again for this GPU"
+        )
+
+
+def onnx_of(engine: Path, manifest: EngineManifest) -> Path:
+    """The ONNX file beside an engine that it was built from; ``ArtefactError`` unless it is the very one."""
+    stated = manifest.raw.get("onnx")
+    name, sha256 = (stated.get("name"), stated.get("sha256")) if isinstance(stated, dict) else (None, None)
+    if not isinstance(name, str) or not name or not isinstance(sha256, str):
+        raise ArtefactError(f"{manifest.path}: does not say which ONNX file the engine was built from")
+    path = engine.parent / Path(name).name
+    if not path.is_file():
+        raise ArtefactError(f"{path}: no such file; copy the ONNX file to where the engine is")
+    if sha256_of(path) != sha256:
         raise ArtefactError(
-            f"{path}: no such file; an engine needs its manifest beside it: copy both, or build it again"
-        ) from None
-    except OSError as error:
-        raise ArtefactError(f"{path}: cannot be read ({error.strerror or error}); check the file") from None
-    except (ValueError, RecursionError) as error:
-        raise ArtefactError(f"{path}: the manifest is not JSON ({error}); build the engine again") from None
-    if not isinstance(raw, dict):
-        raise ArtefactError(f"{path}: holds a {type(raw).__name__}, expected a JSON object; build it again")
-    return raw
+            f"{path}: is not the ONNX file that the engine was built from (another sha256); copy that one"
+        )
+    return path

@@ -253,7 +253,7 @@ class DetectOptions:
     ] = None
 
     def __post_init__(self) -> None:
-        CpuOptions(self.threads, self.cpu_precision).check()
+        CpuOptions(self.threads, self.cpu_precision)  # raises for a value that is of no use
         _check_lowest(self)
         check_fraction("shown_score", self.shown_score)
         if self.policy is not None:

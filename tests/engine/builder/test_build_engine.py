@@ -20,9 +20,9 @@ from anchorline.engine.build import BuildResult, build_engine
 from anchorline.engine.options import BuildOptions
 from anchorline.runtime.io.errors import ArtefactError
 from anchorline.runtime.io.files import sha256_of
+from anchorline.runtime.tensorrt.kernels import source_hash
 from anchorline.runtime.tensorrt.manifest import manifest_path, read_manifest
 from anchorline.runtime.tensorrt.plugins import register_plugins
-from anchorline.runtime.tensorrt.plugins.images import source_hash
 
 RTX = "tensorrt-rtx"
 CAPABILITIES = (86, 89, 120)

@@ -187,12 +187,12 @@ def test_an_old_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tensorrt_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anchorline.runtime.tensorrt.plugins import driver
+    from anchorline.runtime.tensorrt import cuda
 
     def no_driver() -> None:
         raise RuntimeError('"cuda" can only be found via system search')
 
-    monkeypatch.setattr(driver, "first_gpu", no_driver)
+    monkeypatch.setattr(cuda, "first_gpu", no_driver)
     with pytest.raises(SettingsError, match=r"needs an NVIDIA GPU .* \(\"cuda\" can only be found"):
         flavours.current_gpu()
 

@@ -15,8 +15,8 @@ from anchorline.engine.options import BuildOptions
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.tensorrt.cuda import GpuOptions
 from anchorline.runtime.tensorrt.library import load_tensorrt
-from anchorline.runtime.tensorrt.options import GpuOptions
 
 pytestmark = [
     pytest.mark.gpu,

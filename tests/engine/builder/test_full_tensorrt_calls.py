@@ -16,7 +16,7 @@ from anchorline.engine.lowering import lower
 from anchorline.engine.options import BuildOptions
 from anchorline.runtime.io.errors import SettingsError
 from anchorline.runtime.tensorrt import library as tensorrt_library
-from anchorline.runtime.tensorrt.plugins import adapter
+from anchorline.runtime.tensorrt import plugins
 
 # Beside this file; test folders are no packages.
 _spec = importlib.util.spec_from_file_location(
@@ -42,7 +42,7 @@ def tensorrt(request: pytest.FixtureRequest, rtx: Any, monkeypatch: pytest.Monke
         builder, "lower", lambda model, _, *rest, **kw: lower(model, "tensorrt-rtx", *rest, **kw)
     )
     # One library serves both modules here: the plugins are registered, and one logger is in use.
-    monkeypatch.setitem(adapter._registered, "tensorrt", [])
+    monkeypatch.setitem(plugins._registered, "tensorrt", [])
     logger = tensorrt_library.tensorrt_logger("tensorrt-rtx")
     monkeypatch.setattr(flavours, "tensorrt_logger", lambda _: logger)
     monkeypatch.setattr("anchorline.engine.toolkit.tensorrt_logger", lambda _: logger)

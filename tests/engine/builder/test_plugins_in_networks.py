@@ -14,7 +14,8 @@ from anchorline.engine import toolkit as engine
 from anchorline.engine.options import BuildOptions
 from anchorline.runtime.io.errors import AnchorlineError
 from anchorline.runtime.tensorrt import library as tensorrt_library
-from anchorline.runtime.tensorrt.plugins import adapter, register_plugins
+from anchorline.runtime.tensorrt import plugins
+from anchorline.runtime.tensorrt.plugins import register_plugins
 
 PLUGIN = 'plugin_namespace = "anchorline", plugin_version = "1"'
 NMS = f"""<ir_version: 10, opset_import: ["": 18, "anchorline": 1]>
@@ -77,12 +78,12 @@ def test_attributes_out_of_range_are_refused_with_their_name(
 def test_registering_twice_is_harmless(rtx: Any) -> None:
     register_plugins(rtx)
     register_plugins(rtx)
-    assert len(adapter._registered[rtx.__name__]) == 2
+    assert len(plugins._registered[rtx.__name__]) == 2
 
 
 def test_another_plugin_of_that_name_is_named(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     register_plugins(rtx)
-    monkeypatch.setattr(adapter, "_registered", {})
+    monkeypatch.setattr(plugins, "_registered", {})
     with pytest.raises(AnchorlineError, match="another plugin anchorline::BatchedNMS version 1"):
         register_plugins(rtx)
 
@@ -91,7 +92,7 @@ def test_a_plugin_that_fails_to_run_says_so_and_does_not_raise(
     rtx: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """TensorRT calls from C++, where an exception would end the process."""
-    plugin = adapter._plugin_class(rtx)(adapter.BatchedNMS(iou_threshold=0.5, score_threshold=0.0), False)
+    plugin = plugins._plugin_class(rtx)(plugins.BatchedNMS(iou_threshold=0.5, score_threshold=0.0), False)
     with caplog.at_level(logging.ERROR, "anchorline.plugins"):
         assert plugin.enqueue([object()], [], [1], [2], 0, 0) == 1
     assert "BatchedNMS.enqueue failed" in caplog.text
@@ -99,9 +100,9 @@ def test_a_plugin_that_fails_to_run_says_so_and_does_not_raise(
 
 def test_what_is_serialised_makes_the_same_plugin(rtx: Any) -> None:
     """An engine holds the fields and gives them back when it is loaded."""
-    plugin_class = adapter._plugin_class(rtx)
-    plugin = plugin_class(adapter.RoIPool(output_size=14, spatial_scale=0.125), False)
-    creator = adapter._creator_class(rtx)(adapter.RoIPool, plugin_class)
+    plugin_class = plugins._plugin_class(rtx)
+    plugin = plugin_class(plugins.RoIPool(output_size=14, spatial_scale=0.125), False)
+    creator = plugins._creator_class(rtx)(plugins.RoIPool, plugin_class)
     loaded = creator.create_plugin("node", plugin.get_fields_to_serialize(), rtx.TensorRTPhase.RUNTIME)
     assert loaded.loaded
     assert (loaded.op.output_size, loaded.op.spatial_scale) == (14, 0.125)

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from anchorline.runtime.tensorrt.plugins import images
-from anchorline.runtime.tensorrt.plugins.ops import Launch
+from anchorline.runtime.tensorrt.kernels import FOLDER, Launch
 
 HERE = Path(__file__).resolve().parent
 Groups = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -27,7 +26,7 @@ def run_on_host(once: Callable[[str, Callable[[Path], None]], Path]) -> Callable
         pytest.skip("needs g++ to build the CUDA source for the CPU")
     # No contraction: each float32 operation is rounded on its own, as nvcc -fmad=false does it.
     options = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
-    command = [compiler, *options, f"-I{images.FOLDER}", str(HERE / "host_kernels.cpp"), "-o"]
+    command = [compiler, *options, f"-I{FOLDER}", str(HERE / "host_kernels.cpp"), "-o"]
 
     def make(folder: Path) -> None:
         subprocess.run([*command, str(folder / "libkernels.so")], check=True, timeout=120)

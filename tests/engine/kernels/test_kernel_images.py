@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from anchorline.runtime.io.errors import ArtefactError
-from anchorline.runtime.tensorrt.plugins import PLUGINS, compile, images
+from anchorline.runtime.tensorrt import kernels as images
+from anchorline.runtime.tensorrt.kernels import compile
+from anchorline.runtime.tensorrt.plugins import PLUGINS
 
 ELF = b"\x7fELF"
+RECORD = json.loads((images.FOLDER / "kernels.json").read_bytes())
 
 
 def test_the_images_are_those_of_the_sources() -> None:
-    """After a change to a .cu file: python -m anchorline.runtime.tensorrt.plugins.compile."""
-    assert images.record()["sources"] == {source: images.source_hash(source) for source in images.SOURCES}
-    assert images.record()["options"] == list(compile.OPTIONS)
+    """After a change to a .cu file: python -m anchorline.runtime.tensorrt.kernels.compile."""
+    assert RECORD["sources"] == {source: images.source_hash(source) for source in images.SOURCES}
+    assert RECORD["options"] == list(compile.OPTIONS)
 
 
 @pytest.mark.parametrize("source", images.SOURCES)
@@ -26,8 +30,8 @@ def test_compiling_again_gives_the_same_images(source: str) -> None:
         version = f"NVRTC {compile.compiler_version()}"
     except Exception as error:  # cuda-bindings are there, the compiler's library is not
         pytest.skip(f"needs NVRTC ({error})")
-    if version != images.record()["compiler"]:
-        pytest.skip(f"{version} is here; the images are of {images.record()['compiler']}")
+    if version != RECORD["compiler"]:
+        pytest.skip(f"{version} is here; the images are of {RECORD['compiler']}")
     assert compile.compile_source(source, "sm_86") == images.image(source, 86)
     assert compile.compile_source(source, "compute_75") == images.image(source, 999)
 

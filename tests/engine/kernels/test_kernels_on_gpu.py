@@ -9,8 +9,8 @@ import pytest
 import torch
 import torchvision
 
-from anchorline.runtime.tensorrt.plugins import driver
-from anchorline.runtime.tensorrt.plugins.ops import BatchedNMS, Call, Op, RoIPool
+from anchorline.runtime.tensorrt import plugins
+from anchorline.runtime.tensorrt.plugins import BatchedNMS, Call, Op, RoIPool
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +29,7 @@ def run(op: Op, *inputs: torch.Tensor) -> torch.Tensor:
     types = tuple(str(tensor.dtype).removeprefix("torch.") for tensor in inputs)
     addresses = tuple(tensor.data_ptr() for tensor in inputs)
     call = Call(shapes, types, addresses, output.data_ptr(), scratch.data_ptr())
-    driver.launch(op.launches(call), torch.cuda.current_stream().cuda_stream)
+    plugins.launch(op.launches(call), torch.cuda.current_stream().cuda_stream)
     return output
 
 
@@ -57,7 +57,7 @@ def test_nms_in_a_cuda_graph(make_groups: Callable, greedy_nms: Callable) -> Non
     boxes, scores = make_groups("clustered", 4, 800, np.random.default_rng(4))
     op = BatchedNMS(iou_threshold=0.5, score_threshold=0.05)
     on_gpu = torch.from_numpy(boxes).cuda(), torch.from_numpy(scores).cuda()
-    driver.preload(op.source, op.kernels)
+    plugins.preload(op.source, op.kernels)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = run(op, *on_gpu)

@@ -12,7 +12,8 @@ import torchvision
 from numpy.typing import NDArray
 
 from anchorline.runtime.io.errors import ArtefactError
-from anchorline.runtime.tensorrt.plugins.ops import BatchedNMS, Call, Launch
+from anchorline.runtime.tensorrt.kernels import Launch
+from anchorline.runtime.tensorrt.plugins import BatchedNMS, Call
 
 KINDS = ("random", "clustered", "identical", "nested", "tied overlaps", "tied scores", "row", "holes")
 GUARD = 0xA5  # what stands beyond the output and the scratch memory, and must go on standing there

@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.canvas import place, to_canvas
 from anchorline.runtime.contract import Contract, ResizeRule
-from anchorline.runtime.tensorrt.frames import DeviceFrame
-from anchorline.runtime.tensorrt.plugins import compile, images
-from anchorline.runtime.tensorrt.plugins.ops import Launch
-from anchorline.runtime.tensorrt.preprocess import KERNELS, SOURCE, canvas_launch
+from anchorline.runtime.tensorrt import kernels as images
+from anchorline.runtime.tensorrt.frames import KERNELS, SOURCE, DeviceFrame, canvas_launch
+from anchorline.runtime.tensorrt.kernels import Launch, compile
 
 CANVAS = (40, 300)  # wider than the threads of a block
 SIZES = [(40, 300), (1, 1), (7, 500), (97, 31), (80, 600), (33, 33), (123, 457), (2, 2)]

@@ -13,7 +13,8 @@ import torchvision
 from numpy.typing import NDArray
 
 from anchorline.runtime.io.errors import ArtefactError
-from anchorline.runtime.tensorrt.plugins.ops import Call, Launch, RoIPool
+from anchorline.runtime.tensorrt.kernels import Launch
+from anchorline.runtime.tensorrt.plugins import Call, RoIPool
 
 Pool = Callable[..., NDArray[np.floating]]
 

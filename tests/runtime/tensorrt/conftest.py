@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from anchorline.runtime.backends import selection as opening
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.runtime.tensorrt import backend as tensorrt_backend
+from anchorline.runtime.tensorrt import cuda as cuda_layer
 from anchorline.runtime.tensorrt import engine as tensorrt_engine
-from anchorline.runtime.tensorrt.cuda import bindings
+from anchorline.runtime.tensorrt import lane as tensorrt_lane
+from anchorline.runtime.tensorrt import plugins
 from anchorline.runtime.tensorrt.library import load_tensorrt
 from anchorline.runtime.tensorrt.manifest import manifest_path
-from anchorline.runtime.tensorrt.plugins import adapter
 
 HERE = Path(__file__).parent
 ACTIVATIONS = 4096
@@ -103,10 +103,10 @@ def gpu(
     gc.freeze()
     driver = driver_module.DriverDouble()
     modules = {name: trt_module.TensorRTDouble(real, driver, name) for name in ("tensorrt", "tensorrt-rtx")}
-    monkeypatch.setattr(bindings, "load_driver", lambda: driver)
-    monkeypatch.setattr(tensorrt_backend, "load_tensorrt", modules.__getitem__)
+    monkeypatch.setattr(cuda_layer, "load_driver", lambda: driver)
+    monkeypatch.setattr(tensorrt_lane, "load_tensorrt", modules.__getitem__)
     monkeypatch.setattr(tensorrt_engine, "tensorrt_logger", lambda name: None)
-    monkeypatch.setattr(adapter, "_registered", {})
+    monkeypatch.setattr(plugins, "_registered", {})
     monkeypatch.setattr(opening, "_said", set())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield Gpu(driver, modules, driver_module.Misuse)

@@ -10,8 +10,7 @@ import numpy as np
 from anchorline.runtime.canvas import place
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.tensorrt.cuda import CudaError, NoGpuError, OutOfDeviceMemoryError, open_cuda
-from anchorline.runtime.tensorrt.frames import DeviceFrame
-from anchorline.runtime.tensorrt.preprocess import GpuPreprocessor
+from anchorline.runtime.tensorrt.frames import DeviceFrame, FrameIntake
 
 stub = ctypes.CDLL(sys.argv[1])
 
@@ -68,9 +67,9 @@ with cuda.current(), cuda.current():
     cuda.synchronize(stream)
 
     contract = Contract("detections", ("a",), (40, 300), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    preprocess = GpuPreprocessor(cuda, contract)
+    intake = FrameIntake(cuda, contract)
     frame = DeviceFrame(2**40 + 5, 0, 1234, (80, 400), 0, None, None)
-    preprocess(frame, place((80, 400), (40, 300), contract.resize), device, device + 8, stream)
+    intake.to_canvas(frame, place((80, 400), (40, 300), contract.resize), device, device + 8, stream)
     stub.stub_last_launch.restype = ctypes.POINTER(Launch)
     last = stub.stub_last_launch().contents
     assert (list(last.grid), list(last.block), last.stream) == ([2, 40, 1], [256, 1, 1], stream)

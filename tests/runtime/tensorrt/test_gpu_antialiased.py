@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from anchorline.runtime.canvas import place
+from anchorline.runtime.canvas import Nv12, bgr_of, place
 from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import FrameError, SettingsError
-from anchorline.runtime.tensorrt.frames import DeviceFrame, Nv12, host_bgr
-from anchorline.runtime.tensorrt.preprocess import canvas_launch, resizes_as
+from anchorline.runtime.tensorrt.frames import DeviceFrame, canvas_launch, resizes_as
 
 RULE = ResizeRule(interpolation="antialiased")
 
@@ -38,7 +37,7 @@ def test_all_host_frames_are_resized_by_the_cpu(
     """Large ones too, which the GPU resizes otherwise: no kernel runs, and the canvases are Pillow's."""
     nv12 = np.random.default_rng(3).integers(0, 256, (150, 120), dtype=np.uint8)
     given = [frames[2], Nv12(nv12), frames[6], frames[0]]
-    inputs, _ = detector.prepare([host_bgr(f) if isinstance(f, Nv12) else f for f in given])
+    inputs, _ = detector.prepare([bgr_of(frame) for frame in given])
     expected = {name: values.copy() for name, values in inputs.items()}
     lane = detector._backend.create_lane()
     gpu.driver.calls.clear()

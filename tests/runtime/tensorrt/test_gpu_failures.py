@@ -17,11 +17,16 @@ from cuda.bindings import driver as names
 from anchorline.doctor.machine import find_gpus
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import ArtefactError, GpuError, SettingsError
-from anchorline.runtime.tensorrt import backend as tensorrt_backend
-from anchorline.runtime.tensorrt.cuda import CudaError, OutOfDeviceMemoryError, bindings, open_cuda
-from anchorline.runtime.tensorrt.cuda.interface import NoGpuError
+from anchorline.runtime.tensorrt import cuda as cuda_layer
+from anchorline.runtime.tensorrt import lane as tensorrt_lane
+from anchorline.runtime.tensorrt.cuda import (
+    CudaError,
+    GpuOptions,
+    NoGpuError,
+    OutOfDeviceMemoryError,
+    open_cuda,
+)
 from anchorline.runtime.tensorrt.manifest import manifest_path
-from anchorline.runtime.tensorrt.options import GpuOptions
 
 RESULT = names.CUresult
 FRAME = np.full((48, 64, 3), 102, np.uint8)
@@ -128,19 +133,6 @@ def test_after_a_sticky_error_nothing_more_is_tried(code: str, gpu: Any, make_en
     forget_everything(gpu.driver)
 
 
-def test_a_sticky_error_in_infer(gpu: Any, make_engine: Callable) -> None:
-    detector = Detector(make_engine())
-    inputs, _ = detector.prepare([FRAME])
-    detector._backend.infer(inputs)
-    gpu.driver.sticky = RESULT.CUDA_ERROR_ILLEGAL_ADDRESS
-    for message in ("ILLEGAL_ADDRESS", "refused after an earlier failure"):
-        with pytest.raises(GpuError, match=message):
-            detector._backend.infer(inputs)
-    detector.close()
-    gpu.driver.sticky = None
-    forget_everything(gpu.driver)
-
-
 def forget_everything(driver: Any) -> None:
     """As the end of the process would: a lost context gives nothing back."""
     for table in (driver.device, driver.pinned, driver.events, driver.graphs, driver.executables):
@@ -204,7 +196,7 @@ def without_tensorrt(monkeypatch: pytest.MonkeyPatch, gpu: Any) -> str:
     def missing(name: str) -> None:
         raise SettingsError("TensorRT is not installed, and this needs it: pip install 'anchorline[gpu]'")
 
-    monkeypatch.setattr(tensorrt_backend, "load_tensorrt", missing)
+    monkeypatch.setattr(tensorrt_lane, "load_tensorrt", missing)
     return "TensorRT is not installed"
 
 
@@ -212,7 +204,7 @@ def without_bindings(monkeypatch: pytest.MonkeyPatch, gpu: Any) -> str:
     def missing() -> None:
         raise NoGpuError("cuda-bindings cannot be imported")
 
-    monkeypatch.setattr(bindings, "load_driver", missing)
+    monkeypatch.setattr(cuda_layer, "load_driver", missing)
     return "cuda-bindings cannot be imported"
 
 
@@ -383,19 +375,19 @@ def test_a_manifest_at_odds_with_its_engine(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (GpuOptions(cuda="cupy"), "cuda is 'cupy'; expected one of cuda-bindings, pycuda"),
-        (GpuOptions(device=-1), "device is -1; expected the number of a GPU"),
-        (GpuOptions(device="0"), "device is '0'"),  # type: ignore[arg-type]
-        (GpuOptions(device=True), "device is True"),
-        (GpuOptions(graph="no"), "graph is 'no'; expected True, False or None"),  # type: ignore[arg-type]
-        (GpuOptions(timings=2), "timings is 2; expected True or False"),  # type: ignore[arg-type]
+        ({"cuda": "cupy"}, "cuda is 'cupy'; expected one of cuda-bindings, pycuda"),
+        ({"device": -1}, "device is -1; expected the number of a GPU"),
+        ({"device": "0"}, "device is '0'"),
+        ({"device": True}, "device is True"),
+        ({"graph": "no"}, "graph is 'no'; expected True, False or None"),
+        ({"timings": 2}, "timings is 2; expected True or False"),
     ],
 )
 def test_options_that_make_no_sense(
-    options: GpuOptions, message: str, gpu: Any, make_engine: Callable
+    options: dict[str, Any], message: str, gpu: Any, make_engine: Callable
 ) -> None:
     with pytest.raises(SettingsError, match=message):
-        Detector(make_engine(), gpu=options)
+        Detector(make_engine(), gpu=GpuOptions(**options))
 
 
 def test_a_gpu_that_is_not_there(gpu: Any, make_engine: Callable) -> None:
@@ -412,16 +404,6 @@ def test_an_rtx_engine_is_no_tensorrt_engine(gpu: Any, make_engine: Callable) ->
 def test_absurd_workers(workers: Any, gpu: Any, make_engine: Callable) -> None:
     with pytest.raises(SettingsError, match=r"workers is .* at least 1"):
         Detector(make_engine(), workers=workers)
-
-
-def test_a_batch_that_infer_cannot_take(gpu: Any, make_engine: Callable) -> None:
-    with Detector(make_engine()) as detector:
-        inputs = {"images": np.zeros((5, 48, 64, 3), np.uint8), "image_sizes": np.ones((5, 2), np.float32)}
-        with pytest.raises(
-            SettingsError, match="a batch of 5 images and 5 sizes; the engine takes 1 to 4 of both"
-        ):
-            detector._backend.infer(inputs)
-        check_works(detector)
 
 
 def test_no_driver_in_this_process() -> None:

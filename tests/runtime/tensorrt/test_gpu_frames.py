@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from anchorline.runtime.canvas import Nv12
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import FrameError, SettingsError
-from anchorline.runtime.tensorrt.dlpack import _Tensor
-from anchorline.runtime.tensorrt.frames import Nv12, is_device_frame
+from anchorline.runtime.tensorrt.frames import _Tensor, is_device_frame
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 _new_capsule = ctypes.pythonapi.PyCapsule_New

@@ -11,8 +11,7 @@ from cuda.bindings import driver as names
 
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import GpuError
-from anchorline.runtime.tensorrt.cuda import CudaError
-from anchorline.runtime.tensorrt.options import GpuOptions
+from anchorline.runtime.tensorrt.cuda import CudaError, GpuOptions
 
 RESULT = names.CUresult
 FRAME = np.full((48, 64, 3), 102, np.uint8)

@@ -24,7 +24,7 @@ from anchorline.runtime.backends.onnxruntime import (
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import ArtefactError, GpuError, SettingsError
-from anchorline.runtime.tensorrt.options import GpuOptions
+from anchorline.runtime.tensorrt.cuda import GpuOptions
 
 FRAME = np.full((48, 64, 3), 102, np.uint8)
 

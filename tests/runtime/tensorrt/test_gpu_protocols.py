@@ -13,8 +13,8 @@ import pytest
 
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import FrameError
-from anchorline.runtime.tensorrt.dlpack import _Tensor
-from anchorline.runtime.tensorrt.options import GpuOptions
+from anchorline.runtime.tensorrt.cuda import GpuOptions
+from anchorline.runtime.tensorrt.frames import _Tensor
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 LEGACY, PER_THREAD = 1, 2

@@ -14,14 +14,14 @@ from cuda.bindings import driver as names
 
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import GpuError, SettingsError
+from anchorline.runtime.tensorrt import cuda as cuda_layer
 from anchorline.runtime.tensorrt.cuda import (
     CudaError,
+    GpuOptions,
     NoGpuError,
     OutOfDeviceMemoryError,
     open_cuda,
-    pycuda_driver,
 )
-from anchorline.runtime.tensorrt.options import GpuOptions
 
 PYCUDA = GpuOptions(cuda="pycuda")
 SHORT = np.full((48, 64, 3), 102, np.uint8)
@@ -31,7 +31,7 @@ SHORT = np.full((48, 64, 3), 102, np.uint8)
 def pycuda(gpu: Any, pycuda_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The module ``pycuda.driver``, on the same double of a GPU."""
     module = pycuda_module.make_pycuda(gpu.driver)
-    monkeypatch.setattr(pycuda_driver, "_load", lambda: module)
+    monkeypatch.setattr(cuda_layer, "load_pycuda", lambda: module)
     yield module
     gc.collect()
 

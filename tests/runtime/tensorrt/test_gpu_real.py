@@ -17,11 +17,10 @@ from anchorline.runtime.backends.onnxruntime import available_providers
 from anchorline.runtime.canvas import place, to_canvas
 from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.detector import Detector
+from anchorline.runtime.tensorrt import plugins
 from anchorline.runtime.tensorrt.cuda import CUDA_PACKAGES, Cuda, CudaError, NoGpuError, open_cuda
-from anchorline.runtime.tensorrt.frames import DeviceFrame, read_device_frame
-from anchorline.runtime.tensorrt.plugins import driver
-from anchorline.runtime.tensorrt.plugins.ops import BatchedNMS, Call
-from anchorline.runtime.tensorrt.preprocess import GpuPreprocessor
+from anchorline.runtime.tensorrt.frames import DeviceFrame, FrameIntake, read_device_frame
+from anchorline.runtime.tensorrt.plugins import BatchedNMS, Call
 
 pytestmark = [
     pytest.mark.gpu,
@@ -121,7 +120,7 @@ def test_the_preprocessing_kernel_is_the_cpu_s(
     source, canvas = blocks.put(frame), blocks.put(np.full_like(expected, 7))
     image_size = blocks.put(np.zeros(2, np.float32))
     on_gpu = DeviceFrame(source, 0, 3 * size[1], size, 0, None, None)
-    GpuPreprocessor(cuda, contract)(on_gpu, placement, canvas, image_size, blocks.stream)
+    FrameIntake(cuda, contract).to_canvas(on_gpu, placement, canvas, image_size, blocks.stream)
     found = blocks.get(canvas, expected)
     assert np.abs(found.astype(float) - expected.astype(float)).max() <= (1 if dtype == "uint8" else 0)
     assert tuple(blocks.get(image_size, np.zeros(2, np.float32))) == placement.valid
@@ -138,9 +137,9 @@ def test_the_nms_kernel_in_a_captured_graph(cuda: Cuda, blocks: Blocks) -> None:
     inputs, kept = (blocks.put(boxes), blocks.put(scores)), blocks.put(np.zeros_like(scores))
     scratch = blocks.put(np.zeros(op.workspace_bytes(shapes), np.uint8))
     call = Call(shapes, ("float32", "float32"), inputs, kept, scratch)
-    driver.launch(op.launches(call), blocks.stream)
+    plugins.launch(op.launches(call), blocks.stream)
     plain = blocks.get(kept, scores)
-    graph = cuda.capture(blocks.stream, lambda: driver.launch(op.launches(call), blocks.stream))
+    graph = cuda.capture(blocks.stream, lambda: plugins.launch(op.launches(call), blocks.stream))
     for _ in range(3):
         cuda.launch_graph(graph, blocks.stream)
         np.testing.assert_array_equal(blocks.get(kept, scores), plain)

@@ -19,9 +19,10 @@ import pytest
 from anchorline.runtime.backends import selection as opening
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import AnchorlineError, FrameError, GpuError, SettingsError
+from anchorline.runtime.tensorrt import cuda as cuda_layer
 from anchorline.runtime.tensorrt import library as tensorrt_library
-from anchorline.runtime.tensorrt.cuda import bindings, open_cuda, pycuda_driver
-from anchorline.runtime.tensorrt.plugins import driver as plugin_driver
+from anchorline.runtime.tensorrt import plugins
+from anchorline.runtime.tensorrt.cuda import open_cuda
 
 
 def level_frame(level: int, size: tuple[int, int] = (48, 64)) -> np.ndarray:
@@ -58,15 +59,14 @@ def test_many_threads_get_their_own_results(detector: Detector) -> None:
 def test_threads_that_need_a_kernel_at_once_load_it_once(
     package: str, gpu: Any, pycuda_module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = pycuda_driver if package == "pycuda" else bindings
-    monkeypatch.setattr(pycuda_driver, "_load", lambda: pycuda_module.make_pycuda(gpu.driver))
-    read = module.image
+    monkeypatch.setattr(cuda_layer, "load_pycuda", lambda: pycuda_module.make_pycuda(gpu.driver))
+    read = cuda_layer.image
 
     def read_slowly(source: str, capability: int) -> bytes:
         time.sleep(0.05)  # long enough for every thread to find the kernel missing
         return read(source, capability)
 
-    monkeypatch.setattr(module, "image", read_slowly)
+    monkeypatch.setattr(cuda_layer, "image", read_slowly)
     cuda = open_cuda(package)
     started = threading.Barrier(4)
 
@@ -98,20 +98,20 @@ def test_there_is_one_logger_of_tensorrt(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_plugins_load_their_kernels_once(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = plugin_driver.image
+    read = plugins.image
 
     def read_slowly(source: str, architecture: int) -> bytes:
         time.sleep(0.05)
         return read(source, architecture)
 
-    monkeypatch.setattr(plugin_driver, "image", read_slowly)
-    monkeypatch.setattr(plugin_driver, "_libraries", {})
+    monkeypatch.setattr(plugins, "image", read_slowly)
+    monkeypatch.setattr(plugins, "_libraries", {})
     monkeypatch.setattr("cuda.bindings.driver", gpu.driver)
     cuda = open_cuda()
 
     def load(_: int) -> Any:
         with cuda.current():
-            return plugin_driver._library("nms", 86)
+            return plugins._library("nms", 86)
 
     with ThreadPoolExecutor(4) as pool:
         (library,) = set(pool.map(load, range(4)))
@@ -224,7 +224,6 @@ def test_use_after_close(detector: Detector) -> None:
         lambda: detector(level_frame(1)),
         lambda: next(stream),
         lambda: detector.stream([]),
-        lambda: detector._backend.infer({}),
     ):
         with pytest.raises(SettingsError, match="the model is closed; open it again"):
             use()

@@ -1,35 +1,38 @@
 """The compiled kernels: one image for each GPU architecture, and PTX for those that come later.
 
-``kernels/kernels.zip`` holds ``<source>.sm_<cc>.cubin`` and ``<source>.compute_75.ptx``;
-``kernels/kernels.json`` says which sources and which compiler they come from. ``compile.py`` writes both.
+``kernels.zip`` holds ``<source>.sm_<cc>.cubin`` and ``<source>.compute_75.ptx``; ``kernels.json`` says which
+sources and which compiler they come from. ``compile.py`` writes both.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import json
-import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anchorline.runtime.io.errors import ArtefactError
 
-FOLDER = Path(__file__).parent / "kernels"
+FOLDER = Path(__file__).parent
 SOURCES = ("nms", "preprocess", "roi_pool")
 PTX_ARCHITECTURE = 75
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel of ``source``: its grid, threads a block (in one dimension), arguments as ctypes values."""
+
+    source: str
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    arguments: tuple[Any, ...]
 
 
 def source_hash(source: str) -> str:
     """The sha256 of a kernel's source file."""
     return hashlib.sha256((FOLDER / f"{source}.cu").read_bytes()).hexdigest()
-
-
-@functools.cache
-def record() -> dict[str, Any]:
-    """``kernels.json``: compiler, options, architectures, and each source's sha256 when it was compiled."""
-    value: dict[str, Any] = json.loads(_read("kernels.json"))
-    return value
 
 
 @functools.cache
@@ -43,6 +46,8 @@ def image(source: str, architecture: int) -> bytes:
         raise ArtefactError(
             f"the GPU has compute capability {architecture / 10}; the plugins need 7.5 or above"
         )
+    import zipfile  # here, since an import of the runtime needs no images
+
     name = f"{source}.sm_{architecture}.cubin"
     try:
         with zipfile.ZipFile(FOLDER / "kernels.zip") as archive:
@@ -51,13 +56,4 @@ def image(source: str, architecture: int) -> bytes:
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise ArtefactError(
             f"{FOLDER / 'kernels.zip'}: cannot be read ({error}); install anchorline again"
-        ) from None
-
-
-def _read(name: str) -> bytes:
-    try:
-        return (FOLDER / name).read_bytes()
-    except OSError as error:
-        raise ArtefactError(
-            f"{FOLDER / name}: cannot be read ({error.strerror}); install anchorline again"
         ) from None

@@ -1,6 +1,6 @@
 """Compile the kernels for every GPU architecture and pack them: a developer's tool.
 
-    python -m anchorline.runtime.tensorrt.plugins.compile
+    python -m anchorline.runtime.tensorrt.kernels.compile
 
 Needs NVRTC (PyTorch's CUDA build or nvidia-cuda-nvrtc brings it) and cuda-bindings; no GPU. Running the
 plugins needs neither. ``-fmad=false`` keeps products and sums apart, as the definition of the ops has it.
@@ -8,14 +8,12 @@ plugins needs neither. ``-fmad=false`` keeps products and sums apart, as the def
 
 from __future__ import annotations
 
-import json
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from anchorline.runtime.io.files import atomic_path, atomic_write_text
-from anchorline.runtime.tensorrt.plugins.images import FOLDER, PTX_ARCHITECTURE, SOURCES, source_hash
+from anchorline.runtime.io.files import atomic_path, write_json
+from anchorline.runtime.tensorrt.kernels import FOLDER, PTX_ARCHITECTURE, SOURCES, source_hash
 
 ARCHITECTURES = (75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121)
 OPTIONS = ("-std=c++17", "-fmad=false")
@@ -24,25 +22,21 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip file can state: the sa
 
 def compile_kernels(folder: Path = FOLDER) -> None:
     """Write ``kernels.zip`` and ``kernels.json`` into ``folder``."""
-    images = {name: image for source in SOURCES for name, image in compiled(source)}
+    targets = [(f"sm_{number}", "cubin") for number in ARCHITECTURES]
+    targets.append((f"compute_{PTX_ARCHITECTURE}", "ptx"))
     with atomic_path(folder / "kernels.zip") as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for name, image in images.items():
-            entry = zipfile.ZipInfo(name, _EPOCH)
-            archive.writestr(entry, image, zipfile.ZIP_DEFLATED, compresslevel=9)
+        for source in SOURCES:
+            for target, suffix in targets:
+                entry = zipfile.ZipInfo(f"{source}.{target}.{suffix}", _EPOCH)
+                content = compile_source(source, target)
+                archive.writestr(entry, content, zipfile.ZIP_DEFLATED, compresslevel=9)
     record = {
         "compiler": f"NVRTC {compiler_version()}",
         "options": list(OPTIONS),
         "architectures": list(ARCHITECTURES),
         "sources": {source: source_hash(source) for source in SOURCES},
     }
-    atomic_write_text(folder / "kernels.json", json.dumps(record, indent=2) + "\n")
-
-
-def compiled(source: str) -> Iterator[tuple[str, bytes]]:
-    """The images of one source: (name in the archive, content)."""
-    for architecture in ARCHITECTURES:
-        yield f"{source}.sm_{architecture}.cubin", compile_source(source, f"sm_{architecture}")
-    yield f"{source}.compute_{PTX_ARCHITECTURE}.ptx", compile_source(source, f"compute_{PTX_ARCHITECTURE}")
+    write_json(folder / "kernels.json", record)
 
 
 def compile_source(source: str, target: str) -> bytes:
