@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import re
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, cast
 
 from anchorline.runtime.backends.cpu_options import usable_cores
@@ -32,43 +30,6 @@ class ClusterError(AnchorlineError, RuntimeError):
     """A Ray cluster that cannot be reached, or whose workers cannot be started."""
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """A cluster that this process has joined: the package ``ray``, and each machine's (CPUs, GPUs)."""
-
-    ray: Any
-    nodes: tuple[tuple[float, float], ...]
-
-    def shares(self, provider: str, threads: int | None) -> tuple[int, int]:
-        """The CPUs and GPUs that a worker takes.
-
-        A GPU each where the provider is one's, or may become one's and the cluster has some; else as many
-        cores as ``threads``, by default four, or what the smallest machine has. Raises ``SettingsError``
-        where no machine has so much.
-        """
-        has_gpus = any(gpus for _, gpus in self.nodes)
-        needs_gpu = provider in ("cuda", "tensorrt", "tensorrt-rtx")
-        if needs_gpu and not has_gpus:
-            raise SettingsError(f"provider is {provider!r}, but the cluster offers no GPU")
-        on_gpu = needs_gpu or (provider == "auto" and has_gpus)
-        smallest = min((int(cpus) for cpus, _ in self.nodes if cpus >= 1), default=0)
-        cpus = threads or (1 if on_gpu else max(1, min(_CORES, smallest)))
-        if not self.room(cpus, int(on_gpu)):
-            most = max((int(cpus) for cpus, _ in self.nodes), default=0)
-            raise SettingsError(
-                f"a worker needs {cpus} CPUs{' and a GPU' if on_gpu else ''}, and the largest machine of the "
-                f"cluster has {most}; lower --threads"
-            )
-        return cpus, int(on_gpu)
-
-    def room(self, cpus: int, gpus: int) -> int:
-        """How many workers of this size the cluster holds."""
-        return sum(
-            int(min(node_cpus // cpus, node_gpus // gpus if gpus else math.inf))
-            for node_cpus, node_gpus in self.nodes
-        )
-
-
 def check_address(address: str) -> None:
     """Raise ``SettingsError`` for what can be no cluster, and where Ray is not installed."""
     if address.startswith("ray://"):
@@ -82,11 +43,11 @@ def check_address(address: str) -> None:
 
 
 @contextlib.contextmanager
-def connected(address: str, cores: int | None = None) -> Iterator[Cluster]:
-    """The cluster at ``address`` while the block runs; one that this process has joined already stays joined.
+def connected(address: str, cores: int | None = None) -> Iterator[Any]:
+    """The package ``ray`` while the block runs, as a part of the cluster at ``address``.
 
-    ``local`` starts one on the loopback address, with ``cores`` or those there are, which ends with the
-    block. Raises ``ClusterError``.
+    A cluster that this process has joined already stays joined. ``local`` starts one on the loopback
+    address, with ``cores`` or those there are, which ends with the block. Raises ``ClusterError``.
     """
     if address == LOCAL and "ray" not in sys.modules:
         # Ray has no other switch for a cluster that listens on the loopback address only.
@@ -98,11 +59,37 @@ def connected(address: str, cores: int | None = None) -> Iterator[Cluster]:
         if not joined_before:
             _join(ray, address, cores or usable_cores())
         try:
-            alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            yield Cluster(ray, tuple((each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in alive))
+            yield ray
         finally:
             if not joined_before:
                 ray.shutdown()
+
+
+def share_out(nodes: Iterable[Mapping[str, Any]], provider: str, threads: int | None) -> tuple[int, int, int]:
+    """The CPUs and GPUs that a worker takes, and how many such workers the ``nodes`` of Ray hold.
+
+    A GPU each where the provider is one's, or may become one's and the cluster has some; else as many
+    cores as ``threads``, by default four, or what the smallest machine has. Raises ``SettingsError``
+    where no machine has so much.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    cores = [int(node.get("CPU", 0)) for node in alive]
+    gpus = [int(node.get("GPU", 0)) for node in alive]
+    needs_gpu = provider in ("cuda", "tensorrt", "tensorrt-rtx")
+    if needs_gpu and not any(gpus):
+        raise SettingsError(f"provider is {provider!r}, but the cluster offers no GPU")
+    on_gpu = needs_gpu or (provider == "auto" and any(gpus))
+    smallest = min(filter(None, cores), default=1)
+    each = threads or (1 if on_gpu else min(_CORES, smallest))
+    room = sum(
+        min(cpus // each, gpu) if on_gpu else cpus // each for cpus, gpu in zip(cores, gpus, strict=True)
+    )
+    if not room:
+        raise SettingsError(
+            f"a worker needs {each} CPUs{' and a GPU' if on_gpu else ''}, and the largest machine of the "
+            f"cluster has {max(cores, default=0)}; lower --threads"
+        )
+    return each, int(on_gpu), room
 
 
 def _import_ray() -> Any:

@@ -22,7 +22,15 @@ from typing import Any
 import numpy as np
 
 from anchorline import __version__
-from anchorline.cluster.connecting import AUTO, ClusterError, check_address, connected, in_line, why_dead
+from anchorline.cluster.connecting import (
+    AUTO,
+    ClusterError,
+    check_address,
+    connected,
+    in_line,
+    share_out,
+    why_dead,
+)
 from anchorline.cluster.outputs import Outputs
 from anchorline.cluster.summary import ClusterSummary, Progress, WorkerState
 from anchorline.cluster.worker import DetectionWorker, Job, NotHere, Piece, WorkItem, model_files
@@ -82,26 +90,17 @@ def detect_on_cluster(
     check_address(address)
     parts = model_files(model)
     ended: BaseException | None = None
-    with connected(address) as cluster, signals_as_exit():
-        cpus, gpus = cluster.shares(options.provider, options.threads)
-        most = workers or cluster.room(cpus, gpus)
-        actor = cluster.ray.remote(worker_type).options(
+    with connected(address) as ray, signals_as_exit():
+        cpus, gpus, room = share_out(ray.nodes(), options.provider, options.threads)
+        workers = workers or room
+        actor = ray.remote(worker_type).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
         )
         with Outputs(files, options.jsonl) as outputs:
             shared = options if gpus else replace(options, threads=cpus)
             job = Job(__version__, os.getcwd(), parts, shared, outputs.copies)
-            run = _Run(
-                ray=cluster.ray,
-                start=lambda: actor.remote(job),
-                model=list(parts),
-                items=make_items(files, most, images_per_item),
-                outputs=outputs,
-                workers=most,
-                tries=tries,
-                silence=silence,
-                progress=progress,
-            )
+            items = make_items(files, workers, images_per_item)
+            run = _Run(ray, actor, job, items, outputs, workers, tries, silence, progress)
             try:
                 run.work()
             except (KeyboardInterrupt, SystemExit) as interrupt:
@@ -201,7 +200,7 @@ class _Worker:
 
 @dataclass(eq=False)
 class _Run:
-    """Answers every item with up to ``workers`` workers, which ``start`` makes as actors of Ray.
+    """Answers every item with up to ``workers`` workers of Ray's kind ``actor``.
 
     Each file is answered once: only an answer that came to its end is taken, whatever happened before.
     An item whose worker dies, raises or says nothing for ``silence`` seconds is tried again by a new
@@ -211,14 +210,14 @@ class _Run:
     """
 
     ray: Any
-    start: Callable[[], Any]
-    model: Sequence[str]
+    actor: Any
+    job: Job
     items: list[WorkItem]  # a heap: those that come back go before the ones behind them
     outputs: Outputs
     workers: int
     tries: int
-    silence: float = _SILENCE
-    progress: Callable[[Progress], object] | None = None
+    silence: float
+    progress: Callable[[Progress], object] | None
 
     def __post_init__(self) -> None:
         self._files = sum(len(item.paths) for item in self.items)
@@ -279,7 +278,7 @@ class _Run:
         while tries:
             while not self.items:
                 yield None
-            worker = _Worker(self.start())
+            worker = _Worker(self.actor.remote(self.job))
             self._alive.append(worker)
             tries -= 1
             try:
@@ -319,7 +318,7 @@ class _Run:
         worker.state = self.ray.get(call)
         if worker.state is None:  # the model is not there: it is put into the object store once
             self._contents = self._contents or [
-                self.ray.put(np.fromfile(path, np.uint8)) for path in self.model
+                self.ray.put(np.fromfile(path, np.uint8)) for path in self.job.model
             ]
             call = worker.actor.open.remote(*self._contents)
             yield call, math.inf
@@ -350,13 +349,12 @@ class _Run:
 
     def _add(self, answer: _Answer, piece: Piece) -> None:
         self.outputs.add(answer.item, piece.lines)
-        answer.frames += piece.frames
+        answer.frames += len(piece.times)
         answer.detections += piece.detections
         answer.warnings, answer.unreadable = piece.warnings, piece.unreadable
-        self._computed += piece.frames
-        for stage, durations in piece.times.items():
-            for seconds in durations:
-                self._stages.add(stage, seconds)
+        self._computed += len(piece.times)
+        for times in piece.times:
+            self._stages.add_all(times)
 
     def _put_back(self, items: Iterable[WorkItem]) -> None:
         for item in items:
@@ -429,13 +427,17 @@ class _Run:
                 "--provider"
             )
         frames = sum(answer.frames for answer in answers)
+        providers, precisions = (
+            ", ".join(dict.fromkeys(node[key] for node in nodes.values())) or "none"
+            for key in ("provider", "precision")
+        )
         detect = DetectSummary(
             frames=frames,
             fps=frames / self._seconds if self._seconds > 0 else 0.0,
             stages=self._stages.percentiles(),
             detections=sum(answer.detections for answer in answers),
-            provider=_joined([node["provider"] for node in nodes.values()]),
-            precision=_joined([node["precision"] for node in nodes.values()]),
+            provider=providers,
+            precision=precisions,
             warnings=tuple(warnings),
         )
         return ClusterSummary(
@@ -446,7 +448,3 @@ class _Run:
             retries=self._retries,
             nodes=nodes,
         )
-
-
-def _joined(values: Sequence[str]) -> str:
-    return ", ".join(dict.fromkeys(values)) or "none"

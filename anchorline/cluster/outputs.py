@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -121,11 +122,11 @@ class Outputs:
 def _hidden_folder(place: Path) -> Iterator[Path]:
     """A folder inside ``place``, which is made where it is missing and then goes if nothing else is there."""
     made = not place.exists()
+    folder = place / f".anchorline-{secrets.token_hex(8)}"  # for whom the umask allows, as are the outputs
     with output_errors(place):
-        place.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=".anchorline-", dir=place)
+        folder.mkdir(parents=True)
     try:
-        yield Path(folder)
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if made:

@@ -101,16 +101,15 @@ def _size(path: str) -> int | None:
 
 @dataclass
 class Piece:
-    """Some frames of an item's answer: JSON lines as UTF-8, and the seconds of each frame by stage.
+    """Some frames of an item's answer: JSON lines as UTF-8, and of each frame its seconds by stage.
 
     The last one tells what was wrong with the files; ``unreadable`` is the complaint about the first of
     which there is no frame.
     """
 
     lines: bytearray = field(default_factory=bytearray)
-    frames: int = 0
+    times: list[dict[str, float]] = field(default_factory=list)
     detections: int = 0
-    times: dict[str, list[float]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     unreadable: str | None = None
 
@@ -193,10 +192,8 @@ class DetectionWorker:
             for result in pipeline:
                 if job.options.jsonl is not None:
                     piece.lines += line_of(result).encode("utf-8")
-                piece.frames += 1
+                piece.times.append(result.times)
                 piece.detections += len(result.detections)
-                for stage, seconds in result.times.items():
-                    piece.times.setdefault(stage, []).append(seconds)
                 if len(piece.lines) >= PIECE_BYTES or time.monotonic() - begun >= PIECE_SECONDS:
                     yield piece
                     piece, begun = Piece(), time.monotonic()

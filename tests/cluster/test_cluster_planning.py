@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchorline.cluster import ClusterError, connecting, detect_on_cluster
-from anchorline.cluster.connecting import Cluster, check_address, why_dead
+from anchorline.cluster.connecting import check_address, share_out, why_dead
 from anchorline.cluster.detecting import make_items, plan_files
 from anchorline.runtime.io.errors import ArtefactError, DataError, SettingsError
 from anchorline.runtime.video.options import DetectOptions
@@ -142,19 +142,25 @@ def test_why_a_worker_died(text, reason):
     assert why_dead(RuntimeError(text)) == reason
 
 
-def test_what_a_worker_takes():
-    nodes = ((8.0, 0.0), (3.0, 0.0), (0.0, 0.0))
-    cluster = Cluster(None, nodes)
-    assert cluster.shares("auto", None) == (3, 0)  # so that no machine is left out; an engine's ONNX file too
-    assert cluster.room(3, 0) == 3
-    assert cluster.shares("cpu", 8) == (8, 0)
-    assert cluster.room(8, 0) == 1
+def nodes(*sizes):
+    """As Ray tells of machines with so many (CPUs, GPUs), and of one that is lost."""
+    alive = [{"Alive": True, "Resources": {"CPU": cpus, "GPU": gpus}} for cpus, gpus in sizes]
+    return [
+        *alive,
+        {"Alive": True, "Resources": {}},
+        {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+    ]
+
+
+def test_what_a_worker_takes_and_how_many_there_are():
+    without_gpus = nodes((8.0, 0.0), (3.0, 0.0))
+    assert share_out(without_gpus, "auto", None) == (3, 0, 3)  # so that no machine is left out
+    assert share_out(without_gpus, "cpu", 8) == (8, 0, 1)
     with pytest.raises(SettingsError, match=r"a worker needs 9 CPUs, .* has 8; lower --threads"):
-        cluster.shares("cpu", 9)
+        share_out(without_gpus, "cpu", 9)
     with pytest.raises(SettingsError, match="provider is 'cuda', but the cluster offers no GPU"):
-        cluster.shares("cuda", None)
-    with_gpus = Cluster(None, ((16.0, 4.0), (16.0, 0.0)))
-    assert with_gpus.shares("auto", None) == (1, 1)
-    assert with_gpus.room(1, 1) == 4
-    assert with_gpus.room(8, 1) == 2
-    assert with_gpus.shares("cpu", None) == (4, 0)
+        share_out(without_gpus, "cuda", None)
+    with_gpus = nodes((16.0, 4.0), (16.0, 0.0))
+    assert share_out(with_gpus, "auto", None) == (1, 1, 4)
+    assert share_out(with_gpus, "auto", 8) == (8, 1, 2)
+    assert share_out(with_gpus, "cpu", None) == (4, 0, 8)

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchorline.cluster import ClusterError, Progress, WorkerState, detect_on_cluster, detecting
-from anchorline.cluster.connecting import Cluster
 from anchorline.cluster.worker import NotHere, Piece, WorkItem
 from anchorline.runtime import DetectOptions
 from anchorline.runtime.io.errors import DataError, SettingsError
@@ -45,7 +44,8 @@ def good(worker: int, item: WorkItem) -> list[Any]:
     """Two frames of each file, in two pieces."""
     lines = bytearray("".join(f"{path}\n" for path in item.paths).encode())
     half, count = len(lines) // 2, len(item.paths)
-    return [Piece(lines[:half], count, count, {"decode": [0.1]}), Piece(lines[half:], count, count)]
+    times = [{"decode": 0.1}] * count
+    return [Piece(lines[:half], times, count), Piece(lines[half:], times, count)]
 
 
 class Call:
@@ -76,10 +76,14 @@ class Ray:
     ) -> None:
         self.behave, self.opening = behave, opening
         self.random = random.Random(seed)
+        self.cores = 1
         self.started = self.most_alive = 0
         self.alive: set[int] = set()
         self.put_there: list[int] = []
         self.now = 0.0  # seconds, which pass while nothing comes
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": float(self.cores)}}]
 
     def remote(self, worker_type: type) -> Ray:
         actor = SimpleNamespace(remote=self._start)
@@ -134,8 +138,9 @@ def detected(model):
 
     def run(ray: Ray, paths: Sequence[Path], out: Path, workers: int = 2, group: int = 4, **settings):
         @contextlib.contextmanager
-        def connected(address: str) -> Iterator[Cluster]:
-            yield Cluster(ray, ((workers, 0.0),))
+        def connected(address: str) -> Iterator[Ray]:
+            ray.cores = workers
+            yield ray
 
         options = DetectOptions(provider="cpu", threads=1, jsonl=out)
         with pytest.MonkeyPatch.context() as patch:

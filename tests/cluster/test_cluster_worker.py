@@ -51,7 +51,7 @@ def item_of(*paths, is_video=False):
 def whole_answer(worker, item):
     """All lines of an item, its frames, and the last piece."""
     pieces = list(worker.answer(item))
-    return b"".join(piece.lines for piece in pieces), sum(piece.frames for piece in pieces), pieces[-1]
+    return b"".join(piece.lines for piece in pieces), sum(len(piece.times) for piece in pieces), pieces[-1]
 
 
 def test_what_it_says_of_itself(job):
@@ -94,9 +94,9 @@ def test_an_answer_comes_in_pieces(opened, write_clip, tmp_path, monkeypatch):
     worker = opened()
     pieces = list(worker.answer(item))
     assert len(pieces) > 10
-    assert all(piece.frames == len(piece.lines.splitlines()) <= 4 for piece in pieces)
-    assert sum(piece.frames for piece in pieces) == 30
-    assert len(pieces[0].times["decode"]) == pieces[0].frames
+    assert all(len(piece.times) == len(piece.lines.splitlines()) <= 4 for piece in pieces)
+    assert sum(len(piece.times) for piece in pieces) == 30
+    assert pieces[0].times[0]["decode"] > 0
     assert whole_answer(worker, item)[0] == b"".join(piece.lines for piece in pieces)
 
 
