@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from anchorline.doctor.artefact import FLAVOURS, Artefact, source_of
+from anchorline.doctor.artefact import Artefact, source_of
 from anchorline.doctor.conflicts import Finding, tensorrt_packages
 from anchorline.doctor.machine import Machine, numbers
 from anchorline.runtime.backends.cpu_options import CpuOptions, adds_in_16_bits, has_native_bf16
@@ -14,7 +14,8 @@ from anchorline.runtime.backends.selection import open_backend
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError
 from anchorline.runtime.io.files import sha256_of
 from anchorline.runtime.tensorrt.cuda import GpuOptions
-from anchorline.runtime.tensorrt.manifest import EngineManifest
+from anchorline.runtime.tensorrt.library import FLAVOURS
+from anchorline.runtime.tensorrt.manifest import CannotRunHereError, EngineManifest, check_fit
 
 # The providers of onnxruntime that run ONNX files, by their name on the command line: onnxruntime's own
 # name, and the package that brings it. All but the first need an NVIDIA GPU.
@@ -24,9 +25,7 @@ _PROVIDERS = {
     "tensorrt": ("TensorrtExecutionProvider", "onnxruntime-gpu"),
     "tensorrt-rtx": ("NvTensorRTRTXExecutionProvider", "onnxruntime-gpu"),
 }
-# By flavour of TensorRT: the module, and the package that brings it.
-_MODULES = {"tensorrt": ("tensorrt", "tensorrt"), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx-cu13")}
-_VERSION_NUMBERS = 3  # an engine wants the very release it was built with
+_TENSORRT_PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
 
 
 @dataclass(frozen=True)
@@ -91,11 +90,6 @@ def _onnx_beside(artefact: Artefact) -> tuple[Path, bool]:
     return onnx, onnx.is_file() and sha256_of(onnx) == sha256
 
 
-def open_onnx(path: Path) -> None:
-    """Load the file as ``detect`` does; raises ``ArtefactError``."""
-    OnnxRuntimeBackend(path, "cpu").close()
-
-
 def open_openvino(path: Path) -> str:
     """Load the file on OpenVINO as ``detect`` does; its precision. Raises ``AnchorlineError``."""
     backend = open_backend(path, "openvino", CpuOptions(), GpuOptions())
@@ -127,28 +121,26 @@ def _onnxruntime(name: str, path: Path, machine: Machine) -> Runtime:
         fault = _no_gpu(machine)
     else:
         try:
-            open_onnx(path)
+            OnnxRuntimeBackend(path, "cpu").close()  # as ``detect`` loads it
         except ArtefactError as refused:
             fault = str(refused)
     return Runtime(f"onnxruntime, {name}", fault is None, fault or f"onnxruntime {version} loads it")
 
 
 def _tensorrt(engine: EngineManifest, machine: Machine) -> Runtime:
-    """An engine runs on the release and the compute capability it was built for, and on no other."""
-    title, (module, package) = FLAVOURS[engine.flavour], _MODULES[engine.flavour]
+    title, module = FLAVOURS[engine.flavour].title, FLAVOURS[engine.flavour].module
     parts = tensorrt_packages(machine, engine.flavour)
     here = machine.packages[parts[0]] if parts else None
-    release = numbers(engine.flavour_version)[:_VERSION_NUMBERS]
-    built = engine.compute_capabilities
     have = [gpu.compute_capability for gpu in machine.gpu.gpus]
+    built = engine.compute_capabilities
     blockers = []
     if here is None or not machine.importable.get(module, False):
-        wanted = ".".join(map(str, release))
+        wanted = ".".join(map(str, numbers(engine.flavour_version)[:3]))
+        package = _TENSORRT_PACKAGES[engine.flavour]
         blockers.append(f"{title} is not installed: pip install '{package}=={wanted}.*'")
     if not have:
         blockers.append(_no_gpu(machine))
-    is_other_gpu = have and built and not set(have) & set(built)
-    if is_other_gpu or (here is not None and numbers(here)[:_VERSION_NUMBERS] != release):
+    if not any(_fits(engine, here, each) for each in have or built or (0,)):
         target = f"{_capabilities(built)} with " if built else ""
         there = " and ".join(filter(None, (_capabilities(have), here and f"{title} {here}")))
         blockers.append(
@@ -157,6 +149,15 @@ def _tensorrt(engine: EngineManifest, machine: Machine) -> Runtime:
         )
     names = ", ".join(gpu.name for gpu in machine.gpu.gpus)
     return Runtime(title, not blockers, "; ".join(blockers) or f"{title} {here} on {names}")
+
+
+def _fits(engine: EngineManifest, version: str | None, capability: int) -> bool:
+    """Whether the engine runs on this release (None: on its own) and a GPU of this compute capability."""
+    try:
+        check_fit(engine, version or engine.flavour_version, capability, "")
+    except CannotRunHereError:
+        return False
+    return True
 
 
 def _capabilities(numbers: list[int] | tuple[int, ...]) -> str:

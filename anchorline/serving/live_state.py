@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.runtime.video.figures import RecentRates, SourceFigures
+from anchorline.runtime.video.figures import Rates, RecentRates, SourceFigures
 from anchorline.runtime.video.frames import Result
 from anchorline.runtime.video.pipeline import VideoPipeline
 from anchorline.serving.painting import Painter, Shown
@@ -167,12 +167,13 @@ class LiveState:
         now, version = time.monotonic(), self.painter.shown.version
         if now - self._made > _KEPT or version != self._version:
             self._made, self._version = now, version
+            rates = self._rates.now() if self._rates else {}
             status = {
                 "phase": self.phase,
                 "problems": self.problems(),
                 "seconds": round(now - self._begun, 1),
                 "viewers": len(self.viewers),
-                "sources": self._source_rows(now),
+                "sources": [self._row(each, now, rates) for each in self.sources.values()],
                 "controls": self.controls(),
                 "classes": [{"name": name, "count": n} for name, n in self._known_classes().items()],
             }
@@ -186,22 +187,19 @@ class LiveState:
             found.update(counts)
         return found
 
-    def _source_rows(self, now: float) -> list[dict[str, Any]]:
-        """What the page shows of each source; ages in milliseconds, rates in frames a second."""
-        rates = self._rates.now() if self._rates else {}
-        return [
-            {
-                "name": name,
-                "state": each.state,
-                "fps_in": round(rates[name].read, 2),
-                "fps": round(rates[name].answered, 2),
-                "age": {key: round(value, 1) for key, value in each.age().items()},
-                "frames": each.frames_out,
-                "detections": each.detections,
-                "dropped": each.dropped,
-                "reconnects": each.reconnects,
-                "stalls": each.stalls,
-                "newest_s": round(now - self.newest[name], 3) if name in self.newest else None,
-            }
-            for name, each in self.sources.items()
-        ]
+    def _row(self, source: SourceFigures, now: float, rates: Mapping[str, Rates]) -> dict[str, Any]:
+        """What the page shows of a source; ages in milliseconds, rates in frames a second."""
+        name = source.name
+        return {
+            "name": name,
+            "state": source.state,
+            "fps_in": round(rates[name].read, 2),
+            "fps": round(rates[name].answered, 2),
+            "age": {key: round(value, 1) for key, value in source.age().items()},
+            "frames": source.frames_out,
+            "detections": source.detections,
+            "dropped": source.dropped,
+            "reconnects": source.reconnects,
+            "stalls": source.stalls,
+            "newest_s": round(now - self.newest[name], 3) if name in self.newest else None,
+        }

@@ -460,6 +460,25 @@ def test_the_flavours_do_not_stand_in_for_each_other(
     assert not runtimes_for(artefact, dataclasses.replace(rtx, gpu=gpu_state(90)))[0].runs
 
 
+@pytest.mark.parametrize(
+    ("version", "capability", "runs"),
+    [("10.20.0.1", 120, True), ("11.4.0.106", 120, False), ("10.20.0.1", 75, False)],
+)
+def test_an_engine_that_was_built_for_more_than_one_machine(
+    version: str,
+    capability: int,
+    runs: bool,
+    tmp_path: Path,
+    make_machine: Make,
+    gpu_state: Callable[..., GpuState],
+) -> None:
+    """As the detector decides it: any release of that number, and any GPU from sm_80 on."""
+    options = {"version_compatible": True, "hardware_compatible": True}
+    artefact = read_artefact(write_engine(tmp_path / "model.engine", options=options))
+    machine = make_machine({"tensorrt": version}, gpu=gpu_state(capability))
+    assert runtimes_for(artefact, machine)[0].runs is runs
+
+
 def test_an_engine_that_states_no_capability_is_not_held_against_the_gpu(
     tmp_path: Path, make_machine: Make, gpu_state: Callable[..., GpuState]
 ) -> None:
