@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from anchorline.cli.options import DataOption, tell_dropped
 from anchorline.console import USER_ERROR, tell
-
-if TYPE_CHECKING:
-    from anchorline.train.loop.trainer import TrainResult
 
 
 def train(
@@ -57,60 +52,44 @@ def train(
     ] = False,
 ) -> None:
     """Train a detector and write its run folder; with torchrun on several devices (docs/training.md)."""
-    changes = {"epochs": epochs, "seed": seed, "regime": schedule}
     from anchorline.data.dataset import load_datasets
-    from anchorline.train.loop.distributed import is_main
+    from anchorline.train.loop.distributed import OtherProcessError, is_main, joined_processes
     from anchorline.train.loop.metrics import training_progress
     from anchorline.train.loop.train import train as train_model
     from anchorline.train.settings import load_preset
 
+    changes = {"epochs": epochs, "seed": seed, "regime": schedule}
     overrides = [*(set_ or ())]
     overrides += [f"training.{name}={value}" for name, value in changes.items() if value is not None]
-    with _joined_processes(device):
-        settings = load_preset(preset, overrides)
-        dataset = load_datasets(data)
-        validation = load_datasets(val, names=dataset.names) if val else None
-        if is_main():
-            tell_dropped(validation)
-        with training_progress() as report:
-            result = train_model(
-                settings,
-                dataset,
-                out,
-                validation=validation,
-                backbone_weights=backbone_weights,
-                resume=resume,
-                device=device,
-                source={"command": _command_line(), "preset": preset},
-                report=report,
-                show_data=tell,
-                proposals=proposals,
-                validation_proposals=val_proposals,
-            )
-        if is_main():
-            _print_result(result)
-        if result.interrupted:
-            raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _joined_processes(device: str) -> Iterator[None]:
-    """As in ``distributed``; a process that another one's failure ends leaves without a word."""
-    from anchorline.train.loop.distributed import OtherProcessError, joined_processes
-
+    command = shlex.join(["anchorline", *sys.argv[1:]])
     try:
         with joined_processes(device):
-            yield
-    except OtherProcessError:
+            settings = load_preset(preset, overrides)
+            dataset = load_datasets(data)
+            validation = load_datasets(val, names=dataset.names) if val else None
+            if is_main():
+                tell_dropped(validation)
+            with training_progress() as report:
+                result = train_model(
+                    settings,
+                    dataset,
+                    out,
+                    validation=validation,
+                    backbone_weights=backbone_weights,
+                    resume=resume,
+                    device=device,
+                    source={"command": command, "preset": preset},
+                    report=report,
+                    show_data=tell,
+                    proposals=proposals,
+                    validation_proposals=val_proposals,
+                )
+            reached = "" if result.map50 is None else f", mAP50 {result.map50:.3f} on the validation data"
+            if result.recall is not None:
+                reached = f", recall {result.recall:.3f} at IoU 0.5 on the validation data"
+            if is_main():
+                print(f"{result.checkpoint}: {result.steps} steps{reached}")
+            if result.interrupted:
+                raise KeyboardInterrupt
+    except OtherProcessError:  # whose own line says why
         raise typer.Exit(USER_ERROR) from None
-
-
-def _print_result(result: TrainResult) -> None:
-    accuracy = "" if result.map50 is None else f", mAP50 {result.map50:.3f} on the validation data"
-    if result.recall is not None:
-        accuracy = f", recall {result.recall:.3f} at IoU 0.5 on the validation data"
-    print(f"{result.checkpoint}: {result.steps} steps{accuracy}")
-
-
-def _command_line() -> str:
-    return shlex.join(["anchorline", *sys.argv[1:]])

@@ -16,6 +16,7 @@ nothing: it has no RPN of its own.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import deque
 from collections.abc import Callable
@@ -59,11 +60,15 @@ def train_alternating(
         trainer = Trainer(step, resume and (step.name == "step 1" or from_main(state.is_file)))
         if not begun:
             if not resume and is_main():
-                _forget_earlier(out)
+                # What an earlier run in the folder would lead a later resume to believe.
+                for each in steps:
+                    (each.folder / FINISHED).unlink(missing_ok=True)
+                    (each.folder / "last" / STATE_FILE).unlink(missing_ok=True)
             trainer.begin(out, show_data)
             begun = True
         result = trainer.run()
         del trainer  # and with it model, optimiser and workers, before the next one's
+        gc.collect()  # DDP and the losses it calls refer to each other
         if result.interrupted or step is steps[-1]:
             break
         try:
@@ -148,25 +153,21 @@ def _is_finished(step: PhaseConfig) -> bool:
 
     Raises ``ArtefactError`` for a step of other settings or data, or a changed checkpoint.
     """
-    record = from_main(lambda: _finished(step))
-    if record is None:
-        return False
-    if step.task == "proposals":
-        stored = _stored(step)
-        found = from_main(lambda: sha256_of(stored) if stored.is_file() else None)
-        if found != record.get("proposals_sha256"):
-            _store_proposals(step)
-    return True
+    kept = from_main(lambda: _kept_proposals(step))
+    if kept is False:
+        _store_proposals(step)
+    return kept is not None
 
 
-def _finished(step: PhaseConfig) -> dict[str, Any] | None:
-    """What was noted of ``step`` when it was finished; None where it was not."""
-    path = step.folder / FINISHED
+def _kept_proposals(step: PhaseConfig) -> bool | None:
+    """Whether the stored proposals are those of ``step``, if it has any; None where it was not finished."""
+    path, stored = step.folder / FINISHED, _stored(step)
     if not path.is_file():
         return None
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
         trained_with, data, model = record["settings"], record["data"], record["model_sha256"]
+        proposals = record.get("proposals_sha256")
         check_trained_with(path, trained_with, step.settings)
     except ArtefactError:
         raise
@@ -181,11 +182,4 @@ def _finished(step: PhaseConfig) -> dict[str, Any] | None:
         raise ArtefactError(
             f"{step.checkpoint}: is not the model that {step.name} has written; train without --resume"
         )
-    return record
-
-
-def _forget_earlier(out: Path) -> None:
-    """Remove what an earlier run in the folder would lead a later ``resume`` to believe."""
-    for number in range(1, 5):
-        for path in (FINISHED, Path("last") / STATE_FILE):
-            (out / f"step-{number}" / path).unlink(missing_ok=True)
+    return step.task != "proposals" or (stored.is_file() and sha256_of(stored) == proposals)

@@ -24,6 +24,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_TABLES = {"model": ModelSettings, "training": TrainingSettings}
+
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -68,7 +70,7 @@ def load_preset(name: str, overrides: Sequence[str] = ()) -> Settings:
     for text in overrides:
         table, field_name, value = parse_override(text)
         tables.setdefault(table, {})[field_name] = value
-    unknown = set(tables) - {"model", "training"}
+    unknown = tables.keys() - _TABLES.keys()
     if unknown:
         raise SettingsError(f"{path}: unknown table {sorted(unknown)[0]!r}; expected [model] and [training]")
     return Settings(
@@ -84,14 +86,10 @@ def parse_override(text: str) -> tuple[str, str, Any]:
     if table in ("", "training"):
         name = _name_now(name, text)
     if not dot:
-        tables = [
-            t
-            for t, c in (("model", ModelSettings), ("training", TrainingSettings))
-            if name in get_type_hints(c)
-        ]
+        tables = [each for each, kind in _TABLES.items() if name in get_type_hints(kind)]
         expect(len(tables) == 1, "override", text, "table.field=value with the table model or training")
         table = tables[0]
-    expect(bool(equals) and table in ("model", "training"), "override", text, "table.field=value")
+    expect(bool(equals) and table in _TABLES, "override", text, "table.field=value")
     try:
         return table, name, tomllib.loads(f"value = {literal}")["value"]
     except tomllib.TOMLDecodeError:

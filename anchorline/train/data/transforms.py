@@ -17,6 +17,9 @@ from anchorline.train.model.assign import PROPOSAL_LABEL
 LEAST_VISIBLE = 0.3
 PAD_VALUE = 114.0
 
+# An image, and its ``boxes`` and ``labels``.
+View = tuple[tv_tensors.Image, dict[str, Any]]
+
 
 class RandomZoom(nn.Module):
     """Magnify by a random factor: above 1 crop a part, below 1 set the image in a larger frame.
@@ -29,15 +32,14 @@ class RandomZoom(nn.Module):
         super().__init__()
         self.lowest, self.highest = lowest, highest
 
-    def forward(
-        self, image: tv_tensors.Image, target: dict[str, Any]
-    ) -> tuple[tv_tensors.Image, dict[str, Any]]:
+    def forward(self, image: tv_tensors.Image, target: dict[str, Any]) -> View:
         low, high = torch.tensor([self.lowest, self.highest]).log().tolist()
         factor = float(torch.empty(1).uniform_(low, high).exp())
         height, width = image.shape[-2:]
         new_height, new_width = max(1, round(height / factor)), max(1, round(width / factor))
-        top = int(_between(0, height - new_height))
-        left = int(_between(0, width - new_width))
+        # Where the frame is the larger one, it begins above and to the left of the image.
+        spare = (height - new_height, width - new_width)
+        top, left = (int(torch.randint(min(0, each), max(0, each) + 1, ())) for each in spare)
         area = _areas(target["boxes"])
         if factor < 1:
             margins = [-left, -top, new_width - width + left, new_height - height + top]
@@ -48,7 +50,7 @@ class RandomZoom(nn.Module):
             boxes = F.clamp_bounding_boxes(F.crop(target["boxes"], top, left, new_height, new_width))
         left_over, objects = _areas(boxes), target["labels"] >= 0
         keep = torch.where(objects, left_over >= LEAST_VISIBLE * area, left_over > 0)
-        return image, {"boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": target["labels"][keep]}
+        return image, _kept({**target, "boxes": boxes}, keep)
 
 
 class RandomIoUCrop(nn.Module):
@@ -62,9 +64,7 @@ class RandomIoUCrop(nn.Module):
         super().__init__()
         self.crop = v2.RandomIoUCrop()
 
-    def forward(
-        self, image: tv_tensors.Image, target: dict[str, Any]
-    ) -> tuple[tv_tensors.Image, dict[str, Any]]:
+    def forward(self, image: tv_tensors.Image, target: dict[str, Any]) -> View:
         boxes, objects = target["boxes"], target["labels"] >= 0
         if min(image.shape[-2:]) * self.crop.min_scale < 1 or not objects.any():
             return image, target
@@ -72,22 +72,17 @@ class RandomIoUCrop(nn.Module):
         if not params:  # one of the draws is to leave the image whole
             return image, target
         window = [params[name] for name in ("top", "left", "height", "width")]
-        boxes = F.crop(boxes, *window)
         keep = (~objects).masked_scatter(objects, params["is_within_crop_area"])
-        kept = tv_tensors.wrap(boxes[keep], like=boxes)
-        return F.crop(image, *window), {"boxes": kept, "labels": target["labels"][keep]}
+        return F.crop(image, *window), _kept({**target, "boxes": F.crop(boxes, *window)}, keep)
 
 
 class Sanitize(nn.Module):
     """Drop boxes less than a pixel wide or high (torchvision's rule); a proposal stays while it has area."""
 
-    def forward(
-        self, image: tv_tensors.Image, target: dict[str, Any]
-    ) -> tuple[tv_tensors.Image, dict[str, Any]]:
-        boxes, labels = target["boxes"], target["labels"]
-        _, sound = F.sanitize_bounding_boxes(boxes)
-        keep = torch.where(labels <= PROPOSAL_LABEL, _areas(boxes) > 0, sound)
-        return image, {"boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": labels[keep]}
+    def forward(self, image: tv_tensors.Image, target: dict[str, Any]) -> View:
+        sound = F.sanitize_bounding_boxes(target["boxes"])[1]
+        proposed = target["labels"] <= PROPOSAL_LABEL
+        return image, _kept(target, torch.where(proposed, _areas(target["boxes"]) > 0, sound))
 
 
 def build_transforms(settings: TrainingSettings) -> v2.Compose:
@@ -112,10 +107,9 @@ def build_transforms(settings: TrainingSettings) -> v2.Compose:
     return v2.Compose([*steps, v2.Identity()])
 
 
-def _between(a: int, b: int) -> int:
-    """A random whole number between ``a`` and ``b``, both possible, in whichever order they are."""
-    low, high = min(a, b), max(a, b)
-    return int(torch.randint(low, high + 1, ()))
+def _kept(target: dict[str, Any], keep: Tensor) -> dict[str, Any]:
+    boxes = target["boxes"]
+    return {"boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": target["labels"][keep]}
 
 
 def _areas(boxes: Tensor) -> Tensor:

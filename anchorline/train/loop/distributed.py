@@ -43,6 +43,7 @@ TIMEOUT = timedelta(minutes=30)
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _Item = TypeVar("_Item")
 
+# By SIGINT or SIGTERM: all processes raise KeyboardInterrupt the next time they agree on something.
 _stop_wanted = False
 
 
@@ -92,6 +93,7 @@ def joined_processes(device: str = "auto") -> Iterator[None]:
     ``OtherProcessError``, and all leave together otherwise. Inside another such block, or where the caller
     has set up ``torch.distributed`` itself, nothing is done either.
     """
+    global _stop_wanted
     mine = place()
     if mine.processes == 1 or (dist.is_available() and dist.is_initialized()):
         yield
@@ -102,15 +104,14 @@ def joined_processes(device: str = "auto") -> Iterator[None]:
     try:
         with _stop_signals(signal.SIG_DFL, ignored_too=False):
             _join(store, mine, device)
-        want_stop(False)
-        with _stop_signals(lambda *_: want_stop(), ignored_too=True):  # none leaves alone in mid-step
+        _stop_wanted = False
+        with _stop_signals(_want_stop, ignored_too=True):  # none leaves alone in mid-step
             yield
             wait_for_all()
     except BaseException as error:
-        try:
+        is_first_to_end = False
+        with contextlib.suppress(RuntimeError):  # the store went with the process that held it
             is_first_to_end = store.add("ended", 1) == 1
-        except RuntimeError:  # the store went with the process that held it
-            is_first_to_end = False
         if not is_first_to_end:
             raise OtherProcessError(
                 "another process of the training has failed; its message says why"
@@ -162,17 +163,24 @@ def _join(store: Store, mine: Place, device: str) -> None:
     )
 
 
+def _want_stop(*_: object) -> None:
+    global _stop_wanted
+    _stop_wanted = True
+
+
 @contextlib.contextmanager
 def _stop_signals(handler: Any, *, ignored_too: bool) -> Iterator[None]:
     """Have SIGINT and SIGTERM handled so, in the main thread, which alone may choose.
 
     Unless ``ignored_too``, one that is ignored, as in a job of ``nohup``, stays so.
     """
-    before: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            if ignored_too or signal.getsignal(kind) is not signal.SIG_IGN:
-                before[kind] = signal.signal(kind, handler)
+    kinds = [
+        kind
+        for kind in (signal.SIGINT, signal.SIGTERM)
+        if ignored_too or signal.getsignal(kind) is not signal.SIG_IGN
+    ]
+    may_choose = threading.current_thread() is threading.main_thread()
+    before = {kind: signal.signal(kind, handler) for kind in kinds if may_choose}
     try:
         yield
     finally:
@@ -241,26 +249,10 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def want_stop(wanted: bool = True) -> None:
-    """Have all processes raise ``KeyboardInterrupt`` the next time they agree on something."""
-    global _stop_wanted
-    _stop_wanted = wanted
-
-
 def wait_for_all() -> None:
     """Go on when all processes are here: what the main one wrote before can be read."""
     if process_count() > 1:
         dist.barrier()
-
-
-@contextlib.contextmanager
-def first_on_each_machine(local_rank: int) -> Iterator[None]:
-    """Run the block in the first process of each machine, then in the others: a download happens once."""
-    if local_rank > 0:
-        wait_for_all()
-    yield
-    if local_rank == 0:
-        wait_for_all()
 
 
 def from_main(make: Callable[[], _Item]) -> _Item:

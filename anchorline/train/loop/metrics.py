@@ -18,17 +18,8 @@ from anchorline.runtime.io.files import atomic_write_text
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-COLUMNS = (
-    "step",
-    "epoch",
-    "lr",
-    "loss",
-    "loss_objectness",
-    "loss_rpn_box",
-    "loss_classifier",
-    "loss_box",
-    "map50",
-)
+LOSSES = ("loss", "loss_objectness", "loss_rpn_box", "loss_classifier", "loss_box")
+COLUMNS = ("step", "epoch", "lr", *LOSSES, "map50")
 SMOOTHING = 0.95
 SECONDS_BETWEEN_LINES = 30.0
 

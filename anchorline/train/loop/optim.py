@@ -15,7 +15,9 @@ from anchorline.runtime.io.errors import SettingsError
 from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.model.faster_rcnn import FasterRCNN
 
-# Mixed precision: which type the heavy layers compute in.
+# Of the one-cycle rate: the share of the training in which it rises, and where it begins.
+RISING = 0.3
+FIRST_RATE = 0.04
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -46,26 +48,18 @@ def build_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
-RISING = 0.3
-FIRST_RATE = 0.04
-
-
 def build_optimiser(model: FasterRCNN, settings: TrainingSettings) -> torch.optim.Optimizer:
     """SGD with momentum, or AdamW; no weight decay on norms and biases, backbone and biases at own rates."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = settings.learning_rate * (
-                settings.backbone_rate if name.startswith("backbone.body.") else 1.0
-            )
+            share = settings.backbone_rate if name.startswith("backbone.body.") else 1.0
+            rate = settings.learning_rate * share
             if name.endswith(".bias"):
                 rate *= settings.bias_rate
             decay = settings.weight_decay if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
-    members = [
-        {"params": parameters, "lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in groups.items()
-    ]
+    members = [{"params": each, "lr": rate, "weight_decay": decay} for (rate, decay), each in groups.items()]
     if settings.optimiser == "adamw":
         return torch.optim.AdamW(members, lr=settings.learning_rate, betas=(settings.momentum, 0.999))
     return torch.optim.SGD(members, lr=settings.learning_rate, momentum=settings.momentum)

@@ -34,21 +34,7 @@ from anchorline.train.data.dataset import (
     single_threaded_opencv,
     write_sample_sheet,
 )
-from anchorline.train.loop.distributed import (
-    first_on_each_machine,
-    gather,
-    is_main,
-    mean_of,
-    own_share,
-    place,
-    process_count,
-    rank,
-    run_shared,
-    shared_losses,
-    shared_map50,
-    synchronise_norms,
-    wait_for_all,
-)
+from anchorline.train.loop import distributed
 from anchorline.train.loop.metrics import MetricsFile, Report, StepReport
 from anchorline.train.loop.optim import MovingAverage, autocast, build_optimiser, build_scaler, build_schedule
 from anchorline.train.loop.settings import RENAMED
@@ -157,7 +143,7 @@ class Trainer:
         self.model.to(phase.device).to(memory_format=torch.channels_last)
         if not resume:
             self._take_weights()
-        synchronise_norms(self.model, phase.device)
+        distributed.synchronise_norms(self.model, phase.device)
         self.model.backbone.body.freeze(training.frozen_stages)
         for name, part in self.model.named_children():
             if name not in phase.parts:
@@ -173,7 +159,8 @@ class Trainer:
         if training.compile:
             self.model.backbone.compile()
             self.model.rpn.head.compile()
-        self.shared = shared_losses(self.model, self.losses) if process_count() > 1 else None
+        several = distributed.process_count() > 1
+        self.shared = distributed.shared_losses(self.model, self.losses) if several else None
         self.metrics = MetricsFile(phase.folder / "metrics.csv", phase.metric)
         self.epoch, self.step, self.best, self.validations_since_best = 0, 0, -1.0, 0
         if resume:
@@ -188,15 +175,19 @@ class Trainer:
                 if name not in phase.fresh:
                     part.load_state_dict(before.get_submodule(name).state_dict())
         elif phase.backbone_weights is not None:
-            with first_on_each_machine(place().local_rank):
-                load_pretrained(self.model, phase.backbone_weights, self.settings.training.pretrained_input)
+            local_rank = distributed.place().local_rank
+            if local_rank > 0:  # a download happens once on each machine
+                distributed.wait_for_all()
+            load_pretrained(self.model, phase.backbone_weights, self.settings.training.pretrained_input)
+            if local_rank == 0:
+                distributed.wait_for_all()
 
     def begin(self, out: Path, show_data: Callable[[DataSummary], None] | None = None) -> None:
         """Write effective settings, what the data holds, and a picture of the first views with their boxes.
 
         The main process does this; the others wait for it at the first step.
         """
-        if not is_main():
+        if not distributed.is_main():
             return
         summary = summarise_data(self.phase.data)
         text = json.dumps(self.settings.to_dict(), indent=2, sort_keys=True)
@@ -213,7 +204,7 @@ class Trainer:
         a loss that is not finite.
         """
         phase, training, interrupted = self.phase, self.settings.training, False
-        if training.tensorboard and is_main():
+        if training.tensorboard and distributed.is_main():
             self.metrics.open_board(self.step)
         try:
             with single_threaded_opencv():
@@ -228,9 +219,9 @@ class Trainer:
             if self.validation is None or self.best < 0:
                 self._save(phase.checkpoint)
         finally:
-            if is_main():
+            if distributed.is_main():
                 self.metrics.close()
-        wait_for_all()
+        distributed.wait_for_all()
         figures = {phase.metric: self.best} if self.best >= 0 else {}
         return TrainResult(
             phase.checkpoint,
@@ -245,7 +236,7 @@ class Trainer:
         # Seeded per epoch, so that a resumed run draws the samples an uninterrupted one would.
         epoch = phase.first_epoch + self.epoch
         # What the images do not decide themselves, dropout, is another draw in each process.
-        torch.manual_seed(training.seed * 100_003 + epoch + (rank() << 52))
+        torch.manual_seed(training.seed * 100_003 + epoch + (distributed.rank() << 52))
         self.model.train()
         if "backbone" not in phase.parts:
             self.model.backbone.eval()  # the statistics of a live batch norm stay too
@@ -257,7 +248,7 @@ class Trainer:
             try:
                 losses = self.train_step(batches)
             except NotFiniteError as error:
-                everyone = tuple(id for part in gather(ids) for id in part)
+                everyone = tuple(id for part in distributed.gather(ids) for id in part)
                 raise self._error(str(error), self.step + 1, everyone) from None
             self.step += 1
             self.metrics.add_step(self.step, self.epoch, rate, losses)
@@ -295,7 +286,7 @@ class Trainer:
                     losses = self.losses(batch) if self.shared is None else self.shared(batch)
                 total = torch.stack(list(losses.values())).sum()
                 own = {"loss": total.item(), **{name: loss.item() for name, loss in losses.items()}}
-                values = mean_of(own)
+                values = distributed.mean_of(own)
                 check_finite(values)
                 self.scaler.scale(total * share).backward()
             for name, value in values.items():
@@ -348,7 +339,7 @@ class Trainer:
                 self.best, self.validations_since_best = value, 0
                 if phase.keep_best:
                     self._save(phase.checkpoint)
-        if is_main():
+        if distributed.is_main():
             self.metrics.flush()
             self._save_state()
         self._save(phase.folder / "last" / "model.safetensors")
@@ -361,16 +352,16 @@ class Trainer:
         if self.validation_proposals is None:
             detector = TorchDetector(model, self.contract, str(self.device))
         else:
-            share = own_share(self.validation_proposals, VALIDATION_BATCH)
+            share = distributed.own_share(self.validation_proposals, VALIDATION_BATCH)
             detector = StoredProposalDetector(model, self.contract, share, str(self.device))
         if self.phase.task == "proposals":
-            found = list(run_shared(detector.batch, data, VALIDATION_BATCH))
+            found = list(distributed.run_shared(detector.batch, data, VALIDATION_BATCH))
             count = self.contract.thresholds.max_proposals
             return proposal_recall(data.images, found, (count,)).recall[count][0.5]
-        return shared_map50(detector.batch, data, VALIDATION_BATCH, detector.provider)
+        return distributed.shared_map50(detector.batch, data, VALIDATION_BATCH, detector.provider)
 
     def _save(self, path: Path) -> None:
-        if is_main():
+        if distributed.is_main():
             save_checkpoint(path, self.weights, self.settings.model, self.contract)
 
     def _save_state(self) -> None:
@@ -382,7 +373,7 @@ class Trainer:
             "validations_since_best": self.validations_since_best,
             "settings": self.settings.to_dict(),
             "data": describe_data(self.phase.data),
-            "processes": process_count(),
+            "processes": distributed.process_count(),
         }
         state = {
             "model": self.model.state_dict(),
@@ -439,16 +430,16 @@ class Trainer:
 
     def _check_processes(self, before: int) -> None:
         """Other processes than ``before`` may go on where their epochs have as many steps."""
-        each = self.steps // self.phase.epochs
+        each, now = self.steps // self.phase.epochs, distributed.process_count()
         if self.step != self.epoch * each:
             raise ArtefactError(
                 f"{self.phase.folder / 'last'}: an epoch had {self.step // max(1, self.epoch)} steps with "
-                f"--nproc-per-node {before}, it would have {each} with {process_count()}; resume with "
+                f"--nproc-per-node {before}, it would have {each} with {now}; resume with "
                 f"--nproc-per-node {before}, or train without --resume"
             )
-        if before != process_count() and is_main():
+        if before != now and distributed.is_main():
             print(
-                f"--nproc-per-node was {before} so far and is {process_count()} now: the same images in the "
+                f"--nproc-per-node was {before} so far and is {now} now: the same images in the "
                 "same steps, other rounding",
                 file=sys.stderr,
             )
@@ -456,7 +447,7 @@ class Trainer:
 
 def steps_of_epoch(images: int, settings: Settings) -> int:
     """Optimiser steps in one pass over ``images`` images."""
-    batches = len(batch_sizes(images, settings.training.batch, process_count()))
+    batches = len(batch_sizes(images, settings.training.batch, distributed.process_count()))
     return -(-batches // settings.training.accumulate)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from anchorline.data.dataset import Dataset
 from anchorline.runtime.io.errors import ArtefactError
 from anchorline.train.checkpoint import load_checkpoint
-from anchorline.train.loop import trainer
+from anchorline.train.loop import distributed
 from anchorline.train.loop.train import train
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.settings import Settings
@@ -111,7 +111,7 @@ def scripted_accuracy(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> l
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return values[len(seen) - 1]
 
-    monkeypatch.setattr(trainer, "shared_map50", map50)
+    monkeypatch.setattr(distributed, "shared_map50", map50)
     return seen
 
 

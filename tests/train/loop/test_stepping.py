@@ -16,7 +16,7 @@ from anchorline.data.dataset import Dataset, LabelledImage
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import SettingsError
 from anchorline.train.data.dataset import Batch, CanvasDataset, collate, groups
-from anchorline.train.loop import trainer
+from anchorline.train.loop import distributed
 from anchorline.train.loop.optim import build_schedule
 from anchorline.train.loop.train import train
 from anchorline.train.loop.trainer import NotFiniteError, PhaseConfig, Trainer
@@ -120,7 +120,7 @@ def test_patience_ends_a_run_that_gets_no_better(
 ) -> None:
     figures = iter([0.1, 0.3, 0.2, 0.25, 0.9])
 
-    monkeypatch.setattr(trainer, "shared_map50", lambda *_: next(figures))
+    monkeypatch.setattr(distributed, "shared_map50", lambda *_: next(figures))
     settings = tiny(epochs=9, batch=2, validate_every=1, patience=2)
     few = dataclasses.replace(scenes, images=scenes.images[:4])
     result = train(settings, few, tmp_path / "run", validation=few)
