@@ -69,7 +69,7 @@ def open_detector(
     """
     if proposals is not None:
         from anchorline.train.checkpoint import read_header
-        from anchorline.train.proposing import StoredProposalDetector
+        from anchorline.train.predict import StoredProposalDetector
 
         if not is_checkpoint(model):
             raise SettingsError(f"{model}: cannot take stored proposals; expected a model.safetensors")
@@ -283,7 +283,7 @@ def _open_proposer(model: Path | None, method: str | None, count: int | None, pr
             raise SettingsError(f"method is {method!r}; expected {SELECTIVE_SEARCH!r}")
         return SelectiveSearch(*(() if count is None else (count,))).batch
     if is_checkpoint(model):
-        from anchorline.train.proposing import load_rpn
+        from anchorline.train.predict import load_rpn
 
         return load_rpn(model, post_nms=count).batch
     detector = Detector(model, provider=provider)

@@ -164,7 +164,7 @@ def multiplications(checkpoint: Path, variant: Variant) -> float:
     with torch.no_grad(), counter:
         features = model.backbone(torch.zeros(1, 3, height, width))
         model.rpn.head(features)
-        model.roi_heads(features[: model.pooled_levels], torch.zeros(1, variant.proposals, 4))
+        model.roi_heads.classify(features, torch.zeros(1, variant.proposals, 4))
     return float(counter.get_total_flops())
 
 

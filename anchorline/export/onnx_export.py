@@ -27,13 +27,13 @@ from anchorline.runtime.contract import CANVAS_KEY, CONTRACT_KEY, TASKS, Contrac
 from anchorline.runtime.io.errors import ParityError, SettingsError
 from anchorline.runtime.io.files import atomic_path
 from anchorline.train.checkpoint import load_checkpoint, read_header
-from anchorline.train.model.faster_rcnn import OUTPUTS, FasterRCNN, check_own_proposals, run_task
-from anchorline.train.model.stages import MARKER
-from anchorline.train.predict import TorchDetector, TorchStages
+from anchorline.train.model.faster_rcnn import OUTPUTS, FasterRCNN, run_task
+from anchorline.train.model.ops import MARKER
+from anchorline.train.predict import TorchDetector, TorchStages, check_own_proposals
 from anchorline.verify.stages import Subject, onnx_subject
 from anchorline.verify.verification import VerifyReport, verify_subjects, write_not_executed, write_record
 
-# Giving the values between the stages of a graph their stable names (see ``train/model/stages.py``).
+# Giving the values between the stages of a graph their stable names (see ``train/model/ops.py``).
 
 
 def name_stages(proto: onnx.ModelProto) -> None:
@@ -92,7 +92,7 @@ def to_onnx(model: FasterRCNN, contract: Contract) -> onnx.ModelProto:
     batch = torch.export.Dim("batch")
     with torch.no_grad(), _quiet_exporter():
         # One eager pass makes the anchors, which then enter the graph as constants.
-        model.propose(model.features(images, sizes), sizes)
+        model.rpn(model.features(images, sizes), sizes)
         program = torch.onnx.export(
             TaskGraph(model, contract.task),
             (images, sizes),

@@ -39,7 +39,7 @@ from anchorline.train.loop.trainer import (
     describe_data,
     steps_of_epoch,
 )
-from anchorline.train.proposing import load_rpn
+from anchorline.train.predict import load_rpn
 
 FINISHED = "finished.json"
 

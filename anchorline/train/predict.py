@@ -1,10 +1,14 @@
-"""A PyTorch model as a detector, and as one side of a verification with every stage and layer."""
+"""PyTorch models as detectors: a whole model, its RPN alone, its detection head on stored proposals.
+
+And one side of a verification, with every stage and layer of the network.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +17,33 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from anchorline.runtime.canvas import Placement, Preprocessor, check_frame, to_detections
+from anchorline.data.proposals import ImageProposals
+from anchorline.runtime.canvas import Placement, Preprocessor, boxes_to_canvas, check_frame, to_detections
 from anchorline.runtime.contract import CANVAS_KEY, Contract
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.io.errors import ArtefactError
+from anchorline.runtime.io.errors import ArtefactError, DataError
 from anchorline.train.checkpoint import load_checkpoint
-from anchorline.train.model.faster_rcnn import OUTPUTS, FasterRCNN, check_own_proposals, run_task
-from anchorline.train.model.stages import tapped
+from anchorline.train.model.faster_rcnn import OUTPUTS, FasterRCNN, run_task
+from anchorline.train.model.ops import SUPPRESSED, tapped
+from anchorline.train.model.rpn import Proposals
 from anchorline.verify.stages import Subject
+
+# In ``Contract.source`` of a model without a trained RPN: it detects on stored proposals alone.
+STORED_PROPOSALS = "stored_proposals"
+
+
+def check_own_proposals(path: Path, contract: Contract, task: str = "detections") -> None:
+    """Raise ``ArtefactError`` where the model in ``path`` cannot do ``task`` by itself."""
+    if contract.source.get(STORED_PROPOSALS):
+        raise ArtefactError(
+            f"{path}: was trained on stored proposals and has no trained RPN; "
+            "evaluate it with --proposals FILE, or train with --schedule joint or alternating"
+        )
+    if contract.task == "proposals" and task == "detections":
+        raise ArtefactError(
+            f"{path}: holds a trained RPN alone, whose task is proposals; expected a detector, "
+            "as --schedule joint or alternating trains it"
+        )
 
 
 class TorchDetector:
@@ -57,14 +80,67 @@ class TorchDetector:
         inputs, placements = self.prepare(frames)
         was_training = self.model.training
         self.model.eval()
-        tensors = (torch.from_numpy(array).to(self.device) for array in inputs.values())
-        found = run_task(self.model, self.contract.task, *tensors)
+        images, sizes = (torch.from_numpy(array).to(self.device) for array in inputs.values())
+        found = self.infer(images, sizes, placements)
         self.model.train(was_training)
         outputs = {name: tensor.cpu().numpy() for name, tensor in found.items()}
         return to_detections(outputs, placements, self.contract)
 
+    def infer(self, images: Tensor, sizes: Tensor, placements: Sequence[Placement]) -> dict[str, Tensor]:
+        """The contract's outputs for a batch on its canvas, where ``placements`` say what lies."""
+        return run_task(self.model, self.contract.task, images, sizes)
 
-# The inside of a PyTorch model, for verification: every stage, and every layer with weights.
+
+def load_rpn(
+    path: Path, device: str = "cpu", pre_nms: int | None = None, post_nms: int | None = None
+) -> TorchDetector:
+    """The RPN of a ``model.safetensors``, whatever its task, as a detector of the one class ``object``.
+
+    ``pre_nms`` candidates per level and ``post_nms`` proposals an image; by default the model's own
+    numbers. Raises ``ArtefactError``.
+    """
+    model, contract = load_checkpoint(path)
+    check_own_proposals(path, contract, "proposals")
+    model.rpn.pre_nms = pre_nms or model.rpn.pre_nms
+    model.rpn.post_nms = post_nms or model.rpn.post_nms
+    contract = dataclasses.replace(contract, task="proposals", outputs=OUTPUTS["proposals"])
+    return TorchDetector(model, contract, device)
+
+
+class StoredProposalDetector(TorchDetector):
+    """Fast R-CNN alone: classifies stored proposals, one entry an image, of frames in the same order."""
+
+    def __init__(
+        self, model: FasterRCNN, contract: Contract, proposals: Sequence[ImageProposals], device: str = "cpu"
+    ) -> None:
+        super().__init__(model, contract, device)
+        self.proposals, self.next = proposals, 0
+
+    @classmethod
+    def open(
+        cls, path: Path, proposals: Sequence[ImageProposals], device: str = "cpu"
+    ) -> StoredProposalDetector:
+        """The detection head in a ``model.safetensors``, on ``proposals``; raises ``ArtefactError``."""
+        return cls(*load_checkpoint(path), proposals, device)
+
+    def infer(self, images: Tensor, sizes: Tensor, placements: Sequence[Placement]) -> dict[str, Tensor]:
+        """The outputs on the next proposals; raises ``DataError`` where the frames are not theirs."""
+        given = self.proposals[self.next : self.next + len(placements)]
+        self.next += len(placements)
+        slots = max([1, *(len(each.boxes) for each in given)])
+        boxes = torch.zeros(len(given), slots, 4)
+        scores = torch.full((len(given), slots), SUPPRESSED)
+        for row, (placement, each) in enumerate(zip(placements, given, strict=True)):
+            if placement.source != each.size:
+                found, wanted = (f"{height}x{width}" for height, width in (placement.source, each.size))
+                raise DataError(
+                    f"image {each.id!r} is {found}, its stored proposals are of {wanted}; "
+                    "expected the images of the proposals in their order"
+                )
+            boxes[row, : len(each.boxes)] = torch.from_numpy(boxes_to_canvas(each.boxes, placement))
+            scores[row, : len(each.boxes)] = torch.from_numpy(each.scores)
+        proposals = Proposals(boxes.to(self.device), scores.to(self.device))
+        return vars(self.model.roi_heads(self.model.features(images, sizes), proposals, sizes))
 
 
 _LAYERS = (nn.Conv2d, nn.Linear)
@@ -87,14 +163,12 @@ class TorchStages:
     @property
     def layers(self) -> tuple[str, ...]:
         """Every layer in the order of execution, found by running an empty canvas once."""
-        height, width = self._detector.contract.canvas
-        dtype = np.dtype(self._detector.contract.input_dtype)
-        empty = np.zeros((1, height, width, 3), dtype), np.array([[height, width]], np.float32)
-        inputs = dict(zip(self._detector.contract.inputs, empty, strict=True))
-        recorder = _LayerRecorder(self._names, None)
-        with recorder:
-            self.run(inputs, {})
-        return tuple(recorder.order)
+        contract = self._detector.contract
+        images = np.zeros((1, *contract.canvas, 3), np.dtype(contract.input_dtype))
+        sizes = np.array([contract.canvas], np.float32)
+        with self._recorded(()) as outputs:
+            self.run(dict(zip(contract.inputs, (images, sizes), strict=True)), {})
+        return tuple(outputs)
 
     @torch.inference_mode()
     def run(
@@ -116,10 +190,8 @@ class TorchStages:
             # A copy: what follows may work in place.
             return torch.from_numpy(fed).to(value.device, value.dtype, copy=True)
 
-        tensors = (
-            torch.from_numpy(np.asarray(inputs[name])).to(detector.device)
-            for name in detector.contract.inputs
-        )
+        names = detector.contract.inputs
+        tensors = (torch.from_numpy(np.asarray(inputs[name])).to(detector.device) for name in names)
         with tapped(visit):
             outputs = run_task(detector.model.eval(), detector.contract.task, *tensors)
         return {**seen, **{name: value.cpu().numpy() for name, value in outputs.items()}}
@@ -128,50 +200,38 @@ class TorchStages:
         self, inputs: Mapping[str, NDArray[Any]], feed: Mapping[str, NDArray[Any]], layers: Sequence[str]
     ) -> dict[str, NDArray[np.float32]]:
         """The outputs of ``layers``."""
-        recorder = _LayerRecorder(self._names, set(layers))
-        with recorder:
+        with self._recorded(layers) as outputs:
             self.run(inputs, feed)
-        return {name: value for name, value in recorder.values.items() if name in layers}
+        return {name: value for name, value in outputs.items() if value is not None}
 
     def release(self) -> None:
         """Nothing is kept."""
 
+    @contextlib.contextmanager
+    def _recorded(self, wanted: Collection[str]) -> Iterator[dict[str, NDArray[np.float32] | None]]:
+        """Fills what it gives with each layer that runs, in order, and the outputs of those ``wanted``."""
+        outputs: dict[str, NDArray[np.float32] | None] = {}
+        runs: Counter[str] = Counter()
+        last: tuple[str, Tensor] | None = None
 
-class _LayerRecorder:
-    """Forward hooks on the layers; keeps the values of the ``wanted`` ones (None: the order alone)."""
+        def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            nonlocal last
+            if module in self._names:
+                name = self._names[module]
+                runs[name] += 1
+                name = name if runs[name] == 1 else f"{name}#{runs[name]}"
+                last = (name, output)
+            elif isinstance(module, nn.BatchNorm2d) and last is not None and inputs[0] is last[1]:
+                name = last[0]
+            else:
+                return
+            outputs[name] = _kept(output) if name in wanted else None
 
-    def __init__(self, names: Mapping[nn.Module, str], wanted: set[str] | None) -> None:
-        self._names, self._wanted = names, wanted
-        self._runs: Counter[str] = Counter()
-        self._last: tuple[str, Tensor] | None = None
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self.order: list[str] = []
-        self.values: dict[str, NDArray[np.float32]] = {}
-
-    def __enter__(self) -> _LayerRecorder:
-        self._handles = [nn.modules.module.register_module_forward_hook(self._record)]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
+        handle = nn.modules.module.register_module_forward_hook(record)
+        try:
+            yield outputs
+        finally:
             handle.remove()
-
-    def _record(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, nn.BatchNorm2d):
-            if self._last is not None and inputs[0] is self._last[1]:
-                self._keep(self._last[0], output)
-        elif module in self._names:
-            name = self._names[module]
-            self._runs[name] += 1
-            if self._runs[name] > 1:
-                name = f"{name}#{self._runs[name]}"
-            self.order.append(name)
-            self._last = (name, output)
-            self._keep(name, output)
-
-    def _keep(self, name: str, output: Tensor) -> None:
-        if self._wanted is not None and name in self._wanted:
-            self.values[name] = _kept(output)
 
 
 def _kept(value: Tensor) -> NDArray[np.float32]:
@@ -180,11 +240,8 @@ def _kept(value: Tensor) -> NDArray[np.float32]:
     return copied
 
 
-# A checkpoint as one side of a verification.
-
-
 def checkpoint_subject(path: Path, other: Contract | None = None, device: str = "cpu") -> Subject:
-    """The model in a ``model.safetensors``.
+    """The model in a ``model.safetensors`` as one side of a verification.
 
     With the contract of the ``other`` side it does that side's task, on the canvas that side was
     deliberately exported for. Raises ``ArtefactError``.

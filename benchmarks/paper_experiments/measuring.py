@@ -13,8 +13,7 @@ from anchorline.evaluation.evaluation import evaluate, proposal_recall, run_dete
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import TrainingError
 from anchorline.train.alternating import epochs_of_steps
-from anchorline.train.predict import TorchDetector
-from anchorline.train.proposing import StoredProposalDetector
+from anchorline.train.predict import StoredProposalDetector, TorchDetector
 from paper_experiments.clock import Clock
 from paper_experiments.proposals import ABLATIONS, AblatedRPN, DenseDetector, best_of
 from paper_experiments.runs import COUNTS, SELECTIVE_SEARCH, TEST_PROPOSALS, WITHOUT_NMS, Run

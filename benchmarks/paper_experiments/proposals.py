@@ -8,25 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from anchorline.data.dataset import Dataset
 from anchorline.data.proposals import ImageProposals
-from anchorline.runtime.canvas import to_detections
+from anchorline.runtime.canvas import Placement
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.train.checkpoint import load_checkpoint
 from anchorline.train.data.dataset import Batch, seed_of
 from anchorline.train.loop.trainer import Trainer
 from anchorline.train.model import ops
-from anchorline.train.model.boxes import at_least, clip_to_images, coder_of
+from anchorline.train.model.boxes import at_least, clip_to_images
 from anchorline.train.model.faster_rcnn import FasterRCNN
-from anchorline.train.model.roi_heads import DetectionBatch, select_detections
-from anchorline.train.model.rpn import Proposals, select_proposals
-from anchorline.train.model.settings import ModelSettings
-from anchorline.train.predict import TorchDetector
-from anchorline.train.proposing import load_rpn
+from anchorline.train.model.rpn import RPN, AnchorScores, Proposals
+from anchorline.train.predict import TorchDetector, load_rpn
 
 
 @dataclass(frozen=True)
@@ -52,45 +48,37 @@ ABLATIONS = (
 
 
 def ablated_proposals(
-    objectness: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    anchors: Sequence[Tensor],
+    rpn: RPN,
+    scored: AnchorScores,
     image_sizes: Tensor,
-    settings: ModelSettings,
     ablation: Ablation,
     count: int,
     noise: Tensor | None = None,
 ) -> Proposals:
     """At most ``count`` proposals an image from the RPN head's outputs, all levels' (section 4.1, table 2).
 
-    Shapes as for ``select_proposals``. ``noise`` [B, A] from 0 to 1 decides the draw without ``cls``: the
-    anchors with the highest values are drawn, after what is too small has gone.
+    ``noise`` [B, A] from 0 to 1 decides the draw without ``cls``: the anchors with the highest values are
+    drawn, after what is too small has gone.
     """
     if not ablation.reg:
-        deltas = [torch.zeros_like(each) for each in deltas]
+        scored = scored._replace(deltas=[torch.zeros_like(each) for each in scored.deltas])
     if ablation.nms:
-        return select_proposals(
-            *(objectness, deltas, anchors, image_sizes, settings),
-            pre_nms=settings.rpn_pre_nms,
-            post_nms=count,
-        )
+        return rpn.propose(scored, image_sizes, post_nms=count)
     if not ablation.cls and noise is None:
         raise ValueError("without cls the proposals are drawn by noise [B, A]; got None")
-    scores = torch.cat(tuple(objectness), dim=1).sigmoid() if ablation.cls else noise
+    scores = torch.cat([*scored.objectness], dim=1).sigmoid() if ablation.cls else noise
     assert scores is not None
-    decoded = coder_of(settings).decode(torch.cat(tuple(deltas), dim=1), torch.cat(tuple(anchors)))
-    return _best(decoded, scores, image_sizes, settings, count)
+    decoded = rpn.coder.decode(torch.cat([*scored.deltas], dim=1), torch.cat([*scored.anchors]))
+    return _best(rpn, decoded, scores, image_sizes, count)
 
 
-def dense_windows(anchors: Tensor, image_sizes: Tensor, settings: ModelSettings) -> Proposals:
+def dense_windows(rpn: RPN, anchors: Tensor, image_sizes: Tensor) -> Proposals:
     """All anchors [A, 4], clipped to each image, as proposals [B, A]: a dense sliding window (table 10).
 
     What lies outside the image has the score of an unused slot.
     """
-    boxes = clip_to_images(
-        anchors.expand(len(image_sizes), -1, -1), image_sizes, settings.box_edges == "inclusive"
-    )
-    there = at_least(boxes, max(settings.rpn_min_side * settings.frame_scale, 1e-3))
+    boxes = clip_to_images(anchors.expand(len(image_sizes), -1, -1), image_sizes, rpn.coder.last_pixel)
+    there = at_least(boxes, max(rpn.min_side, 1e-3))
     scores = torch.where(there, 1.0, torch.tensor(ops.SUPPRESSED, device=boxes.device))
     return Proposals(torch.where(there[..., None], boxes, torch.zeros_like(boxes)), scores)
 
@@ -102,8 +90,8 @@ class DenseTrainer(Trainer):
         """Fast R-CNN's two losses with dense windows as the proposals."""
         model = self.model
         features = model.features(batch.images, batch.image_sizes)
-        windows = dense_windows(torch.cat(model.anchors(features)), batch.image_sizes, model.settings)
-        return model.detection_losses(features, windows, batch.targets, self.settings.training)
+        windows = dense_windows(model.rpn, torch.cat(model.rpn.anchors(features)), batch.image_sizes)
+        return model.roi_heads.losses(features, windows, batch.targets, self.settings.training)
 
 
 class DenseDetector(TorchDetector):
@@ -113,25 +101,11 @@ class DenseDetector(TorchDetector):
     def open(cls, path: Path, device: str) -> DenseDetector:
         return cls(*load_checkpoint(path), device)
 
-    @torch.inference_mode()
-    def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:
-        """Detections of several frames."""
-        inputs, placements = self.prepare(frames)
-        self.model.eval()
-        images, sizes = (torch.from_numpy(array).to(self.device) for array in inputs.values())
-        found = self._detect(images, sizes)
-        values = (found.boxes, found.scores, found.labels, found.num_detections)
-        outputs = {
-            name: value.cpu().numpy() for name, value in zip(self.contract.outputs, values, strict=True)
-        }
-        return to_detections(outputs, placements, self.contract)
-
-    def _detect(self, images: Tensor, sizes: Tensor) -> DetectionBatch:
-        model = self.model
-        features = model.features(images, sizes)
-        windows = dense_windows(torch.cat(model.anchors(features)), sizes, model.settings)
-        logits, deltas = model.roi_heads(features[: model.pooled_levels], windows.boxes)
-        return select_detections(logits, deltas, windows, sizes, model.settings)
+    def infer(self, images: Tensor, sizes: Tensor, placements: Sequence[Placement]) -> dict[str, Tensor]:
+        """The outputs of every window."""
+        features = self.model.features(images, sizes)
+        windows = dense_windows(self.model.rpn, torch.cat(self.model.rpn.anchors(features)), sizes)
+        return vars(self.model.roi_heads(features, windows, sizes))
 
 
 class AblatedRPN(TorchDetector):
@@ -159,25 +133,15 @@ class AblatedRPN(TorchDetector):
         rpn = load_rpn(path, device)
         return cls(rpn.model, rpn.contract, ablation, count, seed, device)
 
-    @torch.inference_mode()
-    def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:
-        """Proposals of the next frames."""
-        inputs, placements = self.prepare(frames)
-        self.model.eval()
-        images, sizes = (torch.from_numpy(array).to(self.device) for array in inputs.values())
-        features = self.model.features(images, sizes)
-        objectness, deltas = self.model.rpn.head(features)
-        anchors, noise = self.model.anchors(features), None
+    def infer(self, images: Tensor, sizes: Tensor, placements: Sequence[Placement]) -> dict[str, Tensor]:
+        """The proposals of the next frames."""
+        rpn, noise = self.model.rpn, None
+        scored = rpn.score(self.model.features(images, sizes))
         if not self.ablation.cls:
-            noise = self._noise(len(frames), sum(len(level) for level in anchors))
-        proposals = ablated_proposals(
-            *(objectness, deltas, anchors, sizes, self.model.settings, self.ablation, self.count, noise)
-        )
+            noise = self._noise(len(images), sum(len(level) for level in scored.anchors))
+        proposals = ablated_proposals(rpn, scored, sizes, self.ablation, self.count, noise)
         values = (proposals.boxes, proposals.scores.clamp(min=0.0), proposals.present.sum(dim=1))
-        outputs = {
-            name: value.cpu().numpy() for name, value in zip(self.contract.outputs, values, strict=True)
-        }
-        return to_detections(outputs, placements, self.contract)
+        return dict(zip(self.contract.outputs, values, strict=True))
 
     def _noise(self, frames: int, anchors: int) -> Tensor:
         drawn = []
@@ -197,12 +161,10 @@ def best_of(data: Dataset, proposals: Sequence[Detections], count: int) -> list[
     return kept
 
 
-def _best(
-    boxes: Tensor, scores: Tensor, image_sizes: Tensor, settings: ModelSettings, count: int
-) -> Proposals:
+def _best(rpn: RPN, boxes: Tensor, scores: Tensor, image_sizes: Tensor, count: int) -> Proposals:
     """The ``count`` best of ``boxes`` [B, A, 4] after clipping, without NMS."""
-    boxes = clip_to_images(boxes, image_sizes, settings.box_edges == "inclusive")
-    there = at_least(boxes, settings.rpn_min_side * settings.frame_scale)
+    boxes = clip_to_images(boxes, image_sizes, rpn.coder.last_pixel)
+    there = at_least(boxes, rpn.min_side)
     scores = torch.where(there, scores, torch.full_like(scores, ops.SUPPRESSED))
     scores, index = scores.topk(min(count, scores.shape[1]), dim=1)
     boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))

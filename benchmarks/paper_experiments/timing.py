@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anchorline.train.model.faster_rcnn import FasterRCNN
-from anchorline.train.model.roi_heads import select_detections
-from anchorline.train.model.rpn import select_proposals
 from anchorline.train.predict import TorchDetector
 
 PARTS = ("conv", "rpn", "selection", "region")
@@ -50,18 +48,14 @@ def time_parts(
 
 def _one(model: FasterRCNN, images: Tensor, sizes: Tensor) -> list[float]:
     """Seconds of the four parts for one image."""
-    s, marks = model.settings, [_now(images)]
+    marks = [_now(images)]
     features = model.features(images, sizes)
     marks.append(_now(images))
-    objectness, deltas = model.rpn.head(features)
+    scored = model.rpn.score(features)
     marks.append(_now(images))
-    anchors = model.anchors(features)
-    proposals = select_proposals(
-        *(objectness, deltas, anchors, sizes, s), pre_nms=s.rpn_pre_nms, post_nms=s.rpn_post_nms
-    )
+    proposals = model.rpn.propose(scored, sizes)
     marks.append(_now(images))
-    logits, box_deltas = model.roi_heads(features[: model.pooled_levels], proposals.boxes)
-    select_detections(logits, box_deltas, proposals, sizes, s)
+    model.roi_heads(features, proposals, sizes)
     marks.append(_now(images))
     return [after - before for before, after in pairwise(marks)]
 

@@ -19,9 +19,9 @@ from anchorline.export.importers.py_faster_rcnn import VOC_CLASSES
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import AnchorlineError
 from anchorline.train.checkpoint import load_checkpoint
+from anchorline.train.model.boxes import BoxCoder
 from anchorline.train.model.faster_rcnn import FasterRCNN
-from anchorline.train.model.roi_heads import select_detections
-from anchorline.train.model.rpn import RPN_CODER, Proposals
+from anchorline.train.model.rpn import Proposals
 
 Net = dict[str, NDArray[np.float32]]
 # models/pascal_voc: input channels, width and kernel of each convolution.
@@ -191,10 +191,10 @@ def test_score_pairs_anchors_and_deltas_by_hand(imported: Callable[..., FasterRC
     scores = objectness.sigmoid().reshape(7, 11, 9)
     assert scores[3, 4].tolist() == pytest.approx([0.5] * 5 + [math.e**3 / (math.e**3 + math.e)] + [0.5] * 3)
     place = (3 * 11 + 4) * 9 + 5  # row 3, column 4: 48 pixels down, 64 across
-    anchor = model.anchors(features)[0][place]
+    anchor = model.rpn.anchors(features)[0][place]
     assert (anchor - torch.tensor([0, 0, 1, 1])).tolist() == [64 - 248, 48 - 248, 64 + 263, 48 + 263]
     # 512 wide and high around (72, 56): a quarter right, half up, half as wide.
-    decoded = RPN_CODER.decode(deltas[0, place], anchor).tolist()
+    decoded = BoxCoder().decode(deltas[0, place], anchor).tolist()
     assert decoded == pytest.approx([72 + 128 - 128, 56 - 256 - 256, 72 + 128 + 128, 56 - 256 + 256])
 
 
@@ -217,8 +217,7 @@ def test_classes_and_box_deltas_by_hand(imported: Callable[..., FasterRCNN]) -> 
     model = imported(tensors)
     # (16, 16, 79, 47) for caffe: 64 x 32 around (48, 32).
     proposals = Proposals(torch.tensor([[[16.0, 16, 80, 48]]]), torch.ones(1, 1))
-    logits, deltas = model.roi_heads([torch.zeros(1, 256, 7, 11)], proposals.boxes)
-    found = select_detections(logits, deltas, proposals, torch.tensor([[96.0, 160]]), model.settings)
+    found = model.roi_heads([torch.zeros(1, 256, 7, 11)], proposals, torch.tensor([[96.0, 160]]))
     assert found.num_detections.tolist() == [1]
     assert VOC_CLASSES[int(found.labels[0, 0])] == "bird"
     assert found.scores[0, 0].item() == pytest.approx(math.e**5 / (math.e**5 + 20))
@@ -230,9 +229,9 @@ def test_the_scale_of_the_frames_as_an_option(imported: Callable[..., FasterRCNN
     """On the unscaled image: (10, 10, 49.375, 29.375) is 40.375 x 20.375 around (30.1875, 20.1875)."""
     model = imported(net(), overrides=["frame_scale=1.6"])
     proposals = Proposals(torch.tensor([[[16.0, 16, 80, 48]]]), torch.ones(1, 1))
-    logits, deltas = model.roi_heads([torch.zeros(1, 256, 7, 11)], proposals.boxes)
+    logits, deltas = model.roi_heads.classify([torch.zeros(1, 256, 7, 11)], proposals.boxes)
     logits[..., 3] = 5.0
-    found = select_detections(logits, deltas, proposals, torch.tensor([[96.0, 160]]), model.settings)
+    found = model.roi_heads.detect(logits, deltas, proposals, torch.tensor([[96.0, 160]]))
     x2, y2 = 30.1875 + 40.375 / 2, 20.1875 + 20.375 / 2
     assert found.boxes[0, 0].div(1.6).tolist() == pytest.approx([10, 10, x2 + 1, y2 + 1])
 

@@ -86,7 +86,7 @@ def test_the_rpn_drops_proposals_below_its_score_threshold(small_model: Callable
     def scores(threshold: float) -> Tensor:
         model = small_model("fpn", rpn_score_threshold=threshold, rpn_post_nms=1000)
         with torch.no_grad():
-            proposals = model.propose(model.features(images, sizes), sizes)
+            proposals = model.rpn(model.features(images, sizes), sizes)
         return proposals.scores[proposals.present]
 
     every = scores(0.0)

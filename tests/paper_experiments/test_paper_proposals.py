@@ -12,12 +12,15 @@ from torch import Tensor
 
 from anchorline.data.dataset import Dataset, LabelledImage
 from anchorline.runtime.detections import Detections
+from anchorline.train.model.rpn import RPN as Network
+from anchorline.train.model.rpn import AnchorScores
 from anchorline.train.model.settings import ModelSettings
 
 RPN, NO_NMS, NO_CLS, NO_REG = ABLATIONS
 SETTINGS = ModelSettings(
     neck="single", canvas=(64, 64), anchor_sizes=((16.0,),), aspect_ratios=(1.0,), rpn_min_side=2.0
 )
+NETWORK = Network(4, (16,), SETTINGS)
 ANCHORS = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [40, 0, 60, 20], [100, 100, 110, 110]])
 # The first anchor moves right by its width; the second moves onto where the first one goes; the third grows
 # to twice its width, past the image's edge at 64; the last lies outside and becomes too small to keep.
@@ -28,7 +31,8 @@ MOVED, GROWN = [10.0, 0.0, 20.0, 10.0], [30.0, 0.0, 64.0, 20.0]
 
 
 def proposals(ablation: Ablation, count: int, noise: Tensor | None = None) -> tuple[list, list]:
-    found = ablated_proposals([SCORES], [DELTAS], [ANCHORS], SIZES, SETTINGS, ablation, count, noise)
+    scored = AnchorScores([SCORES], [DELTAS], [ANCHORS])
+    found = ablated_proposals(NETWORK, scored, SIZES, ablation, count, noise)
     there = found.present[0]
     return found.boxes[0, there].round(decimals=3).tolist(), found.scores[0, there].tolist()
 
@@ -61,13 +65,14 @@ def test_without_regression_they_are_the_anchors_by_score() -> None:
     assert scores == sorted(scores, reverse=True)
     # Two anchors that overlap by more than 0.7: the regression is off, NMS is not.
     near = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 11]])
-    found = ablated_proposals([SCORES[:, :2]], [DELTAS[:, :2]], [near], SIZES, SETTINGS, NO_REG, 2)
+    scored = AnchorScores([SCORES[:, :2]], [DELTAS[:, :2]], [near])
+    found = ablated_proposals(NETWORK, scored, SIZES, NO_REG, 2)
     assert found.boxes[0, found.present[0]].tolist() == [[0.0, 0.0, 10.0, 10.0]]
 
 
 def test_dense_windows_are_all_anchors_clipped_to_their_image() -> None:
     anchors = torch.tensor([[-8.0, -8, 8, 8], [24, 24, 40, 40], [48, 48, 64, 64]])
-    found = dense_windows(anchors, torch.tensor([[64.0, 64.0], [32.0, 30.0]]), SETTINGS)
+    found = dense_windows(NETWORK, anchors, torch.tensor([[64.0, 64.0], [32.0, 30.0]]))
     assert found.boxes[0].tolist() == [[0, 0, 8, 8], [24, 24, 40, 40], [48, 48, 64, 64]]
     assert found.boxes[1].tolist() == [[0, 0, 8, 8], [24, 24, 30, 32], [0, 0, 0, 0]]
     assert found.present.tolist() == [[True, True, True], [True, True, False]]

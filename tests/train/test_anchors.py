@@ -7,7 +7,8 @@ import torch
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-from anchorline.train.model.anchors import base_anchors, grid_anchors, level_anchors
+from anchorline.train.model.anchors import AnchorGenerator as OurGenerator
+from anchorline.train.model.anchors import base_anchors, grid_anchors
 
 FPN_SIZES = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
 
@@ -37,7 +38,7 @@ def of_torchvision(
 @pytest.mark.parametrize("ratios", [(0.5, 1.0, 2.0), (1.0,), (0.3333, 0.9, 3.7)])
 def test_a_pyramid_has_torchvisions_anchors(canvas: tuple[int, int], ratios: tuple[float, ...]) -> None:
     grids = fpn_grids(canvas)
-    ours = level_anchors(canvas, grids, FPN_SIZES, ratios)
+    ours = OurGenerator(canvas, FPN_SIZES, ratios).levels(grids)
     assert [len(level) for level in ours] == [len(ratios) * rows * columns for rows, columns in grids]
     assert torch.equal(torch.cat(ours), of_torchvision(canvas, grids, FPN_SIZES, ratios))
 
@@ -45,7 +46,7 @@ def test_a_pyramid_has_torchvisions_anchors(canvas: tuple[int, int], ratios: tup
 @pytest.mark.parametrize("sizes", [(32.0, 64.0, 128.0, 256.0, 512.0), (15.0,), (7.3, 11.5, 1000.0)])
 def test_several_sizes_on_one_map_run_ratio_by_ratio(sizes: tuple[float, ...]) -> None:
     canvas, grid, ratios = (96, 160), (6, 10), (0.5, 1.0, 2.0)
-    ours = level_anchors(canvas, [grid], [sizes], ratios)[0]
+    ours = OurGenerator(canvas, [sizes], ratios).levels([grid])[0]
     assert torch.equal(ours, of_torchvision(canvas, [grid], (sizes,), ratios))
 
 
@@ -62,4 +63,4 @@ def test_places_run_row_by_row() -> None:
 
 def test_levels_without_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="anchor sizes for 2 levels and 1 feature maps"):
-        level_anchors((64, 64), [(4, 4)], [(32.0,), (64.0,)], (1.0,))
+        OurGenerator((64, 64), [(32.0,), (64.0,)], (1.0,)).levels([(4, 4)])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
 from anchorline.train.checkpoint import contract_of
-from anchorline.train.model.anchors import caffe_base_anchors, level_anchors
+from anchorline.train.model.anchors import AnchorGenerator, caffe_base_anchors
 from anchorline.train.model.backbones import BACKBONES, SpatialResponseNorm, build_backbone
 from anchorline.train.model.boxes import BoxCoder, clip_to_images
 from anchorline.train.model.faster_rcnn import FasterRCNN
@@ -36,7 +36,7 @@ PUBLISHED = [
     [-80, -168, 95, 183],
     [-168, -344, 183, 359],
 ]
-CODER = BoxCoder(max_log_scale=float("inf"), inclusive=True)
+CODER = BoxCoder(max_log_scale=float("inf"), last_pixel=1.0)
 SMALL = ["model.canvas=[96, 128]", "model.representation=8", "model.roi_size=2"]
 
 
@@ -87,7 +87,7 @@ def test_anchors_of_any_ratios_and_scales(ratios: list[float], scales: list[int]
 
 def test_a_grid_rounded_up_keeps_its_stride() -> None:
     """39 places on 608 pixels: canvas // grid would be 15."""
-    (anchors,) = level_anchors((608, 1024), [(39, 65)], [(128.0,)], (1.0,), style="caffe", strides=(16,))
+    (anchors,) = AnchorGenerator((608, 1024), [(128.0,)], (1.0,), "caffe", (16,)).levels([(39, 65)])
     last = anchors.reshape(39, 65, 4)[38, 64]
     assert last.tolist() == [64 * 16 - 56, 38 * 16 - 56, 64 * 16 + 72, 38 * 16 + 72]
 
@@ -110,7 +110,7 @@ def test_encoding_is_bbox_transform() -> None:
 def test_infinite_growth_ends_at_the_image() -> None:
     deltas = torch.tensor([[0.0, 0.0, 200.0, 200.0]])
     box = CODER.decode(deltas, torch.tensor([[10.0, 10.0, 20.0, 20.0]]))
-    clipped = clip_to_images(box[None], torch.tensor([[50.0, 60.0]]), inclusive=True)
+    clipped = clip_to_images(box[None], torch.tensor([[50.0, 60.0]]), last_pixel=1.0)
     assert clipped.flatten().tolist() == [0, 0, 60, 50]
 
 
@@ -119,7 +119,7 @@ def test_clipping_is_clip_boxes() -> None:
     limits = np.array([width - 1, height - 1, width - 1, height - 1])
     expected = np.maximum(np.minimum(boxes, limits), 0)
     ours = clip_to_images(
-        torch.from_numpy(boxes + LAST_PIXEL)[None], torch.tensor([[height, width]]), inclusive=True
+        torch.from_numpy(boxes + LAST_PIXEL)[None], torch.tensor([[height, width]]), last_pixel=1.0
     )
     np.testing.assert_array_equal(ours[0].numpy() - LAST_PIXEL, expected)
 

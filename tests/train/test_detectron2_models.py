@@ -238,7 +238,7 @@ def test_proposals_are_the_recipe_s(model: FasterRCNN) -> None:
     for ours, theirs in zip(maps, reference.features(images), strict=True):
         assert ours.shape == theirs.shape
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
-    found = model.propose(maps, torch.tensor([[height, width]]))
+    found = model.rpn(maps, torch.tensor([[height, width]]))
     expected = reference.proposals(maps)
     count = int(found.present.sum())
     assert count == len(expected)

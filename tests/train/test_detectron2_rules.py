@@ -14,8 +14,8 @@ from torchvision.ops import roi_align
 
 from anchorline.runtime.io.errors import SettingsError
 from anchorline.train.model import ops
-from anchorline.train.model.anchors import level_anchors, unrounded_base_anchors
-from anchorline.train.model.boxes import coder_of
+from anchorline.train.model.anchors import AnchorGenerator, unrounded_base_anchors
+from anchorline.train.model.boxes import BoxCoder
 from anchorline.train.model.roi_pooling import RoIPooling, assign_levels
 from anchorline.train.model.settings import ModelSettings
 
@@ -33,7 +33,7 @@ def test_base_anchors_by_hand() -> None:
 
 def test_mmdetection_s_published_example() -> None:
     """Stride 16 and scale 1, ratio 1, a base size of 9 on a 2x2 grid: its docstring's four anchors."""
-    (anchors,) = level_anchors((32, 32), [(2, 2)], [(9.0,)], (1.0,), style="unrounded", strides=(16,))
+    (anchors,) = AnchorGenerator((32, 32), [(9.0,)], (1.0,), "unrounded", (16,)).levels([(2, 2)])
     assert anchors.tolist() == [
         [-4.5, -4.5, 4.5, 4.5],
         [11.5, -4.5, 20.5, 4.5],
@@ -45,7 +45,7 @@ def test_mmdetection_s_published_example() -> None:
 def test_fifteen_anchors_at_a_place_run_ratio_by_ratio() -> None:
     """C4: five sizes on one map. Detectron2's own order is size by size, as the import has to know."""
     sizes, ratios = (32.0, 64.0, 128.0, 256.0, 512.0), (0.5, 1.0, 2.0)
-    (anchors,) = level_anchors((64, 96), [(4, 6)], [sizes], ratios, style="unrounded", strides=(16,))
+    (anchors,) = AnchorGenerator((64, 96), [sizes], ratios, "unrounded", (16,)).levels([(4, 6)])
     expected = [
         (16 * x - w / 2, 16 * y - r * w / 2, 16 * x + w / 2, 16 * y + r * w / 2)
         for y in range(4)
@@ -59,7 +59,7 @@ def test_fifteen_anchors_at_a_place_run_ratio_by_ratio() -> None:
 def test_a_pyramid_keeps_its_strides(small_model: Callable[..., torch.nn.Module]) -> None:
     """160 is no multiple of 64: P6 has 3 columns, 53 pixels apart in torchvision and 64 in Detectron2."""
     torchvisions, detectrons = (
-        small_model("fpn", anchor_style=style).anchors(
+        small_model("fpn", anchor_style=style).rpn.anchors(
             [torch.zeros(1, 1, -(-128 // s), -(-160 // s)) for s in (4, 8, 16, 32, 64)]
         )
         for style in ("torchvision", "unrounded")
@@ -191,13 +191,13 @@ def test_dw_and_dh_are_limited_on_both_sides_where_asked() -> None:
     both = ModelSettings(anchor_style="unrounded", clamp_deltas_below=True)
     sides = []
     for settings in (above, both):
-        x1, y1, x2, y2 = coder_of(settings).decode(deltas, box).tolist()
+        x1, y1, x2, y2 = BoxCoder.of(settings).decode(deltas, box).tolist()
         sides.append((x2 - x1, y2 - y1))
         assert (x1 + x2, y1 + y2) == pytest.approx((100, 100))
     assert sides[0] == pytest.approx((100 * math.exp(-9), 6250), rel=1e-3)
     assert sides[1] == pytest.approx((1.6, 6250), rel=1e-5)
     # The head's deltas are divided by 5 first: -15 / 5 is within the limits.
-    head = coder_of(both, both.box_weights).decode(torch.tensor([0.0, 0.0, -15.0, 0.0]), box)
+    head = BoxCoder.of(both, both.box_weights).decode(torch.tensor([0.0, 0.0, -15.0, 0.0]), box)
     assert (head[2] - head[0]).item() == pytest.approx(100 * math.exp(-3), rel=1e-5)
 
 
@@ -218,7 +218,7 @@ def test_decoding_is_mmdetection_s() -> None:
     deltas = random.normal(0, 20, (400, 4))
     assert (np.abs(deltas[:, 2:]) * 0.2 > 4.2).any(axis=1).sum() > 40
     settings = ModelSettings(anchor_style="unrounded", clamp_deltas_below=True)
-    found = coder_of(settings, settings.box_weights).decode(
+    found = BoxCoder.of(settings, settings.box_weights).decode(
         torch.as_tensor(deltas, dtype=torch.float32), torch.as_tensor(boxes, dtype=torch.float32)
     )
     np.testing.assert_allclose(found, reference_delta2bbox(boxes, deltas), rtol=2e-5, atol=5e-3)

@@ -14,15 +14,31 @@ from torch import Tensor
 
 from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.model import roi_heads, rpn
-from anchorline.train.model.anchors import level_anchors
+from anchorline.train.model.anchors import AnchorGenerator
 from anchorline.train.model.assign import BACKGROUND, IGNORED, Targets, ignore_covered
 from anchorline.train.model.boxes import pairwise_ioa
 from anchorline.train.model.rpn import Proposals
 from anchorline.train.model.settings import ModelSettings
 
 CANVAS = (64, 96)
-ANCHORS = torch.cat(level_anchors(CANVAS, [(8, 12), (4, 6)], [(16.0,), (40.0,)], (0.5, 1.0, 2.0)))
+ANCHORS = torch.cat(AnchorGenerator(CANVAS, [(16.0,), (40.0,)], (0.5, 1.0, 2.0)).levels([(8, 12), (4, 6)]))
 Masks = list[tuple[Tensor, Tensor]]
+
+
+def rpn_losses(
+    objectness: Tensor, deltas: Tensor, anchors: Tensor, targets: Targets, settings: TrainingSettings
+) -> dict[str, Tensor]:
+    network = rpn.RPN(4, (4, 8, 16, 32, 64), ModelSettings())
+    scored = rpn.AnchorScores([objectness], [deltas], [anchors])
+    sizes = torch.tensor([CANVAS] * len(objectness)).float()
+    return network.losses(scored, sizes, targets, settings)
+
+
+def sample_rois(
+    proposals: Proposals, targets: Targets, model: ModelSettings, settings: TrainingSettings
+) -> roi_heads.RoISamples:
+    return roi_heads.RoIHeads(1, (4,), 3, model).sample(proposals, targets, settings)
+
 
 # x1, y1, x2, y2 of a candidate and a region, and the share of the candidate in the region.
 SHARES = [
@@ -119,7 +135,7 @@ def test_anchors_by_hand(masks_of: Callable[[object], Masks]) -> None:
     boxes, labels = [torch.tensor([[0.0, 0.0, 20.0, 20.0]])], [torch.tensor([0])]
     for ignored in (None, [torch.tensor([[20.0, 0.0, 60.0, 40.0]])]):
         targets = Targets.pad(boxes, labels, ignored=ignored)
-        rpn.rpn_training_losses(objectness, deltas, anchors, targets, TrainingSettings())
+        rpn_losses(objectness, deltas, anchors, targets, TrainingSettings())
     assert kinds(*found[0]) == [without for _, without, _ in ANCHOR_TABLE]
     assert kinds(*found[1]) == [with_region for _, _, with_region in ANCHOR_TABLE]
 
@@ -135,7 +151,7 @@ def test_the_best_anchor_of_an_object_inside_a_region_stays_positive(
         [torch.tensor([1])],
         ignored=[torch.tensor([[20.0, 20.0, 80.0, 80.0]])],
     )
-    rpn.rpn_training_losses(torch.zeros(1, 2), torch.zeros(1, 2, 4), anchors, targets, TrainingSettings())
+    rpn_losses(torch.zeros(1, 2), torch.zeros(1, 2, 4), anchors, targets, TrainingSettings())
     assert kinds(*found[0]) == ["positive", "neither"]
 
 
@@ -158,7 +174,7 @@ def test_proposals_by_hand(
     proposals = Proposals(boxes, torch.tensor([[0.9] * len(PROPOSAL_TABLE) + [-1.0]]))
     region = torch.tensor([[20.0, 0.0, 60.0, 40.0]])
     targets = Targets.pad([torch.tensor([[0.0, 0.0, 20.0, 20.0]])], [torch.tensor([2])], ignored=[region])
-    samples = roi_heads.sample_rois(proposals, targets, small_settings(), TrainingSettings(roi_samples=32))
+    samples = sample_rois(proposals, targets, small_settings(), TrainingSettings(roi_samples=32))
     empty_slot, ground_truth = "neither", "positive"
     assert kinds(*found[0]) == [*(kind for _, kind in PROPOSAL_TABLE), empty_slot, ground_truth]
     drawn = samples.boxes[samples.drawn].tolist()
@@ -172,7 +188,7 @@ def test_regions_never_act_as_proposals(small_settings: Callable[..., ModelSetti
     boxes, labels = random_boxes(objects), torch.zeros(objects, dtype=torch.int64)
     targets = Targets.pad([boxes], [labels], ignored=[random_boxes(3)])
     nothing = Proposals(torch.zeros(1, 5, 4), torch.full((1, 5), -1.0))
-    samples = roi_heads.sample_rois(nothing, targets, small_settings(), TrainingSettings(roi_samples=8))
+    samples = sample_rois(nothing, targets, small_settings(), TrainingSettings(roi_samples=8))
     assert sorted(samples.boxes[samples.drawn].tolist()) == sorted(boxes.tolist())
     assert (samples.labels[samples.drawn] > 0).all()
 
@@ -215,7 +231,7 @@ def test_a_region_takes_its_background_out_of_the_rpn_s_loss_and_nothing_else(
     for ignored in (None, regions):
         logits = objectness.clone().requires_grad_()
         targets = Targets.pad(boxes, labels, (seed, seed + 1), ignored)
-        found = rpn.rpn_training_losses(logits, torch.zeros(2, len(ANCHORS), 4), ANCHORS, targets, settings)
+        found = rpn_losses(logits, torch.zeros(2, len(ANCHORS), 4), ANCHORS, targets, settings)
         pushed.append(torch.autograd.grad(found["loss_objectness"], logits)[0].sign())
     for image in range(2):
         before, after = pushed[0][image], pushed[1][image]
@@ -235,7 +251,7 @@ def test_no_sample_of_the_detection_loss_lies_in_a_region(
     positives = []
     for ignored in (None, regions):
         targets = Targets.pad(boxes, labels, (seed, seed + 1), ignored)
-        samples = roi_heads.sample_rois(proposals, targets, model, settings)
+        samples = sample_rois(proposals, targets, model, settings)
         positives.append(torch.where((samples.labels > 0)[..., None], samples.boxes, 0.0))
         if ignored is not None:
             for image in range(2):
@@ -259,8 +275,8 @@ def test_empty_slots_are_as_no_regions_at_all(
         logits = objectness.clone().requires_grad_()
         targets = Targets.pad(boxes, labels, (seed, seed + 1), ignored)
         settings = TrainingSettings(rpn_samples=32, roi_samples=16)
-        losses = rpn.rpn_training_losses(logits, torch.ones(2, len(ANCHORS), 4), ANCHORS, targets, settings)
-        samples = roi_heads.sample_rois(proposals, targets, ModelSettings(), settings)
+        losses = rpn_losses(logits, torch.ones(2, len(ANCHORS), 4), ANCHORS, targets, settings)
+        samples = sample_rois(proposals, targets, ModelSettings(), settings)
         gradient = torch.autograd.grad(losses["loss_objectness"], logits)[0]
         results.append((*losses.values(), gradient, *vars(samples).values()))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

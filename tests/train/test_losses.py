@@ -12,17 +12,26 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.model import losses, rpn
-from anchorline.train.model.anchors import level_anchors
+from anchorline.train.model.anchors import AnchorGenerator as OurGenerator
 from anchorline.train.model.assign import Targets
+from anchorline.train.model.settings import ModelSettings
 
 CANVAS = (64, 96)
-ANCHORS = torch.cat(level_anchors(CANVAS, [(16, 24), (8, 12)], [(8.0,), (32.0,)], (0.5, 1.0, 2.0)))
+ANCHORS = torch.cat(OurGenerator(CANVAS, [(8.0,), (32.0,)], (0.5, 1.0, 2.0)).levels([(16, 24), (8, 12)]))
 NOTHING = (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
 SOME = (
     torch.tensor([[10.0, 10.0, 40.0, 35.0], [50.0, 5.0, 58.0, 13.0], [60.0, 30.0, 96.0, 64.0]]),
     torch.tensor([0, 2, 1]),
 )
 ONE = (torch.tensor([[3.0, 4.0, 9.0, 9.0]]), torch.tensor([1]))
+
+
+def our_losses(
+    objectness: torch.Tensor, deltas: torch.Tensor, targets: Targets, settings: TrainingSettings
+) -> dict[str, torch.Tensor]:
+    network = rpn.RPN(4, (4, 8, 16, 32, 64), ModelSettings())
+    sizes = torch.tensor([CANVAS] * len(objectness))
+    return network.losses(rpn.AnchorScores([objectness], [deltas], [ANCHORS]), sizes, targets, settings)
 
 
 def torchvision_rpn() -> RegionProposalNetwork:
@@ -50,7 +59,7 @@ def test_rpn_losses_equal_torchvisions(
     deltas = torch.randn(batch, len(ANCHORS), 4, requires_grad=True)
     settings = TrainingSettings(rpn_samples=64)
     targets = Targets.pad([boxes for boxes, _ in images], [labels for _, labels in images])
-    ours = rpn.rpn_training_losses(objectness, deltas, ANCHORS, targets, settings)
+    ours = our_losses(objectness, deltas, targets, settings)
 
     network = torchvision_rpn()
     indices, slots = drawn[0]
@@ -153,8 +162,13 @@ def test_without_a_single_draw_the_losses_are_zero() -> None:
 
 def test_smooth_l1_by_hand() -> None:
     """0.5 x^2 / beta below beta, |x| - 0.5 beta above."""
-    found = losses.smooth_l1(torch.tensor([0.0, 0.25, 0.5, -3.0]), torch.zeros(4), beta=0.5)
-    assert found.tolist() == [0.0, 0.0625, 0.25, 2.75]
+    one, logits, deltas = torch.ones(1, 1, dtype=torch.int64), torch.zeros(1, 1, 2), torch.zeros(1, 1, 2, 4)
+    found = []
+    for place, value in enumerate([0.0, 0.25, 0.5, -3.0]):
+        target = torch.zeros(1, 1, 4)
+        target[0, 0, place] = value
+        found.append(losses.roi_losses(logits, deltas, one, one.bool(), target, beta=0.5)[1].item())
+    assert found == [0.0, 0.0625, 0.25, 2.75]
 
 
 def test_weights_scale_the_losses() -> None:
@@ -163,7 +177,6 @@ def test_weights_scale_the_losses() -> None:
     found = []
     for weight in (1.0, 2.5):
         torch.manual_seed(5)
-        settings = TrainingSettings(rpn_loss_weight=weight)
-        found.append(rpn.rpn_training_losses(objectness, deltas, ANCHORS, targets, settings))
+        found.append(our_losses(objectness, deltas, targets, TrainingSettings(rpn_loss_weight=weight)))
     for name, value in found[0].items():
         assert float(found[1][name]) == pytest.approx(2.5 * float(value))

@@ -7,12 +7,12 @@ import torch
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
-from anchorline.train.model.anchors import level_anchors
+from anchorline.train.model.anchors import AnchorGenerator
 from anchorline.train.model.assign import BACKGROUND, match
 from anchorline.train.model.boxes import pairwise_iou
 
 CANVAS = (96, 128)
-ANCHORS = torch.cat(level_anchors(CANVAS, [(12, 16), (6, 8)], [(16.0,), (48.0,)], (0.5, 1.0, 2.0)))
+ANCHORS = torch.cat(AnchorGenerator(CANVAS, [(16.0,), (48.0,)], (0.5, 1.0, 2.0)).levels([(12, 16), (6, 8)]))
 
 
 def objects(count: int) -> torch.Tensor:

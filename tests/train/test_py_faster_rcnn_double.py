@@ -148,7 +148,7 @@ def both(model: FasterRCNN, frame: tuple[int, int], seed: int) -> tuple[Array, A
     maps = [layer(hidden)[0].double().numpy() for layer in (head.cls_logits, head.bbox_pred)]
     rois = propose(maps[0], maps[1], (*CANVAS, scale))
     given = torch.from_numpy(rois + LAST_PIXEL[:4]).float()[None]
-    logits, deltas = (each[0].double().numpy() for each in model.roi_heads(features, given))
+    logits, deltas = (each[0].double().numpy() for each in model.roi_heads.classify(features, given))
     theirs = detect(rois, logits, deltas.reshape(len(deltas), -1), frame, scale)
     return torch.stack(ours, dim=1)[:count].double().numpy(), theirs + LAST_PIXEL
 
@@ -174,7 +174,7 @@ def test_without_the_scale_boxes_are_off_by_part_of_a_pixel(frame: tuple[int, in
     scale = CANVAS[0] / frame[0]
     model = small_model(0, 1.0)
     exact, _ = both(small_model(0, scale), frame, 0)
-    model.settings = dataclasses.replace(model.settings, rpn_min_side=MIN_SIDE * scale)  # the same proposals
+    model.rpn.min_side = MIN_SIDE * scale  # the same proposals
     plain, _ = both(model, frame, 0)
     best = [int(np.abs(plain[:, 4:] - row[4:]).sum(axis=1).argmin()) for row in exact]
     moved = np.abs(plain[best, :4] - exact[:, :4])[np.abs(plain[best, 4] - exact[:, 4]) < 1e-5].max()

@@ -34,6 +34,11 @@ def torchvision_heads(settings: ModelSettings, samples: int = 64) -> RoIHeads:
     ).eval()
 
 
+def heads_of(settings: ModelSettings) -> roi_heads.RoIHeads:
+    """Ours, to be given the outputs of their layers."""
+    return roi_heads.RoIHeads(1, (4,), CLASSES, settings)
+
+
 def random_proposals(counts: tuple[int, ...]) -> Proposals:
     """Proposals of which the first ``counts[i]`` slots of image i are filled."""
     boxes, scores = torch.zeros(len(counts), SLOTS, 4), torch.full((len(counts), SLOTS), -1.0)
@@ -74,7 +79,7 @@ def test_detections_equal_torchvisions(
     settings = small_settings(**changes)
     proposals = random_proposals(counts)
     logits, deltas = torch.randn(3, SLOTS, 1 + CLASSES) * 2, torch.randn(3, SLOTS, 1 + CLASSES, 4)
-    found = roi_heads.select_detections(logits, deltas, proposals, IMAGE_SIZES, settings)
+    found = heads_of(settings).detect(logits, deltas, proposals, IMAGE_SIZES)
     assert found.boxes.shape == (3, settings.max_detections, 4)
     assert (found.labels.dtype, found.num_detections.dtype) == (torch.int32, torch.int32)
     check_equal(found, expected_detections(settings, logits, deltas, proposals))
@@ -86,7 +91,7 @@ def test_boxes_thrown_off_the_image_go_as_in_torchvision(
     settings = small_settings()
     proposals = random_proposals((60, 60, 60))
     logits, deltas = torch.randn(3, SLOTS, 1 + CLASSES), torch.randn(3, SLOTS, 1 + CLASSES, 4) * 40
-    found = roi_heads.select_detections(logits, deltas, proposals, IMAGE_SIZES, settings)
+    found = heads_of(settings).detect(logits, deltas, proposals, IMAGE_SIZES)
     check_equal(found, expected_detections(settings, logits, deltas, proposals))
 
 
@@ -95,7 +100,7 @@ def test_background_everywhere_gives_no_detections(small_settings: Callable[...,
     logits = torch.zeros(3, SLOTS, 1 + CLASSES)
     logits[..., 0] = 20.0
     deltas = torch.zeros(3, SLOTS, 1 + CLASSES, 4)
-    found = roi_heads.select_detections(logits, deltas, proposals, IMAGE_SIZES, small_settings())
+    found = heads_of(small_settings()).detect(logits, deltas, proposals, IMAGE_SIZES)
     check_equal(found, expected_detections(small_settings(), logits, deltas, proposals))
     assert found.num_detections.tolist() == [0, 0, 0]
 
@@ -106,7 +111,7 @@ def test_a_score_at_the_threshold_is_no_detection(small_settings: Callable[..., 
     logits, deltas = torch.zeros(3, SLOTS, 2), torch.zeros(3, SLOTS, 2, 4)
     for threshold, count in ((0.5, 0), (0.49, 1)):
         settings = small_settings(score_threshold=threshold)
-        found = roi_heads.select_detections(logits, deltas, proposals, IMAGE_SIZES, settings)
+        found = heads_of(settings).detect(logits, deltas, proposals, IMAGE_SIZES)
         assert found.num_detections.tolist() == [count] * 3
         check_equal(found, expected_detections(settings, logits, deltas, proposals))
 
@@ -115,7 +120,7 @@ def test_one_class_and_more_slots_than_candidates(small_settings: Callable[..., 
     settings = small_settings(max_detections=500)
     proposals = random_proposals((60, 20, 5))
     logits, deltas = torch.randn(3, SLOTS, 2), torch.randn(3, SLOTS, 2, 4)
-    found = roi_heads.select_detections(logits, deltas, proposals, IMAGE_SIZES, settings)
+    found = heads_of(settings).detect(logits, deltas, proposals, IMAGE_SIZES)
     check_equal(found, expected_detections(settings, logits, deltas, proposals))
 
 
@@ -135,7 +140,7 @@ def test_samples_carry_torchvisions_labels_and_targets(
 
     real = roi_heads.sample
     monkeypatch.setattr(roi_heads, "sample", recorded)
-    samples = roi_heads.sample_rois(proposals, Targets.pad(objects, labels), model, training)
+    samples = heads_of(model).sample(proposals, Targets.pad(objects, labels), training)
     indices, real_slots = drawn[0]
     heads = torchvision_heads(model)
     present = [boxes[p] for boxes, p in zip(proposals.boxes, proposals.present, strict=True)]
@@ -164,7 +169,7 @@ def test_ground_truth_takes_part_as_proposals(small_settings: Callable[..., Mode
     """Without any proposal the objects themselves are the positives, with deltas of 0."""
     targets = Targets.pad([torch.tensor([[5.0, 5.0, 40.0, 30.0]])], [torch.tensor([1])])
     nothing = Proposals(torch.zeros(1, SLOTS, 4), torch.full((1, SLOTS), -1.0))
-    samples = roi_heads.sample_rois(nothing, targets, small_settings(), TrainingSettings(roi_samples=8))
+    samples = heads_of(small_settings()).sample(nothing, targets, TrainingSettings(roi_samples=8))
     assert samples.drawn.sum() == 1
     assert samples.boxes[samples.drawn].tolist() == [[5.0, 5.0, 40.0, 30.0]]
     assert samples.labels[samples.drawn].tolist() == [2]

@@ -10,7 +10,7 @@ import torch
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper
 
-from anchorline.train.model.roi_pooling import RoIPooling, assign_levels, feature_canvas, lay_out
+from anchorline.train.model.roi_pooling import RoIPooling, assign_levels, feature_canvas
 from anchorline.train.model.settings import ModelSettings
 
 CANVAS = (128, 192)
@@ -168,11 +168,10 @@ def test_levels_by_hand() -> None:
 )
 def test_each_level_lies_untouched_at_its_origin(grids: list[tuple[int, int]]) -> None:
     features = [torch.randn(2, 3, *grid) for grid in grids]
-    layout = lay_out(grids)
-    canvas = feature_canvas(features)
-    assert canvas.shape == (2, 3, *layout.size)
-    claimed = torch.zeros(layout.size, dtype=torch.int64)
-    for feature, (y, x) in zip(features, layout.origins, strict=True):
+    canvas, origins = feature_canvas(features)
+    assert canvas.shape[:2] == (2, 3)
+    claimed = torch.zeros(canvas.shape[2:], dtype=torch.int64)
+    for feature, (y, x) in zip(features, origins, strict=True):
         height, width = feature.shape[2:]
         assert torch.equal(canvas[:, :, y : y + height, x : x + width], feature)
         # The border around it repeats its edge: one pixel before, two behind.

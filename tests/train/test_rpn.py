@@ -11,14 +11,14 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 
 from anchorline.train.model import rpn
-from anchorline.train.model.anchors import level_anchors
+from anchorline.train.model.anchors import AnchorGenerator as OurGenerator
 from anchorline.train.model.settings import ModelSettings
 
 CANVAS = (96, 160)
 GRIDS = [(24, 40), (12, 20), (6, 10), (3, 5), (2, 3)]
 SIZES = ((8.0,), (16.0,), (32.0,), (64.0,), (128.0,))
 RATIOS = (0.5, 1.0, 2.0)
-ANCHORS = level_anchors(CANVAS, GRIDS, SIZES, RATIOS)
+ANCHORS = OurGenerator(CANVAS, SIZES, RATIOS).levels(GRIDS)
 IMAGE_SIZES = torch.tensor([[96.0, 160.0], [50.0, 160.0], [96.0, 33.0]])
 
 
@@ -62,6 +62,20 @@ def expected_proposals(
     )
 
 
+def proposals(
+    settings: ModelSettings,
+    objectness: list[torch.Tensor],
+    deltas: list[torch.Tensor],
+    anchors: list[torch.Tensor],
+    image_sizes: torch.Tensor,
+    pre_nms: int,
+    post_nms: int,
+) -> rpn.Proposals:
+    """Ours from given outputs of the head."""
+    scored = rpn.AnchorScores(objectness, deltas, anchors)
+    return rpn.RPN(8, (4, 8, 16, 32, 64), settings).propose(scored, image_sizes, pre_nms, post_nms)
+
+
 def check_equal(found: rpn.Proposals, boxes: list[torch.Tensor], scores: list[torch.Tensor]) -> None:
     assert found.present.sum(dim=1).tolist() == [len(s) for s in scores]
     for image, (their_boxes, their_scores) in enumerate(zip(boxes, scores, strict=True)):
@@ -86,9 +100,7 @@ def test_proposals_equal_torchvisions(
     expected = expected_proposals(
         torchvision_rpn(pre_nms, post_nms, nms_iou), objectness, deltas, IMAGE_SIZES
     )
-    found = rpn.select_proposals(
-        objectness, deltas, ANCHORS, IMAGE_SIZES, settings, pre_nms=pre_nms, post_nms=post_nms
-    )
+    found = proposals(settings, objectness, deltas, ANCHORS, IMAGE_SIZES, pre_nms, post_nms)
     assert found.boxes.shape[1] <= post_nms
     check_equal(found, *expected)
 
@@ -97,7 +109,7 @@ def test_tiny_boxes_go_as_in_torchvision(small_settings: Callable[..., ModelSett
     settings = small_settings(rpn_min_side=5.0)
     objectness, deltas = head_outputs(1.0)
     expected = expected_proposals(torchvision_rpn(200, 60, min_side=5.0), objectness, deltas, IMAGE_SIZES)
-    found = rpn.select_proposals(objectness, deltas, ANCHORS, IMAGE_SIZES, settings, pre_nms=200, post_nms=60)
+    found = proposals(settings, objectness, deltas, ANCHORS, IMAGE_SIZES, 200, 60)
     check_equal(found, *expected)
     sides = found.boxes[found.present][:, 2:] - found.boxes[found.present][:, :2]
     assert sides.min() >= 5.0
@@ -112,8 +124,7 @@ def test_certain_anchors_are_kept_as_in_torchvision(
     deltas = [torch.zeros(1, 1, 4) for _ in range(5)]
     anchors = [torch.tensor([[10.0 * i, 0.0, 10.0 * i + 5, 5.0]]) for i in range(5)]
     sizes = torch.tensor([[96.0, 160.0]])
-    settings = small_settings()
-    found = rpn.select_proposals(objectness, deltas, anchors, sizes, settings, pre_nms=10, post_nms=10)
+    found = proposals(small_settings(), objectness, deltas, anchors, sizes, 10, 10)
     network = torchvision_rpn(10, 10)
     boxes, scores = network.filter_proposals(
         torch.cat(anchors)[None], torch.cat(objectness, dim=1), [CANVAS], [1] * 5
@@ -125,9 +136,7 @@ def test_certain_anchors_are_kept_as_in_torchvision(
 def test_an_image_that_keeps_nothing_has_no_proposals(small_settings: Callable[..., ModelSettings]) -> None:
     objectness, deltas = head_outputs(0.1, images=2)
     sizes = torch.tensor([[0.0, 0.0], [96.0, 160.0]])
-    found = rpn.select_proposals(
-        objectness, deltas, ANCHORS, sizes, small_settings(), pre_nms=50, post_nms=20
-    )
+    found = proposals(small_settings(), objectness, deltas, ANCHORS, sizes, 50, 20)
     assert found.present.sum(dim=1).tolist() == [0, 20]
     assert not found.boxes[0].any()
 
@@ -137,9 +146,7 @@ def test_boxes_that_are_not_numbers_are_dropped(small_settings: Callable[..., Mo
     for level in deltas:
         level[1, ::3] = torch.nan
         level[2, ::2] = torch.inf
-    found = rpn.select_proposals(
-        objectness, deltas, ANCHORS, IMAGE_SIZES, small_settings(), pre_nms=50, post_nms=20
-    )
+    found = proposals(small_settings(), objectness, deltas, ANCHORS, IMAGE_SIZES, 50, 20)
     assert torch.isfinite(found.boxes).all()
     assert found.present.any(dim=1).all()
 
@@ -147,19 +154,10 @@ def test_boxes_that_are_not_numbers_are_dropped(small_settings: Callable[..., Mo
 def test_each_image_is_filtered_as_if_alone(small_settings: Callable[..., ModelSettings]) -> None:
     objectness, deltas = head_outputs(1.0)
     settings = small_settings()
-    together = rpn.select_proposals(
-        objectness, deltas, ANCHORS, IMAGE_SIZES, settings, pre_nms=100, post_nms=50
-    )
+    together = proposals(settings, objectness, deltas, ANCHORS, IMAGE_SIZES, 100, 50)
     for image in range(3):
-        alone = rpn.select_proposals(
-            [level[image : image + 1] for level in objectness],
-            [level[image : image + 1] for level in deltas],
-            ANCHORS,
-            IMAGE_SIZES[image : image + 1],
-            settings,
-            pre_nms=100,
-            post_nms=50,
-        )
+        own = [[level[image : image + 1] for level in levels] for levels in (objectness, deltas)]
+        alone = proposals(settings, *own, ANCHORS, IMAGE_SIZES[image : image + 1], 100, 50)
         assert torch.equal(alone.boxes[0], together.boxes[image])
         assert torch.equal(alone.scores[0], together.scores[image])
 
@@ -181,8 +179,6 @@ def test_settings_reach_the_selection(small_settings: Callable[..., ModelSetting
     counts = []
     for iou in (0.1, 0.9):
         settings = dataclasses.replace(small_settings(), rpn_nms_iou=iou)
-        found = rpn.select_proposals(
-            objectness, deltas, ANCHORS, IMAGE_SIZES, settings, pre_nms=300, post_nms=900
-        )
+        found = proposals(settings, objectness, deltas, ANCHORS, IMAGE_SIZES, 300, 900)
         counts.append(int(found.present.sum()))
     assert counts[0] < counts[1] / 2

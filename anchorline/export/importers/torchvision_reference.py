@@ -135,7 +135,7 @@ def _backbone(settings: ModelSettings) -> Any:
     body = cast(nn.Module, getattr(network, "features", network))
     if settings.neck == "single":
         single = nn.Sequential()
-        layers = list(spec.layers(network))
+        layers = [name for name, _ in body.named_children()]
         for name in layers[: layers.index(spec.maps[16][0]) + 1]:
             single.append(cast(nn.Module, getattr(body, name)))
         wrapped = nn.Sequential()

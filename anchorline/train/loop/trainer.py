@@ -38,10 +38,9 @@ from anchorline.train.loop import distributed
 from anchorline.train.loop.metrics import MetricsFile, Report, StepReport
 from anchorline.train.loop.optim import MovingAverage, autocast, build_optimiser, build_scaler, build_schedule
 from anchorline.train.loop.settings import RENAMED
-from anchorline.train.model.faster_rcnn import STORED_PROPOSALS, FasterRCNN
-from anchorline.train.predict import TorchDetector
+from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.predict import STORED_PROPOSALS, StoredProposalDetector, TorchDetector
 from anchorline.train.pretrained import load_pretrained
-from anchorline.train.proposing import StoredProposalDetector
 from anchorline.train.settings import Settings
 
 STATE_FILE = "state.pt"
@@ -314,11 +313,10 @@ class Trainer:
             return model.losses(batch.images, batch.image_sizes, batch.targets, training)
         features = model.features(batch.images, batch.image_sizes)
         if "rpn" in parts:
-            objectness, deltas = model.rpn.head(features)
-            return model.rpn_losses(features, objectness, deltas, batch.image_sizes, batch.targets, training)
+            return model.rpn.losses(model.rpn.score(features), batch.image_sizes, batch.targets, training)
         if batch.proposals is None:
             raise ValueError("the batch holds no stored proposals; give some to CanvasDataset")
-        return model.detection_losses(features, batch.proposals, batch.targets, training)
+        return model.roi_heads.losses(features, batch.proposals, batch.targets, training)
 
     @property
     def weights(self) -> dict[str, Tensor]:

@@ -34,10 +34,9 @@ def base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tens
 
 
 def unrounded_base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
-    """Detectron2's and MMDetection's anchors [len(aspect_ratios) * len(sizes), 4], ratio by ratio.
+    """As ``base_anchors`` in Detectron2 and MMDetection: w = size * sqrt(1 / ratio) and h = ratio * w.
 
-    w = size * sqrt(1 / ratio) and h = ratio * w, centred at 0. ``sizes`` as for ``base_anchors``; in
-    MMDetection's terms a size is stride * scale.
+    In MMDetection's terms a size is stride * scale.
     """
     side = torch.as_tensor(sizes, dtype=torch.float64)
     ratio = torch.as_tensor(aspect_ratios, dtype=torch.float64)[:, None]
@@ -51,10 +50,9 @@ CAFFE_WINDOW = 16
 
 
 def caffe_base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
-    """py-faster-rcnn's anchors [len(aspect_ratios) * len(sizes), 4], ratio by ratio, at the first place.
+    """As ``base_anchors`` in py-faster-rcnn, at the first place; the scale of a size is size / 16.
 
-    Edges are continuous: py-faster-rcnn's x2 and y2 are 1 less. ``sizes`` as for ``base_anchors``; the
-    scale of a size is size / 16.
+    Edges are continuous: py-faster-rcnn's x2 and y2 are 1 less.
     """
     ratio = torch.as_tensor(aspect_ratios, dtype=torch.float64)
     scale = torch.as_tensor(sizes, dtype=torch.float64) / CAFFE_WINDOW
@@ -84,34 +82,50 @@ def grid_anchors(base: Tensor, grid: tuple[int, int], stride: tuple[int, int]) -
     return (shifts + base).reshape(-1, 4)
 
 
-def level_anchors(
-    canvas: tuple[int, int],
-    grids: Sequence[tuple[int, int]],
-    sizes: Sequence[Sequence[float]],
-    aspect_ratios: Sequence[float],
-    *,
-    style: str = "torchvision",
-    strides: Sequence[int] | None = None,
-) -> list[Tensor]:
-    """Anchors of every level, a list of [A_level, 4] in canvas pixels, in one of the three styles.
+class AnchorGenerator:
+    """The anchors of every level in canvas pixels, in one of the three styles.
 
-    ``canvas`` and ``grids`` are (height, width) of the network input and of each feature map;
-    ``sizes`` holds the anchor sizes of each level. A level's stride is canvas // grid, as in
-    torchvision, unless ``strides`` says it: a map whose size was rounded up is larger than canvas / stride
-    (P6 of 800x1088 is 13x17, and 800 // 13 is 61 where Detectron2 and MMDetection step by 64).
-    Raises ``ValueError`` when the numbers of levels differ.
+    ``canvas`` is (height, width) of the network input; ``sizes`` holds the anchor sizes of each level. A
+    level's stride is canvas // grid, as in torchvision, unless ``strides`` says it: a map whose size was
+    rounded up is larger than canvas / stride (P6 of 800x1088 is 13x17, and 800 // 13 is 61 where
+    Detectron2 and MMDetection step by 64).
     """
-    if len(sizes) != len(grids):
-        raise ValueError(
-            f"got anchor sizes for {len(sizes)} levels and {len(grids)} feature maps; expected one each"
-        )
-    base = _BASE_ANCHORS[style]
-    steps = (
-        [(canvas[0] // rows, canvas[1] // columns) for rows, columns in grids]
-        if strides is None
-        else [(stride, stride) for stride in strides]
-    )
-    return [
-        grid_anchors(base(level_sizes, aspect_ratios), grid, step)
-        for grid, level_sizes, step in zip(grids, sizes, steps, strict=True)
-    ]
+
+    def __init__(
+        self,
+        canvas: tuple[int, int],
+        sizes: Sequence[Sequence[float]],
+        aspect_ratios: Sequence[float],
+        style: str = "torchvision",
+        strides: Sequence[int] | None = None,
+    ) -> None:
+        self.canvas, self.sizes, self.aspect_ratios, self.strides = canvas, sizes, aspect_ratios, strides
+        self.base = _BASE_ANCHORS[style]
+        self._kept: dict[tuple[object, ...], list[Tensor]] = {}
+
+    def __call__(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Anchors [A_level, 4] of each of ``features`` [B, C, rows, columns], made once for each device."""
+        grids = [(feature.shape[2], feature.shape[3]) for feature in features]
+        key = (features[0].device, *grids)
+        if key not in self._kept:
+            self._kept[key] = [anchors.to(features[0].device) for anchors in self.levels(grids)]
+        return self._kept[key]
+
+    def levels(self, grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Anchors [A_level, 4] for maps of ``grids`` (rows, columns).
+
+        Raises ``ValueError`` where there are other levels than sizes.
+        """
+        if len(self.sizes) != len(grids):
+            raise ValueError(
+                f"got anchor sizes for {len(self.sizes)} levels and {len(grids)} feature maps; "
+                "expected one each"
+            )
+        height, width = self.canvas
+        steps = [(height // rows, width // columns) for rows, columns in grids]
+        if self.strides is not None:
+            steps = [(stride, stride) for stride in self.strides]
+        return [
+            grid_anchors(self.base(sizes, self.aspect_ratios), grid, step)
+            for sizes, grid, step in zip(self.sizes, grids, steps, strict=True)
+        ]

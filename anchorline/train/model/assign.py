@@ -8,92 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anchorline.train.model.boxes import rows_at
+
+# What a candidate without an object is.
 BACKGROUND = -1
 IGNORED = -2
 
 # Of a candidate's own area, this share has to lie in one ignore region for it not to count as background.
 IGNORED_SHARE = 0.5
-
-
-def match(
-    iou: Tensor,
-    present: Tensor,
-    *,
-    positive_iou: float,
-    negative_iou: float,
-    keep_best_of_each_box: bool,
-    background_iou: float = 0.0,
-) -> Tensor:
-    """Assign a ground-truth index, ``BACKGROUND`` or ``IGNORED`` to each candidate: int64 [B, N].
-
-    ``iou`` [B, N, M] holds the overlaps of N candidates with M ground-truth slots of which
-    ``present`` [B, M] are real. A candidate is positive from ``positive_iou``, background below
-    ``negative_iou``, ignored between, and ignored below ``background_iou``. With
-    ``keep_best_of_each_box`` the candidates that overlap a box the most are positive however small their
-    IoU, and keep the box they overlap best (as torchvision's ``Matcher`` with
-    ``allow_low_quality_matches``). Unlike there, a box that no candidate touches claims none: its best IoU
-    of 0 would otherwise make every far candidate positive.
-    """
-    iou = torch.where(present[:, None, :], iou, torch.full_like(iou, -1.0))
-    if iou.shape[2] == 0:
-        return torch.full(iou.shape[:2], BACKGROUND, dtype=torch.int64, device=iou.device)
-    best_iou, best_box = iou.max(dim=2)
-    matches = torch.where(best_iou >= positive_iou, best_box, torch.full_like(best_box, IGNORED))
-    matches = torch.where(best_iou < negative_iou, torch.full_like(matches, BACKGROUND), matches)
-    if background_iou > 0:
-        matches = torch.where(best_iou < background_iou, torch.full_like(matches, IGNORED), matches)
-    if keep_best_of_each_box:
-        best_of_box = iou.amax(dim=1, keepdim=True)
-        is_best = ((iou == best_of_box) & (best_of_box > 0)).any(dim=2)
-        matches = torch.where(is_best, best_box, matches)
-    return matches
-
-
-def ignore_covered(matches: Tensor, coverage: Tensor) -> Tensor:
-    """``matches`` [B, N] with background that an ignore region covers turned into ``IGNORED``.
-
-    ``coverage`` [B, N, I] holds the shares of each candidate's own area in I ignore regions (IoA, as
-    pycocotools measures overlaps with crowds); from ``IGNORED_SHARE`` in one of them on, a candidate is
-    covered. What is positive for an object stays positive.
-    """
-    covered = (coverage >= IGNORED_SHARE).any(dim=2)
-    return torch.where((matches == BACKGROUND) & covered, torch.full_like(matches, IGNORED), matches)
-
-
-# Balanced sampling of positives and negatives (Faster R-CNN, section 3.1.3).
-
-
-def sample(
-    positive: Tensor, negative: Tensor, size: int, positive_fraction: float, noise: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Draw up to ``size`` candidates per image at random, without replacement.
-
-    ``positive`` and ``negative`` are bool [B, N]. At most ``int(size * positive_fraction)`` are
-    positive; negatives fill the rest as far as there are any. Returns ``indices`` int64 [B, S] and
-    ``drawn`` bool [B, S] with S = min(size, N): slots where ``drawn`` is false hold no sample.
-    Positives come first. ``noise`` [B, N] from 0 to below 1 decides the draw; without it PyTorch's
-    global generator does.
-    """
-    if noise is None:
-        noise = torch.rand(positive.shape, device=positive.device)
-    most_positive = int(size * positive_fraction)
-    # A negative priority is never drawn; positives (1..2) go before negatives (0..1).
-    priority = torch.where(negative, noise, torch.full_like(noise, -1.0))
-    chosen_positive = _best(torch.where(positive, noise, torch.full_like(noise, -1.0)), most_positive)
-    priority = torch.where(chosen_positive, noise + 1.0, priority)
-    values, indices = priority.topk(min(size, priority.shape[1]), dim=1)
-    return indices, values >= 0
-
-
-def _best(priority: Tensor, count: int) -> Tensor:
-    """Bool [B, N]: the ``count`` highest entries of ``priority`` [B, N] that are not negative."""
-    values, indices = priority.topk(min(count, priority.shape[1]), dim=1)
-    chosen = torch.zeros_like(priority, dtype=torch.bool)
-    return chosen.scatter(1, indices, values >= 0)
-
-
-# Ground truth of a batch in fixed shapes.
-
 
 # The label of an ignore region among the objects of an image, on its way through the transforms.
 IGNORE_LABEL = -2
@@ -125,7 +47,7 @@ class Targets:
 
     def boxes_at(self, index: Tensor) -> Tensor:
         """The boxes [B, S, 4] in slots ``index`` int64 [B, S]."""
-        return self.boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        return rows_at(self.boxes, index)
 
     def noise(self, stream: int, count: int) -> Tensor | None:
         """Uniform draws [B, count] from each image's seed and ``stream``; None without seeds."""
@@ -146,17 +68,83 @@ class Targets:
         ignored: Sequence[Tensor] | None = None,
     ) -> Targets:
         """Join images: ``boxes`` a list of [N_i, 4], ``labels`` of [N_i], ``ignored`` of [I_i, 4]."""
-        padded = _padded(boxes, least=1)
-        padded_labels = torch.full(padded.shape[:2], -1, dtype=torch.int64)
-        for i, image_labels in enumerate(labels):
-            padded_labels[i, : len(image_labels)] = image_labels
-        regions = [each[:0] for each in boxes] if ignored is None else ignored
-        return cls(padded, padded_labels, _padded(regions, least=0), seeds)
+        slots = max([1, *(len(each) for each in boxes)])
+        ignored = [] if ignored is None else ignored
+        regions = max([0, *(len(each) for each in ignored)])
+        padded = cls(
+            torch.zeros(len(boxes), slots, 4),
+            torch.full((len(boxes), slots), -1, dtype=torch.int64),
+            torch.zeros(len(boxes), regions, 4),
+            seeds,
+        )
+        for rows, given in ((padded.boxes, boxes), (padded.labels, labels), (padded.ignored, ignored)):
+            for row, values in zip(rows, given, strict=False):
+                row[: len(values)] = values
+        return padded
 
 
-def _padded(boxes: Sequence[Tensor], least: int) -> Tensor:
-    """Float32 [B, M, 4] of B times [N_i, 4], with zeros in empty slots; M is ``least`` or more."""
-    padded = torch.zeros(len(boxes), max([least, *(len(each) for each in boxes)]), 4)
-    for i, image_boxes in enumerate(boxes):
-        padded[i, : len(image_boxes)] = image_boxes
-    return padded
+def match(
+    iou: Tensor,
+    present: Tensor,
+    *,
+    positive_iou: float,
+    negative_iou: float,
+    keep_best_of_each_box: bool,
+    background_iou: float = 0.0,
+) -> Tensor:
+    """Assign a ground-truth index, ``BACKGROUND`` or ``IGNORED`` to each candidate: int64 [B, N].
+
+    ``iou`` [B, N, M] holds the overlaps of N candidates with M ground-truth slots of which
+    ``present`` [B, M] are real. A candidate is positive from ``positive_iou``, background below
+    ``negative_iou``, ignored between, and ignored below ``background_iou``. With
+    ``keep_best_of_each_box`` the candidates that overlap a box the most are positive however small their
+    IoU, and keep the box they overlap best (as torchvision's ``Matcher`` with
+    ``allow_low_quality_matches``). Unlike there, a box that no candidate touches claims none: its best IoU
+    of 0 would otherwise make every far candidate positive.
+    """
+    iou = torch.where(present[:, None, :], iou, torch.full_like(iou, -1.0))
+    if iou.shape[2] == 0:
+        return torch.full(iou.shape[:2], BACKGROUND, dtype=torch.int64, device=iou.device)
+    best_iou, best_box = iou.max(dim=2)
+    matches = torch.where(best_iou >= positive_iou, best_box, IGNORED)
+    matches = torch.where(best_iou < negative_iou, BACKGROUND, matches)
+    if background_iou > 0:
+        matches = torch.where(best_iou < background_iou, IGNORED, matches)
+    if keep_best_of_each_box:
+        best_of_box = iou.amax(dim=1, keepdim=True)
+        is_best = ((iou == best_of_box) & (best_of_box > 0)).any(dim=2)
+        matches = torch.where(is_best, best_box, matches)
+    return matches
+
+
+def ignore_covered(matches: Tensor, coverage: Tensor) -> Tensor:
+    """``matches`` [B, N] with background that an ignore region covers turned into ``IGNORED``.
+
+    ``coverage`` [B, N, I] holds the shares of each candidate's own area in I ignore regions (IoA, as
+    pycocotools measures overlaps with crowds); from ``IGNORED_SHARE`` in one of them on, a candidate is
+    covered. What is positive for an object stays positive.
+    """
+    covered = (coverage >= IGNORED_SHARE).any(dim=2)
+    return torch.where((matches == BACKGROUND) & covered, IGNORED, matches)
+
+
+def sample(
+    positive: Tensor, negative: Tensor, size: int, positive_fraction: float, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draw up to ``size`` candidates per image at random, without replacement (section 3.1.3).
+
+    ``positive`` and ``negative`` are bool [B, N]. At most ``int(size * positive_fraction)`` are
+    positive; negatives fill the rest as far as there are any. Returns ``indices`` int64 [B, S] and
+    ``drawn`` bool [B, S] with S = min(size, N): slots where ``drawn`` is false hold no sample.
+    Positives come first. ``noise`` [B, N] from 0 to below 1 decides the draw; without it PyTorch's
+    global generator does.
+    """
+    if noise is None:
+        noise = torch.rand(positive.shape, device=positive.device)
+    most_positive = min(int(size * positive_fraction), positive.shape[1])
+    values, indices = torch.where(positive, noise, -1.0).topk(most_positive, dim=1)
+    chosen = torch.zeros_like(positive).scatter(1, indices, values >= 0)
+    # A negative priority is never drawn; positives (1..2) go before negatives (0..1).
+    priority = torch.where(chosen, noise + 1.0, torch.where(negative, noise, -1.0))
+    values, indices = priority.topk(min(size, priority.shape[1]), dim=1)
+    return indices, values >= 0

@@ -1,18 +1,18 @@
-"""Backbones: torchvision's classification networks as sources of feature maps.
+"""Backbones: torchvision's classification networks, and the paper's two, as sources of feature maps.
 
-A backbone maps images [B, 3, H, W] to a list of feature maps, finest first. ``FPNBackbone`` puts a
-feature pyramid on it (Lin et al., 2017; its last map takes every second place of the one before, as
-torchvision's, Detectron2's and MMDetection's do), ``SingleBackbone`` hands on a map of stride 16 alone.
-Parameter names follow torchvision's detection models (``body``, ``fpn``).
+A backbone maps images [B, 3, H, W] to a list of feature maps, finest first: with a feature pyramid (Lin et
+al., 2017; its last map takes every second place of the one before, as torchvision's, Detectron2's and
+MMDetection's do), or a map of stride 16 alone. Parameter names follow torchvision's detection models
+(``body``, ``fpn``).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 import torchvision
@@ -23,15 +23,160 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from anchorline.runtime.io.errors import ArtefactError
+from anchorline.train.model.ops import mark
 from anchorline.train.model.settings import ModelSettings
-from anchorline.train.model.stages import mark
 
-# ResNets as Detectron2 and MMDetection have them: which convolution strides, and a dilated last stage.
-#
-# The networks are torchvision's and are changed in place; no parameter is, so torchvision's names remain.
+# Makes a network, randomly initialised, with the norms of a constructor such as ``nn.BatchNorm2d``.
+Build = Callable[[Callable[..., nn.Module]], nn.Module]
 
 
-_DILATION = 2
+class FrozenBatchNorm(nn.BatchNorm2d):
+    """Batch norm whose statistics and affine parameters never change, under BatchNorm2d's keys.
+
+    Computes as ``torchvision.ops.FrozenBatchNorm2d`` (eps 1e-5) in one fused pass instead of two.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__(channels, eps=eps)
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> FrozenBatchNorm:
+        """Stay in evaluation mode whatever ``mode`` says."""
+        return super().train(False)
+
+
+class SpatialResponseNorm(nn.Module):
+    """Local response normalisation within each channel: x / (1 + alpha * mean of x^2 around)^beta.
+
+    caffe's ``norm_region: WITHIN_CHANNEL``; the mean over size x size counts zeros beyond the edge. The
+    defaults are those of norm1 and norm2 in py-faster-rcnn's ``models/pascal_voc/ZF``.
+    """
+
+    def __init__(self, size: int = 3, alpha: float = 5e-5, beta: float = 0.75) -> None:
+        super().__init__()
+        self.size, self.alpha, self.beta = size, alpha, beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] as ``x``."""
+        mean = F.avg_pool2d(x * x, self.size, stride=1, padding=self.size // 2)
+        return x * (1.0 + self.alpha * mean) ** -self.beta
+
+
+# The paper's two networks up to their last shareable convolution, both of stride 16 and without batch norms.
+# Layers carry the names of the published weights: VGG-16 torchvision's numbers, ZF py-faster-rcnn's.
+
+
+def vgg16(_: Callable[..., nn.Module]) -> nn.Module:
+    """The 13 convolutions of VGG-16 (configuration D)."""
+    layers = nn.Sequential(*list(make_layers(cfgs["D"]))[:-1])  # without the pooling after conv5_3
+    return _initialised(layers)
+
+
+def zf(_: Callable[..., nn.Module]) -> nn.Module:
+    """The 5 convolutions of Zeiler and Fergus as py-faster-rcnn has them.
+
+    caffe rounds the size of a pooled map up, so on sides that are multiples of 32 the last map is one
+    place larger than side / 16.
+    """
+    layers = OrderedDict[str, nn.Module](
+        conv1=nn.Conv2d(3, 96, 7, stride=2, padding=3),
+        relu1=nn.ReLU(),
+        norm1=SpatialResponseNorm(),
+        pool1=nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True),
+        conv2=nn.Conv2d(96, 256, 5, stride=2, padding=2),
+        relu2=nn.ReLU(),
+        norm2=SpatialResponseNorm(),
+        pool2=nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True),
+        conv3=nn.Conv2d(256, 384, 3, padding=1),
+        relu3=nn.ReLU(),
+        conv4=nn.Conv2d(384, 384, 3, padding=1),
+        relu4=nn.ReLU(),
+        conv5=nn.Conv2d(384, 256, 3, padding=1),
+        relu5=nn.ReLU(),
+    )
+    return _initialised(nn.Sequential(layers))
+
+
+def _initialised(layers: nn.Sequential) -> nn.Sequential:
+    """Weights as torchvision starts a VGG: the variance of the features stays, layer by layer."""
+    for layer in layers.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(cast(Tensor, layer.bias))
+    return layers
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Where a network's feature maps come from.
+
+    ``build(norm_layer)`` gives the network, whose layers run in order under the names their parameters have
+    in torchvision's detection models. ``stage_ends`` name the last layers of the stages that can be frozen,
+    ``maps`` the last layer and the width at each stride that a neck may take. ``coarse`` names the first and
+    the last layer of stride 32, with their widths: what torchvision's MobileNet detectors tap (neck
+    ``fpn32``); ``None`` where torchvision has no such detector. ``classifier`` names the two fully connected
+    layers of the classification network that the box head takes over as fc6 and fc7 (``pretrained.py``).
+    """
+
+    build: Build
+    stage_ends: tuple[str, ...]
+    maps: dict[int, tuple[str, int]]
+    coarse: dict[str, int] | None = None
+    classifier: tuple[str, str] | None = None
+
+
+def _torchvision(name: str, **options: Any) -> Build:
+    return lambda norm: torchvision.models.get_model(name, weights=None, norm_layer=norm, **options)
+
+
+def _five_stages(
+    build: Build, ends: Sequence[str], widths: Sequence[int], coarse: dict[str, int] | None = None
+) -> BackboneSpec:
+    """A network whose stages end at strides 2, 4, 8, 16 and 32; ``widths`` are those from stride 4 on."""
+    maps = dict(zip((4, 8, 16, 32), zip(ends[1:], widths, strict=True), strict=True))
+    return BackboneSpec(build, tuple(ends), maps, coarse)
+
+
+# MobileNets end in a layer that widens for classification; the pyramid takes the map before it.
+_V2_ENDS, _V3_ENDS = ("1", "3", "6", "13", "17"), ("1", "3", "6", "12", "15")
+_RESNET_ENDS = ("relu", "layer1", "layer2", "layer3", "layer4")
+_BASIC, _BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)  # widths by kind of block
+_DEEP = "resnet50 resnet101 resnet152 resnext50_32x4d resnext101_32x8d wide_resnet50_2 wide_resnet101_2"
+
+BACKBONES: dict[str, BackboneSpec] = {
+    "mobilenet_v2": _five_stages(
+        _torchvision("mobilenet_v2"), _V2_ENDS, (24, 32, 96, 320), {"14": 160, "18": 1280}
+    ),
+    "mobilenet_v2_050": _five_stages(
+        _torchvision("mobilenet_v2", width_mult=0.5), _V2_ENDS, (16, 16, 48, 160), {"14": 80, "18": 1280}
+    ),
+    "mobilenet_v3_large": _five_stages(
+        _torchvision("mobilenet_v3_large"), _V3_ENDS, (24, 40, 112, 160), {"13": 160, "16": 960}
+    ),
+    # One basic block a stage: small enough to train from nothing on a CPU.
+    "resnet10": _five_stages(
+        lambda norm: ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm), _RESNET_ENDS, _BASIC
+    ),
+    "resnet18": _five_stages(_torchvision("resnet18"), _RESNET_ENDS, _BASIC),
+    "resnet34": _five_stages(_torchvision("resnet34"), _RESNET_ENDS, _BASIC),
+    **{name: _five_stages(_torchvision(name), _RESNET_ENDS, _BOTTLENECK) for name in _DEEP.split()},
+    "vgg16": BackboneSpec(
+        vgg16,
+        ("4", "9", "16", "23", "29"),  # conv1_x to conv4_x with their pooling, conv5_x
+        {16: ("29", 512)},
+        classifier=("classifier.0", "classifier.3"),
+    ),
+    "zf": BackboneSpec(
+        zf,
+        ("pool1", "pool2", "relu3", "relu4", "relu5"),
+        {16: ("relu5", 256)},
+        classifier=("fc6", "fc7"),
+    ),
+}
+
+
+# ResNets as Detectron2 and MMDetection have them. torchvision's networks are changed in place; no parameter
+# is, so torchvision's names remain.
 
 
 def stride_in_1x1(network: nn.Module, name: str) -> None:
@@ -53,7 +198,7 @@ def dilate_last_stage(network: nn.Module, name: str) -> None:
     """
     for block in _bottlenecks(last_stage(network, name), name, "neck 'dc5'", "'fpn' or 'single'"):
         block.conv1.stride = block.conv2.stride = (1, 1)
-        block.conv2.dilation = block.conv2.padding = (_DILATION, _DILATION)
+        block.conv2.dilation = block.conv2.padding = (2, 2)
         if block.downsample is not None:
             block.downsample[0].stride = (1, 1)
 
@@ -65,7 +210,7 @@ def last_stage(network: nn.Module, name: str) -> nn.Module:
     return network.layer4
 
 
-def _bottlenecks(part: nn.Module, name: str, setting: str, instead: str) -> Iterator[Bottleneck]:
+def _bottlenecks(part: nn.Module, name: str, setting: str, instead: str) -> list[Bottleneck]:
     """Every bottleneck of ``part``; where there is none, ``setting`` does not fit the backbone ``name``."""
     blocks = [module for module in part.modules() if isinstance(module, Bottleneck)]
     if not blocks:
@@ -73,208 +218,7 @@ def _bottlenecks(part: nn.Module, name: str, setting: str, instead: str) -> Iter
             f"{setting} does not fit backbone {name!r}, which has no bottlenecks; expected {instead}, "
             "or a ResNet from resnet50 on"
         )
-    return iter(blocks)
-
-
-# The paper's two networks up to their last shareable convolution: VGG-16 and ZF, both of stride 16.
-#
-# Layers carry the names of the published weights: VGG-16 torchvision's numbers, ZF those of
-# py-faster-rcnn's prototxt.
-
-
-# py-faster-rcnn, models/pascal_voc/ZF: local_size, alpha and beta of norm1 and norm2.
-_LRN_SIZE, _LRN_ALPHA, _LRN_BETA = 3, 5e-5, 0.75
-
-
-class SpatialResponseNorm(nn.Module):
-    """Local response normalisation within each channel: x / (1 + alpha * mean of x^2 around)^beta.
-
-    caffe's ``norm_region: WITHIN_CHANNEL``; the mean over size x size counts zeros beyond the edge.
-    """
-
-    def __init__(self, size: int = _LRN_SIZE, alpha: float = _LRN_ALPHA, beta: float = _LRN_BETA) -> None:
-        super().__init__()
-        self.size, self.alpha, self.beta = size, alpha, beta
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] as ``x``."""
-        mean = F.avg_pool2d(x * x, self.size, stride=1, padding=self.size // 2)
-        return x * (1.0 + self.alpha * mean) ** -self.beta
-
-
-def vgg16(norm_layer: Callable[..., nn.Module]) -> nn.Sequential:
-    """The 13 convolutions of VGG-16 (configuration D), random weights; it has no norms to choose."""
-    layers = nn.Sequential(*list(make_layers(cfgs["D"]))[:-1])  # without the pooling after conv5_3
-    return _initialised(layers)
-
-
-def zf(norm_layer: Callable[..., nn.Module]) -> nn.Sequential:
-    """The 5 convolutions of Zeiler and Fergus as py-faster-rcnn has them; no batch norms to choose.
-
-    caffe rounds the size of a pooled map up, so on sides that are multiples of 32 the last map is one
-    place larger than side / 16.
-    """
-    return _initialised(
-        nn.Sequential(
-            OrderedDict(
-                conv1=nn.Conv2d(3, 96, 7, stride=2, padding=3),
-                relu1=nn.ReLU(),
-                norm1=SpatialResponseNorm(),
-                pool1=nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True),
-                conv2=nn.Conv2d(96, 256, 5, stride=2, padding=2),
-                relu2=nn.ReLU(),
-                norm2=SpatialResponseNorm(),
-                pool2=nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True),
-                conv3=nn.Conv2d(256, 384, 3, padding=1),
-                relu3=nn.ReLU(),
-                conv4=nn.Conv2d(384, 384, 3, padding=1),
-                relu4=nn.ReLU(),
-                conv5=nn.Conv2d(384, 256, 3, padding=1),
-                relu5=nn.ReLU(),
-            )
-        )
-    )
-
-
-def _initialised(layers: nn.Sequential) -> nn.Sequential:
-    """Weights as torchvision starts a VGG: the variance of the features stays, layer by layer."""
-    for layer in layers.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(cast(Tensor, layer.bias))
-    return layers
-
-
-class FrozenBatchNorm(nn.BatchNorm2d):
-    """Batch norm whose statistics and affine parameters never change, under BatchNorm2d's keys.
-
-    Computes as ``torchvision.ops.FrozenBatchNorm2d`` (eps 1e-5) in one fused pass instead of two.
-    """
-
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
-        super().__init__(channels, eps=eps)
-        self.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> FrozenBatchNorm:
-        """Stay in evaluation mode whatever ``mode`` says."""
-        return super().train(False)
-
-
-@dataclass(frozen=True)
-class BackboneSpec:
-    """Where a network's feature maps come from.
-
-    ``build(norm_layer)`` gives the network, ``layers`` its layers in order under the names their
-    parameters have in torchvision's detection models. ``stage_ends`` name the last layers of the stages
-    that can be frozen, ``maps`` the last layer and the width at each stride that a neck may take.
-    ``coarse`` names the first and the last layer of stride 32, with their widths: what torchvision's
-    MobileNet detectors tap (neck ``fpn32``); ``None`` where torchvision has no such detector.
-    ``classifier`` names the two fully connected layers of the classification network that the box head
-    takes over as fc6 and fc7 (``pretrained.py``).
-    """
-
-    build: Callable[[Callable[..., nn.Module]], nn.Module]
-    layers: Callable[[nn.Module], dict[str, nn.Module]]
-    stage_ends: tuple[str, ...]
-    maps: dict[int, tuple[str, int]]
-    coarse: dict[str, int] | None = None
-    classifier: tuple[str, str] | None = None
-
-
-def _five_stages(
-    build: Callable[[Callable[..., nn.Module]], nn.Module],
-    layers: Callable[[nn.Module], dict[str, nn.Module]],
-    ends: tuple[str, str, str, str, str],
-    widths: tuple[int, int, int, int],
-    coarse: dict[str, int] | None = None,
-) -> BackboneSpec:
-    """A network whose stages end at strides 2, 4, 8, 16 and 32; ``widths`` are those from stride 4 on."""
-    maps = dict(zip((4, 8, 16, 32), zip(ends[1:], widths, strict=True), strict=True))
-    return BackboneSpec(build, layers, ends, maps, coarse)
-
-
-def _feature_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a MobileNet, numbered as in its ``features``."""
-    return dict(cast(nn.Module, network.features).named_children())
-
-
-def _children(network: nn.Module) -> dict[str, nn.Module]:
-    return dict(network.named_children())
-
-
-def _resnet_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a ResNet without its classifier."""
-    return {name: child for name, child in network.named_children() if name not in ("avgpool", "fc")}
-
-
-def _mobilenet_v2(norm_layer: Callable[..., nn.Module], width: float = 1.0) -> nn.Module:
-    return torchvision.models.mobilenet_v2(norm_layer=norm_layer, width_mult=width)
-
-
-def _resnet10(norm_layer: Callable[..., nn.Module]) -> nn.Module:
-    """One basic block a stage: small enough to train from nothing on a CPU."""
-    return ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
-
-
-def _network(name: str) -> Callable[[Callable[..., nn.Module]], nn.Module]:
-    """A builder of torchvision's network ``name``, randomly initialised."""
-    return lambda norm_layer: torchvision.models.get_model(name, weights=None, norm_layer=norm_layer)
-
-
-# MobileNets end in a layer that widens for classification; the pyramid takes the map before it.
-_V2_ENDS = ("1", "3", "6", "13", "17")
-_RESNET_ENDS = ("relu", "layer1", "layer2", "layer3", "layer4")
-_BASIC, _BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)  # widths by kind of block
-
-BACKBONES: dict[str, BackboneSpec] = {
-    "mobilenet_v2": _five_stages(
-        _mobilenet_v2, _feature_layers, _V2_ENDS, (24, 32, 96, 320), {"14": 160, "18": 1280}
-    ),
-    "mobilenet_v2_050": _five_stages(
-        partial(_mobilenet_v2, width=0.5),
-        _feature_layers,
-        _V2_ENDS,
-        (16, 16, 48, 160),
-        {"14": 80, "18": 1280},
-    ),
-    "mobilenet_v3_large": _five_stages(
-        _network("mobilenet_v3_large"),
-        _feature_layers,
-        ("1", "3", "6", "12", "15"),
-        (24, 40, 112, 160),
-        {"13": 160, "16": 960},
-    ),
-    "resnet10": _five_stages(_resnet10, _resnet_layers, _RESNET_ENDS, _BASIC),
-    "resnet18": _five_stages(_network("resnet18"), _resnet_layers, _RESNET_ENDS, _BASIC),
-    "resnet34": _five_stages(_network("resnet34"), _resnet_layers, _RESNET_ENDS, _BASIC),
-    **{
-        name: _five_stages(_network(name), _resnet_layers, _RESNET_ENDS, _BOTTLENECK)
-        for name in (
-            "resnet50",
-            "resnet101",
-            "resnet152",
-            "resnext50_32x4d",
-            "resnext101_32x8d",
-            "wide_resnet50_2",
-            "wide_resnet101_2",
-        )
-    },
-    # The paper's two networks end at stride 16 (``vgg16``, ``zf``).
-    "vgg16": BackboneSpec(
-        vgg16,
-        _children,
-        ("4", "9", "16", "23", "29"),  # conv1_x to conv4_x with their pooling, conv5_x
-        {16: ("29", 512)},
-        classifier=("classifier.0", "classifier.3"),
-    ),
-    "zf": BackboneSpec(
-        zf,
-        _children,
-        ("pool1", "pool2", "relu3", "relu4", "relu5"),
-        {16: ("relu5", 256)},
-        classifier=("fc6", "fc7"),
-    ),
-}
+    return blocks
 
 
 class Body(nn.Module):
@@ -284,7 +228,8 @@ class Body(nn.Module):
         super().__init__()
         self.stage_ends = spec.stage_ends
         self.taps = tuple(taps)
-        for name, layer in spec.layers(network).items():
+        # A MobileNet numbers its layers in ``features``.
+        for name, layer in cast(nn.Module, getattr(network, "features", network)).named_children():
             self.add_module(name, layer)
             if name == self.taps[-1]:
                 break
@@ -309,97 +254,78 @@ class Body(nn.Module):
                 return
 
 
-class FPNBackbone(nn.Module):
-    """Body and feature pyramid: maps of ``channels`` channels at ``strides``, the last one pooled.
+class Backbone(nn.Module):
+    """Body and neck: maps of ``out_channels`` channels at ``strides``.
 
-    ``body_channels`` are the widths of the body's maps; RoIs are pooled from the first ``pooled_levels``.
+    A pyramid ``fpn``, or the body's only map. RoIs are pooled from the first ``pooled_levels``: a pyramid's
+    coarsest map serves the RPN only.
     """
 
     def __init__(
         self,
         body: Body,
-        body_channels: Sequence[int],
-        channels: int,
-        strides: Sequence[int],
-        pooled_levels: int,
-        live_norm: bool,
+        out_channels: int,
+        strides: Sequence[int] = (16,),
+        pooled_levels: int = 1,
+        fpn: FeaturePyramidNetwork | None = None,
     ) -> None:
         super().__init__()
-        self.body = body
-        self.strides = tuple(strides)
-        self.pooled_levels = pooled_levels
-        norm = nn.BatchNorm2d if live_norm else None
-        self.fpn = FeaturePyramidNetwork(list(body_channels), channels, LastLevelMaxPool(), norm)
-        self.out_channels = channels
+        self.body, self.fpn, self.out_channels = body, fpn, out_channels
+        self.strides, self.pooled_levels = tuple(strides), pooled_levels
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = OrderedDict((str(i), m) for i, m in enumerate(self.body(x)))
-        return [mark(f"fpn.{level}", each) for level, each in enumerate(self.fpn(maps).values())]
+        """Feature maps [B, out_channels, H / stride, W / stride] of ``x`` [B, 3, H, W], finest first."""
+        maps: list[Tensor] = self.body(x)
+        if self.fpn is None:
+            return maps
+        pyramid = self.fpn(OrderedDict((str(level), each) for level, each in enumerate(maps)))
+        return [mark(f"fpn.{level}", each) for level, each in enumerate(pyramid.values())]
 
 
-class SingleBackbone(nn.Module):
-    """A map of stride 16 alone: as in the paper, of a ResNet's stage before the last, or its dilated last."""
+def build_backbone(settings: ModelSettings) -> Backbone:
+    """The backbone and neck that ``settings`` ask for, randomly initialised; raises ``ArtefactError``."""
+    spec, network = _network_of(settings)
+    if settings.neck in ("single", "dc5"):
+        last, width = spec.maps[16 if settings.neck == "single" else 32]
+        return Backbone(Body(spec, network, (last,)), width)
+    strides: tuple[int, ...]
+    if settings.neck == "fpn32":
+        if spec.coarse is None:
+            known = ", ".join(name for name, each in BACKBONES.items() if each.coarse)
+            raise ArtefactError(f"neck 'fpn32' does not fit backbone {settings.backbone!r}; expected {known}")
+        # torchvision finds the same scale for both maps of stride 32 and pools every RoI from the first.
+        taps, strides, pooled_levels = spec.coarse, (32, 32, 64), 1
+    else:
+        strides = (4, 8, 16, 32, 64)[0 if settings.finest_stride == 4 else 1 :]
+        if not set(strides[:-1]) <= set(spec.maps):
+            raise ArtefactError(
+                f"neck 'fpn' does not fit backbone {settings.backbone!r}, which ends at stride "
+                f"{max(spec.maps)}; expected 'single'"
+            )
+        taps, pooled_levels = dict(spec.maps[stride] for stride in strides[:-1]), len(strides) - 1
+    channels, norm = settings.fpn_channels, nn.BatchNorm2d if settings.backbone_norm == "live" else None
+    body = Body(spec, network, tuple(taps))
+    fpn = FeaturePyramidNetwork(list(taps.values()), channels, LastLevelMaxPool(), norm)
+    return Backbone(body, channels, strides, pooled_levels, fpn)
 
-    strides = (16,)
-    pooled_levels = 1
 
-    def __init__(self, body: Body, channels: int) -> None:
-        super().__init__()
-        self.body = body
-        self.out_channels = channels
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [self.body(x)[0]]
+def build_last_stage(settings: ModelSettings) -> tuple[nn.Module, int]:
+    """A ResNet's last stage, randomly initialised, and its width: the box head ``res5``."""
+    spec, network = _network_of(settings)
+    return last_stage(network, settings.backbone), spec.maps[32][1]
 
 
-def _spec_of(settings: ModelSettings) -> BackboneSpec:
+def _network_of(settings: ModelSettings) -> tuple[BackboneSpec, nn.Module]:
+    """The whole network with the norms, strides and dilation of ``settings``, randomly initialised."""
     spec = BACKBONES.get(settings.backbone)
     if spec is None:
         raise ArtefactError(
             f"backbone {settings.backbone!r} is not known; expected one of {', '.join(BACKBONES)}"
         )
-    return spec
-
-
-def _network_of(settings: ModelSettings) -> nn.Module:
-    """The whole network with the norms, strides and dilation of ``settings``, randomly initialised."""
     live = settings.backbone_norm == "live"
-    norm = partial(nn.BatchNorm2d if live else FrozenBatchNorm, eps=settings.backbone_norm_eps)
-    network = _spec_of(settings).build(norm)
+    network = spec.build(partial(nn.BatchNorm2d if live else FrozenBatchNorm, eps=settings.backbone_norm_eps))
     if settings.bottleneck_stride == "1x1":
         stride_in_1x1(network, settings.backbone)
     if settings.neck == "dc5":
         dilate_last_stage(network, settings.backbone)
-    return network
-
-
-def build_last_stage(settings: ModelSettings) -> tuple[nn.Module, int]:
-    """A ResNet's last stage, randomly initialised, and its width: the box head ``res5``."""
-    return last_stage(_network_of(settings), settings.backbone), _spec_of(settings).maps[32][1]
-
-
-def build_backbone(settings: ModelSettings) -> FPNBackbone | SingleBackbone:
-    """The backbone and neck that ``settings`` ask for, randomly initialised."""
-    spec, network = _spec_of(settings), _network_of(settings)
-    if settings.neck in ("single", "dc5"):
-        last, width = spec.maps[16 if settings.neck == "single" else 32]
-        return SingleBackbone(Body(spec, network, (last,)), width)
-    live = settings.backbone_norm == "live"
-    if settings.neck == "fpn32":
-        if spec.coarse is None:
-            known = ", ".join(name for name, each in BACKBONES.items() if each.coarse)
-            raise ArtefactError(f"neck 'fpn32' does not fit backbone {settings.backbone!r}; expected {known}")
-        body, widths = Body(spec, network, tuple(spec.coarse)), tuple(spec.coarse.values())
-        # torchvision finds the same scale for both maps of stride 32 and pools every RoI from the first.
-        return FPNBackbone(body, widths, settings.fpn_channels, (32, 32, 64), 1, live)
-    levels = 4 if settings.finest_stride == 4 else 3
-    strides = (4, 8, 16, 32, 64)[-levels - 1 :]
-    if not set(strides[:-1]) <= set(spec.maps):
-        raise ArtefactError(
-            f"neck 'fpn' does not fit backbone {settings.backbone!r}, which ends at stride {max(spec.maps)}; "
-            "expected 'single'"
-        )
-    taps = [spec.maps[stride] for stride in strides[:-1]]
-    body = Body(spec, network, [layer for layer, _ in taps])
-    # The coarsest map serves the RPN only.
-    return FPNBackbone(body, [width for _, width in taps], settings.fpn_channels, strides, levels, live)
+    return spec, network

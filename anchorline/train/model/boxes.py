@@ -1,4 +1,10 @@
-"""Boxes in PyTorch, xyxy in pixels: their geometry, and their coding as regression targets."""
+"""Boxes in PyTorch, xyxy in pixels: their geometry, and their coding as regression targets.
+
+Edges are continuous, so a width is x2 - x1. py-faster-rcnn's boxes include their last pixel: a box
+(x1, y1, x2, y2) there is (x1, y1, x2 + 1, y2 + 1) here. What is left of that convention is ``last_pixel``,
+its side in canvas pixels: 1, or another where py-faster-rcnn works on the unscaled image; 0 in all other
+libraries.
+"""
 
 from __future__ import annotations
 
@@ -43,24 +49,23 @@ def _intersections(a: Tensor, b: Tensor) -> Tensor:
     return width * height
 
 
-def clip_to_images(boxes: Tensor, image_sizes: Tensor, inclusive: bool = False, pixel: float = 1.0) -> Tensor:
+def clip_to_images(boxes: Tensor, image_sizes: Tensor, last_pixel: float = 0.0) -> Tensor:
     """Clip ``boxes`` [B, ..., 4] to their own image: x to [0, width], y to [0, height].
 
-    ``image_sizes`` float [B, 2] holds (height, width) of the valid part of each canvas. With ``inclusive``
+    ``image_sizes`` float [B, 2] holds (height, width) of the valid part of each canvas. With a ``last_pixel``
     as py-faster-rcnn's ``clip_boxes``, which moves all four to existing pixels, so that at least one
-    remains: here x1 to [0, width - pixel] and x2 to [pixel, width], where ``pixel`` is its side.
+    remains: here x1 to [0, width - last_pixel] and x2 to [last_pixel, width].
     """
     shape = [image_sizes.shape[0]] + [1] * (boxes.dim() - 2)
     height, width = image_sizes[:, 0].reshape(shape), image_sizes[:, 1].reshape(shape)
     zero = torch.zeros_like(height)
-    pixel = pixel if inclusive else 0.0
     x1, y1, x2, y2 = boxes.unbind(-1)
     return torch.stack(
         (
-            torch.minimum(torch.maximum(x1, zero), width - pixel),
-            torch.minimum(torch.maximum(y1, zero), height - pixel),
-            torch.minimum(torch.maximum(x2, zero + pixel), width),
-            torch.minimum(torch.maximum(y2, zero + pixel), height),
+            torch.minimum(torch.maximum(x1, zero), width - last_pixel),
+            torch.minimum(torch.maximum(y1, zero), height - last_pixel),
+            torch.minimum(torch.maximum(x2, zero + last_pixel), width),
+            torch.minimum(torch.maximum(y2, zero + last_pixel), height),
         ),
         dim=-1,
     )
@@ -77,12 +82,9 @@ def at_least(boxes: Tensor, side: float) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0] >= side) & (boxes[..., 3] - boxes[..., 1] >= side)
 
 
-# Box regression targets: Faster R-CNN, section 3.1.2, equation (2).
-#
-# Numerically as torchvision's ``models/detection/_utils.py`` (``BoxCoder``): widths are x2 - x1. Or as
-# py-faster-rcnn's ``lib/fast_rcnn/bbox_transform.py``, whose boxes include their last pixel: a box
-# (x1, y1, x2, y2) there is (x1, y1, x2 + 1, y2 + 1) with the continuous edges of this code, so widths and
-# encoding are the same. Its decoding gives centre + width / 2 as x2, one pixel further than it encodes.
+def rows_at(values: Tensor, index: Tensor) -> Tensor:
+    """Rows [..., S, 4] of ``values`` [..., N, 4], boxes or deltas, at ``index`` int64 [..., S]."""
+    return values.gather(index.dim() - 1, index[..., None].expand(*[-1] * index.dim(), 4))
 
 
 # A box may grow at most to 1000/16 of its anchor; exp() of more would overflow long before it helps.
@@ -93,19 +95,31 @@ MAX_LOG_SCALE = math.log(1000.0 / 16)
 class BoxCoder:
     """Turns boxes into ``bbox_deltas`` (dx, dy, dw, dh) relative to reference boxes, and back.
 
-    ``weights`` multiply the four deltas, so that the loss sees values of similar size:
-    (1, 1, 1, 1) in the RPN and (10, 10, 5, 5) in the detection head. ``max_log_scale`` limits dw and
-    dh (infinity: no limit), with ``both_sides`` also from below, to its negative: MMDetection's
-    ``DeltaXYWHBBoxCoder``, whose ``target_stds`` are 1 / ``weights``. Detectron2's ``Box2BoxTransform``
-    limits from above alone. ``inclusive`` decodes as py-faster-rcnn, see above; ``pixel`` is the side, in
-    canvas pixels, of the one that its widths add: 1, or on the unscaled image that image's.
+    Section 3.1.2, equation (2), as torchvision's ``models/detection/_utils.py`` and py-faster-rcnn's
+    ``lib/fast_rcnn/bbox_transform.py``. ``weights`` multiply the four deltas, so that the loss sees values
+    of similar size: (1, 1, 1, 1) in the RPN and (10, 10, 5, 5) in the detection head. ``max_log_scale``
+    limits dw and dh (infinity: no limit), with ``both_sides`` also from below, to its negative:
+    MMDetection's ``DeltaXYWHBBoxCoder``, whose ``target_stds`` are 1 / ``weights``; Detectron2's
+    ``Box2BoxTransform`` limits from above alone. py-faster-rcnn decodes centre + width / 2 as x2, which with
+    its last pixel is one ``last_pixel`` further than it encodes.
     """
 
     weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
     max_log_scale: float = MAX_LOG_SCALE
-    inclusive: bool = False
     both_sides: bool = False
-    pixel: float = 1.0
+    last_pixel: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        settings: ModelSettings,
+        weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0),
+        pixel: float = 1.0,
+    ) -> BoxCoder:
+        """The coder of a model's numeric profile, whose boxes lie in units of ``pixel`` canvas pixels."""
+        limit = MAX_LOG_SCALE if settings.clamp_deltas else math.inf
+        last_pixel = pixel if settings.box_edges == "inclusive" else 0.0
+        return cls(weights, limit, settings.clamp_deltas_below, last_pixel)
 
     def encode(self, boxes: Tensor, references: Tensor) -> Tensor:
         """Deltas [..., 4] that move ``references`` [..., 4] onto ``boxes`` [..., 4], both with area."""
@@ -125,8 +139,9 @@ class BoxCoder:
     def decode(self, deltas: Tensor, references: Tensor) -> Tensor:
         """Boxes [..., 4] that ``deltas`` [..., 4] make of ``references``, broadcast together."""
         wx, wy, ww, wh = self.weights
-        if self.pixel != 1.0:  # the references end one canvas pixel behind caffe's x2 and y2
-            references = torch.cat((references[..., :2], references[..., 2:] + (self.pixel - 1.0)), dim=-1)
+        if self.last_pixel not in (0.0, 1.0):  # the references end one canvas pixel behind caffe's x2 and y2
+            shift = self.last_pixel - 1.0
+            references = torch.cat((references[..., :2], references[..., 2:] + shift), dim=-1)
         ref_x, ref_y, ref_width, ref_height = _centre_form(references)
         dx, dy, dw, dh = deltas.unbind(-1)
         dw, dh = dw / ww, dh / wh
@@ -139,20 +154,9 @@ class BoxCoder:
         half_width = 0.5 * torch.exp(dw) * ref_width
         half_height = 0.5 * torch.exp(dh) * ref_height
         x2, y2 = centre_x + half_width, centre_y + half_height
-        if self.inclusive:
-            x2, y2 = x2 + self.pixel, y2 + self.pixel
+        if self.last_pixel:
+            x2, y2 = x2 + self.last_pixel, y2 + self.last_pixel
         return torch.stack((centre_x - half_width, centre_y - half_height, x2, y2), dim=-1)
-
-
-def coder_of(
-    settings: ModelSettings,
-    weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0),
-    pixel: float = 1.0,
-) -> BoxCoder:
-    """The coder for a model's numeric profile."""
-    limit = MAX_LOG_SCALE if settings.clamp_deltas else math.inf
-    inclusive = settings.box_edges == "inclusive"
-    return BoxCoder(weights, limit, inclusive, settings.clamp_deltas_below, pixel)
 
 
 def _centre_form(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

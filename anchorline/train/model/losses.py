@@ -14,11 +14,6 @@ from torch import Tensor
 from anchorline.train.loop.distributed import mean_count
 
 
-def smooth_l1(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
-    """Elementwise smooth L1: quadratic below ``beta``, linear above, shape of the inputs."""
-    return F.smooth_l1_loss(prediction, target, beta=beta, reduction="none")
-
-
 def rpn_losses(
     objectness: Tensor,
     deltas: Tensor,
@@ -31,21 +26,20 @@ def rpn_losses(
     """Objectness and box loss of the sampled anchors, two scalars.
 
     ``objectness`` [B, S] logits, ``deltas`` and ``targets`` [B, S, 4], ``positive`` and ``drawn``
-    bool [B, S]. Both are divided by the number of drawn anchors in the batch; or, where given, by the
-    ``divisors`` (N_cls, N_reg) of equation (1) and the number of images. The log loss over two classes
-    whose scores differ by z is the binary one of z, so both kinds of objectness come as logits.
+    bool [B, S]; ``beta`` is where smooth L1 turns linear. Both are divided by the number of drawn anchors in
+    the batch; or, where given, by the ``divisors`` (N_cls, N_reg) of equation (1) and the number of images.
+    The log loss over two classes whose scores differ by z is the binary one of z, so both kinds of
+    objectness come as logits.
     """
-    count = drawn.sum()
     per_anchor = F.binary_cross_entropy_with_logits(
         _only(drawn, objectness), positive.to(objectness.dtype), reduction="none"
     )
-    positive = positive & drawn
-    per_box = smooth_l1(_only(positive, deltas), _only(positive, targets), beta)
-    by_class, by_place = divisors if divisors is not None else (1, 1)
+    box_loss = _box_loss(positive & drawn, deltas, targets, beta)
+    count, (by_class, by_place) = drawn.sum(), divisors or (1, 1)
     if divisors is not None:
-        count = drawn.new_full((), drawn.shape[0], dtype=torch.int64)
+        count = torch.full_like(count, drawn.shape[0])
     count = mean_count(count)
-    return _only(drawn, per_anchor).sum() / (count * by_class), per_box.sum() / (count * by_place)
+    return _only(drawn, per_anchor).sum() / (count * by_class), box_loss / (count * by_place)
 
 
 def roi_losses(
@@ -61,9 +55,13 @@ def roi_losses(
     logits = _only(drawn, class_logits)
     per_proposal = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
     own = deltas.gather(2, labels[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
-    positive = drawn & (labels > 0)
-    per_box = smooth_l1(_only(positive, own), _only(positive, targets), beta)
-    return _only(drawn, per_proposal).sum() / count, per_box.sum() / count
+    box_loss = _box_loss(drawn & (labels > 0), own, targets, beta)
+    return _only(drawn, per_proposal).sum() / count, box_loss / count
+
+
+def _box_loss(positive: Tensor, deltas: Tensor, targets: Tensor, beta: float) -> Tensor:
+    prediction, target = _only(positive, deltas), _only(positive, targets)
+    return F.smooth_l1_loss(prediction, target, beta=beta, reduction="none").sum()
 
 
 def _only(mask: Tensor, values: Tensor) -> Tensor:

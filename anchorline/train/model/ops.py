@@ -1,13 +1,16 @@
-"""The custom ops, the seam between training and every runtime.
+"""The custom ops and the named stages: all that the model knows of the export.
 
-In eager PyTorch they run torchvision's kernels; in an ONNX export each becomes one node of the
-domain ``anchorline``, whose meaning for other runtimes is in ``anchorline/export/functions.py``.
-These are the only places in the model that know of the export.
+In eager PyTorch the ops run torchvision's kernels; in an ONNX export each becomes one node of the domain
+``anchorline``, whose meaning for other runtimes is in ``anchorline/export/functions.py``. Stages are points
+of the network where another runtime can be compared with PyTorch: ``mark(name, tensor)`` stands wherever
+one part of the model hands over to the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torchvision
@@ -20,6 +23,10 @@ SUPPRESSED = -1.0
 # TensorRT hands a node to a plugin only when the node itself names the plugin's namespace and version.
 PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(OP_VERSION)}
 
+MARKER = "Stage"
+Visitor = Callable[[str, Tensor], Tensor]
+_visitor: Visitor | None = None
+
 
 def batched_nms(boxes: Tensor, scores: Tensor, *, iou_threshold: float, score_threshold: float) -> Tensor:
     """Greedy non-maximum suppression of G independent groups of N boxes.
@@ -30,17 +37,14 @@ def batched_nms(boxes: Tensor, scores: Tensor, *, iou_threshold: float, score_th
     positive area are ``SUPPRESSED``. A box goes when its IoU with a kept one exceeds ``iou_threshold``.
     """
     if torch.onnx.is_in_onnx_export():
-        return _symbolic(
-            "BatchedNMS",
-            (boxes, scores),
-            {"iou_threshold": float(iou_threshold), "score_threshold": float(score_threshold)},
-            scores.dtype,
-            scores.shape,
-        )
+        thresholds = {"iou_threshold": float(iou_threshold), "score_threshold": float(score_threshold)}
+        return _op("BatchedNMS", (boxes, scores), thresholds, scores.dtype, scores.shape)
     # The op's threshold is a float32; torchvision's CPU kernel compares in double, where an IoU of
     # exactly 0.6 lies above 0.6.
     iou_threshold = torch.tensor(iou_threshold, dtype=torch.float32).item()
-    counts = _counts(boxes, scores, score_threshold)
+    width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
+    area = width * height
+    counts = (scores > score_threshold) & (width > 0) & (area > 0) & torch.isfinite(area)
     kept = torch.full_like(scores, SUPPRESSED)
     for group in torch.nonzero(counts.any(dim=1)).flatten().tolist():
         candidates = torch.nonzero(counts[group]).flatten()
@@ -61,13 +65,8 @@ def roi_align(features: Tensor, rois: Tensor, *, output_size: int, sampling_rati
     """
     size = int(output_size)
     if torch.onnx.is_in_onnx_export():
-        return _symbolic(
-            "RoIAlign",
-            (features, rois),
-            {"output_size": size, "sampling_ratio": int(sampling_ratio)},
-            features.dtype,
-            (rois.shape[0] * rois.shape[1], features.shape[1], size, size),
-        )
+        attributes = {"output_size": size, "sampling_ratio": int(sampling_ratio)}
+        return _op("RoIAlign", (features, rois), attributes, features.dtype, _pooled(features, rois, size))
     # In float32, as the ONNX body: bfloat16 has steps of a whole feature pixel from 128 on.
     pooled = torchvision.ops.roi_align(
         features.float(), _with_image_index(rois), (size, size), 1.0, sampling_ratio, aligned=True
@@ -82,19 +81,12 @@ def roi_pool(features: Tensor, rois: Tensor, *, output_size: int, spatial_scale:
     the RoI; ``spatial_scale`` takes them to feature pixels, which are rounded (halves away from zero). A
     RoI covers at least one feature pixel; a cell without any is 0.
     """
-    size = int(output_size)
+    size, scale = int(output_size), float(spatial_scale)
     if torch.onnx.is_in_onnx_export():
-        return _symbolic(
-            "RoIPool",
-            (features, rois),
-            {"output_size": size, "spatial_scale": float(spatial_scale)},
-            features.dtype,
-            (rois.shape[0] * rois.shape[1], features.shape[1], size, size),
-        )
+        attributes = {"output_size": size, "spatial_scale": scale}
+        return _op("RoIPool", (features, rois), attributes, features.dtype, _pooled(features, rois, size))
     # In float32, as the ONNX body.
-    pooled = torchvision.ops.roi_pool(
-        features.float(), _with_image_index(rois), (size, size), float(spatial_scale)
-    )
+    pooled = torchvision.ops.roi_pool(features.float(), _with_image_index(rois), (size, size), scale)
     return pooled.to(features.dtype)
 
 
@@ -109,6 +101,31 @@ def ordered(scores: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sort(scores, dim=-1, descending=True, stable=True)
 
 
+def mark(name: str, tensor: Tensor) -> Tensor:
+    """``tensor``, known from here on as ``name`` to verification and to the exported graph.
+
+    In an ONNX export it becomes a node that the exporter turns into the name of the value
+    (``export/onnx_export.py``); otherwise it costs a look at a variable.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return _op(MARKER, (tensor,), {"name": name}, tensor.dtype, tensor.shape, plugin=False)
+    return tensor if _visitor is None else _visitor(name, tensor)
+
+
+@contextlib.contextmanager
+def tapped(visitor: Visitor) -> Iterator[None]:
+    """Call ``visitor(name, tensor)`` at each mark; what it returns goes on through the network.
+
+    So one stage can be fed what another runtime computed.
+    """
+    global _visitor
+    before, _visitor = _visitor, visitor
+    try:
+        yield
+    finally:
+        _visitor = before
+
+
 def _with_image_index(rois: Tensor) -> Tensor:
     """RoIs [B, R, 4] as torchvision takes them: float32 [B * R, 5], the number of its image before each."""
     image_index = torch.arange(rois.shape[0], device=rois.device, dtype=rois.dtype)
@@ -116,25 +133,19 @@ def _with_image_index(rois: Tensor) -> Tensor:
     return torch.cat((image_index, rois), dim=2).reshape(-1, 5).float()
 
 
-def _counts(boxes: Tensor, scores: Tensor, score_threshold: float) -> Tensor:
-    """Bool [G, N]: entries above the threshold whose box has a finite positive area."""
-    width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
-    area = width * height
-    return (scores > score_threshold) & (width > 0) & (area > 0) & torch.isfinite(area)
+def _pooled(features: Tensor, rois: Tensor, size: int) -> tuple[int, ...]:
+    return (rois.shape[0] * rois.shape[1], features.shape[1], size, size)
 
 
-def _symbolic(
+def _op(
     name: str,
     inputs: tuple[Tensor, ...],
-    attributes: dict[str, float | int],
+    attributes: Mapping[str, float | int | str],
     dtype: torch.dtype,
     shape: Sequence[int],
+    plugin: bool = True,
 ) -> Tensor:
-    return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{name}",
-        inputs,
-        {**attributes, **PLUGIN_ATTRIBUTES},
-        dtype=dtype,
-        shape=shape,
-        version=OP_VERSION,
-    )
+    """A node of the exported graph."""
+    node = f"{DOMAIN}::{name}"
+    named: dict[str, Any] = {**attributes, **PLUGIN_ATTRIBUTES} if plugin else {**attributes}
+    return torch.onnx.ops.symbolic(node, inputs, named, dtype=dtype, shape=shape, version=OP_VERSION)

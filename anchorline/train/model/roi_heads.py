@@ -1,7 +1,8 @@
-"""The Fast R-CNN half: box head, targets, post-processing (Faster R-CNN, section 3.2)."""
+"""The Fast R-CNN half: pooled regions to classes and boxes, and their losses (Faster R-CNN, section 3.2)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,17 @@ from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.model import ops
 from anchorline.train.model.assign import BACKGROUND, Targets, ignore_covered, match, sample
 from anchorline.train.model.backbones import build_last_stage
-from anchorline.train.model.boxes import at_least, clip_to_images, coder_of, pairwise_ioa, pairwise_iou
+from anchorline.train.model.boxes import (
+    BoxCoder,
+    at_least,
+    clip_to_images,
+    pairwise_ioa,
+    pairwise_iou,
+    rows_at,
+)
 from anchorline.train.model.losses import roi_losses
+from anchorline.train.model.ops import mark
+from anchorline.train.model.roi_pooling import RoIMaxPooling, RoIPooling
 from anchorline.train.model.rpn import Proposals
 from anchorline.train.model.settings import ModelSettings
 
@@ -32,11 +42,12 @@ class BoxHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """[N, representation] of ``pooled`` [N, C, S, S]."""
-        return self._dropped(self.fc7(self._dropped(self.fc6(pooled.flatten(1)))))
-
-    def _dropped(self, hidden: Tensor) -> Tensor:
-        hidden = F.relu(hidden)
-        return F.dropout(hidden, self.dropout) if self.training and self.dropout else hidden
+        hidden = pooled.flatten(1)
+        for layer in (self.fc6, self.fc7):
+            hidden = F.relu(layer(hidden))
+            if self.training and self.dropout:
+                hidden = F.dropout(hidden, self.dropout)
+        return hidden
 
 
 class ConvBoxHead(nn.Sequential):
@@ -74,24 +85,6 @@ class Res5Head(nn.Module):
         return features.mean(dim=(2, 3))
 
 
-def build_box_head(channels: int, settings: ModelSettings) -> BoxHead | ConvBoxHead | Res5Head:
-    """The box head that ``settings`` ask for, over RoIs of ``channels`` channels."""
-    if settings.box_head == "res5":
-        return Res5Head(*build_last_stage(settings))
-    size, width = settings.roi_size, settings.representation
-    if settings.box_convs:
-        return ConvBoxHead(channels, size, settings.box_convs, width)
-    return BoxHead(channels * size**2, width, settings.box_dropout)
-
-
-def start_from_normal(*modules: nn.Module, std: float) -> None:
-    """Weights of the fully connected layers from N(0, ``std``), biases 0: the paper's new layers (3.1.3)."""
-    for layer in (each for module in modules for each in module.modules()):
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
-
-
 class BoxPredictor(nn.Module):
     """Class logits and per-class ``bbox_deltas``; class 0 is background."""
 
@@ -119,47 +112,6 @@ class DetectionBatch:
     num_detections: Tensor
 
 
-def select_detections(
-    class_logits: Tensor, deltas: Tensor, proposals: Proposals, image_sizes: Tensor, settings: ModelSettings
-) -> DetectionBatch:
-    """Class scores and refined boxes to final detections, as torchvision's ``postprocess_detections``.
-
-    ``class_logits`` [B, P, 1 + classes], ``deltas`` [B, P, 1 + classes, 4]. Per class: decode, clip,
-    drop low scores and tiny boxes, NMS; then the best ``max_detections`` of all classes.
-    """
-    batch, slots, classes = class_logits.shape[0], class_logits.shape[1], class_logits.shape[2] - 1
-    scores = class_logits.softmax(dim=-1)[..., 1:].transpose(1, 2)  # [B, classes, P]
-    scores = torch.where(proposals.present[:, None, :], scores, torch.full_like(scores, ops.SUPPRESSED))
-    # NMS wants falling scores; ordering the proposals of each class first moves the least data.
-    scores, order = ops.ordered(scores)
-    by_class = deltas[:, :, 1:].transpose(1, 2).gather(2, order[..., None].expand(-1, -1, -1, 4))
-    references = proposals.boxes[:, None].expand(-1, classes, -1, -1)
-    references = references.gather(2, order[..., None].expand(-1, -1, -1, 4))
-    boxes = coder_of(settings, settings.box_weights, settings.frame_scale).decode(by_class, references)
-    boxes = clip_to_images(boxes, image_sizes, settings.box_edges == "inclusive", settings.frame_scale)
-    scores = torch.where(
-        at_least(boxes, settings.box_min_side), scores, torch.full_like(scores, ops.SUPPRESSED)
-    )
-    kept = ops.batched_nms(
-        boxes.reshape(batch * classes, slots, 4),
-        scores.reshape(batch * classes, slots),
-        iou_threshold=settings.nms_iou,
-        score_threshold=settings.score_threshold,
-    )
-    best, index = kept.reshape(batch, classes * slots).topk(
-        min(settings.max_detections, classes * slots), dim=1
-    )
-    found = best > ops.SUPPRESSED
-    boxes = boxes.reshape(batch, classes * slots, 4).gather(1, index[..., None].expand(-1, -1, 4))
-    labels = torch.div(index, slots, rounding_mode="floor").to(torch.int32)
-    return DetectionBatch(
-        boxes=torch.where(found[..., None], boxes, torch.zeros_like(boxes)),
-        scores=torch.where(found, best, torch.zeros_like(best)),
-        labels=torch.where(found, labels, torch.zeros_like(labels)),
-        num_detections=found.sum(dim=1).to(torch.int32),
-    )
-
-
 @dataclass(frozen=True)
 class RoISamples:
     """Proposals drawn for the detection loss, S slots per image.
@@ -174,43 +126,120 @@ class RoISamples:
     drawn: Tensor
 
 
-@torch.no_grad()
-def sample_rois(
-    proposals: Proposals, targets: Targets, model: ModelSettings, settings: TrainingSettings
-) -> RoISamples:
-    """Draw proposals for the loss; the ground-truth boxes themselves take part as proposals.
+class RoIHeads(nn.Module):
+    """Classifies and refines proposals, and trains itself to: torchvision's ``RoIHeads`` in fixed shapes.
 
-    Ignore regions do not, and proposals that one covers are no background.
+    RoIs are pooled from the finest maps, those of ``strides``.
     """
-    boxes = torch.cat((proposals.boxes, targets.boxes), dim=1)
-    present = torch.cat((proposals.present, targets.present), dim=1)
-    matches = match(
-        pairwise_iou(boxes, targets.boxes),
-        targets.present,
-        positive_iou=settings.roi_positive_iou,
-        negative_iou=settings.roi_positive_iou,
-        keep_best_of_each_box=False,
-        background_iou=settings.roi_background_iou,
-    )
-    matches = ignore_covered(matches, pairwise_ioa(boxes, targets.ignored))
-    positive, negative = (matches >= 0) & present, (matches == BACKGROUND) & present
-    noise = targets.noise(ROI_STREAM, positive.shape[1])
-    index, drawn = sample(positive, negative, settings.roi_samples, settings.roi_positive_fraction, noise)
-    boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))
-    positive = positive.gather(1, index) & drawn
-    slot = matches.gather(1, index).clamp(min=0)
-    labels = torch.where(positive, targets.labels.gather(1, slot) + 1, torch.zeros_like(slot))
-    deltas = coder_of(model, model.box_weights).encode(targets.boxes_at(slot), boxes)
-    return RoISamples(
-        boxes, labels, torch.where(positive[..., None], deltas, torch.zeros_like(deltas)), drawn
-    )
 
+    def __init__(self, channels: int, strides: Sequence[int], classes: int, settings: ModelSettings) -> None:
+        super().__init__()
+        s, self.levels = settings, len(strides)
+        self.pooling = RoIMaxPooling(strides[0], s) if s.roi_pooling == "max" else RoIPooling(strides, s)
+        self.box_head: BoxHead | ConvBoxHead | Res5Head
+        if s.box_head == "res5":
+            self.box_head = Res5Head(*build_last_stage(s))
+        elif s.box_convs:
+            self.box_head = ConvBoxHead(channels, s.roi_size, s.box_convs, s.representation)
+        else:
+            self.box_head = BoxHead(channels * s.roi_size**2, s.representation, s.box_dropout)
+        self.box_predictor = BoxPredictor(self.box_head.out_features, classes)
+        if s.box_init_std:  # as the paper starts its new layers (3.1.3)
+            for layer in self.modules():
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=s.box_init_std)
+                    nn.init.zeros_(layer.bias)
+        self.coder = BoxCoder.of(s, s.box_weights, s.frame_scale)
+        self.score_threshold, self.nms_iou = s.score_threshold, s.nms_iou
+        self.min_side, self.max_detections = s.box_min_side, s.max_detections
 
-def roi_training_losses(
-    class_logits: Tensor, deltas: Tensor, samples: RoISamples, settings: TrainingSettings
-) -> dict[str, Tensor]:
-    """Classification and box loss; ``class_logits`` [B, S, 1 + classes], ``deltas`` [..., 4]."""
-    classifier, box = roi_losses(
-        class_logits, deltas, samples.labels, samples.drawn, samples.deltas, settings.roi_box_beta
-    )
-    return {"loss_classifier": classifier, "loss_box": settings.roi_box_loss_weight * box}
+    def forward(
+        self, features: Sequence[Tensor], proposals: Proposals, image_sizes: Tensor
+    ) -> DetectionBatch:
+        """The detections among ``proposals``, from the backbone's maps [B, C, H, W], finest first."""
+        logits, deltas = self.classify(features, proposals.boxes)
+        logits, deltas = mark("class_logits", logits), mark("box_regression", deltas)
+        return self.detect(logits, deltas, proposals, image_sizes)
+
+    def classify(self, features: Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits [B, R, 1 + classes] and deltas [B, R, 1 + classes, 4] of ``boxes`` [B, R, 4]."""
+        pooled = mark("roi_features", self.pooling(features[: self.levels], boxes))
+        logits, deltas = self.box_predictor(self.box_head(pooled))
+        shape = (boxes.shape[0], boxes.shape[1])
+        return logits.unflatten(0, shape), deltas.unflatten(0, shape)
+
+    def detect(
+        self, class_logits: Tensor, deltas: Tensor, proposals: Proposals, image_sizes: Tensor
+    ) -> DetectionBatch:
+        """Class scores and refined boxes to final detections, as torchvision's ``postprocess_detections``.
+
+        ``class_logits`` [B, P, 1 + classes], ``deltas`` [B, P, 1 + classes, 4]. Per class: decode, clip,
+        drop low scores and tiny boxes, NMS; then the best ``max_detections`` of all classes.
+        """
+        batch, slots, classes = class_logits.shape[0], class_logits.shape[1], class_logits.shape[2] - 1
+        scores = class_logits.softmax(dim=-1)[..., 1:].transpose(1, 2)  # [B, classes, P]
+        scores = torch.where(proposals.present[:, None, :], scores, torch.full_like(scores, ops.SUPPRESSED))
+        # NMS wants falling scores; ordering the proposals of each class first moves the least data.
+        scores, order = ops.ordered(scores)
+        by_class = rows_at(deltas[:, :, 1:].transpose(1, 2), order)
+        references = rows_at(proposals.boxes[:, None].expand(-1, classes, -1, -1), order)
+        boxes = self.coder.decode(by_class, references)
+        boxes = clip_to_images(boxes, image_sizes, self.coder.last_pixel)
+        counts = at_least(boxes, self.min_side)
+        scores = torch.where(counts, scores, torch.full_like(scores, ops.SUPPRESSED))
+        kept = ops.batched_nms(
+            boxes.reshape(batch * classes, slots, 4),
+            scores.reshape(batch * classes, slots),
+            iou_threshold=self.nms_iou,
+            score_threshold=self.score_threshold,
+        )
+        kept = kept.reshape(batch, classes * slots)
+        best, index = kept.topk(min(self.max_detections, classes * slots), dim=1)
+        found = best > ops.SUPPRESSED
+        boxes = rows_at(boxes.reshape(batch, classes * slots, 4), index)
+        labels = torch.div(index, slots, rounding_mode="floor").to(torch.int32)
+        return DetectionBatch(
+            boxes=torch.where(found[..., None], boxes, torch.zeros_like(boxes)),
+            scores=torch.where(found, best, torch.zeros_like(best)),
+            labels=torch.where(found, labels, torch.zeros_like(labels)),
+            num_detections=found.sum(dim=1).to(torch.int32),
+        )
+
+    def losses(
+        self, features: Sequence[Tensor], proposals: Proposals, targets: Targets, settings: TrainingSettings
+    ) -> dict[str, Tensor]:
+        """Classification and box loss on proposals from anywhere: an RPN, or a file of stored ones."""
+        samples = self.sample(proposals, targets, settings)
+        logits, deltas = self.classify(features, samples.boxes)
+        classifier, box = roi_losses(
+            logits, deltas, samples.labels, samples.drawn, samples.deltas, settings.roi_box_beta
+        )
+        return {"loss_classifier": classifier, "loss_box": settings.roi_box_loss_weight * box}
+
+    @torch.no_grad()
+    def sample(self, proposals: Proposals, targets: Targets, settings: TrainingSettings) -> RoISamples:
+        """Draw proposals for the loss; the ground-truth boxes themselves take part as proposals.
+
+        Ignore regions do not, and proposals that one covers are no background.
+        """
+        boxes = torch.cat((proposals.boxes, targets.boxes), dim=1)
+        present = torch.cat((proposals.present, targets.present), dim=1)
+        matches = match(
+            pairwise_iou(boxes, targets.boxes),
+            targets.present,
+            positive_iou=settings.roi_positive_iou,
+            negative_iou=settings.roi_positive_iou,
+            keep_best_of_each_box=False,
+            background_iou=settings.roi_background_iou,
+        )
+        matches = ignore_covered(matches, pairwise_ioa(boxes, targets.ignored))
+        positive, negative = (matches >= 0) & present, (matches == BACKGROUND) & present
+        noise = targets.noise(ROI_STREAM, positive.shape[1])
+        index, drawn = sample(positive, negative, settings.roi_samples, settings.roi_positive_fraction, noise)
+        boxes = rows_at(boxes, index)
+        positive = positive.gather(1, index) & drawn
+        slot = matches.gather(1, index).clamp(min=0)
+        labels = torch.where(positive, targets.labels.gather(1, slot) + 1, torch.zeros_like(slot))
+        deltas = self.coder.encode(targets.boxes_at(slot), boxes)
+        deltas = torch.where(positive[..., None], deltas, torch.zeros_like(deltas))
+        return RoISamples(boxes, labels, deltas, drawn)

@@ -7,8 +7,7 @@ place of its level; one RoIAlign then serves all levels. The results are the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,71 +19,56 @@ from anchorline.train.model.settings import ModelSettings
 
 # Samples lie at most half a pixel before a map (aligned RoIs) and less than one pixel behind it (RoIs
 # widened to one cell); a bilinear sample reads one pixel further.
-BORDER_BEFORE = 1
-BORDER_AFTER = 2
+BORDER_BEFORE, BORDER_AFTER = 1, 2
 
 # In feature pixels. Adaptive sampling puts no point into a RoI without extent, such as an unused slot's,
 # and TensorRT's kernel then divides 0 by 0. No proposal is this narrow, and float32 still resolves it
 # on the canvas of levels.
 SHORTEST = 1e-3
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Where each level's first pixel stands on the feature canvas, as (y, x), and the canvas size."""
-
-    origins: tuple[tuple[int, int], ...]
-    size: tuple[int, int]
-
-
-def lay_out(grids: Sequence[tuple[int, int]]) -> Layout:
-    """The finest map on top, the others side by side below it; ``grids`` are (height, width)."""
-    border = BORDER_BEFORE + BORDER_AFTER
-    origins = [(BORDER_BEFORE, BORDER_BEFORE)]
-    top, left = grids[0][0] + border, 0
-    for _, width in grids[1:]:
-        origins.append((top + BORDER_BEFORE, left + BORDER_BEFORE))
-        left += width + border
-    height = top + max([h + border for h, _ in grids[1:]], default=0)
-    return Layout(tuple(origins), (height, max(grids[0][1] + border, left)))
-
-
-def feature_canvas(features: Sequence[Tensor]) -> Tensor:
-    """All maps [B, C, H_i, W_i] on one [B, C, height, width], placed as ``lay_out`` says."""
-    sides = (BORDER_BEFORE, BORDER_AFTER, BORDER_BEFORE, BORDER_AFTER)
-    first, *rest = (F.pad(feature, sides, mode="replicate") for feature in features)
-    if not rest:
-        return first
-    tallest = max(feature.shape[2] for feature in rest)
-    row = torch.cat([F.pad(feature, (0, 0, 0, tallest - feature.shape[2])) for feature in rest], dim=3)
-    width = max(first.shape[3], row.shape[3])
-    first, row = (F.pad(part, (0, width - part.shape[3])) for part in (first, row))
-    return torch.cat((first, row), dim=2)
+# From sides [B, R] of RoIs, the canonical size s0 and log2 of the finest level's stride to levels by log2 of
+# their strides (FPN paper, equation 1). They differ in their guard against rounding at the steps.
+# torchvision: ``LevelMapper``; detectron2: ``modeling/poolers.py``; mmdetection:
+# ``single_level_roi_extractor.py``, which counts from the finest level, of ``finest_scale`` s0 * stride / 16.
+LEVEL_RULES: dict[str, Callable[[Tensor, float, int], Tensor]] = {
+    "torchvision": lambda side, s0, _: torch.floor(4 + torch.log2(side / s0) + 1e-6),
+    "detectron2": lambda side, s0, _: torch.floor(4 + torch.log2(side / s0 + 1e-8)),
+    "mmdetection": lambda side, s0, finest: (
+        finest + torch.floor(torch.log2(side / (s0 * 2**finest / 16) + 1e-6))
+    ),
+}
 
 
 def assign_levels(
     boxes: Tensor, levels: int, first_stride: int, canonical_size: float, rule: str = "torchvision"
 ) -> Tensor:
-    """Index [B, R] of the level each box [B, R, 4] is pooled from (FPN paper, equation 1).
+    """Index [B, R] of the level each box [B, R, 4] is pooled from, of ``levels`` from ``first_stride`` on.
 
-    A box of side s = ``canonical_size`` belongs to the level of stride 16; each doubling is one level
-    up. The rules differ in their guard against rounding at the steps:
-
-    - ``torchvision``, ``LevelMapper``: floor(4 + log2(s / 224) + 1e-6);
-    - ``detectron2``, ``modeling/poolers.py``: floor(4 + log2(s / 224 + 1e-8));
-    - ``mmdetection``, ``single_level_roi_extractor.py``: floor(log2(s / 56 + 1e-6)) counted from the finest
-      level, whose ``finest_scale`` 56 is 224 * 4 / 16.
+    A box of side ``canonical_size`` belongs to the level of stride 16; each doubling is one level up.
     """
     first = first_stride.bit_length() - 1
-    side = torch.sqrt(box_area(boxes))
-    if rule == "mmdetection":
-        finest = canonical_size * first_stride / 16
-        level = first + torch.floor(torch.log2(side / finest + 1e-6))
-    elif rule == "detectron2":
-        level = torch.floor(4 + torch.log2(side / canonical_size + 1e-8))
-    else:
-        level = torch.floor(4 + torch.log2(side / canonical_size) + 1e-6)
+    level = LEVEL_RULES[rule](torch.sqrt(box_area(boxes)), canonical_size, first)
     return torch.clamp(level, min=first, max=first + levels - 1).to(torch.int64) - first
+
+
+def feature_canvas(features: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+    """All maps [B, C, H_i, W_i] on one [B, C, H, W], and where the first pixel of each stands, as (y, x).
+
+    The finest map lies on top, the others side by side below it, each within its border.
+    """
+    sides = (BORDER_BEFORE, BORDER_AFTER, BORDER_BEFORE, BORDER_AFTER)
+    first, *rest = (F.pad(feature, sides, mode="replicate") for feature in features)
+    origins, left = [(BORDER_BEFORE, BORDER_BEFORE)], 0
+    for feature in rest:
+        origins.append((first.shape[2] + BORDER_BEFORE, left + BORDER_BEFORE))
+        left += feature.shape[3]
+    if not rest:
+        return first, origins
+    tallest = max(feature.shape[2] for feature in rest)
+    row = torch.cat([F.pad(feature, (0, 0, 0, tallest - feature.shape[2])) for feature in rest], dim=3)
+    width = max(first.shape[3], row.shape[3])
+    first, row = (F.pad(part, (0, width - part.shape[3])) for part in (first, row))
+    return torch.cat((first, row), dim=2), origins
 
 
 def edge_mask(start: Tensor, length: Tensor, limit: Tensor, size: int, sampling: int) -> Tensor:
@@ -98,15 +82,6 @@ def edge_mask(start: Tensor, length: Tensor, limit: Tensor, size: int, sampling:
     offsets = (steps + 0.5) / (size * sampling)
     inside = start[..., None] + length[..., None] * offsets <= limit[..., None]
     return inside.to(start.dtype).unflatten(-1, (size, sampling)).mean(-1)
-
-
-def build_pooling(strides: Sequence[int], settings: ModelSettings) -> RoIPooling | RoIMaxPooling:
-    """The pooling that ``settings`` ask for, over the maps of ``strides``."""
-    return (
-        RoIMaxPooling(strides[0], settings)
-        if settings.roi_pooling == "max"
-        else RoIPooling(strides, settings)
-    )
 
 
 class RoIMaxPooling(nn.Module):
@@ -136,47 +111,38 @@ class RoIPooling(nn.Module):
     def __init__(self, strides: Sequence[int], settings: ModelSettings) -> None:
         super().__init__()
         self.strides = tuple(strides)
-        self.size = settings.roi_size
-        self.sampling = settings.roi_sampling
+        self.size, self.sampling = settings.roi_size, settings.roi_sampling
         self.aligned = settings.roi_aligned
-        self.canonical_size = settings.canonical_size
-        self.level_rule = settings.roi_level_rule
+        self.canonical_size, self.level_rule = settings.canonical_size, settings.roi_level_rule
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
         """Pooled regions [B * R, C, S, S] of ``boxes`` [B, R, 4] in canvas pixels.
 
         ``features`` are the levels of ``strides``, finest first.
         """
-        grids = [(feature.shape[2], feature.shape[3]) for feature in features]
-        layout = lay_out(grids)
-        level = assign_levels(boxes, len(grids), self.strides[0], self.canonical_size, self.level_rule)
-        table = torch.tensor(
-            [
-                (1.0 / stride, *origin, *grid)
-                for stride, origin, grid in zip(self.strides, layout.origins, grids, strict=True)
-            ],
-            dtype=boxes.dtype,
-            device=boxes.device,
-        )
+        level = assign_levels(boxes, len(features), self.strides[0], self.canonical_size, self.level_rule)
+        canvas, origins = feature_canvas(features)
+        rows = [
+            (1.0 / stride, *origin, feature.shape[2], feature.shape[3])
+            for stride, origin, feature in zip(self.strides, origins, features, strict=True)
+        ]
+        table = torch.tensor(rows, dtype=boxes.dtype, device=boxes.device)
         scale, origin_y, origin_x, height, width = table[level].unbind(-1)
         x1, y1, x2, y2 = (boxes * scale[..., None]).unbind(-1)
         length_x, length_y = x2 - x1, y2 - y1
         # The op puts pixel centres at 0.5, torchvision's aligned=False at 0; hence the half pixel.
         shift = 0.0 if self.aligned else 0.5
-        if not self.aligned:
-            length_x, length_y = length_x.clamp(min=1.0), length_y.clamp(min=1.0)
-        elif not self.sampling:
-            length_x, length_y = length_x.clamp(min=SHORTEST), length_y.clamp(min=SHORTEST)
+        if not self.aligned or not self.sampling:
+            shortest = SHORTEST if self.aligned else 1.0
+            length_x, length_y = length_x.clamp(min=shortest), length_y.clamp(min=shortest)
         left, top = x1 + (origin_x + shift), y1 + (origin_y + shift)
         rois = torch.stack((left, top, left + length_x, top + length_y), dim=-1)
-        pooled = ops.roi_align(
-            feature_canvas(features), rois, output_size=self.size, sampling_ratio=self.sampling
-        )
+        pooled = ops.roi_align(canvas, rois, output_size=self.size, sampling_ratio=self.sampling)
         if self.aligned:
             return pooled
         # Adaptive sampling has one point in a cell of the RoIs that matter here, one feature pixel long.
         sampling = self.sampling or 1
-        rows = edge_mask(y1, length_y, height, self.size, sampling)
-        columns = edge_mask(x1, length_x, width, self.size, sampling)
-        mask = (rows[..., :, None] * columns[..., None, :]).flatten(0, 1)
+        mask_y = edge_mask(y1, length_y, height, self.size, sampling)
+        mask_x = edge_mask(x1, length_x, width, self.size, sampling)
+        mask = (mask_y[..., :, None] * mask_x[..., None, :]).flatten(0, 1)
         return pooled * mask[:, None].to(pooled.dtype)

@@ -1,11 +1,11 @@
-"""The region proposal network: head, proposals and targets (Faster R-CNN, section 3.1)."""
+"""The region proposal network: head, proposals and losses (Faster R-CNN, section 3.1)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,20 +13,21 @@ from torch import Tensor, nn
 
 from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.model import ops
+from anchorline.train.model.anchors import AnchorGenerator
 from anchorline.train.model.assign import BACKGROUND, IGNORED, Targets, ignore_covered, match, sample
 from anchorline.train.model.boxes import (
     BoxCoder,
     at_least,
     clip_to_images,
-    coder_of,
     inside_images,
     pairwise_ioa,
     pairwise_iou,
+    rows_at,
 )
 from anchorline.train.model.losses import rpn_losses
+from anchorline.train.model.ops import mark
 from anchorline.train.model.settings import ModelSettings
 
-RPN_CODER = BoxCoder()
 RPN_STREAM = 1
 
 
@@ -59,16 +60,13 @@ class RPNHead(nn.Module):
         objectness, deltas = [], []
         for feature in features:
             hidden = self.conv(feature)
-            objectness.append(self._logits(self.cls_logits(hidden)).permute(0, 2, 3, 1).flatten(1))
-            deltas.append(self.bbox_pred(hidden).permute(0, 2, 3, 1).reshape(feature.shape[0], -1, 4))
-        return [o.float() for o in objectness], [d.float() for d in deltas]
-
-    def _logits(self, scores: Tensor) -> Tensor:
-        """One logit for each anchor: of two scores their difference, whose sigmoid is their softmax."""
-        if not self.pairs:
-            return scores
-        background, object_ = scores.float().chunk(2, dim=1)
-        return object_ - background
+            scores = self.cls_logits(hidden)
+            if self.pairs:  # the sigmoid of their difference is their softmax
+                background, object_ = scores.float().chunk(2, dim=1)
+                scores = object_ - background
+            objectness.append(scores.permute(0, 2, 3, 1).flatten(1).float())
+            deltas.append(self.bbox_pred(hidden).permute(0, 2, 3, 1).reshape(feature.shape[0], -1, 4).float())
+        return objectness, deltas
 
 
 @dataclass(frozen=True)
@@ -84,67 +82,134 @@ class Proposals:
         return self.scores > ops.SUPPRESSED
 
 
-def select_proposals(
-    objectness: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    image_sizes: Tensor,
-    settings: ModelSettings,
-    *,
-    pre_nms: int,
-    post_nms: int,
-) -> Proposals:
-    """Turn the head's outputs into proposals, as torchvision's ``filter_proposals`` in fixed shapes.
+class AnchorScores(NamedTuple):
+    """What the head says of every anchor, by level.
 
-    Per level the ``pre_nms`` best anchors are decoded and clipped to their image, boxes that are too
-    small or score too low go, NMS runs within each level, and the ``post_nms`` best of all levels remain.
+    ``objectness`` logits [B, A_level], ``deltas`` [B, A_level, 4], ``anchors`` [A_level, 4].
     """
-    slots = max(min(pre_nms, level.shape[1]) for level in objectness)
-    boxes_of_level, scores_of_level = [], []
-    for level_objectness, level_deltas, level_anchor in zip(objectness, deltas, anchors, strict=True):
-        count = min(pre_nms, level_objectness.shape[1])
-        logits, index = level_objectness.topk(count, dim=1)
-        chosen = level_deltas.gather(1, index[..., None].expand(-1, -1, 4))
-        boxes = coder_of(settings).decode(chosen, level_anchor[index])
-        boxes_of_level.append(F.pad(boxes, (0, 0, 0, slots - count)))
-        scores_of_level.append(F.pad(logits.sigmoid(), (0, slots - count), value=ops.SUPPRESSED))
-    boxes = torch.stack(boxes_of_level, dim=1)  # [B, L, slots, 4]
-    boxes = clip_to_images(boxes, image_sizes, settings.box_edges == "inclusive")
-    scores = torch.stack(scores_of_level, dim=1)
-    counts = at_least(boxes, settings.rpn_min_side * settings.frame_scale)
-    if settings.rpn_score_threshold > 0:
-        counts = counts & (scores >= settings.rpn_score_threshold)
-    scores = torch.where(counts, scores, torch.full_like(scores, ops.SUPPRESSED))
-    batch, levels = boxes.shape[:2]
-    kept = ops.batched_nms(
-        boxes.reshape(batch * levels, slots, 4),
-        scores.reshape(batch * levels, slots),
-        iou_threshold=settings.rpn_nms_iou,
-        score_threshold=ops.SUPPRESSED,  # a sigmoid that underflows to 0 is still a score
-    )
-    kept = kept.reshape(batch, levels * slots)
-    scores, index = kept.topk(min(post_nms, levels * slots), dim=1)
-    boxes = boxes.reshape(batch, levels * slots, 4).gather(1, index[..., None].expand(-1, -1, 4))
-    return Proposals(
-        torch.where((scores > ops.SUPPRESSED)[..., None], boxes, torch.zeros_like(boxes)), scores
-    )
+
+    objectness: Sequence[Tensor]
+    deltas: Sequence[Tensor]
+    anchors: Sequence[Tensor]
+
+
+class RPN(nn.Module):
+    """Proposes regions and trains itself to: torchvision's ``RegionProposalNetwork`` in fixed shapes."""
+
+    def __init__(self, channels: int, strides: Sequence[int], settings: ModelSettings) -> None:
+        super().__init__()
+        s = settings
+        self.anchors_per_place = s.anchors_per_place
+        self.head = RPNHead(
+            channels, s.anchors_per_place, s.rpn_convs, width=s.rpn_channels, pairs=s.rpn_score == "softmax"
+        )
+        # A single map may be larger than canvas / 16; of a pyramid torchvision's strides are rounded.
+        true_strides = strides if s.neck in ("single", "dc5") or s.anchor_style == "unrounded" else None
+        self.anchors = AnchorGenerator(
+            s.canvas, s.anchor_sizes, s.aspect_ratios, s.anchor_style, true_strides
+        )
+        self.coder = BoxCoder.of(s)
+        self.pre_nms, self.post_nms, self.nms_iou = s.rpn_pre_nms, s.rpn_post_nms, s.rpn_nms_iou
+        self.score_threshold, self.min_side = s.rpn_score_threshold, s.rpn_min_side * s.frame_scale
+
+    def forward(self, features: Sequence[Tensor], image_sizes: Tensor) -> Proposals:
+        """The proposals of test time, from the levels' maps [B, C, H, W]."""
+        proposals = self.propose(self.score(features), image_sizes)
+        return Proposals(mark("proposals", proposals.boxes), mark("proposal_scores", proposals.scores))
+
+    def score(self, features: Sequence[Tensor]) -> AnchorScores:
+        """Objectness and deltas of the anchors at every place of ``features``."""
+        objectness, deltas = self.head(features)
+        return AnchorScores(
+            [mark(f"objectness.{level}", each) for level, each in enumerate(objectness)],
+            [mark(f"bbox_deltas.{level}", each) for level, each in enumerate(deltas)],
+            self.anchors(features),
+        )
+
+    def propose(
+        self,
+        scored: AnchorScores,
+        image_sizes: Tensor,
+        pre_nms: int | None = None,
+        post_nms: int | None = None,
+    ) -> Proposals:
+        """Turn the head's outputs into proposals, as torchvision's ``filter_proposals``.
+
+        Per level the ``pre_nms`` best anchors (default: the model's own numbers) are decoded and clipped to
+        their image, boxes that are too small or score too low go, NMS runs within each level, and the
+        ``post_nms`` best of all levels remain.
+        """
+        pre_nms, post_nms = pre_nms or self.pre_nms, post_nms or self.post_nms
+        slots = max(min(pre_nms, level.shape[1]) for level in scored.objectness)
+        boxes_of_level, scores_of_level = [], []
+        for objectness, deltas, anchors in zip(*scored, strict=True):
+            count = min(pre_nms, objectness.shape[1])
+            logits, index = objectness.topk(count, dim=1)
+            boxes = self.coder.decode(rows_at(deltas, index), anchors[index])
+            boxes_of_level.append(F.pad(boxes, (0, 0, 0, slots - count)))
+            scores_of_level.append(F.pad(logits.sigmoid(), (0, slots - count), value=ops.SUPPRESSED))
+        boxes = torch.stack(boxes_of_level, dim=1)  # [B, L, slots, 4]
+        boxes = clip_to_images(boxes, image_sizes, self.coder.last_pixel)
+        scores = torch.stack(scores_of_level, dim=1)
+        counts = at_least(boxes, self.min_side)
+        if self.score_threshold > 0:
+            counts = counts & (scores >= self.score_threshold)
+        scores = torch.where(counts, scores, torch.full_like(scores, ops.SUPPRESSED))
+        batch, levels = boxes.shape[:2]
+        kept = ops.batched_nms(
+            boxes.reshape(batch * levels, slots, 4),
+            scores.reshape(batch * levels, slots),
+            iou_threshold=self.nms_iou,
+            score_threshold=ops.SUPPRESSED,  # a sigmoid that underflows to 0 is still a score
+        )
+        kept = kept.reshape(batch, levels * slots)
+        scores, index = kept.topk(min(post_nms, levels * slots), dim=1)
+        boxes = rows_at(boxes.reshape(batch, levels * slots, 4), index)
+        found = (scores > ops.SUPPRESSED)[..., None]
+        return Proposals(torch.where(found, boxes, torch.zeros_like(boxes)), scores)
+
+    def losses(
+        self, scored: AnchorScores, image_sizes: Tensor, targets: Targets, settings: TrainingSettings
+    ) -> dict[str, Tensor]:
+        """Objectness and box loss of one batch (equation 1); N_reg is the number of places."""
+        objectness, deltas = torch.cat([*scored.objectness], dim=1), torch.cat([*scored.deltas], dim=1)
+        anchors = torch.cat([*scored.anchors])
+        with torch.no_grad():
+            matches = match_anchors(anchors, targets, settings, image_sizes)
+            positive, negative = matches >= 0, matches == BACKGROUND
+            noise = targets.noise(RPN_STREAM, positive.shape[1])
+            index, drawn = sample(
+                positive, negative, settings.rpn_samples, settings.rpn_positive_fraction, noise
+            )
+            positive = positive.gather(1, index) & drawn
+            boxes = targets.boxes_at(matches.gather(1, index).clamp(min=0))
+            goals = self.coder.encode(boxes, anchors[index])
+        divisors = (settings.rpn_samples, len(anchors) // self.anchors_per_place)
+        objectness_loss, box_loss = rpn_losses(
+            objectness.gather(1, index),
+            rows_at(deltas, index),
+            positive,
+            drawn,
+            torch.where(positive[..., None], goals, torch.zeros_like(goals)),
+            settings.rpn_box_beta,
+            divisors if settings.rpn_normalisation == "paper" else None,
+        )
+        weight, box_weight = settings.rpn_loss_weight, settings.rpn_loss_weight * settings.rpn_box_loss_weight
+        return {"loss_objectness": weight * objectness_loss, "loss_rpn_box": box_weight * box_loss}
 
 
 def match_anchors(
-    anchors: Tensor, targets: Targets, settings: TrainingSettings, image_sizes: Tensor | None
+    anchors: Tensor, targets: Targets, settings: TrainingSettings, image_sizes: Tensor
 ) -> Tensor:
-    """What each anchor stands for (``matcher.match``), int64 [B, A].
+    """What each of ``anchors`` [A, 4] stands for (``assign.match``), int64 [B, A].
 
     Anchors that an ignore region covers are no background. With ``rpn_ignore_outside`` anchors across the
-    edge of their image have no part: they are not the best of any box either.
+    edge of their image (``image_sizes`` [B, 2]) have no part: they are not the best of any box either.
     """
     iou = pairwise_iou(anchors[None], targets.boxes)
-    inside = None
-    if settings.rpn_ignore_outside:
-        if image_sizes is None:
-            raise ValueError("rpn_ignore_outside needs the sizes of the images, [B, 2]; got None")
-        inside = inside_images(anchors, image_sizes)
-        iou = torch.where(inside[..., None], iou, torch.full_like(iou, -1.0))
+    inside = inside_images(anchors, image_sizes) if settings.rpn_ignore_outside else None
+    if inside is not None:
+        iou = torch.where(inside[..., None], iou, -1.0)
     matches = match(
         iou,
         targets.present,
@@ -153,43 +218,5 @@ def match_anchors(
         keep_best_of_each_box=True,
     )
     if inside is not None:
-        matches = torch.where(inside, matches, torch.full_like(matches, IGNORED))
+        matches = torch.where(inside, matches, IGNORED)
     return ignore_covered(matches, pairwise_ioa(anchors[None], targets.ignored))
-
-
-def rpn_training_losses(
-    objectness: Tensor,
-    deltas: Tensor,
-    anchors: Tensor,
-    targets: Targets,
-    settings: TrainingSettings,
-    *,
-    image_sizes: Tensor | None = None,
-    anchors_per_place: int = 1,
-) -> dict[str, Tensor]:
-    """Objectness and box loss of one batch (equation 1).
-
-    ``objectness`` [B, A], ``deltas`` [B, A, 4] and ``anchors`` [A, 4] with all levels joined;
-    ``image_sizes`` [B, 2] for anchors across the edge. N_reg is A / ``anchors_per_place``.
-    """
-    with torch.no_grad():
-        matches = match_anchors(anchors, targets, settings, image_sizes)
-        positive, negative = matches >= 0, matches == BACKGROUND
-        noise = targets.noise(RPN_STREAM, positive.shape[1])
-        index, drawn = sample(positive, negative, settings.rpn_samples, settings.rpn_positive_fraction, noise)
-        positive = positive.gather(1, index) & drawn
-        box = matches.gather(1, index).clamp(min=0)
-        goals = RPN_CODER.encode(targets.boxes_at(box), anchors[index])
-    objectness_loss, box_loss = rpn_losses(
-        objectness.gather(1, index),
-        deltas.gather(1, index[..., None].expand(-1, -1, 4)),
-        positive,
-        drawn,
-        torch.where(positive[..., None], goals, torch.zeros_like(goals)),
-        settings.rpn_box_beta,
-        (settings.rpn_samples, len(anchors) // anchors_per_place)
-        if settings.rpn_normalisation == "paper"
-        else None,
-    )
-    weight, box_weight = settings.rpn_loss_weight, settings.rpn_loss_weight * settings.rpn_box_loss_weight
-    return {"loss_objectness": weight * objectness_loss, "loss_rpn_box": box_weight * box_loss}

@@ -133,7 +133,7 @@ def tame(model: FasterRCNN, images: Any, sizes: Any) -> None:
         objectness, deltas = model.rpn.head(features)
         scale(model.rpn.head.cls_logits, objectness[0], 2.0)
         scale(model.rpn.head.bbox_pred, deltas[0], 0.2)
-        logits, box_deltas = model.roi_heads(features, model.propose(features, sizes).boxes)
+        logits, box_deltas = model.roi_heads.classify(features, model.rpn(features, sizes).boxes)
         scale(model.roi_heads.box_predictor.cls_score, logits, 2.0)
         scale(model.roi_heads.box_predictor.bbox_pred, box_deltas, 1.0)
 

@@ -27,7 +27,7 @@ from anchorline.train.settings import Settings
 PRELOADED = [
     *("torch", "torch.distributed.rendezvous", "torch.utils.data", "torchvision"),
     *("anchorline.cli", "anchorline.cli.train", "anchorline.evaluation.evaluation"),
-    *("anchorline.data.synthetic", "anchorline.train.proposing", "anchorline.train.loop.train"),
+    *("anchorline.data.synthetic", "anchorline.train.predict", "anchorline.train.loop.train"),
 ]
 
 

@@ -28,7 +28,7 @@ from anchorline.train.loop.metrics import StepReport
 from anchorline.train.loop.train import train
 from anchorline.train.loop.trainer import Trainer
 from anchorline.train.model.faster_rcnn import FasterRCNN
-from anchorline.train.proposing import load_rpn
+from anchorline.train.predict import load_rpn
 from anchorline.train.settings import Settings
 
 ENVIRONMENT: dict[str, str] = globals().get("ENVIRONMENT", {})

@@ -27,7 +27,7 @@ from anchorline.data.proposals import read_proposals
 from anchorline.data.synthetic import synthetic_dataset
 from anchorline.evaluation.evaluation import proposal_recall, run_detector
 from anchorline.train.checkpoint import load_checkpoint
-from anchorline.train.proposing import load_rpn
+from anchorline.train.predict import load_rpn
 from anchorline.train.settings import Settings
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked here")
