@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import secrets
 import shutil
@@ -14,7 +13,7 @@ from types import TracebackType
 
 from anchorline.cluster.worker import WorkItem
 from anchorline.runtime.io.files import discard, is_stream, output_errors
-from anchorline.runtime.video.paths import Item, add_targets
+from anchorline.runtime.video.paths import Item, add_targets, next_name
 from anchorline.runtime.video.sinks import JsonLines
 
 
@@ -65,11 +64,19 @@ class Outputs:
     def answered(self, item: WorkItem) -> None:
         """The item's lines and copies are there."""
         if self.copies is not None:
-            paths = [Path(path) for path in item.paths]
-            written = add_targets(paths, item.folder_in(self.copies), single=False)  # as the worker did
+            folder = item.folder_in(self.copies)
+            written = add_targets([Path(path) for path in item.paths], folder, single=False)
             for file, target in zip(written, self._targets[item.first :], strict=False):
-                if file.target is not None and target is not None:
-                    self._name(file.target, target, file.is_video)
+                assert file.target is not None
+                assert target is not None
+                copies = [file.target] if file.target.exists() else []
+                if item.is_video:  # alone in its folder, in parts where the size of its pictures changes
+                    copies = sorted(folder.glob("*"), key=lambda path: (len(path.name), path.name))
+                for number, copy in enumerate(copies):
+                    place = next_name(target, self._taken) if number else target
+                    self._taken.add(place)
+                    with output_errors(place):
+                        os.replace(copy, place)
         self.ended(item)
 
     def ended(self, item: WorkItem) -> None:
@@ -96,26 +103,11 @@ class Outputs:
 
     def _write(self, first: int) -> None:
         """Its turn has come."""
-        if self._sink is None or not (self._parts / str(first)).exists():
-            return
-        with (self._parts / str(first)).open(encoding="utf-8", newline="\n") as file:
-            for line in file:
-                self._sink.write_line(line)
-        discard(self._parts / str(first))
-
-    def _name(self, written: Path, target: Path, is_video: bool) -> None:
-        """Move a copy to its target, and further parts of a video whose pictures change their size midway."""
-        for number in itertools.count(1):
-            part = written if number == 1 else written.with_name(f"{written.stem}-{number}{written.suffix}")
-            if not part.exists() or (number > 1 and not is_video):
-                return
-            place = target
-            if number > 1:
-                names = (target.with_name(f"{target.stem}-{n}{target.suffix}") for n in itertools.count(2))
-                place = next(name for name in names if name not in self._taken)
-                self._taken.add(place)
-            with output_errors(place):
-                os.replace(part, place)
+        if self._sink is not None and (path := self._parts / str(first)).exists():
+            with path.open(encoding="utf-8", newline="\n") as file:
+                for line in file:
+                    self._sink.write_line(line)
+            discard(path)
 
 
 @contextlib.contextmanager

@@ -98,8 +98,12 @@ class Ray:
         return SimpleNamespace(
             number=number,
             open=SimpleNamespace(remote=lambda *contents: Call([self.opening(number, len(contents))])),
-            answer=SimpleNamespace(options=lambda **options: answer),
+            answer=SimpleNamespace(options=lambda **options: self._check_bounded(options) or answer),
         )
+
+    def _check_bounded(self, options: dict[str, Any]) -> None:
+        """Pieces that nobody takes stop their worker, so that they do not gather in its memory."""
+        assert options == {"num_returns": "streaming", "_generator_backpressure_num_objects": 2}
 
     def wait(self, calls: list[Call], *, num_returns: int, timeout: float) -> tuple[list[Call], list[Call]]:
         there = [call for call in calls if HANGS not in call.gives[:1]]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,12 @@ def add_targets(paths: list[Path], save: Path | None, single: bool) -> list[Item
         if os.path.realpath(target) in sources:
             raise SettingsError(f"saving to {target} would overwrite the source; choose another place")
     return [Item(path, is_video(path), target) for path, target in zip(paths, targets, strict=True)]
+
+
+def next_name(path: Path, taken: Container[Path]) -> Path:
+    """``clip-2.mp4`` for ``clip.mp4``, or such a name with the next number that is not taken."""
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+    return next(name for name in names if name not in taken)
 
 
 def check_outputs(outputs: Iterable[str | Path | None], kept: Iterable[str | Path]) -> None:

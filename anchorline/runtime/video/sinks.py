@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import threading
@@ -19,7 +18,7 @@ from anchorline.runtime.io.files import discard, is_stream, output_errors, publi
 from anchorline.runtime.io.images import write_image
 from anchorline.runtime.video.files import VideoWriter
 from anchorline.runtime.video.frames import Result, Stream
-from anchorline.runtime.video.paths import is_stdout
+from anchorline.runtime.video.paths import is_stdout, next_name
 from anchorline.runtime.video.pyav import open_writer
 
 LONGEST_PART = 90_000  # frames of a live source in one file
@@ -167,11 +166,7 @@ class AnnotatedFiles:
             held[1].close()
 
     def _next_part(self, target: Path) -> Path:
-        if target in self._begun:
-            names = (target.with_name(f"{target.stem}-{n}{target.suffix}") for n in itertools.count(2))
-            part = next(name for name in names if name not in self._taken)
-        else:
-            part = target
+        part = next_name(target, self._taken) if target in self._begun else target
         self._begun.add(part)
         self._taken.add(part)
         return part
