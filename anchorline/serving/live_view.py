@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import ipaddress
 import logging
@@ -120,8 +119,7 @@ class LiveView:
         self._live.close()
         self._server.should_exit = True
         self._thread.join()
-        with contextlib.suppress(OSError):
-            self._socket.close()
+        self._socket.close()
         self._live.painter.stop()
 
     def _serve(self) -> None:

@@ -72,8 +72,7 @@ class Painter(threading.Thread):
         with self._changed:
             self._ended = True
             self._changed.notify()
-        if self.is_alive():
-            self.join()
+        self.join()
 
     def offer(self, result: Result) -> None:
         """This is the newest result of its source."""
