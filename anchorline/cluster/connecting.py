@@ -39,7 +39,7 @@ def check_address(address: str) -> None:
         )
     if address not in (LOCAL, AUTO) and not _ADDRESS.fullmatch(address):
         raise SettingsError(f"--ray is {address!r}; expected local, auto or the HOST:PORT of a cluster")
-    _import_ray()
+    _import_ray(address)
 
 
 @contextlib.contextmanager
@@ -49,10 +49,7 @@ def connected(address: str, cores: int | None = None) -> Iterator[Any]:
     A cluster that this process has joined already stays joined. ``local`` starts one on the loopback
     address, with ``cores`` or those there are, which ends with the block. Raises ``ClusterError``.
     """
-    if address == LOCAL and "ray" not in sys.modules:
-        # Ray has no other switch for a cluster that listens on the loopback address only.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    ray = _import_ray()
+    ray = _import_ray(address)
     joined_before = ray.is_initialized()
     # Results go to stdout, and nothing of Ray's among them; we tell of dead workers ourselves.
     with contextlib.redirect_stdout(cast(IO[str], _WithoutRay(sys.stdout))):
@@ -92,8 +89,11 @@ def share_out(nodes: Iterable[Mapping[str, Any]], provider: str, threads: int | 
     return each, int(on_gpu), room
 
 
-def _import_ray() -> Any:
+def _import_ray(address: str) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address == LOCAL and "ray" not in sys.modules:
+        # Ray has no other switch for a cluster that listens on the loopback address only.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
     except ImportError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -102,6 +103,19 @@ def test_without_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SettingsError, match=r"pip install 'anchorline\[ray\]'"):
         check_address("local")
+
+
+def test_a_local_cluster_is_on_the_loopback_address():
+    """Which Ray decides as it is imported, by the check of the address."""
+    pytest.importorskip("ray")
+    program = """
+from anchorline.cluster.connecting import check_address
+check_address("local")
+import ray
+print(ray.util.get_node_ip_address())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "127.0.0.1\n", done.stderr
 
 
 def test_nobody_answers():
