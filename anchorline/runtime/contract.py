@@ -46,7 +46,7 @@ class ResizeRule:
     bound). The aspect ratio is kept. Sizes are rounded ``down`` as torchvision does, or to the ``nearest``
     pixel as Detectron2, MMDetection and py-faster-rcnn do (see ``canvas.place``). ``interpolation`` is
     ``bilinear`` between the nearest four pixels, or ``antialiased``: Pillow's filter, in whole grey
-    levels, as Detectron2 resizes (see ``antialiased_resize``).
+    levels, as Detectron2 resizes (see ``canvas.resize_antialiased``).
     """
 
     shorter_side: int | None = None
@@ -59,10 +59,8 @@ class ResizeRule:
         _expect_choice("resize.rounding", self.rounding, ROUNDINGS)
         for name in ("shorter_side", "longer_side"):
             side = getattr(self, name)
-            if side is not None and (not isinstance(side, int) or side < 1):
-                raise ArtefactError(
-                    f"resize.{name} is {side!r}; expected null or a positive number of pixels"
-                )
+            fits = side is None or (isinstance(side, int) and side >= 1)
+            _expect(fits, f"resize.{name}", side, "null or a positive number of pixels")
 
     @property
     def is_bounded(self) -> bool:
@@ -83,12 +81,12 @@ class Thresholds:
     def __post_init__(self) -> None:
         for name in ("score", "nms_iou", "rpn_nms_iou"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0.0 <= value <= 1.0:
-                raise ArtefactError(f"thresholds.{name} is {value!r}; expected a number from 0 to 1")
+            fits = _is_number(value) and 0.0 <= value <= 1.0
+            _expect(fits, f"thresholds.{name}", value, "a number from 0 to 1")
         for name in ("max_detections", "max_proposals"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ArtefactError(f"thresholds.{name} is {value!r}; expected a whole number of at least 1")
+            fits = isinstance(value, int) and value >= 1
+            _expect(fits, f"thresholds.{name}", value, "a whole number of at least 1")
 
 
 @dataclass(frozen=True)
@@ -135,25 +133,21 @@ class Contract:
         _expect_choice("task", self.task, TASKS)
         _expect_choice("input_dtype", self.input_dtype, INPUT_DTYPES)
         _expect_choice("channel_order", self.channel_order, CHANNEL_ORDERS)
-        named = isinstance(self.names, tuple) and all(isinstance(n, str) and n for n in self.names)
-        if not named or not self.names:
-            raise ArtefactError(
-                f"contract names are {self.names!r}; expected at least one non-empty class name"
-            )
-        if len(set(self.names)) != len(self.names):
-            raise ArtefactError(f"contract names are {self.names!r}; expected each class name once")
-        if len(self.canvas) != 2 or not all(isinstance(s, int) and s > 0 for s in self.canvas):
-            raise ArtefactError(f"contract canvas is {self.canvas!r}; expected (height, width) in pixels")
+        names, canvas, std = self.names, self.canvas, self.std
+        named = isinstance(names, tuple) and all(isinstance(name, str) and name for name in names)
+        _expect(named and len(names) > 0, "contract names", names, "at least one non-empty class name", "are")
+        _expect(len(set(names)) == len(names), "contract names", names, "each class name once", "are")
+        fits = len(canvas) == 2 and all(isinstance(side, int) and side > 0 for side in canvas)
+        _expect(fits, "contract canvas", canvas, "(height, width) in pixels")
         for name in ("mean", "std"):
             values = getattr(self, name)
-            if len(values) != 3 or not all(_is_number(v) for v in values):
-                raise ArtefactError(f"contract {name} is {values!r}; expected three numbers in grey levels")
-        if min(self.std) <= 0:
-            raise ArtefactError(f"contract std is {self.std!r}; expected three numbers above 0")
-        if self.category_ids is not None and len(self.category_ids) != len(self.names):
+            fits = len(values) == 3 and all(_is_number(value) for value in values)
+            _expect(fits, f"contract {name}", values, "three numbers in grey levels")
+        _expect(min(std) > 0, "contract std", std, "three numbers above 0")
+        count = len(names if self.category_ids is None else self.category_ids)
+        if count != len(names):
             raise ArtefactError(
-                f"contract has {len(self.category_ids)} category ids for {len(self.names)} names; "
-                "expected one each"
+                f"contract has {count} category ids for {len(names)} names; expected one each"
             )
 
     def to_json(self) -> str:
@@ -181,26 +175,26 @@ class Contract:
                 f"{where}: contract version {version} is newer than {CONTRACT_VERSION}, the newest this "
                 "anchorline reads; upgrade anchorline"
             )
+        values = dict(raw)
         try:
-            return cls._from_dict(raw)
+            values["resize"] = ResizeRule(**values.get("resize", {}))
+            values["thresholds"] = Thresholds(**values.get("thresholds", {}))
+            for name in ("names", "canvas", "mean", "std", "category_ids", "inputs", "outputs"):
+                if isinstance(values.get(name), list):
+                    values[name] = tuple(values[name])
+            return cls(**values)
         except (TypeError, KeyError, ArtefactError) as error:
             raise ArtefactError(f"{where}: damaged contract: {error}; export the model again") from None
-
-    @classmethod
-    def _from_dict(cls, raw: dict[str, Any]) -> Contract:
-        values = dict(raw)
-        values["resize"] = ResizeRule(**values.get("resize", {}))
-        values["thresholds"] = Thresholds(**values.get("thresholds", {}))
-        for name in ("names", "canvas", "mean", "std", "category_ids", "inputs", "outputs"):
-            if isinstance(values.get(name), list):
-                values[name] = tuple(values[name])
-        return cls(**values)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _expect(fits: bool, what: str, value: object, expected: str, verb: str = "is") -> None:
+    if not fits:
+        raise ArtefactError(f"{what} {verb} {value!r}; expected {expected}")
+
+
 def _expect_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ArtefactError(f"contract {name} is {value!r}; expected one of {', '.join(choices)}")
+    _expect(value in choices, f"contract {name}", value, f"one of {', '.join(choices)}")

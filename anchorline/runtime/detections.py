@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,22 +39,29 @@ class Detections:
     track_ids: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
-        boxes = _as_floats("boxes", self.boxes)
+        boxes = _as_array("boxes", self.boxes, np.float32)
         if boxes.size == 0 and boxes.ndim <= 2:
             boxes = boxes.reshape(0, 4)
-        scores = _as_floats("scores", self.scores)
-        labels = _as_whole("labels", self.labels)
-        object.__setattr__(self, "boxes", boxes)
-        object.__setattr__(self, "scores", scores)
-        object.__setattr__(self, "labels", labels)
-        object.__setattr__(self, "class_names", tuple(self.class_names))
-        if self.category_ids is not None:
-            object.__setattr__(self, "category_ids", tuple(self.category_ids))
-        if self.track_ids is not None:
-            object.__setattr__(self, "track_ids", _as_whole("track_ids", self.track_ids))
+        converted = {
+            "boxes": boxes,
+            "scores": _as_array("scores", self.scores, np.float32),
+            "labels": _as_array("labels", self.labels, np.int64),
+            "class_names": tuple(self.class_names),
+            "category_ids": None if self.category_ids is None else tuple(self.category_ids),
+            "track_ids": None if self.track_ids is None else _as_array("track_ids", self.track_ids, np.int64),
+        }
+        for name, value in converted.items():
+            object.__setattr__(self, name, value)
         self._check_boxes()
-        self._check_shapes()
-        self._check_names()
+        for name, lowest in (("scores", None), ("labels", 0), ("track_ids", NO_TRACK)):
+            self._check_column(name, lowest)
+        names, ids = self.class_names, self.category_ids
+        if names and len(self) and self.labels.max() >= len(names):
+            raise DataError(
+                f"Expected labels below {len(names)}, the number of class names, got {int(self.labels.max())}"
+            )
+        if ids is not None and len(ids) != len(names):
+            raise DataError(f"Expected {len(names)} category ids, one for each class name, got {len(ids)}")
 
     def _check_boxes(self) -> None:
         if self.boxes.ndim != 2 or self.boxes.shape[1] != 4:
@@ -67,29 +74,16 @@ class Detections:
                 f"got {self.boxes[index].tolist()} at index {index}"
             )
 
-    def _check_shapes(self) -> None:
-        count = len(self.boxes)
-        for name, values in (("scores", self.scores), ("labels", self.labels), ("track_ids", self.track_ids)):
-            if values is not None and values.shape != (count,):
-                raise DataError(
-                    f"Expected {name} of shape [{count}], one for each box, got {list(values.shape)}"
-                )
-
-    def _check_names(self) -> None:
-        if len(self.labels) and self.labels.min() < 0:
-            raise DataError(f"Expected labels of at least 0, got {int(self.labels.min())}")
-        if self.track_ids is not None and len(self.track_ids) and self.track_ids.min() < NO_TRACK:
-            raise DataError(f"Expected track_ids of at least {NO_TRACK}, got {int(self.track_ids.min())}")
-        if self.class_names and len(self.labels) and self.labels.max() >= len(self.class_names):
+    def _check_column(self, name: str, lowest: int | None) -> None:
+        values = getattr(self, name)
+        if values is None:
+            return
+        if values.shape != (len(self),):
             raise DataError(
-                f"Expected labels below {len(self.class_names)}, the number of class names, "
-                f"got {int(self.labels.max())}"
+                f"Expected {name} of shape [{len(self)}], one for each box, got {list(values.shape)}"
             )
-        if self.category_ids is not None and len(self.category_ids) != len(self.class_names):
-            raise DataError(
-                f"Expected {len(self.class_names)} category ids, one for each class name, "
-                f"got {len(self.category_ids)}"
-            )
+        if lowest is not None and len(values) and values.min() < lowest:
+            raise DataError(f"Expected {name} of at least {lowest}, got {int(values.min())}")
 
     @classmethod
     def empty(
@@ -99,14 +93,8 @@ class Detections:
         size: tuple[int, int] | None = None,
     ) -> Detections:
         """No detections at all."""
-        return cls(
-            boxes=np.zeros((0, 4), np.float32),
-            scores=np.zeros(0, np.float32),
-            labels=np.zeros(0, np.int64),
-            class_names=class_names,
-            category_ids=category_ids,
-            size=size,
-        )
+        none = np.zeros(0, np.float32)
+        return cls(none, none, none.astype(np.int64), class_names, category_ids, size)
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -120,22 +108,19 @@ class Detections:
                 raise DataError(f"Expected a mask of shape [{len(self)}], got {list(rows.shape)}")
             if rows.size == 0:
                 rows = rows.astype(np.int64)
-        return Detections(
+        return replace(
+            self,
             boxes=self.boxes[rows],
             scores=self.scores[rows],
             labels=self.labels[rows],
-            class_names=self.class_names,
-            category_ids=self.category_ids,
-            size=self.size,
             track_ids=None if self.track_ids is None else self.track_ids[rows],
         )
 
     @property
     def names(self) -> list[str]:
         """The class name of each detection; its label as text where the class names are not known."""
-        if not self.class_names:
-            return [str(label) for label in self.labels.tolist()]
-        return [self.class_names[label] for label in self.labels.tolist()]
+        names = self.class_names
+        return [names[label] if names else str(label) for label in self.labels.tolist()]
 
     def to_supervision(self) -> supervision.Detections:
         """The same as ``supervision.Detections``: the class names are ``data["class_name"]``, the track ids
@@ -169,50 +154,35 @@ class Detections:
 
     def to_records(self) -> list[dict[str, Any]]:
         """One plain dict for each detection, as in a line of the detections JSON lines."""
+        tracks = [NO_TRACK] * len(self) if self.track_ids is None else self.track_ids.tolist()
         return [
             {
                 "box": [round(edge, _BOX_DECIMALS) for edge in box],
                 "score": round(score, _SCORE_DECIMALS),
                 "label": label,
                 "name": name,
-                "track_id": track_id,
+                "track_id": None if track == NO_TRACK else track,
             }
-            for (box, score, label), name, track_id in zip(
-                self._rows(), self.names, self._track_numbers(), strict=True
-            )
+            for (box, score, label), name, track in zip(self._rows(), self.names, tracks, strict=True)
         ]
-
-    def _track_numbers(self) -> list[int | None]:
-        """The track of each detection, ``None`` where it has none."""
-        if self.track_ids is None:
-            return [None] * len(self)
-        return [None if number == NO_TRACK else number for number in self.track_ids.tolist()]
 
     def _rows(self) -> list[tuple[list[float], float, int]]:
         return list(zip(self.boxes.tolist(), self.scores.tolist(), self.labels.tolist(), strict=True))
 
 
-def _as_floats(name: str, values: ArrayLike) -> NDArray[np.float32]:
+def _as_array(name: str, values: ArrayLike, dtype: type[np.generic]) -> NDArray[Any]:
+    """float32 without NaN and infinities, or int64 of whole numbers only."""
+    whole = dtype is np.int64
     try:
-        array = np.asarray(values, dtype=np.float32)
+        given = np.asarray(values) if whole else np.asarray(values, dtype)
+        array = given.astype(dtype, copy=whole)
     except (TypeError, ValueError):
-        raise DataError(f"Expected {name} as an array of numbers, got {_describe(values)}") from None
-    if not np.isfinite(array).all():
+        text = repr(values)
+        got = text if len(text) <= 60 else f"a {type(values).__name__}"
+        expected = "whole numbers" if whole else "numbers"
+        raise DataError(f"Expected {name} as an array of {expected}, got {got}") from None
+    if whole and not np.array_equal(array, given):
+        raise DataError(f"Expected {name} as whole numbers, got {given[array != given].flat[0]}")
+    if not whole and not np.isfinite(array).all():
         raise DataError(f"Expected finite {name}, got {array[~np.isfinite(array)].flat[0]}")
     return array
-
-
-def _as_whole(name: str, values: ArrayLike) -> NDArray[np.int64]:
-    try:
-        array = np.asarray(values)
-        whole = array.astype(np.int64)
-    except (TypeError, ValueError):
-        raise DataError(f"Expected {name} as an array of whole numbers, got {_describe(values)}") from None
-    if not np.array_equal(whole, array):
-        raise DataError(f"Expected {name} as whole numbers, got {array[whole != array].flat[0]}")
-    return whole
-
-
-def _describe(values: object) -> str:
-    text = repr(values)
-    return text if len(text) <= 60 else f"a {type(values).__name__}"

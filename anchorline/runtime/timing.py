@@ -49,7 +49,7 @@ class Durations:
         self._seconds = 0.0
 
     def __len__(self) -> int:
-        return len(self._exact) + (0 if self._bins is None else int(self._bins.sum()))
+        return sum(self._by_bound)
 
     def add(self, seconds: float) -> None:
         """Note one duration."""
@@ -62,17 +62,15 @@ class Durations:
 
     def percentiles(self) -> dict[str, float]:
         """``{"p50", "p95", "p99"}`` in milliseconds; empty where nothing was noted."""
+        if not len(self):
+            return {}
         if self._bins is None:
-            if not self._exact:
-                return {}
-            values = np.percentile(self._exact, PERCENTILES).tolist()
-            return {f"p{p}": 1000.0 * value for p, value in zip(PERCENTILES, values, strict=True)}
-        cumulated = np.cumsum(self._counts())
-        found = {}
-        for p in PERCENTILES:
-            index = int(np.searchsorted(cumulated, p / 100.0 * cumulated[-1]))
-            found[f"p{p}"] = 1000.0 * _SHORTEST * _BIN_RATIO ** (index + 0.5)
-        return found
+            found = np.percentile(self._exact, PERCENTILES)
+        else:
+            cumulated = np.cumsum(self._counts())
+            index = np.searchsorted(cumulated, np.array(PERCENTILES) / 100.0 * cumulated[-1])
+            found = _SHORTEST * _BIN_RATIO ** (index + 0.5)
+        return {f"p{p}": 1000.0 * seconds for p, seconds in zip(PERCENTILES, found.tolist(), strict=True)}
 
     def histogram(self) -> Histogram:
         """All durations, counted by their length; never less than before."""

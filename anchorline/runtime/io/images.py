@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.io.errors import DataError, OutputError
-from anchorline.runtime.io.files import atomic_write_bytes
+from anchorline.runtime.io.files import atomic_write_bytes, input_errors
 from anchorline.runtime.io.native_log import quiet_opencv
 
-# Finding image files that were cut off or damaged, which decoders may fill with grey in silence.
-
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
 
 _JPEG_START = b"\xff\xd8"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -33,7 +33,8 @@ _SCAN_END_WITH_RESTARTS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
 def find_damage(content: bytes) -> str | None:
-    """Say what is wrong with the bytes of an image file, or ``None``.
+    """Say what is wrong with the bytes of an image file, which decoders may fill with grey in silence, or
+    ``None``.
 
     Checks the structure of JPEG (down to the end-of-image marker) and PNG (down to IEND, with every
     checksum), and the length that WebP states; other formats are left to their decoder.
@@ -44,7 +45,8 @@ def find_damage(content: bytes) -> str | None:
         return _png_damage(content)
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         stated = int.from_bytes(content[4:8], "little") + 8
-        return _cut_off(len(content), stated) if len(content) < stated else None
+        if len(content) < stated:
+            return f"truncated: {len(content)} bytes of the {stated} that its header states"
     return None
 
 
@@ -92,14 +94,6 @@ def _png_damage(content: bytes) -> str | None:
     return "truncated: the PNG stops before its IEND chunk"
 
 
-def _cut_off(length: int, stated: int) -> str:
-    return f"truncated: {length} bytes of the {stated} that its header states"
-
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
-
-
 def is_image(path: str | Path) -> bool:
     """Whether the name of ``path`` ends as an image's does; the file itself is not opened."""
     return Path(path).suffix.lower() in IMAGE_SUFFIXES
@@ -138,7 +132,11 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
     Grey becomes three channels, an alpha channel is dropped, 16-bit samples become 8-bit. A file
     that is missing, empty, damaged, cut off or no image raises ``DataError``.
     """
-    content = _read_bytes(Path(path))
+    # OpenCV's own file functions fail on non-ASCII paths on some systems.
+    with input_errors(path, "expected an image", DataError):
+        if Path(path).is_dir():
+            raise DataError(f"{path}: is a folder, expected an image file")
+        content = np.fromfile(path, dtype=np.uint8)
     if not len(content):
         raise DataError(f"{path}: the file is empty, expected an image; copy or download it again")
     damage = find_damage(content.tobytes())
@@ -161,28 +159,15 @@ def write_image(path: str | Path, image: NDArray[np.uint8]) -> None:
         raise OutputError(
             f"{path}: unknown image suffix {suffix!r}; expected one of {', '.join(IMAGE_SUFFIXES)}"
         )
+    reason = ""
     try:
         with quiet_opencv():
             done, encoded = cv2.imencode(suffix, image)
     except cv2.error as error:
-        raise OutputError(
-            f"{path}: cannot be encoded as {suffix} ({_first_line(error)}); use .png"
-        ) from error
+        done, reason = False, f" ({_first_line(error)})"
     if not done:
-        raise OutputError(f"{path}: cannot be encoded as {suffix}; use .png")
+        raise OutputError(f"{path}: cannot be encoded as {suffix}{reason}; use .png")
     atomic_write_bytes(path, encoded.tobytes())
-
-
-def _read_bytes(path: Path) -> NDArray[np.uint8]:
-    """The file as bytes: OpenCV's own file functions fail on non-ASCII paths on some systems."""
-    try:
-        if path.is_dir():
-            raise DataError(f"{path}: is a folder, expected an image file")
-        return np.fromfile(path, dtype=np.uint8)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; expected an image") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
 
 
 def _first_line(error: cv2.error) -> str:
