@@ -33,8 +33,6 @@ _ROWS = 8  # of the result in one product
 _FLOAT32_TAPS = 32  # with more, 2**8 grey levels times 2**11 a tap can add up to more than 2**24
 _WIDEST = 1024  # taps of all rows in one product, so that a matrix stays small for extreme shrinking
 _STRIP = 32  # rows at a time, so that what lies between two steps stays in the processor's cache
-_NO_MAP = np.empty(0, np.uint16)  # cv2.remap's second map holds fractions, and these are whole pixels
-_REMAP_LIMIT = 32767  # pixels a side, cv2.remap's coordinates being 16-bit numbers
 _BGR = "Expected a frame as uint8 BGR array of shape [H, W, 3]"
 _NV12 = "Expected an NV12 frame as uint8 of shape [H * 3 / 2, W] with even H and W"
 
@@ -137,57 +135,18 @@ def resize_float(frame: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
     """
     height, width = out.shape[:2]
     upper, lower, down = _taps(frame.shape[0], height)
-    left, right, across = _columns(frame.shape[1], width)
+    left, right, across = _taps(frame.shape[1], width)
     for top in range(0, height, _STRIP):
         strip = slice(top, min(top + _STRIP, height))
-        above, below = frame.take(upper[strip], axis=0), frame.take(lower[strip], axis=0)
-        weights = down[strip, None]
-        near = _mixed(_pick(above, left), _pick(below, left), weights)
-        far = _mixed(_pick(above, right), _pick(below, right), weights)
+        above = frame.take(upper[strip], axis=0).astype(np.float32)
+        rows = frame.take(lower[strip], axis=0).astype(np.float32)
+        rows -= above
+        rows *= down[strip, None, None]
+        rows += above
+        near, far = rows.take(left, axis=1), rows.take(right, axis=1)
         far -= near
-        far *= across
-        np.add(near.reshape(-1, width, 3), far.reshape(-1, width, 3), out=out[strip])
-
-
-def _mixed(
-    first: NDArray[np.uint8], second: NDArray[np.uint8], weights: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """``first + (second - first) * weights``; pixels [n, W, 3] to [n, 3 W]."""
-    start = first.reshape(len(first), -1).astype(np.float32)
-    mixed = second.reshape(len(second), -1).astype(np.float32)
-    mixed -= start
-    mixed *= weights
-    mixed += start
-    return mixed
-
-
-def _pick(rows: NDArray[np.uint8], places: NDArray[np.integer]) -> NDArray[np.uint8]:
-    """The columns at ``places``, which are as ``_columns`` gives them."""
-    if places.ndim == 1:
-        return rows.take(places, axis=1)
-    picked = cv2.remap(rows, places[: len(rows)], _NO_MAP, cv2.INTER_NEAREST)
-    return cast("NDArray[np.uint8]", picked)
-
-
-@functools.lru_cache(maxsize=64)
-def _columns(
-    source: int, target: int
-) -> tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.float32]]:
-    """The two columns to mix, and the second one's weight, repeated for each channel.
-
-    As coordinates [rows, target, (x, y)] for ``cv2.remap``, which gathers pixels much faster than NumPy;
-    beyond its limit as plain indices.
-    """
-    left, right, across = _taps(source, target)
-    weights = np.repeat(across, 3)
-    if max(source, target) > _REMAP_LIMIT:
-        return left, right, weights
-    maps = []
-    for columns in (left, right):
-        places = np.empty((_STRIP, target, 2), np.int16)
-        places[..., 0], places[..., 1] = columns, np.arange(_STRIP)[:, None]
-        maps.append(places)
-    return maps[0], maps[1], weights
+        far *= across[:, None]
+        np.add(near, far, out=out[strip])
 
 
 @functools.lru_cache(maxsize=64)
@@ -213,14 +172,10 @@ class Placement:
     interpolation: str = "bilinear"
 
     @property
-    def scale_y(self) -> float:
-        """Canvas pixels for one source pixel, vertically."""
-        return self.valid[0] / self.source[0]
-
-    @property
-    def scale_x(self) -> float:
-        """Canvas pixels for one source pixel, horizontally."""
-        return self.valid[1] / self.source[1]
+    def scales(self) -> NDArray[np.float64]:
+        """Canvas pixels for one source pixel, along x, y, x and y."""
+        scale_y, scale_x = self.valid[0] / self.source[0], self.valid[1] / self.source[1]
+        return np.array([scale_x, scale_y, scale_x, scale_y])
 
 
 def place(source_size: tuple[int, int], canvas: tuple[int, int], resize: ResizeRule) -> Placement:
@@ -231,29 +186,17 @@ def place(source_size: tuple[int, int], canvas: tuple[int, int], resize: ResizeR
     fills the canvas to the last pixel.
     """
     height, width = source_size
-    valid = _scaled_by_rule(height, width, resize)
+    sides = ((resize.shorter_side, min(source_size)), (resize.longer_side, max(source_size)))
+    scales = [wanted / side for wanted, side in sides if wanted is not None]
+    # In double precision, as in torchvision's GeneralizedRCNNTransform and torch.nn.functional.interpolate:
+    # 97 x 97 at a shorter side of 800 becomes 799 x 799 there.
+    extra = 0.5 if resize.rounding == "nearest" else 0.0
+    valid = tuple(int(side * min(scales) + extra) for side in source_size) if scales else None
     if valid is None or valid[0] > canvas[0] or valid[1] > canvas[1]:
         scale = min(Fraction(canvas[0], height), Fraction(canvas[1], width))
         valid = (int(height * scale), int(width * scale))
     fitted = (max(1, valid[0]), max(1, valid[1]))
     return Placement(source=(height, width), valid=fitted, interpolation=resize.interpolation)
-
-
-def _scaled_by_rule(height: int, width: int, resize: ResizeRule) -> tuple[int, int] | None:
-    """The size that ``resize`` alone asks for; ``None`` when it sets no bound.
-
-    In double precision, as in torchvision's ``GeneralizedRCNNTransform`` and
-    ``torch.nn.functional.interpolate``: 97 x 97 at a shorter side of 800 becomes 799 x 799 there.
-    """
-    scales = []
-    if resize.shorter_side is not None:
-        scales.append(resize.shorter_side / min(height, width))
-    if resize.longer_side is not None:
-        scales.append(resize.longer_side / max(height, width))
-    if not scales:
-        return None
-    extra = 0.5 if resize.rounding == "nearest" else 0.0
-    return int(height * min(scales) + extra), int(width * min(scales) + extra)
 
 
 def padded(size: tuple[int, int]) -> tuple[int, int]:
@@ -287,18 +230,14 @@ def to_canvas(
 
 def boxes_to_canvas(boxes: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
     """Boxes [N, 4] xyxy in source pixels, as float32 [N, 4] in canvas pixels."""
-    return (boxes * _factors(placement)).astype(np.float32)
+    return (boxes * placement.scales).astype(np.float32)
 
 
 def boxes_to_source(boxes: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
     """Boxes [N, 4] xyxy in canvas pixels, as float32 [N, 4] in source pixels, clipped to the frame."""
     height, width = placement.source
     limits = np.array([width, height, width, height], np.float64)
-    return np.clip(boxes / _factors(placement), 0.0, limits).astype(np.float32)
-
-
-def _factors(placement: Placement) -> NDArray[np.float64]:
-    return np.array([placement.scale_x, placement.scale_y, placement.scale_x, placement.scale_y])
+    return np.clip(boxes / placement.scales, 0.0, limits).astype(np.float32)
 
 
 @dataclass(frozen=True)
