@@ -7,7 +7,7 @@ seed and ``i`` alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -19,126 +19,78 @@ from anchorline.data.boxes import clip_labelled_boxes
 from anchorline.data.dataset import Dataset, LabelledImage
 from anchorline.runtime.io.errors import SettingsError
 
-# The outlines of the generated scenes: five object classes, and shapes that are no object.
-#
-# A shape is a list of closed contours, each float64 [K, 2] within the unit circle; areas enclosed
-# twice are holes.
+CLASS_NAMES = ("arrow", "cross", "heart", "ring", "star")
+NO_OBJECT = -1
+SCENE_SIZE = (240, 320)
+SMALLEST_SIDE = 64
+MIN_VISIBLE = 0.35
+"""An object of which a smaller share than this shows is not part of a scene's ground truth."""
+TEXTURE_SIDE = 64
+# As a share of the image's shorter side: objects of 24 to 90 pixels in an image 240 high.
+RADIUS_RANGE = (0.055, 0.18)
 
+_SCENE_STREAM = 1
+_PLACING_TRIES = 12
+_FRACTION_BITS = 4
+_SAMPLES = 2  # masks are drawn at twice the size and averaged down
+_SHADOW_STRENGTH = 0.4
+_CURVE_POINTS = 40
+_CIRCLE = np.linspace(0.0, 2.0 * np.pi, _CURVE_POINTS, endpoint=False)
 
 Contours = list[NDArray[np.float64]]
-
-CLASS_NAMES = ("arrow", "cross", "heart", "ring", "star")
-
-_CURVE_POINTS = 40
+"""The outline of a shape: closed contours [K, 2] within the unit circle; areas enclosed twice are holes."""
+Colours = NDArray[np.float32]
+Image = NDArray[np.float32]
+Scene = tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]
 
 
 def object_contours(label: int) -> Contours:
     """The outline of an object class; ``label`` indexes ``CLASS_NAMES``."""
-    return _OBJECTS[CLASS_NAMES[label]]()
+    name, t = CLASS_NAMES[label], _CIRCLE
+    if name == "arrow":
+        upper = np.array([(-1.0, -0.26), (0.05, -0.26), (0.05, -0.72), (1.0, 0.0)])
+        return [np.concatenate([upper, upper[2::-1] * (1, -1)])]
+    if name == "cross":
+        corner = np.array([(1.0, -0.3), (1.0, 0.3), (0.3, 0.3)])
+        quarter_turns = [np.array([[c, -s], [s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
+        return [np.concatenate([corner @ turn.T for turn in quarter_turns])]
+    if name == "heart":
+        x = 16.0 * np.sin(t) ** 3
+        y = -(13.0 * np.cos(t) - 5.0 * np.cos(2 * t) - 2.0 * np.cos(3 * t) - np.cos(4 * t)) - 2.5
+        return [np.stack([x, y], axis=1) / 16.5]
+    if name == "ring":
+        return [_curve(t), 0.55 * _curve(t)]
+    points = np.arange(10)
+    return [_curve(points * (np.pi / 5.0) - np.pi / 2.0, np.where(points % 2 == 0, 1.0, 0.42))]
 
 
-def distractor_contours(rng: np.random.Generator) -> Contours:
+def _distractor_contours(rng: np.random.Generator) -> Contours:
     """The outline of a random shape that belongs to no class."""
-    return _DISTRACTORS[int(rng.integers(len(_DISTRACTORS)))](rng)
+    kind, t = int(rng.integers(5)), _CIRCLE
+    if kind == 0:  # a disc
+        return [_curve(t) * (1.0, rng.uniform(0.45, 1.0))]
+    if kind == 1:  # half a disc
+        return [_curve(np.linspace(0.0, np.pi * rng.uniform(0.9, 1.2), _CURVE_POINTS))]
+    if kind == 2:  # a bar
+        side = rng.uniform(0.2, 0.7)
+        return [np.array([(-0.7, -side), (0.7, -side), (0.7, side), (-0.7, side)])]
+    if kind == 3:  # a triangle
+        return [_curve(np.arange(3) * (2.0 * np.pi / 3.0) + rng.uniform(-0.35, 0.35, 3))]
+    radii = 0.75 + 0.12 * np.sin(2 * t + rng.uniform(0, 6.3)) + 0.1 * np.sin(3 * t + rng.uniform(0, 6.3))
+    return [_curve(t, radii)]  # a blob
+
+
+def _curve(angles: NDArray[np.floating], radii: NDArray[np.float64] | float = 1.0) -> NDArray[np.float64]:
+    """Points [K, 2] at these angles and distances from the middle."""
+    return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 
 def enclosed_area(contours: Contours) -> float:
     """The area of a shape: its outer contour less its holes."""
-    outer, *holes = (_polygon_area(contour) for contour in contours)
-    return outer - sum(holes)
-
-
-def _polygon_area(points: NDArray[np.float64]) -> float:
-    x, y = points.T
-    return 0.5 * abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))))
-
-
-def _arrow() -> Contours:
-    points = [
-        (-1.0, -0.26),
-        (0.05, -0.26),
-        (0.05, -0.72),
-        (1.0, 0.0),
-        (0.05, 0.72),
-        (0.05, 0.26),
-        (-1.0, 0.26),
-    ]
-    return [np.array(points)]
-
-
-def _cross() -> Contours:
-    arm = 0.3
-    corner = [(1.0, -arm), (1.0, arm), (arm, arm)]
-    quarter_turns = [np.array([[c, -s], [s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
-    return [np.concatenate([np.array(corner) @ turn.T for turn in quarter_turns])]
-
-
-def _heart() -> Contours:
-    t = np.linspace(0.0, 2.0 * np.pi, _CURVE_POINTS, endpoint=False)
-    x = 16.0 * np.sin(t) ** 3
-    y = -(13.0 * np.cos(t) - 5.0 * np.cos(2 * t) - 2.0 * np.cos(3 * t) - np.cos(4 * t)) - 2.5
-    return [np.stack([x, y], axis=1) / 16.5]
-
-
-def _ring() -> Contours:
-    outer = _ellipse(1.0, 1.0)
-    return [outer, 0.55 * outer]
-
-
-def _star() -> Contours:
-    angles = np.arange(10) * (np.pi / 5.0) - np.pi / 2.0
-    radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
-    return [radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)]
-
-
-def _ellipse(a: float, b: float) -> NDArray[np.float64]:
-    t = np.linspace(0.0, 2.0 * np.pi, _CURVE_POINTS, endpoint=False)
-    return np.stack([a * np.cos(t), b * np.sin(t)], axis=1)
-
-
-def _disc(rng: np.random.Generator) -> Contours:
-    return [_ellipse(1.0, rng.uniform(0.45, 1.0))]
-
-
-def _half_disc(rng: np.random.Generator) -> Contours:
-    t = np.linspace(0.0, np.pi * rng.uniform(0.9, 1.2), _CURVE_POINTS)
-    return [np.stack([np.cos(t), np.sin(t)], axis=1)]
-
-
-def _bar(rng: np.random.Generator) -> Contours:
-    side = rng.uniform(0.2, 0.7)
-    return [np.array([(-0.7, -side), (0.7, -side), (0.7, side), (-0.7, side)])]
-
-
-def _triangle(rng: np.random.Generator) -> Contours:
-    angles = np.arange(3) * (2.0 * np.pi / 3.0) + rng.uniform(-0.35, 0.35, 3)
-    return [np.stack([np.cos(angles), np.sin(angles)], axis=1)]
-
-
-def _blob(rng: np.random.Generator) -> Contours:
-    t = np.linspace(0.0, 2.0 * np.pi, _CURVE_POINTS, endpoint=False)
-    radii = 0.75 + 0.12 * np.sin(2 * t + rng.uniform(0, 6.3)) + 0.1 * np.sin(3 * t + rng.uniform(0, 6.3))
-    return [radii[:, None] * np.stack([np.cos(t), np.sin(t)], axis=1)]
-
-
-_OBJECTS: dict[str, Callable[[], Contours]] = {
-    "arrow": _arrow,
-    "cross": _cross,
-    "heart": _heart,
-    "ring": _ring,
-    "star": _star,
-}
-_DISTRACTORS = (_disc, _half_disc, _bar, _triangle, _blob)
-
-
-# Colours, surface textures, backgrounds, light and noise of the generated scenes.
-
-
-TEXTURE_SIDE = 64
-
-Colour = NDArray[np.float32]
-Colours = NDArray[np.float32]
-Image = NDArray[np.float32]
+    areas = []
+    for x, y in (contour.T for contour in contours):
+        areas.append(0.5 * abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))))
+    return areas[0] - sum(areas[1:])
 
 
 def random_colours(rng: np.random.Generator, count: int) -> Colours:
@@ -147,7 +99,7 @@ def random_colours(rng: np.random.Generator, count: int) -> Colours:
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0].astype(np.float32)
 
 
-def contrasting_colour(rng: np.random.Generator, others: Colours, least: float = 90.0) -> Colour:
+def contrasting_colour(rng: np.random.Generator, others: Colours, least: float = 90.0) -> Colours:
     """A random colour at least ``least`` grey levels (BGR distance) from ``others`` [K, 3], if any is."""
     colours = random_colours(rng, 10)
     distances = np.linalg.norm(colours[:, None] - others[None], axis=2).min(axis=1)
@@ -155,9 +107,9 @@ def contrasting_colour(rng: np.random.Generator, others: Colours, least: float =
     return np.asarray(colours[far_enough[0] if len(far_enough) else distances.argmax()])
 
 
-def surface_texture(rng: np.random.Generator, colour: Colour) -> Image:
+def surface_texture(rng: np.random.Generator, colour: Colours) -> Image:
     """A texture [TEXTURE_SIDE, TEXTURE_SIDE, 3] around a colour: plain, stripes, checks, dots or marble."""
-    y, x = _texture_grid()
+    y, x = np.mgrid[:TEXTURE_SIDE, :TEXTURE_SIDE] - (TEXTURE_SIDE - 1) / 2
     # The second colour stays near the first, so that the outline, not the pattern, makes the shape.
     second = np.clip(colour * rng.uniform(0.55, 0.8) + rng.uniform(-25, 25, 3), 0, 255)
     angle, period = rng.uniform(0, np.pi), rng.uniform(9.0, 18.0)
@@ -246,12 +198,6 @@ def _draw_lines(rng: np.random.Generator, image: Image) -> None:
 
 
 @lru_cache(maxsize=1)
-def _texture_grid() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    y, x = np.mgrid[:TEXTURE_SIDE, :TEXTURE_SIDE] - (TEXTURE_SIDE - 1) / 2
-    return y, x
-
-
-@lru_cache(maxsize=1)
 def _grain_bank() -> Image:
     """A sheet of sensor noise drawn once; frames take random pieces, far cheaper than fresh noise."""
     rng = np.random.Generator(np.random.PCG64(20240))
@@ -261,16 +207,6 @@ def _grain_bank() -> Image:
 def mean_colours(image: Image, cells: int) -> Colours:
     """The mean colours [cells * cells, 3] of the parts of an image."""
     return np.asarray(cv2.resize(image, (cells, cells), interpolation=cv2.INTER_AREA).reshape(-1, 3))
-
-
-# Shapes laid into a scene: their pose, their outline in pixels, painting, and what stays visible.
-
-
-NO_OBJECT = -1
-
-_FRACTION_BITS = 4
-_SAMPLES = 2  # masks are drawn at twice the size and averaged down
-_SHADOW_STRENGTH = 0.4
 
 
 @dataclass(frozen=True, eq=False)
@@ -312,7 +248,7 @@ class Placed:
 
 def random_shape(rng: np.random.Generator, label: int) -> Shape:
     """A shape of the class ``label``, or a random distractor for ``NO_OBJECT``, slightly deformed."""
-    contours = distractor_contours(rng) if label == NO_OBJECT else object_contours(label)
+    contours = _distractor_contours(rng) if label == NO_OBJECT else object_contours(label)
     return Shape(label, contours, stretch=rng.uniform(0.82, 1.22), shear=rng.uniform(-0.15, 0.15))
 
 
@@ -400,22 +336,6 @@ def _surface(placed: Placed, texture: Image, window: tuple[int, int, int, int]) 
     return np.asarray(warped, dtype=np.float32)
 
 
-__all__ = ["CLASS_NAMES", "MIN_VISIBLE", "SCENE_SIZE", "Scene", "generate_scene", "synthetic_dataset"]
-
-SCENE_SIZE = (240, 320)
-MIN_VISIBLE = 0.35
-"""An object of which a smaller share than this shows is not part of a scene's ground truth."""
-
-# As a share of the image's shorter side: objects of 24 to 90 pixels in an image 240 high.
-RADIUS_RANGE = (0.055, 0.18)
-SMALLEST_SIDE = 64
-
-_SCENE_STREAM = 1
-_PLACING_TRIES = 12
-
-Scene = tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]
-
-
 def generate_scene(seed: int, size: tuple[int, int] = SCENE_SIZE, index: int = 0) -> Scene:
     """Scene ``index`` of a seed: image uint8 BGR [H, W, 3], boxes float32 [N, 4], labels int64 [N].
 
@@ -427,7 +347,9 @@ def generate_scene(seed: int, size: tuple[int, int] = SCENE_SIZE, index: int = 0
     image = background(rng, size)
     shadow = (rng.uniform(-3.0, 3.0), rng.uniform(1.0, 3.0))
     for placed in layers:
-        colour = contrasting_colour(rng, _colour_under(image, placed))
+        x1, y1, x2, y2 = np.clip(np.rint(placed.box), 0, [*size[::-1], *size[::-1]]).astype(int)
+        under = mean_colours(image[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)], cells=1)
+        colour = contrasting_colour(rng, under)
         paint(image, placed, surface_texture(rng, colour), shadow)
     image *= light_field(rng, size)
     boxes, labels = _truth(layers, size)
@@ -443,11 +365,14 @@ def synthetic_dataset(
         _, layers = _lay_out(seed, size, index)
         boxes, labels = _truth(layers, size)
         plain = np.zeros(len(labels), dtype=np.bool_)
-        load = partial(_load_scene, seed, size, index)
-        images.append(
-            LabelledImage(f"scene-{seed}-{index:06d}", size, boxes, labels, plain, plain.copy(), load)
-        )
+        load = partial(_scene_pixels, seed, size, index)
+        id = f"scene-{seed}-{index:06d}"
+        images.append(LabelledImage(id, size, boxes, labels, plain, plain.copy(), load))
     return Dataset(spec or f"synthetic:{count}@{seed}", CLASS_NAMES, tuple(images))
+
+
+def _scene_pixels(seed: int, size: tuple[int, int], index: int) -> NDArray[np.uint8]:
+    return generate_scene(seed, size, index)[0]
 
 
 def random_radius(rng: np.random.Generator, size: tuple[int, int]) -> float:
@@ -462,10 +387,6 @@ def check_size(size: tuple[int, int]) -> None:
         raise SettingsError(
             f"scene size is {size[0]}x{size[1]}; expected at least {SMALLEST_SIDE} pixels a side"
         )
-
-
-def _load_scene(seed: int, size: tuple[int, int], index: int) -> NDArray[np.uint8]:
-    return generate_scene(seed, size, index)[0]
 
 
 def _lay_out(seed: int, size: tuple[int, int], index: int) -> tuple[np.random.Generator, list[Placed]]:
@@ -506,10 +427,3 @@ def _truth(layers: Sequence[Placed], size: tuple[int, int]) -> tuple[NDArray[np.
     labels = np.array([placed.label for placed in objects], dtype=np.int64)
     clipped, kept, _ = clip_labelled_boxes(boxes, size)
     return clipped, labels[kept]
-
-
-def _colour_under(image: NDArray[np.float32], placed: Placed) -> NDArray[np.float32]:
-    """The mean colour [1, 3] of the image where the shape will lie."""
-    height, width = image.shape[:2]
-    x1, y1, x2, y2 = np.clip(np.rint(placed.box), 0, [width, height, width, height]).astype(int)
-    return mean_colours(image[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)], cells=1)

@@ -76,8 +76,7 @@ class VideoTruth:
 
 def generate_video(seed: int, frames: int, size: tuple[int, int] = SCENE_SIZE) -> Iterator[VideoFrame]:
     """The frames of a video one after another, without objects that show less than ``MIN_VISIBLE``."""
-    _check_frames(frames)
-    video = SyntheticVideo(seed, size)
+    video = _video(seed, size, frames)
     for index in range(frames):
         truth = video.truth(index)
         clear = truth.visible >= MIN_VISIBLE
@@ -99,17 +98,31 @@ def synthetic_video_dataset(seed: int, frames: int, size: tuple[int, int] = SCEN
     Objects that show less than ``MIN_VISIBLE``, as when they enter or pass behind another, are
     marked difficult: an evaluation neither asks for them nor counts them as mistakes.
     """
-    _check_frames(frames)
-    video = _cached_video(seed, size)
+    video = _video(seed, size, frames)
     images = []
     for index in range(frames):
         truth = video.truth(index)
         difficult = truth.visible < MIN_VISIBLE
-        load = partial(_load_frame, seed, size, index)
+        load = partial(_video_pixels, seed, size, index)
         id = f"video-{seed}-{index:06d}"
         crowd = np.zeros_like(difficult)
         images.append(LabelledImage(id, size, truth.boxes, truth.labels, difficult, crowd, load))
     return Dataset(f"synthetic video of {frames} frames, seed {seed}", CLASS_NAMES, tuple(images))
+
+
+@lru_cache(maxsize=4)
+def _cached_video(seed: int, size: tuple[int, int]) -> SyntheticVideo:
+    return SyntheticVideo(seed, size)
+
+
+def _video(seed: int, size: tuple[int, int], frames: int) -> SyntheticVideo:
+    if frames < 1:
+        raise SettingsError(f"frames is {frames}; expected at least 1")
+    return _cached_video(seed, size)
+
+
+def _video_pixels(seed: int, size: tuple[int, int], index: int) -> NDArray[np.uint8]:
+    return _cached_video(seed, size).frame(index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +180,11 @@ class SyntheticVideo:
 
     def frame(self, index: int) -> NDArray[np.uint8]:
         """The picture of frame ``index``, uint8 BGR [H, W, 3]."""
-        image = self._scenery(index)
+        height, width = self.size
+        dx = self._margin + self._sway * np.sin(index / 23.0 + self._phases[0])
+        dy = self._margin + self._sway * np.sin(index / 31.0 + self._phases[1])
+        shift = np.array([[1.0, 0.0, -dx], [0.0, 1.0, -dy]])  # of the swaying camera
+        image = np.asarray(cv2.warpAffine(self._background, shift, (width, height)), dtype=np.float32)
         for track in self._tracks(index):
             paint(image, place(track.shape, track.pose(index)), track.texture, self._shadow)
         image *= self._light * np.float32(1.0 + 0.03 * np.sin(index / 9.0))
@@ -186,37 +203,29 @@ class SyntheticVideo:
         boxes, kept, _ = clip_labelled_boxes(whole[shown], self.size)
         return VideoTruth(boxes, labels[shown][kept], ids[kept], visible[shown][kept])
 
-    def _scenery(self, index: int) -> Image:
-        """The background, moved by the swaying camera."""
-        height, width = self.size
-        dx = self._margin + self._sway * np.sin(index / 23.0 + self._phases[0])
-        dy = self._margin + self._sway * np.sin(index / 31.0 + self._phases[1])
-        shift = np.array([[1.0, 0.0, -dx], [0.0, 1.0, -dy]])
-        return np.asarray(cv2.warpAffine(self._background, shift, (width, height)), dtype=np.float32)
-
     def _tracks(self, index: int) -> list[_Track]:
-        """The tracks that are in the scene in frame ``index``, from back to front."""
-        self._extend(index)
-        current = (next(track for track in reversed(slot) if track.first <= index) for slot in self._slots)
-        return sorted(current, key=_depth)
+        """The tracks that are in the scene in frame ``index``, from back to front.
 
-    def _extend(self, index: int) -> None:
-        """Add tracks until every slot reaches past frame ``index``.
-
-        The slot that ends first is always served first, so the tracks do not depend on which frames
-        are asked for, nor in which order.
+        Tracks are added until every slot reaches past the frame. The slot that ends first is always served
+        first, so they do not depend on which frames are asked for, nor in which order.
         """
         while True:
             ends = [slot[-1].last if slot else -np.inf for slot in self._slots]
             if min(ends) > index:
-                return
+                break
             slot = int(np.argmin(ends))
             self._slots[slot].append(self._next_track(slot))
+        current = (next(track for track in reversed(slot) if track.first <= index) for slot in self._slots)
+        # A fixed order that mixes objects and distractors.
+        return sorted(current, key=lambda track: (track.id * 7919 % 101, track.id))
 
     def _next_track(self, slot: int) -> _Track:
         """A new shape, on the way (of several drawn) that runs into the others least."""
-        rounds = len(self._slots[slot])
-        shape = random_shape(self._rng, self._label(slot, rounds))
+        rounds, label = len(self._slots[slot]), NO_OBJECT
+        if slot < OBJECT_SLOTS:  # classes are dealt like cards: every round of tracks shows each class once
+            deck = np.random.Generator(np.random.PCG64([_DECK_STREAM, self.seed, rounds]))
+            label = int(deck.permutation(OBJECT_SLOTS)[slot])
+        shape = random_shape(self._rng, label)
         texture = surface_texture(self._rng, contrasting_colour(self._rng, self._colours))
         start = self._slots[slot][-1].last if rounds else None
         id = rounds * len(self._slots) + slot
@@ -224,19 +233,21 @@ class SyntheticVideo:
         ways = [_random_way(self._rng, self.size, start) for _ in range(_WAY_TRIES)]
         return min((_Track(id, shape, texture, **way) for way in ways), key=partial(_crowding, others))
 
-    def _label(self, slot: int, round: int) -> int:
-        """Classes are dealt like cards: every round of tracks shows each class once."""
-        if slot >= OBJECT_SLOTS:
-            return NO_OBJECT
-        deck = np.random.Generator(np.random.PCG64([_DECK_STREAM, self.seed, round]))
-        return int(deck.permutation(OBJECT_SLOTS)[slot])
-
 
 def _random_way(rng: np.random.Generator, size: tuple[int, int], start: float | None) -> dict[str, Any]:
     """A radius and a path across the scene for a ``_Track`` that starts at frame ``start``."""
+    height, width = size
     scale = min(size) / 240
     radius = random_radius(rng, size)
-    entry, exit = _crossing(rng, size, 1.3 * radius)
+    beyond = 1.3 * radius  # outside opposite edges, in either direction
+    from_y, to_y = rng.uniform(0.12, 0.88, 2) * height
+    from_x, to_x = rng.uniform(0.12, 0.88, 2) * width
+    if rng.random() < width / (width + height):
+        entry, exit = np.array([[-beyond, from_y], [width + beyond, to_y]])
+    else:
+        entry, exit = np.array([[from_x, -beyond], [to_x, height + beyond]])
+    if rng.random() >= 0.5:
+        entry, exit = exit, entry
     duration = float(np.hypot(*(exit - entry))) / (rng.uniform(1.6, 3.4) * scale)
     opening = -rng.uniform(0.15, 0.6) * duration  # the video opens with shapes already on their way
     return {
@@ -251,20 +262,6 @@ def _random_way(rng: np.random.Generator, size: tuple[int, int], start: float | 
     }
 
 
-def _crossing(
-    rng: np.random.Generator, size: tuple[int, int], beyond: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Two points (x, y) ``beyond`` pixels outside opposite edges, in either direction."""
-    height, width = size
-    from_y, to_y = rng.uniform(0.12, 0.88, 2) * height
-    from_x, to_x = rng.uniform(0.12, 0.88, 2) * width
-    if rng.random() < width / (width + height):
-        ends = np.array([[-beyond, from_y], [width + beyond, to_y]])
-    else:
-        ends = np.array([[from_x, -beyond], [to_x, height + beyond]])
-    return (ends[0], ends[1]) if rng.random() < 0.5 else (ends[1], ends[0])
-
-
 def _crowding(others: list[_Track], track: _Track) -> float:
     """How deep and how long a track runs into others, sampled every few frames."""
     total = 0.0
@@ -276,22 +273,3 @@ def _crowding(others: list[_Track], track: _Track) -> float:
                 gap = np.hypot(here.x - there.x, here.y - there.y) / (here.radius + there.radius)
                 total += max(0.0, 1.0 - float(gap)) ** 2
     return total
-
-
-def _depth(track: _Track) -> tuple[int, int]:
-    """A fixed order from back to front that mixes objects and distractors."""
-    return (track.id * 7919 % 101, track.id)
-
-
-def _check_frames(frames: int) -> None:
-    if frames < 1:
-        raise SettingsError(f"frames is {frames}; expected at least 1")
-
-
-@lru_cache(maxsize=4)
-def _cached_video(seed: int, size: tuple[int, int]) -> SyntheticVideo:
-    return SyntheticVideo(seed, size)
-
-
-def _load_frame(seed: int, size: tuple[int, int], index: int) -> NDArray[np.uint8]:
-    return _cached_video(seed, size).frame(index)
