@@ -26,13 +26,7 @@ from anchorline.runtime.io.errors import GpuError, OutputError, ParityError, Set
 from anchorline.runtime.tensorrt.manifest import manifest_path
 from anchorline.verify.compare import TOLERANCES
 from anchorline.verify.stages import BatchDetector, Subject, onnx_subject
-from anchorline.verify.verification import (
-    VerifyReport,
-    verify_subjects,
-    write_not_executed,
-    write_record,
-    write_worst_images,
-)
+from anchorline.verify.verification import VerifyReport, verify_subjects, write_not_executed, write_record
 
 # torchvision computes the same in another order, and differs from itself by as much when only the memory
 # layout of its tensors changes.
@@ -143,7 +137,7 @@ def verify(
     notes = [*report.notes]
     if reference_by == "torchvision":
         notes.append(_TORCHVISION_NOTE)
-    if worst is not None and not write_worst_images(report.detections, dataset, worst):
+    if worst is not None and not report.detections.write_worst(dataset, worst):
         notes.append(f"{worst}: not written, no image differs")
     report = dataclasses.replace(report, notes=tuple(notes))
     try:

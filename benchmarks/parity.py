@@ -51,7 +51,8 @@ def main() -> None:
     # An image's result must not depend on what else is in its batch, on PyTorch's side either.
     together = [one for part in parts(frames, BATCHES[-1]) for one in reference.batch(part)]
     comparisons += compare(reference, expected, together, BATCHES[-1])
-    summary = summarise(comparisons)
+    names, each = zip(*comparisons, strict=True)
+    summary = summarise(each, image_names=names)
     print(summary.describe())
     if not summary.agrees:
         print(summary.first_disagreement)

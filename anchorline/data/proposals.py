@@ -104,20 +104,17 @@ def _read_lines(path: Path) -> list[ImageProposals]:
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
-                found.append(_read_line(path, number, line))
+                try:
+                    found.append(_checked(json.loads(line)))
+                except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+                    text = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+                    reason = text.splitlines()[0][:120]
+                    raise DataError(
+                        f"{path}: line {number} holds no proposals ({reason}); {_REMEDY}"
+                    ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as stored proposals ({error}); {_REMEDY}") from None
     return found
-
-
-def _read_line(path: Path, number: int, line: str) -> ImageProposals:
-    try:
-        return _checked(json.loads(line))
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        raise DataError(
-            f"{path}: line {number} holds no proposals ({reason.splitlines()[0][:120]}); {_REMEDY}"
-        ) from None
 
 
 def _checked(record: Any) -> ImageProposals:

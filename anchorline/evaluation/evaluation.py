@@ -7,7 +7,7 @@ ONNX file and an engine go through the same code.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,6 +123,20 @@ class EvaluationReport:
         )
         return figures
 
+    def rows(self) -> list[tuple[str, list[float]]]:
+        """Of each class, then the mean: objects, AP50, VOC07, AP, and by size objects, AP50, AP."""
+        rows = []
+        for name, each in self.per_class.items():
+            figures = [each.objects, each.ap50, each.voc07, each.ap]
+            for size in self.per_size.values():
+                figures += [size.per_class[name].objects, size.per_class[name].ap50, size.per_class[name].ap]
+            rows.append((name, figures))
+        objects = sum(each.objects for each in self.per_class.values())
+        means = [objects, self.map50, self.voc07, self.map]
+        for size in self.per_size.values():
+            means += [size.objects, size.map50, size.map]
+        return [*rows, ("mean", means)]
+
     def render(self) -> Table:
         """A rich table: one row per class and the mean; the last columns are COCO AP by size."""
         from rich.markup import escape
@@ -132,18 +146,11 @@ class EvaluationReport:
         table.add_column("class")
         for column in ("objects", "AP50", "VOC07", "AP", *self.per_size):
             table.add_column(column, justify="right")
-
-        def add(name: str, objects: int, *figures: float, style: str | None = None) -> None:
-            shown = ("-" if np.isnan(figure) else f"{figure:.3f}" for figure in figures)
-            table.add_row(name, str(objects), *shown, style=style)
-
-        for name, each in self.per_class.items():
-            by_size = [size.per_class[name].ap for size in self.per_size.values()]
-            add(escape(name), each.objects, each.ap50, each.voc07, each.ap, *by_size)
-        table.add_section()
-        objects = sum(each.objects for each in self.per_class.values())
-        by_size = [size.map for size in self.per_size.values()]
-        add("mean", objects, self.map50, self.voc07, self.map, *by_size, style="bold")
+        for name, (objects, *figures) in self.rows():
+            shown = ["-" if np.isnan(each) else f"{each:.3f}" for each in (*figures[:3], *figures[5::3])]
+            table.add_row(escape(name), f"{objects:.0f}", *shown)
+        table.rows[-1].style = "bold"
+        table.rows[-2].end_section = True
         return table
 
 
@@ -177,9 +184,9 @@ def report_detections(
         for name, curve, ap in zip(dataset.names, curves, coco["all"].ap, strict=True)
     }
     return EvaluationReport(
-        map50=_mean([each.ap50 for each in per_class.values()]),
-        voc07=_mean([each.voc07 for each in per_class.values()]),
-        map=_mean([each.ap for each in per_class.values()]),
+        map50=mean_of_known(each.ap50 for each in per_class.values()),
+        voc07=mean_of_known(each.voc07 for each in per_class.values()),
+        map=mean_of_known(each.ap for each in per_class.values()),
         per_class=per_class,
         per_size={size: _size_report(size, coco[size], dataset) for size in SIZE_CLASSES},
         images=len(dataset),
@@ -197,7 +204,7 @@ def _size_report(size: str, coco: CocoFigures, dataset: Dataset) -> SizeReport:
         counts += np.bincount(image.labels[counted], minlength=len(counts))
     figures = map(SizeFigures, coco.ap50, coco.ap, counts.tolist())
     per_class = dict(zip(dataset.names, figures, strict=True))
-    return SizeReport(_mean(coco.ap50), _mean(coco.ap), int(counts.sum()), per_class)
+    return SizeReport(mean_of_known(coco.ap50), mean_of_known(coco.ap), int(counts.sum()), per_class)
 
 
 def to_dataset_labels(detections: Detections, dataset: Dataset) -> Detections:
@@ -221,7 +228,8 @@ def to_dataset_labels(detections: Detections, dataset: Dataset) -> Detections:
     return Detections(detections.boxes[known], detections.scores[known], labels[known], dataset.names)
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean_of_known(values: Iterable[float]) -> float:
+    """The mean without the NaN of classes that have no objects."""
     finite = [value for value in values if not np.isnan(value)]
     return float(np.mean(finite)) if finite else float("nan")
 

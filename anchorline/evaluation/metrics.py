@@ -45,6 +45,13 @@ class PrecisionRecall:
     area: float
     eleven_point: float
 
+    @property
+    def reached(self) -> float:
+        """The recall that all of the detections together reach."""
+        if not self.objects:
+            return float("nan")
+        return float(self.recall[-1]) if len(self.recall) else 0.0
+
     def to_json(self) -> dict[str, Any]:
         """The curve without the points between two objects found, on which neither average depends."""
         rises = np.diff(self.recall, prepend=0.0) > 0

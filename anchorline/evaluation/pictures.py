@@ -156,18 +156,18 @@ class Panel:
     scores: bool = True
 
 
-def pair_sheet(
-    pairs: Sequence[tuple[Pixels, Panel, Panel]], titles: Sequence[str], path: str | Path, columns: int
-) -> None:
-    """Write pictures of an image (uint8 BGR [H, W, 3]) side by side, as panels, with their titles."""
-    pictures = []
-    for pixels, *panels in pairs:
-        # Drawn on afterwards, so that lines and letters have the sheet's size and not the image's.
-        small, scale = _fit(pixels, PANEL)
-        left, right = (_draw_panel(small.copy(), scale, panel) for panel in panels)
-        gap = np.full((len(left), _PAIR_GAP, 3), _PAPER, np.uint8)
-        pictures.append(np.concatenate([left, gap, right], axis=1))
-    contact_sheet(pictures, path, columns, titles, cell=(PANEL[0], 2 * PANEL[1] + _PAIR_GAP))
+def draw_pair(pixels: Pixels, left: Panel, right: Panel) -> Pixels:
+    """An image (uint8 BGR [H, W, 3]) twice beside each other, each time with its panel's boxes."""
+    # Drawn on when it is small, so that lines and letters have the sheet's size and not the image's.
+    small, scale = _fit(pixels, PANEL)
+    gap = np.full((len(small), _PAIR_GAP, 3), _PAPER, np.uint8)
+    pictures = [_draw_panel(small.copy(), scale, panel) for panel in (left, right)]
+    return np.concatenate([pictures[0], gap, pictures[1]], axis=1)
+
+
+def pair_sheet(pairs: Sequence[Pixels], titles: Sequence[str], path: str | Path, columns: int) -> None:
+    """Write what ``draw_pair`` made, with titles, as one picture."""
+    contact_sheet(pairs, path, columns, titles, cell=(PANEL[0], 2 * PANEL[1] + _PAIR_GAP))
 
 
 def _draw_panel(picture: Pixels, scale: float, panel: Panel) -> Pixels:
@@ -193,13 +193,11 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
 def new_figures(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
     """A figure with plots side by side, without pyplot's global state, so that it needs no display."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise SettingsError("plots need matplotlib, which is not installed; pip install matplotlib") from None
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    plots = [figure.add_subplot(1, count, number) for number in range(1, count + 1)]
+    plots = list(figure.subplots(1, count, squeeze=False)[0])
     for axes in plots:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -218,7 +216,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 
 def _read_columns(path: Path) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Each numeric column with the steps at which it has a value: (steps, values)."""
+    """Each numeric column as (steps, values), of the steps at which it has a value."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -274,20 +272,12 @@ def plot_class_table(report: EvaluationReport, path: str | Path) -> None:
     columns = ["objects", "AP50", "VOC07", "AP"]
     for size in report.per_size:
         columns += [f"{size}\nobjects", f"{size}\nAP50", f"{size}\nAP"]
-    rows: dict[str, list[float]] = {}
-    for name, each in list(report.per_class.items())[:_MOST_TABLE_ROWS]:
-        rows[literal(name)] = [each.objects, each.ap50, each.voc07, each.ap]
-        for by_size in report.per_size.values():
-            figures = by_size.per_class[name]
-            rows[literal(name)] += [figures.objects, figures.ap50, figures.ap]
-    objects = sum(each.objects for each in report.per_class.values())
-    rows["all, mean"] = [objects, report.map50, report.voc07, report.map]
-    for by_size in report.per_size.values():
-        rows["all, mean"] += [by_size.objects, by_size.map50, by_size.map]
+    *classes, (_, means) = report.rows()
+    rows = [(literal(name), figures) for name, figures in classes[:_MOST_TABLE_ROWS]] + [("all, mean", means)]
     texts, colours = [], []
-    for values in rows.values():
+    for _, figures in rows:
         counts = [column.endswith("objects") for column in columns]
-        pairs = list(zip(values, counts, strict=True))
+        pairs = list(zip(figures, counts, strict=True))
         texts.append(["-" if np.isnan(v) else f"{v:.0f}" if count else f"{v:.3f}" for v, count in pairs])
         shares = [0.0 if count or np.isnan(v) else v for v, count in pairs]
         colours.append([tuple(1.0 - share * (1.0 - _GOOD)) for share in shares])
@@ -296,7 +286,7 @@ def plot_class_table(report: EvaluationReport, path: str | Path) -> None:
     table = axes.table(
         cellText=texts,
         cellColours=colours,
-        rowLabels=list(rows),
+        rowLabels=[name for name, _ in rows],
         colLabels=columns,
         bbox=Bbox.unit(),
         cellLoc="center",
@@ -309,8 +299,7 @@ def plot_class_table(report: EvaluationReport, path: str | Path) -> None:
             cell.set_text_props(weight="bold")
         if row == 0:
             cell.set_height(2 * cell.get_height())
-    classes = len(report.per_class)
-    cut = f", the first {_MOST_TABLE_ROWS} of {classes} classes" if classes > _MOST_TABLE_ROWS else ""
+    cut = f", the first {_MOST_TABLE_ROWS} of {len(classes)} classes" if len(rows) <= len(classes) else ""
     axes.set_title(f"{report.images} images, {report.provider}, {report.precision}{cut}")
     save_figure(figure, path)
 
@@ -395,7 +384,7 @@ def worst_images_sheet(
         hit = np.setdiff1d(np.arange(len(truth)), matches.missed)
         left = Panel(truth.boxes[hit], [(truth[matches.missed], None)], scores=False)
         right = Panel(named.boxes[matches.pairs[:, 0]], [(named[matches.false_positives], None)])
-        pairs.append((image.load(), left, right))
+        pairs.append(draw_pair(image.load(), left, right))
         titles.append(f"{each.id}: {each.missed} missed (left), {each.false_positives} false (right)")
     pair_sheet(pairs, titles, path, columns=2)
     return worst

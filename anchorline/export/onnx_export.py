@@ -243,15 +243,13 @@ def verify_with_pytorch(
 ) -> VerifyReport:
     """Compare the ONNX file at ``path``, on onnxruntime's CPU provider, with ``model``: the quick set."""
     candidate = onnx_subject(path)
-    detector = TorchDetector(model, candidate.detector.contract)
     contract = candidate.detector.contract
+    detector = TorchDetector(model, contract)
     large = contract.canvas[0] * contract.canvas[1] > LARGE_CANVAS
     made = scenes(contract.names, LARGE_SCENES if large else QUICK_SCENES)
     dataset = from_frames("the given images", contract.names, images) if images else made
     which = LARGE_TRAPS if large else QUICK_TRAPS
-    try:
+    with candidate:
         return verify_subjects(
             Subject(checkpoint, detector, TorchStages(detector)), candidate, dataset, which_traps=which
         )
-    finally:
-        candidate.close()

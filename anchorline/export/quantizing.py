@@ -489,14 +489,10 @@ class _Run:
 
     def _compare(self, path: Path) -> VerifyReport:
         """The model at ``path`` against the float one, stage by stage, on some of the calibration images."""
-        reference, candidate = onnx_subject(self.model), onnx_subject(path)
-        try:
+        with onnx_subject(self.model) as reference, onnx_subject(path) as candidate:
             return verify_subjects(
                 reference, candidate, self.dataset.first(VERIFY_IMAGES), which_traps=VERIFY_TRAPS
             )
-        finally:
-            reference.close()
-            candidate.close()
 
 
 def fewest_float(most: int, attempt: Callable[[int], Trial]) -> Trial:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,28 +33,20 @@ SURE_SCORE = 0.9
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far two artefacts of one precision may be apart; see docs/verify.md.
+    """How far two artefacts of one precision may be apart; docs/verify.md says where the limits come from."""
 
-    ``stage_rms`` and ``stage_peak`` bound what one stage adds, given the reference's inputs: the root
-    mean square of the difference by that of the stage, and the largest difference by its largest
-    magnitude. ``box_px`` (canvas pixels) and ``score`` bound a matched pair of detections, ``tie_iou`` is
-    how near to the NMS threshold an overlap counts as undecided. ``matched`` is the smallest share of all
-    detections that must be matched within these bounds (ties excused), ``confident`` that of those with a
-    score of at least 0.5, ``traps`` that in the traps. There only scores from ``trap_score`` on count:
-    the images are far from any training data and leave many boxes undecided. ``map50_drop`` and
-    ``recall_drop`` bound what labelled data may lose.
-    """
-
-    stage_rms: float
-    stage_peak: float
-    box_px: float
+    stage_rms: (
+        float  # what one stage adds, given the reference's inputs: root mean square by that of the stage
+    )
+    stage_peak: float  # and the largest difference by the largest magnitude
+    box_px: float  # of a matched pair of detections, in canvas pixels
     score: float
-    tie_iou: float
-    matched: float
-    confident: float
-    traps: float
-    trap_score: float
-    map50_drop: float
+    tie_iou: float  # how near to the NMS threshold an overlap counts as undecided
+    matched: float  # the smallest share of all detections that must be alike (ties excused)
+    confident: float  # of those with a score of at least 0.5
+    traps: float  # of those in the traps
+    trap_score: float  # that count there: far from any training data many boxes are undecided
+    map50_drop: float  # what labelled data may lose
     recall_drop: float
 
 
@@ -92,6 +84,9 @@ class Cuts:
     max_detections: int | None = None
     tie_iou: float = 1e-3
     order_ties: bool = False
+
+
+DEFAULT_CUTS = Cuts()
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,14 +208,26 @@ class ComparisonSummary:
         }
 
 
-def compare_detections(reference: Detections, candidate: Detections, **cuts: Any) -> Comparison:
+def cuts_of(contract: Contract, tolerance: Tolerance, task: str | None = None) -> Cuts:
+    """The cuts of what a model delivers; for proposals no score threshold, and the RPN's NMS."""
+    own = contract.thresholds
+    if (task or contract.task) == "proposals":
+        least, nms_iou, most = 0.0, own.rpn_nms_iou, own.max_proposals
+    else:
+        least, nms_iou, most = own.score, own.nms_iou, own.max_detections
+    return Cuts(least, tolerance.box_px, tolerance.score, nms_iou, most, tolerance.tie_iou)
+
+
+def compare_detections(
+    reference: Detections, candidate: Detections, cuts: Cuts = DEFAULT_CUTS, **changes: Any
+) -> Comparison:
     """Match the candidate's detections one to one with the reference's of the same class and compare.
 
     Pairs overlap by at least ``MATCH_IOU`` (or coincide within the tolerance); the nearest in overlap
     and score pair up first. Classes are compared by name, by label where one side has no names.
-    ``cuts`` are the fields of ``Cuts``.
+    ``changes`` are fields of ``cuts``, as in ``nms_iou=0.5``.
     """
-    found = align(reference, candidate, Cuts(**cuts))
+    found = align(reference, candidate, dataclasses.replace(cuts, **changes))
     return Comparison(
         matched=len(found.pairs),
         differing=int(found.differing.sum()),
@@ -250,9 +257,8 @@ def compare_all(
     """
     if len(references) != len(candidates):
         raise SettingsError(f"{len(candidates)} results to compare with {len(references)}; expected one each")
-    names = image_names or [f"image {number}" for number in range(1, len(references) + 1)]
     each = [compare_detections(*pair, **cuts) for pair in zip(references, candidates, strict=True)]
-    return summarise(zip(names, each, strict=True), required_share)
+    return summarise(each, required_share, image_names)
 
 
 def compare_outputs(
@@ -264,77 +270,46 @@ def compare_outputs(
     order_ties: bool = False,
     least_score: float = 0.0,
 ) -> list[Comparison]:
-    """What two detectors of one contract found in the same frames, compared on the canvas.
+    """What two detectors of one contract found in the same frames, with boxes in canvas pixels.
 
     There rounding has one size whatever the frame's. Scores below ``least_score`` are left out;
     ``order_ties`` as in ``Cuts``.
     """
-    cuts = detection_cuts(contract, tolerance, order_ties)
-    cuts["score_threshold"] = max(cuts["score_threshold"], least_score)
-    sides = (
-        [on_canvas(each[each.scores >= least_score], contract) for each in side]
-        for side in (references, candidates)
-    )
-    return [compare_detections(*pair, **cuts) for pair in zip(*sides, strict=True)]
+    cuts = cuts_of(contract, tolerance)
+    threshold = max(cuts.score_threshold, least_score)
 
+    def on_canvas(found: Detections) -> Detections:
+        assert found.size is not None
+        placement = place(found.size, contract.canvas, contract.resize)
+        kept = found[found.scores >= least_score]
+        return dataclasses.replace(kept, boxes=boxes_to_canvas(kept.boxes, placement), size=contract.canvas)
 
-def on_canvas(detections: Detections, contract: Contract) -> Detections:
-    """The same with boxes in canvas pixels."""
-    assert detections.size is not None
-    placement = place(detections.size, contract.canvas, contract.resize)
-    return dataclasses.replace(
-        detections, boxes=boxes_to_canvas(detections.boxes, placement), size=contract.canvas
-    )
-
-
-def detection_cuts(contract: Contract, tolerance: Tolerance, order_ties: bool = False) -> dict[str, Any]:
-    """The ``Cuts`` for the outputs of the contract's task, as keywords."""
-    if contract.task == "proposals":
-        return {**proposal_cuts(contract, tolerance), "order_ties": order_ties}
-    return {
-        **_limits(tolerance),
-        "score_threshold": contract.thresholds.score,
-        "nms_iou": contract.thresholds.nms_iou,
-        "max_detections": contract.thresholds.max_detections,
-        "order_ties": order_ties,
-    }
-
-
-def proposal_cuts(contract: Contract, tolerance: Tolerance) -> dict[str, Any]:
-    """The ``Cuts`` for proposals, as keywords: no score threshold, the RPN's NMS."""
-    return {
-        **_limits(tolerance),
-        "score_threshold": 0.0,
-        "nms_iou": contract.thresholds.rpn_nms_iou,
-        "max_detections": contract.thresholds.max_proposals,
-    }
-
-
-def _limits(tolerance: Tolerance) -> dict[str, float]:
-    return {
-        "box_tolerance_px": tolerance.box_px,
-        "score_tolerance": tolerance.score,
-        "tie_iou": tolerance.tie_iou,
-    }
+    return [
+        compare_detections(
+            on_canvas(ours), on_canvas(theirs), cuts, score_threshold=threshold, order_ties=order_ties
+        )
+        for ours, theirs in zip(references, candidates, strict=True)
+    ]
 
 
 def summarise(
-    comparisons: Iterable[tuple[str, Comparison]], required_share: float = 1.0
+    each: Sequence[Comparison], required_share: float = 1.0, image_names: Sequence[str] | None = None
 ) -> ComparisonSummary:
-    """Sum up comparisons given as (image name, comparison); ``required_share`` of all must agree.
+    """Sum up the comparisons of images; ``required_share`` of all detections must agree.
 
     Where it is below 1, one detection may always differ, unless not a single one has its partner.
     """
-    each = list(comparisons)
-    disagreeing = [f"{name}: {one.first_disagreement}" for name, one in each if not one.agrees]
-    parts = [one for _, one in each]
+    names = image_names or [f"image {number}" for number in range(1, len(each) + 1)]
+    disagreeing = [
+        f"{name}: {one.first_disagreement}" for name, one in zip(names, each, strict=True) if not one.agrees
+    ]
     counts = ("matched", "differing", "missed", "extra", "borderline", "nms_ties")
-    sums = {name: sum(getattr(one, name) for one in parts) for name in counts}
+    sums = {name: sum(getattr(one, name) for one in each) for name in counts}
     total = Comparison(
         **sums,
-        max_box_error=max((one.max_box_error for one in parts), default=0.0),
-        mean_box_error=sum(one.mean_box_error * one.matched for one in parts) / max(sums["matched"], 1),
-        max_score_error=max((one.max_score_error for one in parts), default=0.0),
+        max_box_error=max((one.max_box_error for one in each), default=0.0),
+        mean_box_error=sum(one.mean_box_error * one.matched for one in each) / max(sums["matched"], 1),
+        max_score_error=max((one.max_score_error for one in each), default=0.0),
         first_disagreement=disagreeing[0] if disagreeing else None,
     )
     share = round(1.0 - required_share, 9)  # 1 - 0.95 is a little more than 0.05

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from anchorline.data.dataset import Dataset, list_names
 from anchorline.evaluation.evaluation import (
-    EvaluationReport,
     Progress,
+    mean_of_known,
     part_of,
     report_detections,
     run_detector,
     to_dataset_labels,
 )
-from anchorline.evaluation.pictures import Panel, pair_sheet
+from anchorline.evaluation.pictures import Panel, draw_pair, pair_sheet
 from anchorline.runtime.canvas import PROPOSAL_NAMES
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
@@ -27,6 +27,7 @@ from anchorline.verify.compare import Comparison, ComparisonSummary, Tolerance, 
 from anchorline.verify.stages import Subject
 
 MAX_ROWS = 12
+WORST_IMAGES = 8
 
 # Okabe and Ito's, as BGR: told apart by colour-blind readers, in the words of the titles.
 MISSED_COLOUR = (0, 94, 213)  # vermilion
@@ -102,6 +103,22 @@ class DetectionCheck:
         order = sorted(range(len(self.comparisons)), key=lambda index: severity(self.comparisons[index]))
         return [index for index in order[::-1][:count] if self.comparisons[index].wrong]
 
+    def write_worst(self, dataset: Dataset, path: Path) -> bool:
+        """Write the images on which the two differ most side by side; False where none differ."""
+        rows = [
+            SideBySide(
+                self.names[index],
+                dataset.images[index].load(),
+                self.reference[index],
+                self.candidate[index],
+                self.comparisons[index],
+            )
+            for index in self.worst(WORST_IMAGES)
+        ]
+        if rows:
+            write_side_by_side(path, rows)
+        return bool(rows)
+
     def _per_class(self) -> dict[str, dict[str, int]]:
         counts: dict[str, dict[str, int]] = {}
         for ours, theirs, one in zip(self.reference, self.candidate, self.comparisons, strict=True):
@@ -158,7 +175,7 @@ def check_detections(
     loss = loss or _confident_loss(each, ours, theirs, tolerance)
     if loss is None and accuracy is not None:
         loss = _accuracy_loss(accuracy["mean"], tolerance)
-    summary = summarise(zip(image_names, each, strict=True), tolerance.matched)
+    summary = summarise(each, tolerance.matched, image_names)
     return DetectionCheck(image_names, tuple(each), tuple(ours), tuple(theirs), summary, accuracy, loss)
 
 
@@ -182,22 +199,12 @@ def _accuracy(
         report_detections([to_dataset_labels(each, dataset) for each in side], dataset, "")
         for side in (ours, theirs)
     )
-    first, second = _recalls(a), _recalls(b)
-    found = {"mean": Accuracy((a.map50, b.map50), (first["mean"], second["mean"]))}
+    recalls = [mean_of_known(curve.reached for curve in side.curves.values()) for side in (a, b)]
+    found = {"mean": Accuracy((a.map50, b.map50), (recalls[0], recalls[1]))}
     for name in dataset.names:
         ap50 = a.per_class[name].ap50, b.per_class[name].ap50
-        found[name] = Accuracy(ap50, (first[name], second[name]))
+        found[name] = Accuracy(ap50, (a.curves[name].reached, b.curves[name].reached))
     return found
-
-
-def _recalls(report: EvaluationReport) -> dict[str, float]:
-    """The recall that all of the detections together reach, by class name, and its ``mean``."""
-    recalls = {
-        name: (float(curve.recall[-1]) if len(curve.recall) else 0.0) if curve.objects else float("nan")
-        for name, curve in report.curves.items()
-    }
-    finite = [value for value in recalls.values() if not np.isnan(value)]
-    return {**recalls, "mean": float(np.mean(finite)) if finite else float("nan")}
 
 
 def _accuracy_loss(mean: Accuracy, tolerance: Tolerance) -> str | None:
@@ -254,7 +261,7 @@ def write_side_by_side(
         differing = found.pairs[found.differing]
         left = _panel(row.reference, differing[:, 0], found.missed, MISSED_COLOUR)
         right = _panel(row.candidate, differing[:, 1], found.extra, EXTRA_COLOUR)
-        pairs.append((row.frame, left, right))
+        pairs.append(draw_pair(row.frame, left, right))
         name = row.name if len(row.name) <= _NAME_LENGTH else f"...{row.name[3 - _NAME_LENGTH :]}"
         titles.append(
             f"{name}: {figures.missed} missed (vermilion), {figures.extra} extra (blue), "

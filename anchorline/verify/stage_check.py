@@ -17,13 +17,7 @@ from anchorline.runtime.canvas import Placement, check_frame, to_detections
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import ArtefactError, DataError
-from anchorline.verify.compare import (
-    Tolerance,
-    compare_detections,
-    compare_outputs,
-    proposal_cuts,
-    summarise,
-)
+from anchorline.verify.compare import Tolerance, compare_detections, compare_outputs, cuts_of, summarise
 from anchorline.verify.stages import ORDER, Arrays, StageRunner, Subject, is_stage, stage_of
 
 # A canvas may round to the next grey level, on another processor or in another number format.
@@ -144,9 +138,9 @@ def _check_batch(
     if ours.canvas != theirs.canvas:
         return [preprocess]
     own_inputs, other_inputs = _same_inputs(inputs, ours, theirs)
-    expected = _runner(reference).run(own_inputs, {})
+    expected = reference.inside.run(own_inputs, {})
     fed = {name: value for name, value in expected.items() if is_stage(name)}
-    found = _run_fed(_runner(candidate), other_inputs, fed)
+    found = _run_fed(candidate.inside, other_inputs, fed)
     rows = {"preprocess": preprocess}
     for name in fed:
         stage = stage_of(name)
@@ -171,14 +165,9 @@ def _check_batch(
     return list(rows.values())
 
 
-def _runner(subject: Subject) -> StageRunner:
-    assert subject.stages is not None
-    return subject.stages
-
-
 def _canvases(subject: Subject, frames: Frames) -> tuple[dict[str, NDArray[Any]], list[Placement]]:
     """The network's inputs for ``frames``, as the subject prepares them, and where each frame lies."""
-    inputs, placements = _runner(subject).prepare([check_frame(frame) for frame in frames])
+    inputs, placements = subject.inside.prepare([check_frame(frame) for frame in frames])
     return {name: value.copy() for name, value in inputs.items()}, placements
 
 
@@ -231,14 +220,14 @@ def _check_canvas(ours: Contract, theirs: Contract, inputs: Arrays, other: Array
 def _check_proposals(
     expected: Arrays, found: Arrays, contract: Contract, placements: Sequence[Placement], tolerance: Tolerance
 ) -> StageResult:
-    cuts = proposal_cuts(contract, tolerance)
+    cuts = cuts_of(contract, tolerance, "proposals")
     matched, total, excused, worst, reason = 0, 0, 0, 0.0, None
     for index in range(len(placements)):
         try:
             ours, theirs = (_proposals_of(values, index) for values in (expected, found))
         except DataError as error:  # such as a box that is NaN
             return _broken("proposals", str(error))
-        one = compare_detections(ours, theirs, **cuts)
+        one = compare_detections(ours, theirs, cuts)
         # Pairs that moved and were excused say nothing: where most scores are nearly 0 they would
         # outnumber, and hide, the ones that differ.
         alike = int((~one.aligned.differing & ~one.aligned.excused).sum())
@@ -301,7 +290,7 @@ def _check_outputs(
     except ArtefactError as error:  # such as a label without a name
         return _broken("detections", str(error))
     each = compare_outputs(reference, candidate, contracts[0], tolerance)
-    summary = summarise(((f"image {n}", one) for n, one in enumerate(each, start=1)), tolerance.matched)
+    summary = summarise(each, tolerance.matched)
     wrong, reason = summary.total.wrong, summary.first_disagreement
     total = summary.total.matched + summary.total.missed + summary.total.extra
     detail = f"{total - wrong} of {total} detections alike"
@@ -320,7 +309,7 @@ def first_differing_layer(
 
     A fault shows in the layer where it is and in those behind it of the same stage, so the first counts.
     """
-    ours, theirs = _runner(reference), _runner(candidate)
+    ours, theirs = reference.inside, candidate.inside
     inputs, other_inputs = _same_inputs(
         _canvases(reference, frames)[0], reference.detector.contract, candidate.detector.contract
     )

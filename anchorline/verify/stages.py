@@ -7,7 +7,7 @@ The PyTorch side lives in ``train/predict.py`` and is handed in by whoever has i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.backends.onnxruntime import exact_sums, open_for_checks
 from anchorline.runtime.canvas import Placement
-from anchorline.runtime.contract import CONTRACT_KEY, Contract
+from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
+from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import ArtefactError
 from anchorline.runtime.io.files import sha256_of
 
@@ -42,7 +43,6 @@ _WEIGHTED = ("Conv", "Gemm", "MatMul")
 _FED = "fed/"
 
 Arrays = Mapping[str, NDArray[Any]]
-Prepare = Callable[[Sequence[NDArray[np.uint8]]], tuple[dict[str, NDArray[np.generic]], list[Placement]]]
 
 
 def is_stage(value: str) -> bool:
@@ -61,16 +61,11 @@ class BatchDetector(Protocol):
 
     @property
     def contract(self) -> Contract: ...
-
     @property
     def provider(self) -> str: ...
-
     @property
     def precision(self) -> str: ...
-
-    def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:
-        """Detections of several frames of any sizes, boxes in the frames' own pixels."""
-        ...
+    def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]: ...
 
 
 class StageRunner(Protocol):
@@ -80,24 +75,19 @@ class StageRunner(Protocol):
     frame lies on the canvas. ``run`` executes it on the contract's inputs and returns every stage by name
     (``ORDER``), float32, and the contract's outputs. A stage in ``feed`` is still computed and
     returned, but what follows it is computed from the fed value, so an error is seen where it arises and
-    nowhere else.
-    ``layers`` names the layers with weights in the order of execution, and ``run_layers`` returns the
-    outputs of some of them. ``release`` gives back what was kept for the next run.
+    nowhere else. ``run_layers`` returns the outputs of some of the ``layers``, those with weights in the
+    order of execution. ``release`` gives back what was kept for the next run.
     """
 
     @property
     def layers(self) -> tuple[str, ...]: ...
-
     def prepare(
         self, frames: Sequence[NDArray[np.uint8]]
     ) -> tuple[dict[str, NDArray[np.generic]], list[Placement]]: ...
-
     def run(self, inputs: Arrays, feed: Arrays) -> dict[str, NDArray[Any]]: ...
-
     def run_layers(
         self, inputs: Arrays, feed: Arrays, layers: Sequence[str]
     ) -> dict[str, NDArray[np.float32]]: ...
-
     def release(self) -> None: ...
 
 
@@ -119,17 +109,19 @@ class Subject:
             "precision": self.detector.precision,
         }
 
-    def close(self) -> None:
-        """Release what holds resources."""
-        close = getattr(self.detector, "close", None)
-        if close is not None:
-            close()
-
     def __enter__(self) -> Subject:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        close = getattr(self.detector, "close", None)
+        if close is not None:
+            close()
+
+    @property
+    def inside(self) -> StageRunner:
+        """The stages of a side that has them."""
+        assert self.stages is not None
+        return self.stages
 
 
 def onnx_subject(path: Path, provider: str = "cpu") -> Subject:
@@ -137,34 +129,24 @@ def onnx_subject(path: Path, provider: str = "cpu") -> Subject:
 
     A graph without the stages' names, as the first versions wrote it, is compared as a whole.
     """
-    from anchorline.runtime.detector import Detector
-
     detector = Detector(path, provider)
-    inside = OnnxStages(path, detector.prepare)
+    inside = OnnxStages(path, detector)
     return Subject(path, detector, inside if inside.stages else None)
 
 
 class OnnxStages:
-    """Runs an exported ONNX file in onnxruntime as a ``StageRunner``: stages as outputs and as inputs.
+    """Runs the ONNX file of a ``detector`` in onnxruntime as a ``StageRunner``.
 
-    ``prepare`` is that of the detector which runs the file. The file is read once and never changed:
-    sessions run edited copies. A layer is named by its weight (``backbone.body.0.0`` for
-    ``model.backbone.body.0.0.weight``), with ``#2`` and so on where a weight is used several times.
-    Raises ``ArtefactError`` for a file that is no ONNX or not ours.
+    The file is read once and never changed: sessions run edited copies. A layer is named by its weight
+    (``backbone.body.0.0`` for ``model.backbone.body.0.0.weight``), with ``#2`` and so on where a weight is
+    used several times.
     """
 
-    def __init__(self, path: Path, prepare: Prepare, provider: str = "CPUExecutionProvider") -> None:
+    def __init__(self, path: Path, detector: Detector) -> None:
         import onnx
 
-        try:
-            self._model = onnx.load(path)
-        except Exception as error:  # protobuf's own kinds, and the file system's
-            raise ArtefactError(f"{path}: cannot be read as ONNX ({error}); export it again") from None
-        text = {p.key: p.value for p in self._model.metadata_props}.get(CONTRACT_KEY)
-        if text is None:
-            raise ArtefactError(f"{path}: has no anchorline contract; export it with anchorline export")
-        self.contract = Contract.from_json(text, where=str(path))
-        self.prepare, self._path, self._provider = prepare, path, provider
+        self._path, self._model = path, onnx.load(path)
+        self.contract, self.prepare = detector.contract, detector.prepare
         made = [name for node in self._model.graph.node for name in node.output]
         self.stages = tuple(name for name in made if is_stage(name))
         self._layer_values = _layer_values(self._model)
@@ -201,7 +183,7 @@ class OnnxStages:
                 model = opened_up(self._model, sorted(fed), wanted).SerializeToString()
                 config = exact_sums(self.contract)
                 # An arena grows in doublings and keeps them; every stage of a large canvas is an output here.
-                session = open_for_checks(model, provider=self._provider, arena=False, config=config)
+                session = open_for_checks(model, arena=False, config=config)
             if keep:
                 self._sessions[key] = session
             values = session.run(list(wanted), arrays)

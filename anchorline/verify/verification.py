@@ -24,7 +24,7 @@ from anchorline.verify.compare import (
     summarise,
     tolerance_for,
 )
-from anchorline.verify.detection_check import DetectionCheck, SideBySide, check_detections, write_side_by_side
+from anchorline.verify.detection_check import DetectionCheck, check_detections
 from anchorline.verify.stage_check import (
     Frames,
     LayerResult,
@@ -33,12 +33,11 @@ from anchorline.verify.stage_check import (
     first_differing_layer,
 )
 from anchorline.verify.stages import Subject
-from anchorline.verify.traps import TrapResult, largest_batch, run_traps, traps
+from anchorline.verify.traps import Trap, TrapResult, largest_batch, run_traps, traps
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-WORST_IMAGES = 8
 # Of the detections of a network whose stages all agree: a near-tie among the proposals can give one of them
 # another box. Seen: 2 of 214 on a ResNet-50 with drawn weights.
 TIED_SHARE = 0.02
@@ -185,36 +184,60 @@ def verify_subjects(
     if not len(dataset):
         raise DataError(f"{dataset.spec}: has no images; expected at least one to compare on")
     limits = tolerance or tolerance_for(ours.precision, theirs.precision)
-    stages, layer, note = None, None, None
-    closed = next((side for side in (reference, candidate) if side.stages is None), None)
-    if closed is not None:
-        note = f"{closed.path.name} shows its outputs only; compared end to end"
-    else:
+    stages, layer, elsewhere = None, None, []
+    closed = [side.path.name for side in (reference, candidate) if side.stages is None]
+    if not closed:
         batches = _stage_batches(dataset, single=1 in (ours.contract.max_batch, theirs.contract.max_batch))
         stages = tuple(check_stages(reference, candidate, batches, limits))
         if bisect and any(not stage.passed and stage.name != "preprocess" for stage in stages):
             layer = first_differing_layer(reference, candidate, batches[-1], limits)
+        elsewhere = [side for side in (reference, candidate) if side.detector.provider in _GPU_PROVIDERS]
         _release(reference, candidate)
     # Where each stage does the same with the same inputs, near-equal scores are left to rounding, and there
     # is room for proposals that changed places far upstream, and so for boxes that no excuse explains.
     sound = stages is not None and all(stage.passed for stage in stages)
     if sound:
-        shares = {
-            name: min(getattr(limits, name), 1.0 - TIED_SHARE) for name in ("matched", "confident", "traps")
-        }
-        limits = dataclasses.replace(limits, **shares)
-    chosen = [
-        t for t in traps(largest_batch(theirs.contract)) if which_traps is None or t.name in which_traps
-    ]
+        shares = ("matched", "confident", "traps")
+        room = {name: min(getattr(limits, name), 1.0 - TIED_SHARE) for name in shares}
+        limits = dataclasses.replace(limits, **room)
+    every = traps(largest_batch(theirs.contract))
+    chosen = [trap for trap in every if which_traps is None or trap.name in which_traps]
     runs = 2 * len(dataset)
     total = runs + len(chosen)
     detections = check_detections(reference, candidate, dataset, limits, part_of(progress, 0, total), sound)
+    return VerifyReport(
+        reference=reference.identity(),
+        candidate=candidate.identity(),
+        data=dataset.spec,
+        tolerance=dataclasses.asdict(limits),
+        detections=detections,
+        traps=_run_traps(reference, candidate, chosen, limits, sound, part_of(progress, runs, total)),
+        stages=stages,
+        stages_note=f"{closed[0]} shows its outputs only; compared end to end" if closed else None,
+        layer=layer,
+        notes=tuple(
+            f"{side.path.name}: its stages ran on the CPU, its detections and traps on "
+            f"{side.detector.provider}"
+            for side in elsewhere
+        ),
+    )
 
-    def compare(a: list[Detections], b: list[Detections]) -> ComparisonSummary:
+
+def _run_traps(
+    reference: Subject,
+    candidate: Subject,
+    chosen: Sequence[Trap],
+    limits: Tolerance,
+    sound: bool,
+    progress: Progress | None,
+) -> tuple[TrapResult, ...]:
+    contract = reference.detector.contract
+
+    def compare(ours: list[Detections], theirs: list[Detections]) -> ComparisonSummary:
         each = compare_outputs(
-            *(a, b, ours.contract, limits), order_ties=sound, least_score=limits.trap_score
+            *(ours, theirs, contract, limits), order_ties=sound, least_score=limits.trap_score
         )
-        return summarise(((f"image {n}", one) for n, one in enumerate(each, start=1)), limits.traps)
+        return summarise(each, limits.traps)
 
     def settle(frame: NDArray[np.uint8]) -> bool:
         """Whether every stage does the same for a frame, each given what the reference's gave it.
@@ -228,32 +251,13 @@ def verify_subjects(
         blank = bool((frame == frame[0, 0]).all())
         return all(stage.passed or (blank and stage.name in _CHOICES) for stage in found)
 
-    results = run_traps(
-        *(chosen, ours, theirs, compare), part_of(progress, runs, total), settle if sound else None
-    )
-    elsewhere = (
-        f"{side.path.name}: its stages ran on the CPU, its detections and traps on {side.detector.provider}"
-        for side in (reference, candidate)
-        if stages is not None and side.detector.provider in _GPU_PROVIDERS
-    )
-    return VerifyReport(
-        reference=reference.identity(),
-        candidate=candidate.identity(),
-        data=dataset.spec,
-        tolerance=dataclasses.asdict(limits),
-        detections=detections,
-        traps=tuple(results),
-        stages=stages,
-        stages_note=note,
-        layer=layer,
-        notes=tuple(elsewhere),
-    )
+    sides = reference.detector, candidate.detector
+    return tuple(run_traps(chosen, *sides, compare, progress, settle if sound else None))
 
 
 def _release(*sides: Subject) -> None:
     for side in sides:
-        if side.stages is not None:
-            side.stages.release()
+        side.inside.release()
 
 
 def _stage_batches(dataset: Dataset, single: bool) -> list[Frames]:
@@ -270,23 +274,6 @@ def _stage_batches(dataset: Dataset, single: bool) -> list[Frames]:
     if len(frames) == 1:
         return [[frames[0], left_half]]
     return [[frames[0]], [frames[1], left_half]]
-
-
-def write_worst_images(report: DetectionCheck, dataset: Dataset, path: Path) -> bool:
-    """Write the images on which the two differ most side by side; False where none differ."""
-    rows = [
-        SideBySide(
-            report.names[index],
-            dataset.images[index].load(),
-            report.reference[index],
-            report.candidate[index],
-            report.comparisons[index],
-        )
-        for index in report.worst(WORST_IMAGES)
-    ]
-    if rows:
-        write_side_by_side(path, rows)
-    return bool(rows)
 
 
 # The record beside an artefact, ``<artefact>.verify.json``: what it was compared with, and the verdict. It is

@@ -131,7 +131,7 @@ def test_one_may_differ_but_not_all_there_are() -> None:
         made([0.8, 0.7]),
         Detections([*BOXES, [1, 1, 9, 9]], [0.8, 0.7, 0.6], [0] * 3, CONTRACT.names),
     )
-    assert summarise([("a", compare_detections(three, two))], FP16.traps).agrees
-    assert not summarise([("a", compare_detections(three, two))]).agrees
-    assert not summarise([("a", compare_detections(one, none))], FP16.traps).agrees
-    assert not summarise([("a", compare_detections(none, one))], FP16.traps).agrees
+    assert summarise([compare_detections(three, two)], FP16.traps).agrees
+    assert not summarise([compare_detections(three, two)]).agrees
+    assert not summarise([compare_detections(one, none)], FP16.traps).agrees
+    assert not summarise([compare_detections(none, one)], FP16.traps).agrees

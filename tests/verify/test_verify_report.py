@@ -26,7 +26,7 @@ BROKEN = StageResult("fpn", False, float("inf"), "fpn.0 has the shape [1, 2], ex
 def report(candidate: Detections = FOUND, **fields: object) -> VerifyReport:
     one = compare_detections(FOUND, candidate)
     check = DetectionCheck(
-        ("image",), (one,), (FOUND,), (candidate,), summarise([("image", one)]), None, loss=None
+        ("image",), (one,), (FOUND,), (candidate,), summarise([one], image_names=["image"]), None, loss=None
     )
     side = {"name": "model.onnx", "sha256": "0" * 64, "provider": "cpu", "precision": "fp32"}
     made = VerifyReport(side, dict(side), "data", {}, check, stages=(SOUND,))
