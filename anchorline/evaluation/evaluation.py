@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,19 +109,9 @@ class EvaluationReport:
 
     def to_json(self) -> dict[str, Any]:
         """The plain dict that ``anchorline evaluate --json`` writes; NaN becomes None."""
-        figures: dict[str, Any] = plain(
-            {
-                "map50": self.map50,
-                "voc07": self.voc07,
-                "map": self.map,
-                "per_class": {name: asdict(each) for name, each in self.per_class.items()},
-                "per_size": {size: asdict(each) for size, each in self.per_size.items()},
-                "images": self.images,
-                "provider": self.provider,
-                "precision": self.precision,
-            }
-        )
-        return figures
+        skipped = ("curves", "detections")
+        names = [field.name for field in dataclasses.fields(self) if field.name not in skipped]
+        return {name: plain(getattr(self, name)) for name in names}
 
     def rows(self) -> list[tuple[str, list[float]]]:
         """Of each class, then the mean: objects, AP50, VOC07, AP, and by size objects, AP50, AP."""
@@ -246,10 +236,8 @@ class ProposalReport:
     precision: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """``{"recall": {"100": {"0.5": ...}}, "ar", ...}`` and what it was measured on; None where
-        there is no object."""
-        figures: dict[str, Any] = plain(asdict(self))
-        return figures
+        """``{"recall": {"100": {"0.5": ...}}, "ar", ...}``; None where there is no object."""
+        return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     def render(self) -> Table:
         """A rich table: recall by number of proposals (rows) and IoU (columns)."""

@@ -49,9 +49,8 @@ class Accuracy:
     def to_json(self) -> dict[str, Any]:
         figures = {}
         for name, pair in (("ap50", self.ap50), ("recall", self.recall)):
-            reference, candidate = (None if np.isnan(value) else float(value) for value in pair)
-            delta = None if reference is None or candidate is None else candidate - reference
-            figures[name] = {"reference": reference, "candidate": candidate, "delta": delta}
+            reference, candidate = pair
+            figures[name] = {"reference": reference, "candidate": candidate, "delta": candidate - reference}
         return figures
 
 
@@ -94,7 +93,7 @@ class DetectionCheck:
             "passed": self.passed,
             **errors,
             "per_class": self._per_class(),
-            "accuracy": self.accuracy and {name: each.to_json() for name, each in self.accuracy.items()},
+            "accuracy": self.accuracy,
             "loss": self.loss,
         }
 

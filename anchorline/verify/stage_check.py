@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class StageResult:
             "name": self.name,
             "passed": self.passed,
             "compared": self.compared,
-            "tolerance_used": self.used if np.isfinite(self.used) else None,
+            "tolerance_used": self.used,
             "detail": self.detail,
         }
 
@@ -80,9 +80,6 @@ class LayerResult:
     layer: str | None
     detail: str
     compared: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def tensor_error(value: str, reference: NDArray[Any], candidate: NDArray[Any], images: int) -> TensorError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
@@ -79,16 +78,6 @@ class TrapResult:
     detail: str
     images: int
     comparison: ComparisonSummary | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for ``files.write_json``."""
-        return {
-            "name": self.name,
-            "passed": self.passed,
-            "detail": self.detail,
-            "images": self.images,
-            "comparison": None if self.comparison is None else self.comparison.to_json(),
-        }
 
 
 def largest_batch(contract: Contract) -> int:

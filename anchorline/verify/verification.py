@@ -16,7 +16,7 @@ from anchorline.data.dataset import Dataset
 from anchorline.evaluation.evaluation import Progress, part_of
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import DataError, SettingsError
-from anchorline.runtime.io.files import sha256_of, write_json
+from anchorline.runtime.io.files import plain, sha256_of, write_json
 from anchorline.verify.compare import (
     ComparisonSummary,
     Tolerance,
@@ -105,20 +105,23 @@ class VerifyReport:
 
     def to_json(self) -> dict[str, Any]:
         """The plain dict that ``anchorline verify --json`` and the record beside the artefact hold."""
-        return {
-            "passed": self.passed,
-            "first_divergence": self.first_divergence,
-            "reference": self.reference,
-            "artefact": self.candidate,
-            "data": self.data,
-            "tolerance": self.tolerance,
-            "stages": None if self.stages is None else [stage.to_json() for stage in self.stages],
-            "stages_note": self.stages_note,
-            "bisect": self.layer and self.layer.to_json(),
-            "detections": self.detections.to_json(),
-            "traps": [trap.to_json() for trap in self.traps],
-            "notes": list(self.notes),
-        }
+        figures: dict[str, Any] = plain(
+            {
+                "passed": self.passed,
+                "first_divergence": self.first_divergence,
+                "reference": self.reference,
+                "artefact": self.candidate,
+                "data": self.data,
+                "tolerance": self.tolerance,
+                "stages": self.stages,
+                "stages_note": self.stages_note,
+                "bisect": self.layer,
+                "detections": self.detections,
+                "traps": self.traps,
+                "notes": self.notes,
+            }
+        )
+        return figures
 
     def render(self) -> Table:
         """One row for each stage, the detections, and each trap."""

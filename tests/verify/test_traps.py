@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import ArtefactError, FrameError, SettingsError
+from anchorline.runtime.io.files import plain
 from anchorline.verify.compare import compare_all
 from anchorline.verify.traps import (
     LARGEST_BATCH,
@@ -324,10 +325,10 @@ def test_a_missing_result_is_a_failed_row(all_traps: list[Trap]) -> None:
 
 
 def test_a_result_is_plain_json(all_traps: list[Trap]) -> None:
-    good = run_trap(all_traps[0], Honest(), Honest()).to_json()
+    good = plain(run_trap(all_traps[0], Honest(), Honest()))
     assert (good["name"], good["passed"], good["images"]) == ("empty image", True, 1)
     assert good["comparison"]["matched"] == 1
-    bad = run_trap(all_traps[0], Honest(), Failing(lambda frame: True)).to_json()
+    bad = plain(run_trap(all_traps[0], Honest(), Failing(lambda frame: True)))
     assert (bad["passed"], bad["comparison"]) == (False, None)
 
 

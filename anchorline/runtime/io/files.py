@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,14 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON knows it: NumPy values become plain ones, NaN and infinities None."""
+    """``value`` as JSON knows it: NumPy values become plain ones, NaN and infinities None.
+
+    A dataclass becomes what its ``to_json`` gives, or else its fields by name.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        to_json = getattr(value, "to_json", None)
+        own = {field.name: getattr(value, field.name) for field in fields(value)}
+        return plain(to_json() if to_json else own)
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):
