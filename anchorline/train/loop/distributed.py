@@ -17,9 +17,8 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -51,8 +50,7 @@ class OtherProcessError(TrainingError):
     """Another process of the training has failed and reports why; this one has nothing to add."""
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Which of ``processes`` this one is, among all and on its machine."""
 
     rank: int = 0
@@ -75,13 +73,13 @@ def place() -> Place:
             raise SettingsError(
                 f"{name} is {os.environ[name]!r}; expected a whole number; start with torchrun"
             )
-    rank, local_rank, processes = (int(os.environ[name]) for name in _VARIABLES[:3])
-    if not rank < processes:
+    mine = Place(*(int(os.environ[name]) for name in _VARIABLES[:3]))
+    if not mine.rank < mine.processes:
         raise SettingsError(
-            f"RANK is {rank}, WORLD_SIZE {processes}; expected a rank from 0 to {processes - 1}; "
-            "start with torchrun"
+            f"RANK is {mine.rank}, WORLD_SIZE {mine.processes}; expected a rank from 0 to "
+            f"{mine.processes - 1}; start with torchrun"
         )
-    return Place(rank, local_rank, processes)
+    return mine
 
 
 @contextlib.contextmanager
@@ -150,17 +148,12 @@ def _store(mine: Place) -> Store:
 
 
 def _join(store: Store, mine: Place, device: str) -> None:
-    on_cuda = _uses_cuda(device)
-    if on_cuda:
+    # Objects and figures go through gloo on CUDA too, so that they need no room on the GPU.
+    backend = "gloo"
+    if _uses_cuda(device):
         torch.cuda.set_device(own_cuda_device(device, mine))
-    # Objects and figures go through gloo in either case, so that they need no room on the GPU.
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-        store=store,
-        rank=mine.rank,
-        world_size=mine.processes,
-        timeout=TIMEOUT,
-    )
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=mine.rank, world_size=mine.processes, timeout=TIMEOUT)
 
 
 def _want_stop(*_: object) -> None:
@@ -257,11 +250,7 @@ def wait_for_all() -> None:
 
 def from_main(make: Callable[[], _Item]) -> _Item:
     """What ``make`` returns in the main process, where alone it is called, in all of them."""
-    if process_count() == 1:
-        return make()
-    box: list[Any] = [make() if is_main() else None]
-    dist.broadcast_object_list(box, src=0)
-    return cast(_Item, box[0])
+    return cast(_Item, gather(make() if is_main() else None)[0])
 
 
 def gather(value: _Item) -> list[_Item]:

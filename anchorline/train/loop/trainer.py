@@ -44,6 +44,7 @@ from anchorline.train.pretrained import load_pretrained
 from anchorline.train.settings import Settings
 
 STATE_FILE = "state.pt"
+COUNTERS = ("epoch", "step", "best", "validations_since_best")
 VALIDATION_BATCH = 4  # images
 
 
@@ -154,6 +155,8 @@ class Trainer:
         self.optimiser = build_optimiser(self.model, training)
         self.schedule = build_schedule(self.optimiser, training, self.steps)
         self.scaler = build_scaler(phase.device, training.precision)
+        self.stateful: dict[str, Any] = {"model": self.model, "optimiser": self.optimiser}
+        self.stateful |= {"schedule": self.schedule, "scaler": self.scaler}
         self.average = MovingAverage(self.model, training.ema) if training.ema else None
         if training.compile:
             self.model.backbone.compile()
@@ -365,21 +368,13 @@ class Trainer:
     def _save_state(self) -> None:
         # The progress stands inside the one file, so that a kill cannot leave two files that disagree.
         progress = {
-            "epoch": self.epoch,
-            "step": self.step,
-            "best": self.best,
-            "validations_since_best": self.validations_since_best,
+            **{name: getattr(self, name) for name in COUNTERS},
             "settings": self.settings.to_dict(),
             "data": describe_data(self.phase.data),
             "processes": distributed.process_count(),
         }
-        state = {
-            "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "average": None if self.average is None else (self.average.state, self.average.updates),
-        }
+        state: dict[str, Any] = {name: each.state_dict() for name, each in self.stateful.items()}
+        state["average"] = None if self.average is None else (self.average.state, self.average.updates)
         with atomic_path(self.phase.folder / "last" / STATE_FILE) as temporary:
             try:
                 torch.save({"progress": json.dumps(progress), "state": state}, temporary)
@@ -409,14 +404,12 @@ class Trainer:
                 "resume with the same data, or train without --resume"
             )
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimiser.load_state_dict(state["optimiser"])
-            self.schedule.load_state_dict(state["schedule"])
-            self.scaler.load_state_dict(state["scaler"])
+            for name, each in self.stateful.items():
+                each.load_state_dict(state[name])
             if self.average is not None:
                 self.average.load(*state["average"])
-            self.epoch, self.step, self.best = progress["epoch"], progress["step"], progress["best"]
-            self.validations_since_best = progress["validations_since_best"]
+            for name in COUNTERS:
+                setattr(self, name, progress[name])
             processes = int(progress.get("processes", 1))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = (str(error).splitlines() or [""])[0]
