@@ -29,7 +29,6 @@ from anchorline.data.summary import DataSummary
 from anchorline.runtime.io.errors import ArtefactError
 from anchorline.runtime.io.files import sha256_of, write_json
 from anchorline.train.loop.distributed import from_main, is_main, run_shared, wait_for_all
-from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.loop.trainer import (
     STATE_FILE,
     PhaseConfig,
@@ -40,6 +39,7 @@ from anchorline.train.loop.trainer import (
     steps_of_epoch,
 )
 from anchorline.train.predict import load_rpn
+from anchorline.train.settings import TrainingSettings
 
 FINISHED = "finished.json"
 

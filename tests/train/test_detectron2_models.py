@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import nms, roi_align
 
-from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.model.assign import Targets
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.model.roi_heads import DetectionBatch
+from anchorline.train.settings import TrainingSettings
 
 Model = Callable[..., FasterRCNN]
 RATIOS = (0.5, 1.0, 2.0)

@@ -15,12 +15,12 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.model.assign import Targets
 from anchorline.train.model.backbones import FrozenBatchNorm
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.model.roi_heads import DetectionBatch
 from anchorline.train.model.settings import ModelSettings
+from anchorline.train.settings import TrainingSettings
 
 CLASSES = 3
 NECKS = {

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from pycocotools import mask
 from torch import Tensor
 
-from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.model import roi_heads, rpn
 from anchorline.train.model.anchors import AnchorGenerator
 from anchorline.train.model.assign import BACKGROUND, IGNORED, Targets, ignore_covered
 from anchorline.train.model.boxes import pairwise_ioa
 from anchorline.train.model.rpn import Proposals
 from anchorline.train.model.settings import ModelSettings
+from anchorline.train.settings import TrainingSettings
 
 CANVAS = (64, 96)
 ANCHORS = torch.cat(AnchorGenerator(CANVAS, [(16.0,), (40.0,)], (0.5, 1.0, 2.0)).levels([(8, 12), (4, 6)]))

@@ -10,11 +10,11 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
-from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.model import losses, rpn
 from anchorline.train.model.anchors import AnchorGenerator as OurGenerator
 from anchorline.train.model.assign import Targets
 from anchorline.train.model.settings import ModelSettings
+from anchorline.train.settings import TrainingSettings
 
 CANVAS = (64, 96)
 ANCHORS = torch.cat(OurGenerator(CANVAS, [(8.0,), (32.0,)], (0.5, 1.0, 2.0)).levels([(16, 24), (8, 12)]))

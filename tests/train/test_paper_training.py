@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from anchorline.train.loop.optim import build_optimiser
-from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.model.anchors import AnchorGenerator
 from anchorline.train.model.assign import BACKGROUND, IGNORED, Targets, match
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.model.rpn import RPN, AnchorScores, match_anchors
 from anchorline.train.model.settings import ModelSettings
-from anchorline.train.settings import load_preset
+from anchorline.train.settings import TrainingSettings, load_preset
 
 PAPER = load_preset("vgg16-paper").training
 CANVAS = torch.tensor([[608.0, 1024.0]])

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.model import roi_heads
 from anchorline.train.model.assign import Targets
 from anchorline.train.model.rpn import Proposals
 from anchorline.train.model.settings import ModelSettings
+from anchorline.train.settings import TrainingSettings
 
 IMAGE_SIZES = torch.tensor([[128.0, 160.0], [90.0, 160.0], [128.0, 47.0]])
 SLOTS, CLASSES = 60, 3

@@ -11,9 +11,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.model.settings import ModelSettings, settings_from
-from anchorline.train.settings import Settings, load_preset, preset_names
+from anchorline.train.settings import Settings, TrainingSettings, load_preset, preset_names
 
 QUICK = "mobilenet-v2-fpn-quick"
 

@@ -10,8 +10,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.model.assign import PROPOSAL_LABEL
+from anchorline.train.settings import TrainingSettings
 
 # Of an object cut by the edge of a crop, this share of its area must remain for it to stay labelled.
 LEAST_VISIBLE = 0.3

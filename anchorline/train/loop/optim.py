@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.settings import TrainingSettings
 
 # Of the one-cycle rate: the share of the training in which it rises, and where it begins.
 RISING = 0.3

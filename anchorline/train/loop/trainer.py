@@ -37,11 +37,10 @@ from anchorline.train.data.dataset import (
 from anchorline.train.loop import distributed
 from anchorline.train.loop.metrics import MetricsFile, Report, StepReport
 from anchorline.train.loop.optim import MovingAverage, autocast, build_optimiser, build_scaler, build_schedule
-from anchorline.train.loop.settings import RENAMED
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.predict import STORED_PROPOSALS, StoredProposalDetector, TorchDetector
 from anchorline.train.pretrained import load_pretrained
-from anchorline.train.settings import Settings
+from anchorline.train.settings import RENAMED, Settings
 
 STATE_FILE = "state.pt"
 COUNTERS = ("epoch", "step", "best", "validations_since_best")

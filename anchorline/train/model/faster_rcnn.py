@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.model.assign import Targets
 from anchorline.train.model.backbones import build_backbone
 from anchorline.train.model.ops import mark
 from anchorline.train.model.roi_heads import DetectionBatch, RoIHeads
 from anchorline.train.model.rpn import RPN
 from anchorline.train.model.settings import ModelSettings
+from anchorline.train.settings import TrainingSettings
 
 
 class FasterRCNN(nn.Module):

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.model import ops
 from anchorline.train.model.assign import BACKGROUND, Targets, ignore_covered, match, sample
 from anchorline.train.model.backbones import build_last_stage
@@ -26,6 +25,7 @@ from anchorline.train.model.ops import mark
 from anchorline.train.model.roi_pooling import RoIMaxPooling, RoIPooling
 from anchorline.train.model.rpn import Proposals
 from anchorline.train.model.settings import ModelSettings
+from anchorline.train.settings import TrainingSettings
 
 ROI_STREAM = 2
 

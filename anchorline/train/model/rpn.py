@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.model import ops
 from anchorline.train.model.anchors import AnchorGenerator
 from anchorline.train.model.assign import BACKGROUND, IGNORED, Targets, ignore_covered, match, sample
@@ -27,6 +26,7 @@ from anchorline.train.model.boxes import (
 from anchorline.train.model.losses import rpn_losses
 from anchorline.train.model.ops import mark
 from anchorline.train.model.settings import ModelSettings
+from anchorline.train.settings import TrainingSettings
 
 RPN_STREAM = 1
 

@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 from anchorline.data.dataset import Dataset, LabelledImage
 from anchorline.data.synthetic import synthetic_dataset
 from anchorline.train.loop.metrics import StepReport
-from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.loop.train import train
 from anchorline.train.model.settings import ModelSettings
-from anchorline.train.settings import Settings
+from anchorline.train.settings import Settings, TrainingSettings
 
 # What the processes below import, so that the server they are forked from has it once for all of them.
 PRELOADED = [

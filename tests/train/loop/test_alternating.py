@@ -17,10 +17,9 @@ from anchorline.runtime.io.errors import ArtefactError, SettingsError
 from anchorline.train import alternating
 from anchorline.train.alternating import epochs_of_steps
 from anchorline.train.checkpoint import read_header
-from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.loop.train import train
 from anchorline.train.predict import TorchDetector
-from anchorline.train.settings import Settings
+from anchorline.train.settings import Settings, TrainingSettings
 
 MakeSettings = Callable[..., Settings]
 MakeRecorder = Callable[..., Any]

@@ -28,7 +28,7 @@ from anchorline.train.data.dataset import (
     read_batches,
     single_threaded_opencv,
 )
-from anchorline.train.loop.settings import TrainingSettings
+from anchorline.train.settings import TrainingSettings
 
 CANVAS = (64, 96)
 VARIED = TrainingSettings(

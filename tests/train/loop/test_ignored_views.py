@@ -27,11 +27,10 @@ from anchorline.train.data.dataset import (
     write_sample_sheet,
 )
 from anchorline.train.data.transforms import RandomZoom, build_transforms
-from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.loop.train import train
 from anchorline.train.model.assign import IGNORE_LABEL, Targets
 from anchorline.train.model.faster_rcnn import FasterRCNN
-from anchorline.train.settings import Settings
+from anchorline.train.settings import Settings, TrainingSettings
 
 Box = tuple[int, int, int, int]
 Labelled = Callable[..., LabelledImage]

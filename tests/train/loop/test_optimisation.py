@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from anchorline.train.loop.optim import MovingAverage, build_optimiser, build_schedule
-from anchorline.train.loop.settings import TrainingSettings
 from anchorline.train.model.backbones import FrozenBatchNorm
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.model.settings import ModelSettings
+from anchorline.train.settings import TrainingSettings
 
 SINGLE = ModelSettings(
     neck="single", anchor_sizes=((16.0,),), canvas=(64, 64), representation=8, backbone_norm="live"

@@ -16,7 +16,7 @@ from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import DataError
 from anchorline.train.data.dataset import CanvasDataset, collate
-from anchorline.train.loop.settings import TrainingSettings
+from anchorline.train.settings import TrainingSettings
 
 
 def truth_as_proposals(data: Dataset) -> list[ImageProposals]:

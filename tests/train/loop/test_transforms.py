@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from anchorline.runtime.canvas import boxes_to_canvas, place, to_canvas
 from anchorline.runtime.contract import ResizeRule
 from anchorline.train.data.transforms import LEAST_VISIBLE, PAD_VALUE, RandomZoom, build_transforms
-from anchorline.train.loop.settings import TrainingSettings
+from anchorline.train.settings import TrainingSettings
 
 Box = tuple[int, int, int, int]
 View = tuple[Tensor, Tensor, Tensor]
