@@ -16,7 +16,7 @@ from anchorline.runtime.tensorrt.library import FLAVOURS
 from anchorline.runtime.tensorrt.manifest import CannotRunHereError, EngineManifest, onnx_of, read_manifest
 
 OPENVINO = "openvino"
-_BEST_FIRST = ("cuda", OPENVINO)  # what "auto" tries for an ONNX file before onnxruntime on the CPU
+_BEST_FIRST = ("cuda", OPENVINO, "cpu")  # what "auto" tries for an ONNX file
 
 log = logging.getLogger("anchorline.runtime")
 _said: set[tuple[str, str]] = set()  # what was logged once already in this process
@@ -32,8 +32,26 @@ def open_backend(path: Path, provider: str, cpu: CpuOptions, options: GpuOptions
             f"{path}: checkpoints are not run directly; first anchorline export {path} --out model.onnx"
         )
     if path.suffix.lower() == ".engine":
-        return _open_engine(path, provider, cpu, options)
-    return _open_onnx(path, provider, cpu, options)
+        manifest = read_manifest(path)
+        if manifest.flavour not in FLAVOURS:
+            raise ArtefactError(
+                f"{manifest.path}: flavour is {manifest.flavour!r}; expected one of {', '.join(FLAVOURS)}; "
+                "build the engine again"
+            )
+        if provider == "tensorrt-rtx" and manifest.flavour != provider:
+            raise SettingsError(f"provider is {provider!r}, but {path} is an engine of {manifest.flavour}")
+        if provider == "auto" or provider in FLAVOURS:
+            return _open_engine(path, manifest, provider, cpu, options)
+        path = onnx_of(path, manifest)
+    offered = _offered()
+    if provider not in offered:
+        package = "the package openvino" if provider == OPENVINO else "onnxruntime-gpu"
+        extra = "; pip install 'anchorline[openvino]'" if provider == OPENVINO else ""
+        raise SettingsError(
+            f"provider is {provider!r}, which is not to be had here (it comes with {package}{extra}); "
+            f"available here: {', '.join(offered)}"
+        )
+    return _open_onnx(path, _BEST_FIRST if provider == "auto" else (provider,), cpu, options)
 
 
 def exact_provider(provider: str) -> str:
@@ -41,17 +59,11 @@ def exact_provider(provider: str) -> str:
     return "cpu" if provider == "auto" and "cuda" not in available_providers() else provider
 
 
-def _open_engine(path: Path, provider: str, cpu: CpuOptions, options: GpuOptions) -> Backend:
-    manifest = read_manifest(path)
-    if manifest.flavour not in FLAVOURS:
-        raise ArtefactError(
-            f"{manifest.path}: flavour is {manifest.flavour!r}; expected one of {', '.join(FLAVOURS)}; "
-            "build the engine again"
-        )
-    if provider == "tensorrt-rtx" and manifest.flavour != provider:
-        raise SettingsError(f"provider is {provider!r}, but {path} is an engine of {manifest.flavour}")
-    if provider != "auto" and provider not in FLAVOURS:
-        return _open_onnx(onnx_of(path, manifest), provider, cpu, options)
+def _open_engine(
+    path: Path, manifest: EngineManifest, provider: str, cpu: CpuOptions, options: GpuOptions
+) -> Backend:
+    """The engine; where it cannot run and no provider was named its ONNX file on the CPU, or an error that
+    names both reasons."""
     # Here, not above: who runs ONNX files need not wait for the GPU's modules.
     from anchorline.runtime.tensorrt.lane import TensorRTBackend
 
@@ -60,45 +72,25 @@ def _open_engine(path: Path, provider: str, cpu: CpuOptions, options: GpuOptions
     except CannotRunHereError as error:
         if provider != "auto":
             raise GpuError(f"{path}: cannot run here: {error}") from None
-        return _instead_of(path, manifest, error, cpu, options)
-
-
-def _instead_of(
-    path: Path, manifest: EngineManifest, reason: GpuError, cpu: CpuOptions, options: GpuOptions
-) -> Backend:
-    """The engine's ONNX file on the CPU; an error that names both reasons where that cannot be had."""
+        reason = str(error)
     try:
         onnx = onnx_of(path, manifest)
     except ArtefactError as error:
         raise GpuError(f"{path}: cannot run here: {reason}. Nor can its ONNX file instead: {error}") from None
-    backend = _open_best(onnx, (OPENVINO,), cpu, options)
+    backend = _open_onnx(onnx, (OPENVINO, "cpu"), cpu, options)
     _say_once(path, f"TensorRT cannot run it here ({reason}); {onnx.name} runs on the CPU instead")
     return backend
 
 
-def _open_onnx(path: Path, provider: str, cpu: CpuOptions, options: GpuOptions) -> Backend:
-    if provider == "auto":
-        return _open_best(path, _BEST_FIRST, cpu, options)
-    if provider not in _offered():
-        package = "the package openvino" if provider == OPENVINO else "onnxruntime-gpu"
-        extra = "; pip install 'anchorline[openvino]'" if provider == OPENVINO else ""
-        raise SettingsError(
-            f"provider is {provider!r}, which is not to be had here (it comes with {package}{extra}); "
-            f"available here: {', '.join(_offered())}"
-        )
-    return _open_on(path, provider, cpu, options)
-
-
-def _open_best(path: Path, names: tuple[str, ...], cpu: CpuOptions, options: GpuOptions) -> Backend:
-    """On the first of the providers ``names`` that is here and starts, or else on onnxruntime's CPU."""
+def _open_onnx(path: Path, names: tuple[str, ...], cpu: CpuOptions, options: GpuOptions) -> Backend:
+    """On the first of the providers ``names`` that is here and starts; the last one's errors are raised."""
     refused = []
-    for name in names:
-        if name in _offered():
-            try:
-                return _open_on(path, name, cpu, options)
-            except (GpuError, ArtefactError) as error:
-                refused.append(f"{name} cannot run it here ({error}); it runs on the CPU instead")
-    backend = _open_on(path, "cpu", cpu, options)
+    for name in (name for name in names[:-1] if name in _offered()):
+        try:
+            return _open_on(path, name, cpu, options)
+        except (GpuError, ArtefactError) as error:
+            refused.append(f"{name} cannot run it here ({error}); it runs on the CPU instead")
+    backend = _open_on(path, names[-1], cpu, options)
     for text in refused:  # now that it does run there
         _say_once(path, text)
     return backend
