@@ -124,11 +124,8 @@ def network_precision(wanted: str, model: str) -> str:
     return "bf16" if wanted != "fp32" and has_native_bf16() else "fp32"
 
 
-# Sharing the cores of this process between detectors: networks that would crowd each other take turns.
-
-
 class CoreBudget:
-    """``cores`` to be lent, first come first served; whoever wants more than there are gets all of them.
+    """The ``cores`` of this process, lent to its detectors, first come first served; at most all of them.
 
     Two networks of as many threads as there are cores run no faster side by side than one after the other:
     their threads only evict each other. So each waits here for its cores; small ones run together.

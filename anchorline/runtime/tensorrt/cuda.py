@@ -176,20 +176,6 @@ def first_gpu() -> tuple[str, int]:
     return device_name(driver, device), compute_capability(driver, device)
 
 
-def stream_handle(stream: Any) -> int:
-    """The handle of a CUDA stream: an integer, or a stream of PyTorch, pycuda, CuPy or cuda.core."""
-    if hasattr(stream, "__cuda_stream__"):
-        return int(stream.__cuda_stream__()[1])
-    for name in ("cuda_stream", "handle", "ptr"):
-        if isinstance(getattr(stream, name, None), int):
-            return int(getattr(stream, name))
-    if isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0:
-        return stream
-    raise SettingsError(
-        f"stream is {stream!r}; expected a stream of PyTorch, pycuda, CuPy or cuda.core, or its handle"
-    )
-
-
 class BindingsCuda:
     """GPU number ``device`` and its primary context, over cuda-bindings; to be closed when done with.
 
@@ -197,7 +183,6 @@ class BindingsCuda:
     """
 
     package = "cuda-bindings"
-    has_graphs = True
 
     def __init__(self, device: int = 0) -> None:
         self._driver = load_driver()
@@ -304,8 +289,18 @@ class BindingsCuda:
         self._call("cuStreamDestroy", stream, doing="destroying a stream")
 
     def stream_handle(self, stream: Any) -> int:
-        """The handle of a stream of this or another library; ``SettingsError`` for what is none."""
-        return stream_handle(stream)
+        """The handle of a CUDA stream: an integer, or a stream of PyTorch, pycuda, CuPy or cuda.core;
+        ``SettingsError`` for what is none."""
+        if hasattr(stream, "__cuda_stream__"):
+            return int(stream.__cuda_stream__()[1])
+        for name in ("cuda_stream", "handle", "ptr"):
+            if isinstance(getattr(stream, name, None), int):
+                return int(getattr(stream, name))
+        if isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0:
+            return stream
+        raise SettingsError(
+            f"stream is {stream!r}; expected a stream of PyTorch, pycuda, CuPy or cuda.core, or its handle"
+        )
 
     def synchronize(self, stream: int) -> None:
         """Wait until all work on the stream is done."""
@@ -423,7 +418,6 @@ class PyCuda:
     """
 
     package = "pycuda"
-    has_graphs = False
 
     def __init__(self, device: int = 0) -> None:
         self._pycuda = load_pycuda()
@@ -563,15 +557,6 @@ class PyCuda:
     def seconds_between(self, start: int, end: int) -> float:
         with self._errors("reading an event's time"):
             return float(self._events[start].time_till(self._events[end])) / 1000.0
-
-    def capture(self, stream: int, work: Callable[[], None]) -> int:
-        raise NotImplementedError("pycuda has no CUDA graphs: ask has_graphs")
-
-    def launch_graph(self, graph: int, stream: int) -> None:
-        raise NotImplementedError("pycuda has no CUDA graphs: ask has_graphs")
-
-    def destroy_graph(self, graph: int) -> None:
-        raise NotImplementedError("pycuda has no CUDA graphs: ask has_graphs")
 
     def load_kernel(self, source: str, kernel: str) -> Any:
         with self._loading, self._errors(f"loading {kernel}"):

@@ -73,6 +73,11 @@ class TensorRTEngine:
         self.is_rtx = manifest.flavour == "tensorrt-rtx"
         self._trt, self._cuda = trt, cuda
         self._lock = threading.Lock()  # contexts are made one at a time
+        # What TensorRT for RTX compiles for this GPU: a file for each engine, release and kind of GPU.
+        key = f"{manifest.engine_sha256} {trt.__version__} {cuda.compute_capability}"
+        self._kept_at = cache_folder() / f"rtx-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cache"
+        self._kept = b""
+        self._cache: Any = None
         register_plugins(trt)
         self._runtime, self._engine = self._load()
         try:
@@ -81,7 +86,6 @@ class TensorRTEngine:
             self.close()  # the traceback would keep it, beyond the GPU
             raise
         self.activation_bytes = int(self._engine.device_memory_size_v2)
-        self._cache = _RtxCache(manifest, trt, cuda.compute_capability) if self.is_rtx else None
 
     def _load(self) -> tuple[Any, Any]:
         with input_errors(self.path):
@@ -181,8 +185,14 @@ class TensorRTEngine:
         )
         strategies = self._trt.CudaGraphStrategy
         config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if graph else strategies.DISABLED
-        if self._cache is not None:
-            self._cache.attach(config)
+        if self._cache is None:
+            cache = config.create_runtime_cache()
+            with contextlib.suppress(OSError):
+                content = self._kept_at.read_bytes()
+                if cache.deserialize(content):
+                    self._kept = content
+            self._cache = cache
+        config.set_runtime_cache(self._cache)
         return self._engine.create_execution_context(config)
 
     def execute(self, slot: InferenceSlot, stream: int) -> None:
@@ -198,49 +208,20 @@ class TensorRTEngine:
         raise self._failure("did not run it", mark)
 
     def save_cache(self) -> None:
-        """Keep the kernels that TensorRT for RTX compiled, for the next start."""
+        """Keep the kernels that TensorRT for RTX compiled, for the next start, where that can be."""
         with self._lock:  # lanes that are made at once share it
-            if self._cache is not None:
-                self._cache.save()
+            serialised = None if self._cache is None else self._cache.serialize()
+            content = b"" if serialised is None else bytes(serialised)
+            if not content or content == self._kept:
+                return
+            try:
+                atomic_write_bytes(self._kept_at, content)
+                self._kept = content
+            except OutputError as error:
+                log.info("the runtime cache of TensorRT for RTX is not kept: %s", error)
 
     def close(self) -> None:
         """Let go of engine and runtime, in this order; the contexts must be gone. Safe to call twice."""
         self._cache = None
         self._engine = None
         self._runtime = None
-
-
-class _RtxCache:
-    """What TensorRT for RTX compiled for this GPU, kept from one start to the next.
-
-    A file for each engine, release and kind of GPU. One that cannot be read or written is no error.
-    """
-
-    def __init__(self, manifest: EngineManifest, trt: Any, capability: int) -> None:
-        key = f"{manifest.engine_sha256} {trt.__version__} {capability}"
-        self._path = cache_folder() / f"rtx-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cache"
-        self._cache: Any = None
-        self._saved: bytes = b""
-
-    def attach(self, config: Any) -> None:
-        """Give a context's settings the cache, which is read from its file the first time."""
-        if self._cache is None:
-            cache = config.create_runtime_cache()
-            with contextlib.suppress(OSError):
-                content = self._path.read_bytes()
-                if cache.deserialize(content):
-                    self._saved = content
-            self._cache = cache
-        config.set_runtime_cache(self._cache)
-
-    def save(self) -> None:
-        """Write the file if there is anything new."""
-        serialised = None if self._cache is None else self._cache.serialize()
-        content = b"" if serialised is None else bytes(serialised)
-        if not content or content == self._saved:
-            return
-        try:
-            atomic_write_bytes(self._path, content)
-            self._saved = content
-        except OutputError as error:
-            log.info("the runtime cache of TensorRT for RTX is not kept: %s", error)

@@ -28,7 +28,15 @@ from anchorline.runtime.backends.base import Backend, LaneResult
 from anchorline.runtime.canvas import Placement, bgr_of, frame_size, place, to_canvas
 from anchorline.runtime.contract import NMS_CONVERGED
 from anchorline.runtime.io.errors import FrameError, GpuError, SettingsError
-from anchorline.runtime.tensorrt.cuda import LEGACY_STREAM, Cuda, CudaError, GpuOptions, NoGpuError, open_cuda
+from anchorline.runtime.tensorrt.cuda import (
+    LEGACY_STREAM,
+    BindingsCuda,
+    Cuda,
+    CudaError,
+    GpuOptions,
+    NoGpuError,
+    open_cuda,
+)
 from anchorline.runtime.tensorrt.engine import REMEDY, InferenceSlot, Tensor, TensorRTEngine
 from anchorline.runtime.tensorrt.frames import DeviceFrame, FrameIntake, resizes_as
 from anchorline.runtime.tensorrt.library import load_tensorrt
@@ -105,8 +113,8 @@ class TensorRTLane:
         self._lowest = engine.manifest.batch[0]
         self._graph = options.graph is not False
         # TensorRT for RTX captures by itself (its runtime settings say so); pycuda knows no graphs.
-        self._captures = self._graph and cuda.has_graphs and not engine.is_rtx
-        self._copy_in_graph = self._captures and not options.timings
+        self._graphs = cuda if self._graph and isinstance(cuda, BindingsCuda) and not engine.is_rtx else None
+        self._copy_in_graph = self._graphs is not None and not options.timings
         self._slots: dict[int, InferenceSlot] = {}
         self._running: _Running | None = None
         self._lock = threading.Lock()
@@ -129,7 +137,9 @@ class TensorRTLane:
         with self._at_work():
             named = None if stream is None else self._cuda.stream_handle(stream) or LEGACY_STREAM
             self._clock.start()
-            device_frames, run_on = self._intake.read(frames, self._stream, named, self._captures)
+            device_frames, run_on = self._intake.read(
+                frames, self._stream, named, follow=self._graphs is not None
+            )
             if not resizes_as(contract) and any(found is not None for found in device_frames):
                 raise FrameError(
                     "Expected a frame in host memory, since the model's antialiased resize (Pillow's) is "
@@ -239,8 +249,8 @@ class TensorRTLane:
             buffers.copy_in(batch, stream)
             self._engine.execute(slot, stream)
             self._cuda.synchronize(stream)
-            if self._captures:
-                slot.graph = self._cuda.capture(stream, lambda: self._record(slot))
+            if self._graphs is not None:
+                slot.graph = self._graphs.capture(stream, lambda: self._record(slot))
             self._engine.save_cache()
         return self._slots[batch]
 
@@ -251,8 +261,8 @@ class TensorRTLane:
 
     def _run(self, slot: InferenceSlot, stream: int) -> None:
         self._clock.mark(stream, "network")
-        if slot.graph is not None:
-            self._cuda.launch_graph(slot.graph, stream)
+        if self._graphs is not None and slot.graph is not None:
+            self._graphs.launch_graph(slot.graph, stream)
         else:
             self._engine.execute(slot, stream)
         if slot.graph is None or not self._copy_in_graph:
@@ -275,9 +285,9 @@ class TensorRTLane:
     def _destroy_slots(self) -> None:
         """Graphs first, then the contexts they were captured from."""
         for slot in self._slots.values():
-            if slot.graph is not None:
+            if self._graphs is not None and slot.graph is not None:
                 with contextlib.suppress(CudaError):
-                    self._cuda.destroy_graph(slot.graph)
+                    self._graphs.destroy_graph(slot.graph)
             slot.context = None
 
 

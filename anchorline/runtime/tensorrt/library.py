@@ -31,7 +31,6 @@ from anchorline.runtime.io.files import cache_folder
 class Flavour:
     """A distribution of TensorRT: its module, the extra that brings it, and the oldest usable version."""
 
-    name: str
     title: str
     module: str
     extra: str
@@ -39,8 +38,8 @@ class Flavour:
 
 
 FLAVOURS = {
-    "tensorrt": Flavour("tensorrt", "TensorRT", "tensorrt", "gpu", (10, 12)),
-    "tensorrt-rtx": Flavour("tensorrt-rtx", "TensorRT for RTX", "tensorrt_rtx", "rtx", (1, 1)),
+    "tensorrt": Flavour("TensorRT", "tensorrt", "gpu", (10, 12)),
+    "tensorrt-rtx": Flavour("TensorRT for RTX", "tensorrt_rtx", "rtx", (1, 1)),
 }
 
 # In this order: the parser looks for the first among the libraries that are loaded.

@@ -180,22 +180,18 @@ def launch(launches: Iterable[Launch], stream: int) -> None:
         values = tuple(argument.value for argument in item.arguments)
         types = tuple(type(argument) for argument in item.arguments)
         given = (handle, *item.grid, item.threads, 1, 1, 0, stream, (values, types), 0)
-        call_driver(driver, "cuLaunchKernel", *given, doing=f"launching {item.kernel}")
+        _call("cuLaunchKernel", *given, doing=f"launching {item.kernel}")
 
 
 def preload(source: str, kernels: Iterable[str]) -> None:
     """Load kernels ahead of their first launch, which then allocates nothing and may be captured."""
-    from cuda.bindings import driver
-
     for kernel in kernels:  # a handle alone is loaded when it is launched
         handle = _kernel(source, kernel, _current_device())
-        call_driver(driver, "cuKernelGetFunction", handle, doing=f"loading {kernel}")
+        _call("cuKernelGetFunction", handle, doing=f"loading {kernel}")
 
 
 def _current_device() -> int:
-    from cuda.bindings import driver
-
-    return int(call_driver(driver, "cuCtxGetDevice", doing="finding the current GPU"))
+    return int(_call("cuCtxGetDevice", doing="finding the current GPU"))
 
 
 @functools.cache
@@ -203,21 +199,24 @@ def _kernel(source: str, kernel: str, device: int) -> Any:
     from cuda.bindings import driver
 
     library = _library(source, compute_capability(driver, device))
-    return call_driver(driver, "cuLibraryGetKernel", library, kernel.encode(), doing=f"finding {kernel}")
+    return _call("cuLibraryGetKernel", library, kernel.encode(), doing=f"finding {kernel}")
 
 
 def _library(source: str, architecture: int) -> Any:
     """An image loaded for all contexts of the process, once: TensorRT calls from many threads."""
-    from cuda.bindings import driver
-
     with _loading:
         if (source, architecture) not in _libraries:
             none: list[Any] = []  # no options, for compiler or library
             given = (image(source, architecture), none, none, 0, none, none, 0)
-            _libraries[source, architecture] = call_driver(
-                driver, "cuLibraryLoadData", *given, doing=f"loading the image of {source}"
-            )
+            loaded = _call("cuLibraryLoadData", *given, doing=f"loading the image of {source}")
+            _libraries[source, architecture] = loaded
         return _libraries[source, architecture]
+
+
+def _call(function: str, *arguments: Any, doing: str) -> Any:
+    from cuda.bindings import driver
+
+    return call_driver(driver, function, *arguments, doing=doing)
 
 
 # TensorRT calls the following from C++, where an exception cannot be caught by anyone: each failure is logged
