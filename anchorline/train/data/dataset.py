@@ -103,12 +103,13 @@ class CanvasDataset(TorchDataset[dict[str, Any]]):
         parts, valid = [], self.canvas
         for slot, index in enumerate(indices):
             top, left = slot // side * height, slot % side * width
-            view, boxes, labels, scores = self._view(index)
+            view, on_view = self._view(index)
             resize = self.resize if side == 1 else ResizeRule()
             placement = place((view.shape[0], view.shape[1]), (height, width), resize)
             to_canvas(view, placement, image[top : top + height, left : left + width])
-            moved = boxes_to_canvas(boxes, placement) + np.array([left, top, left, top], np.float32)
-            parts.append((torch.from_numpy(moved), labels, scores))
+            boxes = boxes_to_canvas(on_view["boxes"].as_subclass(Tensor).numpy(), placement)
+            moved = torch.from_numpy(boxes + np.array([left, top, left, top], np.float32))
+            parts.append((moved, on_view["labels"], on_view["scores"]))
             if side == 1:
                 valid = placement.valid
         found, labels, scores = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -121,7 +122,7 @@ class CanvasDataset(TorchDataset[dict[str, Any]]):
             "id": " + ".join(dict.fromkeys(self.data.images[index].id for index in indices)),
         }
         if self.proposals is not None:
-            proposed = labels <= PROPOSAL_LABEL
+            proposed = labels == PROPOSAL_LABEL
             best = scores[proposed].argsort(descending=True, stable=True)[: self.slots]
             kept_boxes, kept_scores = torch.zeros(self.slots, 4), torch.full((self.slots,), SUPPRESSED)
             kept_boxes[: len(best)] = found[proposed][best]
@@ -129,29 +130,26 @@ class CanvasDataset(TorchDataset[dict[str, Any]]):
             item |= {"proposal_boxes": kept_boxes, "proposal_scores": kept_scores}
         return item
 
-    def _view(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], Tensor, Tensor]:
-        """A random view of an image (BGR), boxes [N, 4] on it, labels [N], and scores [N] of proposals."""
+    def _view(self, index: int) -> tuple[NDArray[np.uint8], dict[str, Tensor]]:
+        """A random view of an image (BGR), and the ``boxes`` on it, their ``labels`` and ``scores``."""
         item = self.data.images[index]
         pixels = item.load()
         boxes, labels = item.boxes, np.where(item.difficult | item.crowd, IGNORE_LABEL, item.labels)
-        stored = None if self.proposals is None else self.proposals[index]
-        if stored is not None:
+        scores = np.zeros(len(boxes), np.float32)
+        if self.proposals is not None:
+            stored = self.proposals[index]
             boxes = np.concatenate([boxes, stored.boxes])
-            labels = np.concatenate([labels, PROPOSAL_LABEL - np.arange(len(stored.boxes))])
-        canvas_size = (pixels.shape[0], pixels.shape[1])
+            labels = np.concatenate([labels, np.full(len(stored.boxes), PROPOSAL_LABEL)])
+            scores = np.concatenate([scores, stored.scores])
+        size = (pixels.shape[0], pixels.shape[1])
         target = {
-            "boxes": tv_tensors.BoundingBoxes(torch.tensor(boxes), format="XYXY", canvas_size=canvas_size),
+            "boxes": tv_tensors.BoundingBoxes(torch.tensor(boxes), format="XYXY", canvas_size=size),
             "labels": torch.from_numpy(labels),
+            "scores": torch.from_numpy(scores),
         }
         image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1).flip(0))
         image, target = self.transforms(image, target)
-        bgr = image.as_subclass(Tensor).flip(0).permute(1, 2, 0).contiguous().numpy()
-        seen = target["labels"]
-        scores = torch.zeros(len(seen))
-        if stored is not None:
-            proposed = seen <= PROPOSAL_LABEL
-            scores[proposed] = torch.from_numpy(stored.scores)[PROPOSAL_LABEL - seen[proposed]]
-        return bgr, target["boxes"].as_subclass(Tensor).numpy(), seen, scores
+        return image.as_subclass(Tensor).flip(0).permute(1, 2, 0).contiguous().numpy(), target
 
 
 def collate(items: list[dict[str, Any]]) -> Batch:

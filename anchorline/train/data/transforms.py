@@ -17,7 +17,7 @@ from anchorline.train.settings import TrainingSettings
 LEAST_VISIBLE = 0.3
 PAD_VALUE = 114.0
 
-# An image, and its ``boxes`` and ``labels``.
+# An image, its ``boxes``, their ``labels``, and whatever else goes with each box.
 View = tuple[tv_tensors.Image, dict[str, Any]]
 
 
@@ -81,15 +81,15 @@ class Sanitize(nn.Module):
 
     def forward(self, image: tv_tensors.Image, target: dict[str, Any]) -> View:
         sound = F.sanitize_bounding_boxes(target["boxes"])[1]
-        proposed = target["labels"] <= PROPOSAL_LABEL
+        proposed = target["labels"] == PROPOSAL_LABEL
         return image, _kept(target, torch.where(proposed, _areas(target["boxes"]) > 0, sound))
 
 
 def build_transforms(settings: TrainingSettings) -> v2.Compose:
     """The random views that ``settings`` ask for, from (image, {boxes, labels}) to the same.
 
-    Boxes with a negative label are no objects: ``IGNORE_LABEL`` marks ignore regions, ``PROPOSAL_LABEL``
-    and below stored proposals. They change no draw, and stay while any of them shows.
+    Boxes with a negative label are no objects: ``IGNORE_LABEL`` marks ignore regions,
+    ``PROPOSAL_LABEL`` stored proposals. They change no draw, and stay while any of them shows.
     """
     steps: list[nn.Module] = []
     if settings.flip:
@@ -108,8 +108,8 @@ def build_transforms(settings: TrainingSettings) -> v2.Compose:
 
 
 def _kept(target: dict[str, Any], keep: Tensor) -> dict[str, Any]:
-    boxes = target["boxes"]
-    return {"boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": target["labels"][keep]}
+    kept = {name: value[keep] for name, value in target.items()}
+    return {**kept, "boxes": tv_tensors.wrap(kept["boxes"], like=target["boxes"])}
 
 
 def _areas(boxes: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ IGNORED_SHARE = 0.5
 # The label of an ignore region among the objects of an image, on its way through the transforms.
 IGNORE_LABEL = -2
 
-# The label of an image's first stored proposal on that way; that of the one at index i is lower by i.
+# The label of stored proposals on that way.
 PROPOSAL_LABEL = -3
 
 
