@@ -14,7 +14,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from anchorline.runtime.io.errors import ArtefactError, SettingsError
+from anchorline.runtime.io.errors import ArtefactError, SettingsError, reason_of
 from anchorline.train.model.backbones import BACKBONES, Body
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.model.roi_heads import BoxHead, Res5Head
@@ -113,7 +113,7 @@ def load_imagenet_weights(body: Body, backbone: str) -> dict[str, Tensor]:
         if cached.exists():
             raise _unreadable(cached, error, "remove the file and run again") from None
         raise ArtefactError(
-            f"{weights.url}: cannot be downloaded ({_reason(error)}); download it where there is a network "
+            f"{weights.url}: cannot be downloaded ({reason_of(error)}); download it where there is a network "
             f"and give the file: --backbone-weights {cached.name}"
         ) from None
     _fill(body, state, cached)
@@ -199,12 +199,7 @@ def _current_key(key: str, state: dict[str, Tensor]) -> str:
 
 
 def _unreadable(path: Path, error: Exception, remedy: str) -> ArtefactError:
-    return ArtefactError(f"{path}: cannot be read as weights ({_reason(error)}); {remedy}")
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:120] if lines else type(error).__name__
+    return ArtefactError(f"{path}: cannot be read as weights ({reason_of(error)}); {remedy}")
 
 
 @torch.no_grad()

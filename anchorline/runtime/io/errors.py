@@ -41,3 +41,9 @@ class GpuError(AnchorlineError, RuntimeError):
 
 class ParityError(AnchorlineError, RuntimeError):
     """Two forms of one model that should agree and do not."""
+
+
+def reason_of(error: BaseException, longest: int = 120) -> str:
+    """What a foreign ``error`` says first, for a line of ours; the name of its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:longest] if lines else type(error).__name__

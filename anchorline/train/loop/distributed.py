@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from anchorline.data.dataset import Dataset
 from anchorline.evaluation.evaluation import Detect, report_detections, run_detector, to_dataset_labels
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.io.errors import SettingsError, TrainingError
+from anchorline.runtime.io.errors import SettingsError, TrainingError, reason_of
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -139,10 +139,9 @@ def _store(mine: Place) -> Store:
     try:
         store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
     except (RuntimeError, ValueError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise TrainingError(
-            f"process {mine.rank} of {mine.processes} cannot reach the others at {address} ({reason}); "
-            "check MASTER_ADDR and the network between the machines"
+            f"process {mine.rank} of {mine.processes} cannot reach the others at {address} "
+            f"({reason_of(error, 160)}); check MASTER_ADDR and the network between the machines"
         ) from None
     return PrefixStore(f"anchorline/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
@@ -197,9 +196,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # which the device "meta" cannot
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:120]
         raise SettingsError(
-            f"device {name!r} cannot be used ({reason}); expected auto, cpu or cuda"
+            f"device {name!r} cannot be used ({reason_of(error)}); expected auto, cpu or cuda"
         ) from None
     return device
 

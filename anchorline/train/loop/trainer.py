@@ -21,7 +21,7 @@ from anchorline.data.dataset import Dataset
 from anchorline.data.proposals import read_proposals
 from anchorline.data.summary import DataSummary, summarise_data
 from anchorline.evaluation.evaluation import proposal_recall
-from anchorline.runtime.io.errors import ArtefactError, TrainingError
+from anchorline.runtime.io.errors import ArtefactError, TrainingError, reason_of
 from anchorline.runtime.io.files import atomic_path, atomic_write_text, write_json
 from anchorline.train.checkpoint import contract_of, load_checkpoint, save_checkpoint
 from anchorline.train.data.dataset import (
@@ -393,8 +393,9 @@ class Trainer:
             progress, state = json.loads(saved["progress"]), saved["state"]
             trained_with = {table: dict(progress["settings"][table]) for table in ("model", "training")}
         except Exception as error:  # torch.load raises many kinds for damaged files
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ArtefactError(f"{path}: cannot be read ({reason[:120]}); train without --resume") from None
+            raise ArtefactError(
+                f"{path}: cannot be read ({reason_of(error)}); train without --resume"
+            ) from None
         check_trained_with(path, trained_with, self.settings)
         data = describe_data(self.phase.data)
         if progress.get("data") != data:
@@ -411,9 +412,8 @@ class Trainer:
                 setattr(self, name, progress[name])
             processes = int(progress.get("processes", 1))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [""])[0]
             raise ArtefactError(
-                f"{folder}: does not fit this model ({reason}); train without --resume"
+                f"{folder}: does not fit this model ({reason_of(error)}); train without --resume"
             ) from None
         self._check_processes(processes)
         self.metrics.resume(self.step)
