@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,15 +13,14 @@ from anchorline.doctor.conflicts import Finding
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.io.errors import ArtefactError
 from anchorline.runtime.io.files import sha256_of
+from anchorline.runtime.io.protobuf import fields
 from anchorline.runtime.tensorrt.manifest import EngineManifest, read_manifest
 
 FLAVOURS = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors' own bound
 _LONGEST_LIST = 12  # class names that are shown
-# Field numbers of ModelProto, and wire types of protobuf.
+# Field numbers of ModelProto.
 _PRODUCER, _GRAPH, _OPSET_IMPORT, _METADATA = 2, 7, 8, 14
-_VARINT, _BYTES, _FIXED = 0, 2, {1: 8, 5: 4}  # the last by their bytes
-_VARINT_BYTES = 10
 
 
 @dataclass(frozen=True)
@@ -168,14 +167,14 @@ def read_onnx_header(path: Path) -> OnnxHeader:
 
 def _parse(content: mmap.mmap) -> OnnxHeader:
     producer, opset, metadata, has_graph = "", 0, {}, False
-    for number, place in _fields(content):
+    for number, place in fields(content, "ONNX"):
         if number == _GRAPH:
             has_graph = True
         elif number == _PRODUCER:
             producer = _text(content, place)
         elif number in (_OPSET_IMPORT, _METADATA) and isinstance(place, slice):
             # OperatorSetIdProto is a domain and a version, StringStringEntryProto a key and a value.
-            inner = dict(_fields(content, place.start, place.stop))
+            inner = dict(fields(content, "ONNX", place.start, place.stop))
             first, second = inner.get(1, 0), inner.get(2, 0)
             if number == _METADATA:
                 metadata[_text(content, first)] = _text(content, second)
@@ -184,45 +183,6 @@ def _parse(content: mmap.mmap) -> OnnxHeader:
     if not has_graph or not opset:
         raise ValueError("it has no graph")
     return OnnxHeader(producer, opset, metadata)
-
-
-def _fields(
-    content: mmap.mmap, position: int = 0, end: int | None = None
-) -> Iterator[tuple[int, int | slice]]:
-    """The fields of one message: numbers, and where the bytes of all else are.
-
-    Raises ``ValueError`` where the bytes are no such message.
-    """
-    end = len(content) if end is None else end
-    while position < end:
-        tag, position = _varint(content, position, end)
-        number, wire = tag >> 3, tag & 7
-        value: int | slice = 0
-        if wire == _VARINT:
-            value, position = _varint(content, position, end)
-        elif wire == _BYTES:
-            length, start = _varint(content, position, end)
-            position = start + length
-            value = slice(start, position)
-        elif wire in _FIXED:
-            position += _FIXED[wire]
-        else:
-            raise ValueError(f"wire type {wire} at byte {position}")
-        if number == 0 or position > end:
-            raise ValueError(f"field {number} needs {position - end} bytes more than there are")
-        yield number, value
-
-
-def _varint(content: mmap.mmap, position: int, end: int) -> tuple[int, int]:
-    value = 0
-    for index in range(_VARINT_BYTES):
-        if position + index >= end:
-            raise ValueError("it stops inside a number")
-        byte = content[position + index]
-        value |= (byte & 0x7F) << (7 * index)
-        if byte < 0x80:
-            return value, position + index + 1
-    raise ValueError(f"no number at byte {position}")
 
 
 def _text(content: mmap.mmap, place: int | slice) -> str:
