@@ -28,10 +28,10 @@ from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import SettingsError
 from anchorline.runtime.io.files import write_json
-from anchorline.runtime.video.detection import detect
-from anchorline.runtime.video.files import VideoReader
+from anchorline.runtime.video.figures import DetectSummary
 from anchorline.runtime.video.options import DetectOptions
-from anchorline.runtime.video.summary import DetectSummary
+from anchorline.runtime.video.pipeline import detect
+from anchorline.runtime.video.reader import VideoReader
 from anchorline.train.loop.metrics import training_progress
 from anchorline.train.loop.train import train
 from anchorline.train.loop.trainer import TrainResult

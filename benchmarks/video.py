@@ -31,7 +31,7 @@ from anchorline.runtime import (
     detect,
     draw,
 )
-from anchorline.runtime.video.pyav import open_writer
+from anchorline.runtime.video.writer import open_writer
 
 Image = NDArray[np.uint8]
 COLUMNS = (

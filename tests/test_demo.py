@@ -18,7 +18,7 @@ from anchorline.data.synthetic import CLASS_NAMES
 from anchorline.data.synthetic_video import synthetic_video_dataset
 from anchorline.demo import DemoReport, demo, evaluate_lines
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.runtime.video.files import VideoReader
+from anchorline.runtime.video.reader import VideoReader
 from anchorline.train.checkpoint import load_checkpoint
 
 SCENES, FRAMES = 6, 14

@@ -22,7 +22,7 @@ from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import AnchorlineError, DataError
 from anchorline.runtime.io.files import sha256_of
 from anchorline.runtime.io.images import find_images, is_video, read_image
-from anchorline.runtime.video.files import VideoReader
+from anchorline.runtime.video.reader import VideoReader
 
 STAGES = ("preprocess", "upload", "network", "download", "postprocess")
 TOTAL = "total"  # frames to boxes by the clock, what lies between the stages included

@@ -71,8 +71,7 @@ def detect(
 ) -> None:
     """Detect objects in images, videos, cameras and streams."""
     from anchorline.runtime import detect as detect_sources
-    from anchorline.runtime.video.paths import check_outputs
-    from anchorline.runtime.video.source import waits
+    from anchorline.runtime.video.source import check_outputs, waits
 
     check_outputs((options.jsonl, options.report, json), (model, *sources))
     if classes_file is not None:
@@ -164,7 +163,7 @@ def _lines_of(file: Path) -> list[str]:
 def _tell(summary: DetectSummary | ClusterSummary, options: DetectOptions, json: Path | None) -> None:
     """The figures go to stdout, or to stderr where that takes the JSON lines."""
     from anchorline.runtime.io.files import write_json
-    from anchorline.runtime.video.paths import is_stdout
+    from anchorline.runtime.video.source import is_stdout
 
     warn(summary.warnings)
     if not is_stdout(options.jsonl):

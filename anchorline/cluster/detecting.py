@@ -36,11 +36,10 @@ from anchorline.cluster.summary import ClusterSummary, Progress, WorkerState
 from anchorline.cluster.worker import DetectionWorker, Job, NotHere, Piece, WorkItem, model_files
 from anchorline.runtime.io.errors import AnchorlineError, DataError, SettingsError
 from anchorline.runtime.timing import StageTimes
+from anchorline.runtime.video.figures import DetectSummary
 from anchorline.runtime.video.options import DetectOptions
-from anchorline.runtime.video.paths import Item, check_outputs
-from anchorline.runtime.video.signals import TERMINATED, signals_as_exit
-from anchorline.runtime.video.source import parse_source, plan
-from anchorline.runtime.video.summary import DetectSummary
+from anchorline.runtime.video.pipeline import TERMINATED, signals_as_exit
+from anchorline.runtime.video.source import Item, check_outputs, parse_source, plan
 
 _IMAGES = 16  # of an item: some seconds of work, which is what a lost machine costs
 _TRIES = 3

@@ -13,8 +13,8 @@ from types import TracebackType
 
 from anchorline.cluster.worker import WorkItem
 from anchorline.runtime.io.files import discard, is_stream, output_errors
-from anchorline.runtime.video.paths import Item, add_targets, next_name
 from anchorline.runtime.video.sinks import JsonLines
+from anchorline.runtime.video.source import Item, copy_targets, next_name
 
 
 class Outputs:
@@ -65,11 +65,11 @@ class Outputs:
         """The item's lines and copies are there."""
         if self.copies is not None:
             folder = item.folder_in(self.copies)
-            written = add_targets([Path(path) for path in item.paths], folder, single=False)
-            for file, target in zip(written, self._targets[item.first :], strict=False):
-                assert file.target is not None
+            written = copy_targets([Path(path) for path in item.paths], folder, single=False)
+            for own, target in zip(written, self._targets[item.first :], strict=False):
+                assert own is not None
                 assert target is not None
-                copies = [file.target] if file.target.exists() else []
+                copies = [own] if own.exists() else []
                 if item.is_video:  # alone in its folder, in parts where the size of its pictures changes
                     copies = sorted(folder.glob("*"), key=lambda path: (len(path.name), path.name))
                 for number, copy in enumerate(copies):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from anchorline.runtime.video.summary import DetectSummary
+from anchorline.runtime.video.figures import DetectSummary
 
 if TYPE_CHECKING:
     from rich.table import Table

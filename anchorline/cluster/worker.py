@@ -25,10 +25,10 @@ from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, DataErr
 from anchorline.runtime.io.files import atomic_path, cache_folder, output_errors, sha256_of
 from anchorline.runtime.tensorrt.manifest import manifest_path, onnx_of, read_manifest
 from anchorline.runtime.video.options import DetectOptions
-from anchorline.runtime.video.paths import Item
 from anchorline.runtime.video.pipeline import VideoPipeline, batch_size
-from anchorline.runtime.video.readers import open_file
+from anchorline.runtime.video.reader import open_file
 from anchorline.runtime.video.sinks import line_of
+from anchorline.runtime.video.source import Item
 
 PIECE_BYTES = 1 << 18
 PIECE_SECONDS = 1.0

@@ -40,7 +40,7 @@ from anchorline.data.synthetic import (
     visible_fractions,
 )
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.runtime.video.files import VideoWriter
+from anchorline.runtime.video.writer import VideoWriter
 
 OBJECT_SLOTS = len(CLASS_NAMES)  # each round of tracks shows every class once
 DISTRACTOR_SLOTS = 3

@@ -13,7 +13,7 @@ from anchorline.data.dataset import Dataset, LabelledImage, image_size, load_ima
 from anchorline.data.synthetic import generate_scene
 from anchorline.runtime.io.errors import DataError
 from anchorline.runtime.io.images import find_images, is_video
-from anchorline.runtime.video.files import VideoReader
+from anchorline.runtime.video.reader import VideoReader
 
 VIDEO_FRAMES = 50
 _SEED = 7

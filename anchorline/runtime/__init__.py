@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from anchorline.runtime.io.images import read_image as read_image
     from anchorline.runtime.io.images import write_image as write_image
     from anchorline.runtime.tensorrt.cuda import GpuOptions as GpuOptions
-    from anchorline.runtime.tracking import ObjectTracker as ObjectTracker
-    from anchorline.runtime.video.detection import detect as detect
-    from anchorline.runtime.video.files import VideoReader as VideoReader
-    from anchorline.runtime.video.files import VideoWriter as VideoWriter
+    from anchorline.runtime.video.figures import DetectSummary as DetectSummary
     from anchorline.runtime.video.frames import Result as Result
     from anchorline.runtime.video.options import DetectOptions as DetectOptions
     from anchorline.runtime.video.options import Filters as Filters
     from anchorline.runtime.video.options import TrackOptions as TrackOptions
     from anchorline.runtime.video.pipeline import VideoPipeline as VideoPipeline
+    from anchorline.runtime.video.pipeline import detect as detect
+    from anchorline.runtime.video.reader import VideoReader as VideoReader
     from anchorline.runtime.video.sinks import LatestFrame as LatestFrame
     from anchorline.runtime.video.source import Source as Source
-    from anchorline.runtime.video.summary import DetectSummary as DetectSummary
+    from anchorline.runtime.video.tracks import ObjectTracker as ObjectTracker
+    from anchorline.runtime.video.writer import VideoWriter as VideoWriter
 
 # Where each name lives. It is loaded when it is first used: the command needs the options and errors at once,
 # and NumPy and OpenCV only where a verb works with frames.
@@ -47,7 +47,7 @@ _MODULES = {
     "Contract": "contract",
     "DataError": "io.errors",
     "DetectOptions": "video.options",
-    "DetectSummary": "video.summary",
+    "DetectSummary": "video.figures",
     "Detections": "detections",
     "Detector": "detector",
     "Filters": "video.options",
@@ -56,7 +56,7 @@ _MODULES = {
     "GpuOptions": "tensorrt.cuda",
     "LatestFrame": "video.sinks",
     "Nv12": "canvas",
-    "ObjectTracker": "tracking",
+    "ObjectTracker": "video.tracks",
     "OutputError": "io.errors",
     "ParityError": "io.errors",
     "Result": "video.frames",
@@ -65,9 +65,9 @@ _MODULES = {
     "TrackOptions": "video.options",
     "TrainingError": "io.errors",
     "VideoPipeline": "video.pipeline",
-    "VideoReader": "video.files",
-    "VideoWriter": "video.files",
-    "detect": "video.detection",
+    "VideoReader": "video.reader",
+    "VideoWriter": "video.writer",
+    "detect": "video.pipeline",
     "draw": "drawing",
     "find_images": "io.images",
     "read_image": "io.images",

@@ -8,8 +8,8 @@ import pytest
 
 from anchorline import cli, cluster
 from anchorline.cluster import ClusterSummary
+from anchorline.runtime.video.figures import DetectSummary
 from anchorline.runtime.video.options import Filters
-from anchorline.runtime.video.summary import DetectSummary
 
 
 @pytest.fixture

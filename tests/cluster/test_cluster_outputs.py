@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from anchorline.cluster.outputs import Outputs
 from anchorline.cluster.worker import WorkItem
 from anchorline.runtime.io.errors import OutputError
-from anchorline.runtime.video.paths import Item
+from anchorline.runtime.video.source import Item
 
 
 @st.composite

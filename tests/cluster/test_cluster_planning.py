@@ -18,7 +18,7 @@ from anchorline.cluster.connecting import check_address, share_out, why_dead
 from anchorline.cluster.detecting import make_items, plan_files
 from anchorline.runtime.io.errors import ArtefactError, DataError, SettingsError
 from anchorline.runtime.video.options import DetectOptions
-from anchorline.runtime.video.paths import Item, plan_items
+from anchorline.runtime.video.source import Item, plan
 
 
 @settings(deadline=None)
@@ -42,7 +42,8 @@ def test_few_images_are_shared_out():
 
 
 def test_files_are_those_of_the_local_run_in_its_order(files, tmp_path):
-    assert plan_files(files, tmp_path / "out", 1) == plan_items(files, tmp_path / "out")
+    (local,) = plan(files, tmp_path / "out")
+    assert plan_files(files, tmp_path / "out", 1) == list(local.items)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from anchorline.cluster.worker import DetectionWorker, Job, NotHere, WorkItem, f
 from anchorline.runtime import Detector, detect
 from anchorline.runtime.io.errors import ArtefactError, OutputError, SettingsError
 from anchorline.runtime.video.options import DetectOptions, Filters
-from anchorline.runtime.video.paths import Item
+from anchorline.runtime.video.source import Item
 
 pytest.importorskip("onnxruntime")
 

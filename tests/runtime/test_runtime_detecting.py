@@ -14,12 +14,10 @@ from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import DataError, OutputError, SettingsError
 from anchorline.runtime.io.images import read_image, write_image
 from anchorline.runtime.video import sinks
-from anchorline.runtime.video.detection import detect
-from anchorline.runtime.video.files import VideoReader
 from anchorline.runtime.video.options import DetectOptions
-from anchorline.runtime.video.paths import plan_items
-from anchorline.runtime.video.pipeline import VideoPipeline
-from anchorline.runtime.video.source import Source
+from anchorline.runtime.video.pipeline import VideoPipeline, detect
+from anchorline.runtime.video.reader import VideoReader
+from anchorline.runtime.video.source import Source, plan
 
 pytest.importorskip("onnxruntime")
 
@@ -314,7 +312,7 @@ def test_plans_that_cannot_be(tmp_path, sources, save, kind, message):
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
     with pytest.raises(kind, match=message):
-        plan_items([tmp_path / s for s in sources], None if save is None else tmp_path / save)
+        plan([tmp_path / s for s in sources], None if save is None else tmp_path / save)
 
 
 def test_plans(tmp_path):
@@ -323,7 +321,8 @@ def test_plans(tmp_path):
         (tmp_path / name).touch()
 
     def targets(sources, save):
-        items = plan_items([tmp_path / s for s in sources], tmp_path / save)
+        (files,) = plan([tmp_path / s for s in sources], tmp_path / save)
+        items = files.items
         return [str(item.target.relative_to(tmp_path)) for item in items]
 
     assert targets(["a.png"], "x.jpg") == ["x.jpg"]
@@ -332,4 +331,5 @@ def test_plans(tmp_path):
     assert targets(["a.png", "in"], "out") == [
         os.path.join("out", name) for name in ("a.png", "A.jpg", "a-2.png")
     ]
-    assert [item.is_video for item in plan_items([tmp_path / "b.avi", tmp_path / "a.png"])] == [True, False]
+    (files,) = plan([tmp_path / "b.avi", tmp_path / "a.png"])
+    assert [item.is_video for item in files.items] == [True, False]

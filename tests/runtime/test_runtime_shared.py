@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from anchorline.runtime.io.images import find_images, read_image
-from anchorline.runtime.video.files import VideoReader
+from anchorline.runtime.video.reader import VideoReader
 
 SHARED = os.environ.get("ANCHORLINE_SHARED")
 pytestmark = pytest.mark.skipif(SHARED is None, reason="real data: ANCHORLINE_SHARED is not set")

@@ -5,14 +5,16 @@ import struct
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
 import pytest
 
 from anchorline.runtime.io.errors import DataError, FrameError, OutputError, SettingsError
-from anchorline.runtime.io.native_log import NativeLog
-from anchorline.runtime.video.files import VideoReader, VideoWriter
+from anchorline.runtime.io.native_log import ffmpeg_lines
+from anchorline.runtime.video.reader import VideoReader
+from anchorline.runtime.video.writer import VideoWriter
 
 ONE = 1 << 16
 MATRICES = {90: (0, ONE, 0, -ONE, 0), 180: (-ONE, 0, 0, 0, -ONE), 270: (0, -ONE, 0, ONE, 0)}
@@ -277,68 +279,49 @@ def test_writing_prints_nothing(tmp_path, video_frames, capfd):
 # The log that is caught meanwhile
 
 
-def test_native_log_keeps_its_lines_and_passes_the_rest_on(capfd):
-    log = NativeLog(rb"\[ours\]")
-    with log.capture() as lines:
-        os.write(2, b"[ours] one\nother\n[ours] two\nrest")
-    assert lines == ["[ours] one", "[ours] two"]
-    with log.capture() as lines:
+def test_ffmpeg_s_lines_are_kept_and_the_rest_is_passed_on(capfd):
+    with ffmpeg_lines() as lines:
+        os.write(2, b"[h264 @ 0x12ab] one\nother\n[mov,mp4 @ 0xfe] two\nrest")
+    assert lines == ["[h264 @ 0x12ab] one", "[mov,mp4 @ 0xfe] two"]
+    with ffmpeg_lines() as lines:
         pass
     assert lines == []
-    log.close()
-    log.close()
-    with log.capture() as lines:
-        os.write(2, b"[ours] late\n")
-    assert lines == []
-    assert capfd.readouterr().err == "other\nrest[ours] late\n"
+    assert capfd.readouterr().err == "other\nrest"
 
 
-def test_native_log_restores_stderr_after_an_error_and_serves_threads(capfd):
-    log = NativeLog(rb"never")
-    with pytest.raises(ZeroDivisionError), log.capture():
+def test_stderr_comes_back_after_an_error_and_threads_get_their_own_lines(capfd):
+    with pytest.raises(ZeroDivisionError), ffmpeg_lines():
         raise ZeroDivisionError
 
-    def work():
-        own = NativeLog(rb"x")
+    def work(number):
         for _ in range(200):
-            with own.capture() as lines:
-                os.write(2, b"x\n")
-            assert lines == ["x"]
-        own.close()
+            with ffmpeg_lines() as lines:
+                os.write(2, b"[h264 @ 0x%d] x\n" % number)
+            assert lines == [f"[h264 @ 0x{number}] x"]
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
     os.write(2, b"visible\n")
     assert capfd.readouterr().err == "visible\n"
 
 
-def test_native_logs_of_different_groups_run_side_by_side(capfd):
-    """One file is decoded while another is written: neither waits, each gets its own lines."""
-    reading, writing = NativeLog(rb"\[h264\]", "reading"), NativeLog(rb"\[mp4\]", "writing")
-    with reading.capture() as read_lines:
-        os.write(2, b"[h264] one\nother\n[h26")  # C code writes its lines in pieces
-        with writing.capture() as written_lines:
-            os.write(2, b"4] two\n[mp4] three\nanother\n")
-        assert written_lines == ["[mp4] three"]
-        assert capfd.readouterr().err == "other\nanother\n"
-    assert read_lines == ["[h264] one", "[h264] two"]
-    os.write(2, b"visible\n")
-    assert capfd.readouterr().err == "visible\n"
+def test_one_file_is_read_while_frames_of_another_are_written(tmp_path, video_frames):
+    """A decoder that holds stderr holds no encoder up."""
+    writer = VideoWriter(tmp_path / "a.mp4", (48, 64), 10)
+    with ThreadPoolExecutor(1) as pool, ffmpeg_lines():
+        pool.submit(writer.write, video_frames[0]).result(timeout=60.0)
+    writer.close()
 
 
-def test_native_logs_of_one_group_exclude_each_other():
-    first, second = NativeLog(rb"x", "reading"), NativeLog(rb"x", "reading")
+def test_blocks_exclude_each_other():
     entered = threading.Event()
 
     def work():
-        with second.capture():
+        with ffmpeg_lines():
             entered.set()
 
     thread = threading.Thread(target=work)
-    with first.capture():
+    with ffmpeg_lines():
         thread.start()
         assert not entered.wait(0.1)
     thread.join(60.0)
@@ -348,9 +331,11 @@ def test_native_logs_of_one_group_exclude_each_other():
 def test_a_picture_size_that_changes_is_reported(tmp_path, video_frames, write_raw_video, monkeypatch):
     path = write_raw_video(tmp_path / "a.mp4", video_frames)
     with VideoReader(path) as reader:
-        real = reader._next_frame
+        real = reader._next
         monkeypatch.setattr(
-            reader, "_next_frame", lambda: None if (f := real()) is None else cv2.resize(f, (32, 24))
+            reader,
+            "_next",
+            lambda: None if (timed := real()) is None else (timed[0], cv2.resize(timed[1], (32, 24))),
         )
         shapes = {frame.shape for _, _, frame in reader}
         assert shapes == {(48, 64, 3)}

@@ -156,7 +156,7 @@ def test_an_open_door_is_a_warning(words):
 
 def test_what_is_saved_is_the_same_with_and_without_a_viewer(words, material, tmp_path):
     from anchorline import cli
-    from anchorline.runtime.video.files import VideoReader
+    from anchorline.runtime.video.reader import VideoReader
 
     for name, options in (("plain", []), ("served", ["--serve", "0"])):
         out = ["--save", str(tmp_path / f"{name}.mp4"), "--jsonl", str(tmp_path / f"{name}.jsonl")]
@@ -173,7 +173,7 @@ def test_what_is_saved_is_the_same_with_and_without_a_viewer(words, material, tm
 
 def test_the_command_does_not_need_the_packages_until_it_serves():
     program = (
-        "import sys, anchorline.cli, anchorline.runtime.video.detection; "
+        "import sys, anchorline.cli, anchorline.runtime.video.pipeline; "
         "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""What the pipeline measures of each source: rates, losses, ages, times of stages; and a picture of it."""
+"""What the pipeline measures of each source: rates, losses, ages, times of stages; and a run's summary."""
 
 from __future__ import annotations
 
@@ -6,83 +6,22 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from anchorline.runtime.io.errors import DataError, OutputError, SettingsError
-from anchorline.runtime.io.files import atomic_path
-from anchorline.runtime.timing import PERCENTILES, Durations, Histogram, StageTimes
-from anchorline.runtime.video.intake import SourceQueue
+from anchorline.runtime.io.errors import DataError
+from anchorline.runtime.timing import Durations, Histogram, StageTimes
 
-# How fast frames come and go just now, rather than over the whole run.
+if TYPE_CHECKING:
+    from rich.table import Table
 
-
-_SPAN = 1.0  # seconds that a rate is taken over, at least
-
-
-class Rates(NamedTuple):
-    """Frames a second that a source delivered, and that were answered."""
-
-    read: float = 0.0
-    answered: float = 0.0
-
-
-class RecentRates:
-    """The rates of about the last second. Safe to be asked by several threads."""
-
-    def __init__(self, figures: Figures) -> None:
-        self._figures = figures
-        self._lock = threading.Lock()
-        self._last = time.monotonic()
-        self._counts = dict.fromkeys(figures.sources, (0, 0))
-        self._rates = dict.fromkeys(figures.sources, Rates())
-
-    def now(self) -> dict[str, Rates]:
-        """Each source's rates, taken anew where the last ones are a second old."""
-        with self._lock:
-            seconds = time.monotonic() - self._last
-            if seconds >= _SPAN:
-                for name, source in self._figures.sources.items():
-                    counts, before = (source.frames_in, source.frames_out), self._counts[name]
-                    self._rates[name] = Rates(
-                        (counts[0] - before[0]) / seconds, (counts[1] - before[1]) / seconds
-                    )
-                    self._counts[name] = counts
-                self._last += seconds
-            return dict(self._rates)
-
+    from anchorline.runtime.video.intake import SourceQueue
 
 _log = logging.getLogger("anchorline.video")
+_SPAN = 1.0  # seconds that a recent rate is taken over, at least
 _TRACE_LENGTH = 2048
 _MOST_WARNINGS = 20  # of each source, however often it is lost
-
-
-class AgeTrace:
-    """The highest age in each of at most 2048 equal spans of time, however long it runs.
-
-    When the spans run out, pairs of them become one. ``points`` are (seconds since the start at the
-    span's middle, highest age in seconds).
-    """
-
-    def __init__(self) -> None:
-        self._span = 0.05
-        self._highest: dict[int, float] = {}
-
-    def add(self, at: float, age: float) -> None:
-        """Note the age of a result that left the pipeline ``at`` seconds after the start."""
-        while at / self._span >= _TRACE_LENGTH:
-            self._span *= 2
-            merged: dict[int, float] = {}
-            for index, highest in self._highest.items():
-                merged[index // 2] = max(highest, merged.get(index // 2, 0.0))
-            self._highest = merged
-        index = int(at / self._span)
-        self._highest[index] = max(age, self._highest.get(index, 0.0))
-
-    @property
-    def points(self) -> list[tuple[float, float]]:
-        """What was noted, by time."""
-        return [((index + 0.5) * self._span, age) for index, age in sorted(self._highest.items())]
+_PERCENTILES = ("p50", "p95", "p99")
 
 
 class SourceFigures:
@@ -93,7 +32,7 @@ class SourceFigures:
     they are logged as they happen, since a camera's run may take weeks.
     """
 
-    def __init__(self, name: str, live: bool, all_stages: StageTimes) -> None:
+    def __init__(self, name: str, live: bool) -> None:
         self.name, self.live = name, live
         self.stages = StageTimes()
         self.trace = AgeTrace()
@@ -104,9 +43,7 @@ class SourceFigures:
         self.reconnects = self.stalls = 0
         self.events: list[tuple[float, str]] = []
         self.queue: SourceQueue | None = None
-        self.last_came = time.monotonic()
-        self._all_stages = all_stages
-        self._start = self.last_came
+        self.start = self._last_came = time.monotonic()
         self._age = Durations()
         self._lock = threading.Lock()
         self._first_came: float | None = None
@@ -114,10 +51,6 @@ class SourceFigures:
         self._last_left = 0.0
         self._is_lost = False
         self._asked: float | None = None
-
-    def begin(self, start: float) -> None:
-        """The pipeline starts now."""
-        self._start = self.last_came = start
 
     def asked(self) -> None:
         """The reader waits for the source from now on."""
@@ -128,14 +61,12 @@ class SourceFigures:
         asked = self._asked
         return 0.0 if asked is None else time.monotonic() - asked
 
-    def came(self, decode: float) -> None:
-        """The source delivered a frame, which took ``decode`` seconds to read."""
-        self.stages.add("decode", decode)
-        self._all_stages.add("decode", decode)
+    def came(self) -> None:
+        """The source delivered a frame."""
         with self._lock:
-            self.last_came = time.monotonic()
+            self._last_came = time.monotonic()
             if self._first_came is None:
-                self._first_came = self.last_came
+                self._first_came = self._last_came
             self.frames_in += 1
             self.state, self._is_lost, self._asked = "playing", False, None
 
@@ -149,7 +80,7 @@ class SourceFigures:
             self.frames_out += 1
             self.detections += detections
             self._age.add(age)
-            self.trace.add(now - self._start, age)
+            self.trace.add(now - self.start, age)
 
     def lost(self, error: DataError | None) -> None:
         """A live source broke off or could not be opened."""
@@ -205,7 +136,7 @@ class SourceFigures:
             return {
                 "frames_in": self.frames_in,
                 "frames": self.frames_out,
-                "fps_in": _rate(self.frames_in, self._first_came, self.last_came),
+                "fps_in": _rate(self.frames_in, self._first_came, self._last_came),
                 "fps_out": _rate(self.frames_out, self._first_left, self._last_left),
                 "dropped": self.dropped,
                 "reconnects": self.reconnects,
@@ -226,7 +157,7 @@ class SourceFigures:
 
     def _event(self, kind: str) -> None:
         if len(self.events) < _TRACE_LENGTH:
-            self.events.append((time.monotonic() - self._start, kind))
+            self.events.append((time.monotonic() - self.start, kind))
 
     def _warn(self, line: str) -> None:
         _log.warning("%s", line)
@@ -243,7 +174,7 @@ class Figures:
         """``sources`` are names, and whether each is live."""
         self.start = time.monotonic()
         self.stages = StageTimes()
-        self.sources = {name: SourceFigures(name, live, self.stages) for name, live in sources.items()}
+        self.sources = {name: SourceFigures(name, live) for name, live in sources.items()}
         self._ages = Durations()
         self._lock = threading.Lock()
 
@@ -251,7 +182,12 @@ class Figures:
         """The pipeline starts now."""
         self.start = time.monotonic()
         for each in self.sources.values():
-            each.begin(self.start)
+            each.start = self.start
+
+    def took(self, times: Mapping[str, float], *sources: str) -> None:
+        """Stages took these seconds, once for all and in full for each of the sources."""
+        for stages in (self.stages, *(self.sources[name].stages for name in sources)):
+            stages.add_all(times)
 
     def left(self, source: str, age: float, detections: int) -> None:
         """A result reached the caller."""
@@ -272,85 +208,134 @@ class Figures:
         """Results so far."""
         return sum(each.frames_out for each in self.sources.values())
 
+    def summary(self, seconds: float, detector: object) -> DetectSummary:
+        """What the run amounts to after so many seconds."""
+        each, frames = self.sources.values(), self.frames()
+        return DetectSummary(
+            frames=frames,
+            fps=frames / seconds if seconds > 0 else 0.0,
+            stages=self.stages.percentiles(),
+            detections=sum(source.detections for source in each),
+            provider=str(getattr(detector, "provider", "unknown")),
+            precision=str(getattr(detector, "precision", "unknown")),
+            dropped=sum(source.dropped for source in each),
+            reconnects=sum(source.reconnects for source in each),
+            age=self.age(),
+            sources={source.name: source.snapshot() for source in each},
+            warnings=tuple(line for source in each for line in source.warnings),
+        )
+
+
+class Rates(NamedTuple):
+    """Frames a second that a source delivered, and that were answered."""
+
+    read: float = 0.0
+    answered: float = 0.0
+
+
+class RecentRates:
+    """How fast frames came and went in about the last second. Safe to be asked by several threads."""
+
+    def __init__(self, figures: Figures) -> None:
+        self._figures = figures
+        self._lock = threading.Lock()
+        self._last = time.monotonic()
+        self._counts = dict.fromkeys(figures.sources, (0, 0))
+        self._rates = dict.fromkeys(figures.sources, Rates())
+
+    def now(self) -> dict[str, Rates]:
+        """Each source's rates, taken anew where the last ones are a second old."""
+        with self._lock:
+            seconds = time.monotonic() - self._last
+            if seconds >= _SPAN:
+                for name, source in self._figures.sources.items():
+                    read, answered = self._counts[name]
+                    self._counts[name] = counts = (source.frames_in, source.frames_out)
+                    self._rates[name] = Rates((counts[0] - read) / seconds, (counts[1] - answered) / seconds)
+                self._last += seconds
+            return dict(self._rates)
+
+
+class AgeTrace:
+    """The highest age in each of at most 2048 equal spans of time, however long it runs.
+
+    When the spans run out, pairs of them become one. ``points`` are (seconds since the start at the
+    span's middle, highest age in seconds).
+    """
+
+    def __init__(self) -> None:
+        self._span = 0.05
+        self._highest: dict[int, float] = {}
+
+    def add(self, at: float, age: float) -> None:
+        """Note the age of a result that left the pipeline ``at`` seconds after the start."""
+        while at / self._span >= _TRACE_LENGTH:
+            self._span *= 2
+            merged: dict[int, float] = {}
+            for index, highest in self._highest.items():
+                merged[index // 2] = max(highest, merged.get(index // 2, 0.0))
+            self._highest = merged
+        index = int(at / self._span)
+        self._highest[index] = max(age, self._highest.get(index, 0.0))
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """What was noted, by time."""
+        return [((index + 0.5) * self._span, age) for index, age in sorted(self._highest.items())]
+
+
+@dataclass(frozen=True)
+class DetectSummary:
+    """What a run amounted to. ``stages`` holds milliseconds, ``{stage: {"p50", "p95", "p99"}}``; ``fps`` is
+    frames over the wall time of the whole run, reading and writing included. ``age`` is the same percentiles
+    of the time from capture to result. ``sources`` holds each source's own figures by name."""
+
+    frames: int
+    fps: float
+    stages: dict[str, dict[str, float]]
+    detections: int
+    provider: str
+    precision: str
+    dropped: int = 0
+    reconnects: int = 0
+    age: Mapping[str, float] = field(default_factory=dict)
+    sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for ``files.write_json``."""
+        return {**asdict(self), "warnings": list(self.warnings)}
+
+    def render(self) -> Table:
+        """The closing tables, one below the other, for ``rich``'s console."""
+        from rich.table import Table
+
+        tables = Table.grid(padding=(0, 0))
+        title = f"{self.frames} frames, {self.detections} detections, {self.fps:.1f} frames/s"
+        stages = Table(title=title, caption=f"provider {self.provider}, {self.precision}", min_width=48)
+        stages.add_column("stage")
+        for column in _PERCENTILES:
+            stages.add_column(f"{column} ms", justify="right")
+        for stage, times in self.stages.items():
+            stages.add_row(stage, *(f"{times[p]:.2f}" for p in _PERCENTILES))
+        if self.age:
+            stages.add_section()
+            stages.add_row("capture to result", *(f"{self.age[p]:.2f}" for p in _PERCENTILES))
+        tables.add_row(stages)
+        if self.sources:
+            sources = Table(caption="age: capture to result, in ms")
+            sources.add_column("source", overflow="fold")
+            for column in ("frames", "in/s", "out/s", "drops", "reconnects", "age p50", "p95"):
+                sources.add_column(column, justify="right", no_wrap=True)
+            for name, each in self.sources.items():
+                rates = [f"{each[rate]:.1f}" for rate in ("fps_in", "fps_out")]
+                counts = [str(each[count]) for count in ("dropped", "reconnects")]
+                ages = [f"{each['age'][p]:.1f}" if each["age"] else "" for p in ("p50", "p95")]
+                sources.add_row(name, str(each["frames"]), *rates, *counts, *ages)
+            tables.add_row(sources)
+        return tables
+
 
 def _rate(count: int, first: float | None, last: float) -> float:
     """Frames a second between the first and the last of them."""
     return (count - 1) / (last - first) if count > 1 and first is not None and last > first else 0.0
-
-
-# A picture of how old results were and where the time went. Needs matplotlib (extra ``evaluate``).
-
-
-_SUFFIXES = (".png", ".svg", ".pdf")
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#666666", "#b0a000")
-_SHADES = ("#9ecae1", "#4292c6", "#08306b")
-
-
-def check_report(path: str | Path) -> None:
-    """Raise before the work where the picture cannot be made: its suffix, or matplotlib missing."""
-    if Path(path).suffix.lower() not in _SUFFIXES:
-        raise OutputError(f"{path}: unknown suffix of a report; expected one of {', '.join(_SUFFIXES)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise SettingsError(
-            f"the report {path} needs matplotlib ({error}); pip install 'anchorline[evaluate]'"
-        ) from error
-
-
-def plot_latency(figures: Figures, path: str | Path) -> None:
-    """Draw ages over time, and the percentiles of each stage, into a .png, .svg or .pdf.
-
-    The upper panel shows the highest age in each span of time, so that no peak is hidden, with marks
-    where a source was lost, stalled or came back; the lower one the stages in milliseconds.
-    """
-    check_report(path)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 8.5), layout="constrained")
-    above, below = figure.subplots(2, 1, height_ratios=(1, 1))
-    _ages(above, figures)
-    _stages(below, figures)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-
-
-def _ages(axes: Any, figures: Figures) -> None:
-    for colour, source in zip(_cycle(len(figures.sources)), figures.sources.values(), strict=True):
-        points = source.trace.points
-        found = source.snapshot()
-        label = f"{source.name}: {found['fps_out']:.1f} frames/s, {found['dropped']} dropped"
-        marker = "o" if len(points) == 1 else None
-        axes.plot([t for t, _ in points], [1000 * age for _, age in points], color=colour, lw=1.2,
-                  marker=marker, label=label)  # fmt: skip
-        for at, kind in source.events:
-            axes.axvline(at, color=colour, lw=0.8, ls="--" if kind == "reconnected" else ":")
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("seconds since the start (dotted: lost or stalled, dashed: back)")
-    axes.set_ylabel("highest age, capture to result (ms)")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper right", fontsize="small")
-
-
-def _stages(axes: Any, figures: Figures) -> None:
-    rows = dict(figures.stages.percentiles())
-    if figures.age():
-        rows["capture to result"] = figures.age()
-    names = list(rows)
-    for place, (percentile, shade) in enumerate(zip(PERCENTILES, _SHADES, strict=True)):
-        values = [rows[name][f"p{percentile}"] for name in names]
-        positions = [row + 0.27 * (place - 1) for row in range(len(names))]
-        axes.barh(positions, values, height=0.27, color=shade, label=f"p{percentile}")
-        for position, value in zip(positions, values, strict=True):
-            axes.annotate(f"{value:.2f}", (value, position), xytext=(3, 0), textcoords="offset points",
-                          va="center", fontsize=6)  # fmt: skip
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("milliseconds")
-    axes.margins(x=0.1)
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="upper right", fontsize="small")
-
-
-def _cycle(count: int) -> list[str]:
-    return [_COLOURS[index % len(_COLOURS)] for index in range(count)]

@@ -30,33 +30,17 @@ class Stream:
     target: Path | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Frame:
-    """A decoded frame on its way to the detector.
-
-    ``index`` counts the frames of the source from 0, those that are skipped or dropped included;
-    ``time_s`` is the place in the file, or the seconds since a live source's first frame;
-    ``captured`` is ``time.monotonic()`` when the frame was there, ``decode`` the seconds until then,
-    which for a live source include the wait for the camera.
-    """
-
-    stream: Stream
-    index: int
-    time_s: float
-    pixels: NDArray[np.uint8]
-    captured: float
-    decode: float = 0.0
-
-
 @dataclass(eq=False)
 class Result:
-    """A frame and what was found in it.
+    """A frame on its way through the pipeline, and what was found in it.
 
-    ``frame`` is uint8 BGR [H, W, 3]. ``times`` holds the seconds of each stage so far (those of the
-    network are of the whole batch the frame was in), ``age`` the seconds from capture to the caller, or
-    in a callback and a sink until then.
-    ``annotated`` is the drawn copy where a sink asked for one, ``trails`` where the tracked objects in
-    the frame have been of late, (x, y) float32 [K, 2] by track id, where trails are drawn.
+    ``frame`` is uint8 BGR [H, W, 3]. ``index`` counts the frames of the source from 0, those that are
+    skipped or dropped included; ``time_s`` is the place in the file, or the seconds since a live source's
+    first frame; ``captured`` is ``time.monotonic()`` when the frame was there. ``times`` holds the seconds
+    of each stage so far: ``decode`` includes the wait for a camera, those of the network are of the whole
+    batch the frame was in. ``age`` is the seconds from capture to the caller, or in a callback and a sink
+    until then. ``annotated`` is the drawn copy where a sink asked for one, ``trails`` where the tracked
+    objects in the frame have been of late, (x, y) float32 [K, 2] by track id, where trails are drawn.
     """
 
     frame: NDArray[np.uint8]

@@ -1,22 +1,28 @@
-"""Where frames wait for the detector: a queue for each source, filled by its policy.
-
-Filling and taking are apart. Under ``wait`` a full queue holds its reader up, so every frame is
-answered, in order. Under ``latest`` there is room for one frame, and a newer one takes its place: the
-older one is dropped and counted. The intake also bounds how many frames are under way behind it, so
-that a slow consumer holds up the taking, and no stale frames pile up in between.
-"""
+"""Where frames come in: each source has a thread that reads it, and a queue that batches are taken from."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
-from anchorline.runtime.video.frames import Frame
-from anchorline.runtime.video.options import Policy
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.io.errors import DataError
+from anchorline.runtime.video.figures import Figures
+from anchorline.runtime.video.frames import Result, Stream
+from anchorline.runtime.video.options import DetectOptions, Policy
+from anchorline.runtime.video.reader import IterableReader, Reader, open_file, open_stream
+from anchorline.runtime.video.source import Item, Source
 
+FIRST_PAUSE = 0.5  # seconds before a lost source is opened again; doubled each time, up to
+LONGEST_PAUSE = 15.0
 _DEPTH = 4  # frames that a waiting source may be ahead, or a batch where that is more
+_NEARLY = 0.9
+_NOTHING = Detections.empty()
 
 
 class SourceQueue:
@@ -24,36 +30,42 @@ class SourceQueue:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.frames: deque[Frame] = deque()
+        self.frames: deque[Result] = deque()
         self.dropped = 0
         self.ended = False
 
 
 class Intake:
-    """The queues of all sources, and the one place where the pipeline waits for frames."""
+    """The queues of all sources, and the one place where the pipeline waits for frames.
+
+    Filling and taking are apart. Under ``wait`` a full queue holds its reader up, so every frame is
+    answered, in order. Under ``latest`` there is room for one frame, and a newer one takes its place: the
+    older one is dropped and counted. The intake also bounds how many frames are under way behind it, so
+    that a slow consumer holds up the taking, and no stale frames pile up in between.
+    """
 
     def __init__(self, policies: Sequence[Policy], batch: int, max_wait: float, limit: int) -> None:
         """``batch`` frames at most are taken at once, after at most ``max_wait`` seconds of waiting for
         company; ``limit`` bounds the frames that are taken and not yet ``done``."""
         self.queues = [SourceQueue(policy) for policy in policies]
+        self.stopped = threading.Event()  # no more frames are accepted
+        self.aborted = False  # nor handed out
         self._batch, self._max_wait, self._limit = batch, max_wait, max(limit, batch)
         self._depth = max(_DEPTH, batch)
         self._changed = threading.Condition()
         self._under_way = 0
         self._taken = 0  # batches so far
         self._turn = 0  # the queue that is asked first
-        self._stopped = self._aborted = False
 
-    def offer(self, queue: SourceQueue, frame: Frame) -> bool:
+    def offer(self, queue: SourceQueue, frame: Result) -> bool:
         """Add a frame by the queue's policy; ``False`` when the pipeline takes no more."""
         with self._changed:
-            if queue.policy == "latest":
-                while queue.frames and not self._stopped:
-                    queue.frames.popleft()
-                    queue.dropped += 1
-            while len(queue.frames) >= self._depth and not self._stopped:
+            if queue.policy == "latest" and not self.stopped.is_set():
+                queue.dropped += len(queue.frames)
+                queue.frames.clear()
+            while len(queue.frames) >= self._depth and not self.stopped.is_set():
                 self._changed.wait()
-            if self._stopped:
+            if self.stopped.is_set():
                 return False
             queue.frames.append(frame)
             self._changed.notify_all()
@@ -65,12 +77,12 @@ class Intake:
             queue.ended = True
             self._changed.notify_all()
 
-    def take(self) -> tuple[int, list[Frame]] | None:
+    def take(self) -> tuple[int, list[Result]] | None:
         """The number of the batch and its frames, waited for; ``None`` when all is over."""
         with self._changed:
             while True:
-                self._changed.wait_for(lambda: self._aborted or self._over() or self._can_take())
-                if self._aborted or self._over():
+                self._changed.wait_for(lambda: self.aborted or self._over() or self._can_take())
+                if self.aborted or self._over():
                     return None
                 self._wait_for_company()
                 frames = self._pick()
@@ -82,16 +94,16 @@ class Intake:
             self._changed.notify_all()
             return number, frames
 
-    def done(self, frames: int = 1) -> None:
-        """This many frames have left the pipeline."""
+    def done(self) -> None:
+        """A frame has left the pipeline."""
         with self._changed:
-            self._under_way -= frames
+            self._under_way -= 1
             self._changed.notify_all()
 
     def stop(self) -> None:
         """Accept no more frames; what waits here is still handed out."""
         with self._changed:
-            self._stopped = True
+            self.stopped.set()
             for queue in self.queues:
                 queue.ended = True
             self._changed.notify_all()
@@ -99,7 +111,8 @@ class Intake:
     def abort(self) -> None:
         """Accept and hand out nothing more."""
         with self._changed:
-            self._stopped = self._aborted = True
+            self.stopped.set()
+            self.aborted = True
             for queue in self.queues:
                 queue.frames.clear()
             self._changed.notify_all()
@@ -113,7 +126,7 @@ class Intake:
     def _wait_for_company(self) -> None:
         """Wait until the batch is full, nobody is left who could fill it, or the time is up."""
         until = time.monotonic() + self._max_wait
-        while not self._aborted and self._can_take() and self._may_grow():
+        while not self.aborted and self._can_take() and self._may_grow():
             left = until - time.monotonic()
             if left <= 0:
                 return
@@ -127,13 +140,135 @@ class Intake:
         )
         return growing and waiting < self._batch
 
-    def _pick(self) -> list[Frame]:
+    def _pick(self) -> list[Result]:
         """Frames from the queues in turn, one from each at a time, so that none is left behind."""
-        frames: list[Frame] = []
-        count = len(self.queues)
+        frames: list[Result] = []
         while len(frames) < self._batch and self._can_take():
-            queue = self.queues[self._turn % count]
+            queue = self.queues[self._turn % len(self.queues)]
             self._turn += 1
             if queue.frames:
                 frames.append(queue.frames.popleft())
         return frames
+
+
+class Feed:
+    """The work of the thread that reads a source: its frames go into its queue; a live one is opened again
+    when it is lost."""
+
+    def __init__(
+        self, source: Source, queue: SourceQueue, intake: Intake, figures: Figures, options: DetectOptions
+    ) -> None:
+        self._source, self._queue, self._intake, self._options = source, queue, intake, options
+        self._all_figures, self._figures = figures, figures.sources[source.name]
+        self._delivered = 0  # frames read so far, over all connections
+        self._first_captured: float | None = None
+
+    def run(self) -> None:
+        """Read until the source ends or the pipeline stops. Raises what nobody expected."""
+        source, where = self._source, self._source.where
+        try:
+            if source.items:
+                for item in source.items:
+                    if self._intake.stopped.is_set():
+                        return
+                    self._read_file(item)
+            elif not isinstance(where, str | int | Path):
+                self._figures.asked()
+                self._pump(IterableReader(where))
+            elif source.live:
+                self._read_live(where if isinstance(where, int) else str(where))
+            else:
+                self._read_remote_file(str(where))
+        finally:
+            self._figures.state = "ended"
+            self._intake.end(self._queue)
+
+    def _read_file(self, item: Item) -> None:
+        start = time.perf_counter()
+        try:
+            reader = open_file(item, self._options.decoder)
+            # Opening an image decodes it; opening a video is no frame's share.
+            opened = 0.0 if item.is_video else time.perf_counter() - start
+            self._pump(reader, item, opened)
+        except DataError as error:
+            self._figures.unreadable(error)
+
+    def _read_remote_file(self, url: str) -> None:
+        options, name = self._options, self._source.describe()
+        try:
+            reader = open_stream(url, options.decoder, options.stall, name, live=False)
+        except DataError as error:
+            self._figures.unreadable(error)
+        else:
+            self._pump(reader)
+
+    def _read_live(self, where: str | int) -> None:
+        figures, options, stopped = self._figures, self._options, self._intake.stopped
+        began, pause = time.monotonic(), FIRST_PAUSE
+        while not stopped.is_set():
+            before, error = self._delivered, None
+            try:
+                figures.asked()
+                reader = open_stream(where, options.decoder, options.stall, self._source.describe())
+                if before:
+                    figures.reconnected()
+                self._pump(reader)
+            except DataError as caught:
+                error = caught
+            if stopped.is_set():
+                return
+            if figures.silent_for() > _NEARLY * options.stall:
+                figures.stalled(options.stall)  # before the watchdog looks: the reader's limit is the same
+            figures.lost(error)
+            is_late = time.monotonic() - began > options.patience
+            if error and is_late and not self._all_figures.anything_came():
+                figures.unreadable(error)
+                return
+            pause = FIRST_PAUSE if self._delivered > before else min(2 * pause, LONGEST_PAUSE)
+            stopped.wait(pause)
+
+    def _pump(self, reader: Reader, item: Item | None = None, opened: float = 0.0) -> None:
+        """Hand the reader's frames on until it ends; ``opened`` seconds went into its first one."""
+        source, figures, stopped = self._source, self._figures, self._intake.stopped
+        stream = self._stream(reader, item)
+        is_played = source.chosen_policy == "latest" and item is not None and item.is_video
+        began: float | None = None  # of a file that is played at its own rate, as if a camera delivered it
+        with contextlib.closing(reader):
+            frames = iter(reader)
+            while not stopped.is_set():
+                start = time.perf_counter()
+                figures.asked()
+                numbered = next(frames, None)
+                if numbered is None:
+                    break
+                decode, opened = opened + time.perf_counter() - start, 0.0
+                index, time_s, pixels = numbered
+                if is_played:
+                    now = time.monotonic()
+                    began = now - time_s if began is None else began
+                    stopped.wait(max(0.0, began + time_s - now))
+                captured = time.monotonic()
+                if source.live:  # a connection's own numbers start again with each one
+                    self._first_captured = self._first_captured or captured
+                    index, time_s = self._delivered, captured - self._first_captured
+                self._delivered += 1
+                figures.came()
+                times = {"decode": decode}
+                self._all_figures.took(times, source.name)
+                if index % source.stride:
+                    continue
+                if pixels.shape[:2] != stream.size:
+                    stream = replace(stream, size=(pixels.shape[0], pixels.shape[1]))
+                frame = Result(pixels, _NOTHING, stream, index, time_s, captured, times)
+                if not self._intake.offer(self._queue, frame):
+                    break
+            figures.note(reader.warnings)
+
+    def _stream(self, reader: Reader, item: Item | None) -> Stream:
+        name, fps = self._source.name, reader.fps / self._source.stride
+        if item is None:
+            live, target = bool(self._source.live), self._source.target
+            return Stream(name, name, reader.size, fps, is_live=live, target=target)
+        is_alone = item.is_video and len(self._source.items) == 1
+        origin = name if is_alone else str(item.path)
+        return Stream(name, origin, reader.size, fps, item.is_video, target=item.target)

@@ -268,15 +268,15 @@ class DetectOptions:
     def _check_packages(self) -> None:
         """Before the work: some options need packages that the base does not."""
         if self.decoder == "pyav":
-            from anchorline.runtime.video.pyav import check_pyav
+            from anchorline.runtime.video.reader import import_pyav
 
-            check_pyav()
+            import_pyav()
         if self.track:
-            from anchorline.runtime.tracking import check_tracking
+            from anchorline.runtime.video.tracks import import_byte_track
 
-            check_tracking()
+            import_byte_track()
         if self.report is not None:
-            from anchorline.runtime.video.figures import check_report
+            from anchorline.runtime.video.display import check_report
 
             check_report(self.report)
 

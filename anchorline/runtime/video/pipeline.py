@@ -1,32 +1,42 @@
-"""Sources to sinks through one detector: the threads, and how they start, drain, stop and fail."""
+"""Sources to sinks through one detector: the threads, and how they start, drain, stop and fail.
+
+A frame goes from its reader's thread through the intake to one that detects, then to the one that tracks and
+draws, to the one that writes, and to the caller. Behind the intake no queue has a bound of its own: the
+intake bounds what is under way. Each queue ends with ``None``. (No ``SimpleQueue``: a signal that comes while
+one is waited for would take the item along.)
+"""
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar
+from queue import Queue
+from types import FrameType, TracebackType
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.runtime.video.feeding import Feeder
-from anchorline.runtime.video.figures import Figures
-from anchorline.runtime.video.frames import Frame, Result
-from anchorline.runtime.video.intake import Intake, SourceQueue
-from anchorline.runtime.video.options import DetectOptions, Filters, TrackOptions
-from anchorline.runtime.video.paths import check_outputs
-from anchorline.runtime.video.readers import watch
-from anchorline.runtime.video.signals import signals_as_exit
-from anchorline.runtime.video.sinks import AnnotatedFiles, Callback, JsonLines, Sink
-from anchorline.runtime.video.source import Source, plan
-from anchorline.runtime.video.summary import DetectSummary
-from anchorline.runtime.video.tracks import Following
+from anchorline.runtime.video.display import displayed, plot_latency
+from anchorline.runtime.video.figures import DetectSummary, Figures
+from anchorline.runtime.video.frames import Result
+from anchorline.runtime.video.intake import Feed, Intake
+from anchorline.runtime.video.options import DetectOptions, TrackOptions
+from anchorline.runtime.video.sinks import AnnotatedFiles, JsonLines, LiveSink, Sink
+from anchorline.runtime.video.source import Source, check_outputs, plan
+from anchorline.runtime.video.tracks import Tracks
+
+TERMINATED = 128 + signal.SIGTERM
+_JOIN_SECONDS = 2.0  # a reader that hangs in a camera's driver is left to its time limit
+_LOOKS = 5  # of the watch over silent sources, within one stall
+
+T = TypeVar("T")
 
 
 class FrameDetector(Protocol):
@@ -38,224 +48,6 @@ class FrameDetector(Protocol):
     """
 
     def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]: ...
-
-
-# Hand-over between two stages: in order, ended by the giver, or cut off for everybody.
-
-
-Item = TypeVar("Item")
-
-
-class _Ending:
-    """What can be ended: ``_items`` wait for a taker, ``_changed`` tells of each change."""
-
-    _items: deque[Any] | dict[int, Any]
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._ended = False
-
-    def end(self) -> None:
-        """No more will be put; what is there can still be taken."""
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-
-    def cut(self) -> None:
-        """End at once and forget what is there."""
-        with self._changed:
-            self._ended = True
-            self._items.clear()
-            self._changed.notify_all()
-
-
-class Channel(_Ending, Generic[Item]):
-    """A queue without a bound of its own: the intake bounds what is under way in the whole pipeline."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._items: deque[Item] = deque()
-
-    def put(self, item: Item) -> None:
-        """Append an item; after ``end`` or ``cut`` it is forgotten."""
-        with self._changed:
-            if not self._ended:
-                self._items.append(item)
-                self._changed.notify()
-
-    def get(self) -> Item | None:
-        """The next item, waited for; ``None`` when there will be none any more."""
-        with self._changed:
-            while not self._items and not self._ended:
-                self._changed.wait()
-            return self._items.popleft() if self._items else None
-
-
-class OrderedChannel(_Ending, Generic[Item]):
-    """A channel whose items are taken by number, 0, 1, 2 ..., in whatever order they are put."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._items: dict[int, Item] = {}
-        self._next = 0
-
-    def put(self, number: int, item: Item) -> None:
-        """Add the item with this number."""
-        with self._changed:
-            if not self._ended:
-                self._items[number] = item
-                self._changed.notify()
-
-    def get(self) -> Item | None:
-        """The item whose turn it is, waited for; ``None`` when there will be none any more."""
-        with self._changed:
-            while self._next not in self._items and not self._ended:
-                self._changed.wait()
-            item = self._items.pop(self._next, None)
-            self._next += 1
-            return item
-
-
-# The threads between the intake and the caller: detecting, tracking and drawing, writing.
-
-
-Work = Callable[[], None]
-
-
-class Workers:
-    """The work of the threads. Batches may finish in any order; they are drawn and written in theirs.
-
-    An exception in any of them goes to ``fail``, which cuts the intake and ``out``; each thread then
-    cuts the channel behind it, so that all of them end.
-    """
-
-    def __init__(
-        self,
-        detector: FrameDetector,
-        filters: Filters,
-        intake: Intake,
-        out: Channel[Result],
-        sinks: Sequence[Sink],
-        figures: Figures,
-        shown_score: float,
-        fail: Callable[[BaseException], None],
-        following: Following | None = None,
-    ) -> None:
-        self._detector, self._filters = detector, filters
-        self._intake, self._out, self._sinks = intake, out, sinks
-        self._figures, self._shown_score, self._fail = figures, shown_score, fail
-        self._following = following
-        self._detected: OrderedChannel[list[Result]] = OrderedChannel()
-        self._drawn: Channel[Result] = Channel()
-        self._lock = threading.Lock()
-        self._detecting = 0
-
-    def parts(self, detecting: int) -> Iterator[tuple[str, Work]]:
-        """The threads' names and work, with this many that detect."""
-        self._detecting = detecting
-        for number in range(detecting):
-            yield f"detect {number}", self._guarded(self._detect, self._end_detecting)
-        yield "draw", self._guarded(self._draw, self._drawn.end)
-        yield "write", self._guarded(self._write, self._out.end)
-
-    def _guarded(self, work: Work, end: Work) -> Work:
-        def run() -> None:
-            try:
-                work()
-            except BaseException as error:
-                self._fail(error)
-                self._detected.cut()
-                self._drawn.cut()
-            finally:
-                end()
-
-        return run
-
-    def _end_detecting(self) -> None:
-        with self._lock:
-            self._detecting -= 1
-            if self._detecting == 0:
-                self._detected.end()
-
-    def _detect(self) -> None:
-        while (taken := self._intake.take()) is not None:
-            number, frames = taken
-            start = time.perf_counter()
-            found = self._detector.batch([frame.pixels for frame in frames])
-            seconds = time.perf_counter() - start
-            # A detector without figures of its own is all network.
-            timings = dict(getattr(self._detector, "timings", None) or {"network": seconds})
-            self._note(frames, timings)
-            self._detected.put(number, self._results(frames, found, timings))
-
-    def _note(self, frames: Sequence[Frame], timings: dict[str, float]) -> None:
-        self._figures.stages.add_all(timings)
-        for source in {frame.stream.source for frame in frames}:
-            self._figures.sources[source].stages.add_all(timings)
-
-    def _results(
-        self, frames: Sequence[Frame], found: Sequence[Detections], timings: dict[str, float]
-    ) -> list[Result]:
-        if len(found) != len(frames):
-            raise SettingsError(f"the detector's batch() gave {len(found)} results for {len(frames)} frames")
-        return [
-            Result(
-                frame=frame.pixels,
-                detections=detections if self._following else self._filtered(detections, frame.pixels),
-                stream=frame.stream,
-                index=frame.index,
-                time_s=frame.time_s,
-                captured=frame.captured,
-                times={"decode": frame.decode, **timings},
-            )
-            for frame, detections in zip(frames, found, strict=True)
-        ]
-
-    def _filtered(self, detections: Detections, pixels: NDArray[np.uint8]) -> Detections:
-        return self._filters(detections, (pixels.shape[0], pixels.shape[1]))
-
-    def _follow(self, following: Following, result: Result) -> None:
-        """Track before filtering: weak detections and those outside a region hold tracks together."""
-        start = time.perf_counter()
-        following.follow(result)
-        result.detections = self._filtered(result.detections, result.frame)
-        self._took(result, "track", start)
-
-    def _draw(self) -> None:
-        wanted = any(sink.wants_drawing for sink in self._sinks)
-        while (batch := self._detected.get()) is not None:
-            for result in batch:
-                if self._following is not None:
-                    self._follow(self._following, result)
-                if wanted:
-                    start = time.perf_counter()
-                    result.annotated = result.draw(self._shown_score)
-                    self._took(result, "draw", start)
-                self._drawn.put(result)
-
-    def _write(self) -> None:
-        files = [sink for sink in self._sinks if not isinstance(sink, Callback)]
-        callbacks = [sink for sink in self._sinks if isinstance(sink, Callback)]
-        while (result := self._drawn.get()) is not None:
-            result.age = time.monotonic() - result.captured
-            if files:
-                start = time.perf_counter()
-                for sink in files:
-                    sink.write(result)
-                self._took(result, "write", start)
-                result.age = time.monotonic() - result.captured
-            for callback in callbacks:
-                callback.write(result)
-            self._out.put(result)
-
-    def _took(self, result: Result, stage: str, start: float) -> None:
-        seconds = time.perf_counter() - start
-        result.times[stage] = seconds
-        self._figures.stages.add(stage, seconds)
-        self._figures.sources[result.source].stages.add(stage, seconds)
-
-
-_JOIN_SECONDS = 2.0  # a reader that hangs in a camera's driver is left to its time limit
 
 
 class VideoPipeline:
@@ -288,17 +80,12 @@ class VideoPipeline:
         self.detector = detector
         self.options = options = options or DetectOptions()
         self.sources = plan(sources, options.save, policy=options.policy, stride=options.stride)
-        read = [item.path for source in self.sources for item in source.items]
-        self._targets = [
-            target
-            for source in self.sources
-            for target in (source.target, *(item.target for item in source.items))
-            if target is not None
-        ]
-        check_outputs([options.jsonl, options.report], [*read, *self._targets])
+        items = [item for source in self.sources for item in source.items]
+        wanted = [*(source.target for source in self.sources), *(item.target for item in items)]
+        targets = [target for target in wanted if target is not None]
+        check_outputs([options.jsonl, options.report], [*(item.path for item in items), *targets])
         options.filters.check_names(getattr(getattr(detector, "contract", None), "names", ()))
         self.figures = Figures({source.name: bool(source.live) for source in self.sources})
-        self._given_sinks, self._callback = sinks, callback
         all_wait = all(source.chosen_policy == "wait" for source in self.sources)
         useful = getattr(detector, "concurrent_calls", 1) if all_wait else 1
         self._workers: int = options.workers or useful
@@ -308,16 +95,19 @@ class VideoPipeline:
         under_way = batch * (self._workers + (3 if all_wait else 2))
         policies = [source.chosen_policy for source in self.sources]
         self._intake = Intake(policies, batch, options.max_wait, under_way)
+        self._targets, self._given_sinks, self._callback = targets, sinks, callback
         self._sinks: list[Sink] = []
-        self._out: Channel[Result] = Channel()
-        self._stopped, self._ended = threading.Event(), threading.Event()
-        self._error: BaseException | None = None
-        self._error_lock = threading.Lock()
+        self._tracks: dict[str, Tracks] = {}  # by source, where objects are followed
+        self._detected: Queue[tuple[int, list[Result]] | None] = Queue()  # numbered batches
+        self._drawn: Queue[Result | None] = Queue()
+        self._out: Queue[Result | None] = Queue()
         self._threads: list[threading.Thread] = []
         self._readers: list[threading.Thread] = []
+        self._detecting = threading.Semaphore(self._workers - 1)  # without the thread that ends last
+        self._ended = threading.Event()
+        self._error: BaseException | None = None  # the first of any thread
         self._started = self._running = self._finished = self._in_block = False
-        # What came as the loop was left, for the block to raise.
-        self._late_error: BaseException | None = None
+        self._late_error: BaseException | None = None  # came as the loop was left: for the block to raise
         self._seconds = 0.0
 
     def __iter__(self) -> Iterator[Result]:
@@ -328,7 +118,7 @@ class VideoPipeline:
         with signals_as_exit():
             try:
                 self._start()
-                while (result := self._out.get()) is not None:
+                for result in self._items(self._out):
                     self._leave(result)
                     yield result
             except BaseException as error:
@@ -344,7 +134,6 @@ class VideoPipeline:
 
     def stop(self) -> None:
         """End the reading, from any thread; what was read still comes out."""
-        self._stopped.set()
         self._intake.stop()
 
     def close(self) -> None:
@@ -361,87 +150,142 @@ class VideoPipeline:
         if self._started:
             self._finish(None if error is None else GeneratorExit())  # an end like any other of the loop
         self._finished = True
-        if (late := self._late_error) is not None:
-            self._late_error = None
+        late, self._late_error = self._late_error, None
+        if late is not None:
             raise late
 
     def summary(self) -> DetectSummary:
         """The figures so far; complete when the iteration has ended."""
-        figures = self.figures
-        seconds = self._seconds or time.monotonic() - figures.start
-        frames = figures.frames()
-        sources = {name: each.snapshot() for name, each in figures.sources.items()}
-        return DetectSummary(
-            frames=frames,
-            fps=frames / seconds if seconds > 0 else 0.0,
-            stages=figures.stages.percentiles(),
-            detections=sum(each.detections for each in figures.sources.values()),
-            provider=str(getattr(self.detector, "provider", "unknown")),
-            precision=str(getattr(self.detector, "precision", "unknown")),
-            dropped=sum(each.dropped for each in figures.sources.values()),
-            reconnects=sum(each.reconnects for each in figures.sources.values()),
-            age=figures.age(),
-            sources=sources,
-            warnings=tuple(line for each in figures.sources.values() for line in each.warnings),
-        )
+        seconds = self._seconds or time.monotonic() - self.figures.start
+        return self.figures.summary(seconds, self.detector)
+
+    # How it starts.
 
     def _start(self) -> None:
         self.figures.begin()
-        self._open_sinks()
-        following = None
-        if track := self.options.track:
-            track_options = track if isinstance(track, TrackOptions) else TrackOptions()
-            following = Following(self.sources, track_options, self.options.trails)
-        workers = Workers(
-            self.detector,
-            self.options.filters,
-            self._intake,
-            self._out,
-            self._sinks,
-            self.figures,
-            self.options.shown_score,
-            self._fail,
-            following,
-        )
-        for name, work in workers.parts(self._workers):
-            self._begin(self._threads, name, work)
-        watched = list(self.figures.sources.values())
-        self._begin(self._threads, "watchdog", lambda: watch(watched, self.options.stall, self._ended))
-        for source, queue in zip(self.sources, self._intake.queues, strict=True):
-            self._begin(self._readers, f"read {source.name}", self._feeder(source, queue).run)
-        self._running = True
-
-    def _open_sinks(self) -> None:
-        """Only when the pipeline starts, so that a mistake before leaves no file."""
         options = self.options
+        # Only now, so that a mistake before leaves no file.
         if options.jsonl is not None:
             self._sinks.append(JsonLines(options.jsonl))
         if options.save is not None:
             self._sinks.append(AnnotatedFiles(self._targets))
         self._sinks += self._given_sinks
-        if self._callback is not None:
-            self._sinks.append(Callback(self._callback))
+        if options.track:
+            tracking = options.track if isinstance(options.track, TrackOptions) else TrackOptions()
+            self._tracks = {each.name: Tracks(each, tracking, options.trails) for each in self.sources}
+        for number in range(self._workers):
+            self._begin(self._threads, f"detect {number}", self._detect, self._end_detecting)
+        self._begin(self._threads, "draw", self._draw, lambda: self._drawn.put(None))
+        self._begin(self._threads, "write", self._write, lambda: self._out.put(None))
+        self._begin(self._threads, "watchdog", self._watch)
+        for source, queue in zip(self.sources, self._intake.queues, strict=True):
+            self.figures.sources[source.name].queue = queue
+            feed = Feed(source, queue, self._intake, self.figures, options)
+            self._begin(self._readers, f"read {source.name}", feed.run)
+        self._running = True
 
-    def _feeder(self, source: Source, queue: SourceQueue) -> Feeder:
-        figures = self.figures.sources[source.name]
-        figures.queue = queue
-        return Feeder(
-            source=source,
-            queue=queue,
-            intake=self._intake,
-            figures=figures,
-            stopped=self._stopped,
-            fail=self._fail,
-            decoder=self.options.decoder,
-            stall=self.options.stall,
-            patience=self.options.patience,
-            anything_came=self.figures.anything_came,
-        )
+    def _begin(
+        self,
+        threads: list[threading.Thread],
+        name: str,
+        work: Callable[[], None],
+        end: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Start a thread. An error of its ``work`` ends all; ``end`` tells the next stage in any case."""
 
-    def _begin(self, threads: list[threading.Thread], name: str, work: Callable[[], None]) -> None:
-        thread = threading.Thread(target=work, name=f"anchorline {name}", daemon=True)
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._error = self._error or error
+                self._abort()
+            finally:
+                end()
+
+        thread = threading.Thread(target=run, name=f"anchorline {name}", daemon=True)
         thread.start()
         threads.append(thread)
+
+    # The work of the threads. Batches may finish in any order; they are drawn and written in theirs.
+
+    def _items(self, queue: Queue[T | None]) -> Iterator[T]:
+        """What comes through a queue, until its end or a failure."""
+        while (item := queue.get()) is not None and not self._intake.aborted:
+            yield item
+        queue.put(None)  # for whoever asks again
+
+    def _detect(self) -> None:
+        while (taken := self._intake.take()) is not None:
+            number, results = taken
+            start = time.perf_counter()
+            found = self.detector.batch([result.frame for result in results])
+            seconds = time.perf_counter() - start
+            # A detector without figures of its own is all network.
+            times = dict(getattr(self.detector, "timings", None) or {"network": seconds})
+            self.figures.took(times, *{result.source for result in results})
+            if len(found) != len(results):
+                raise SettingsError(
+                    f"the detector's batch() gave {len(found)} results for {len(results)} frames"
+                )
+            for result, detections in zip(results, found, strict=True):
+                result.detections = detections
+                result.times.update(times)
+            self._detected.put((number, results))
+
+    def _end_detecting(self) -> None:
+        if not self._detecting.acquire(blocking=False):
+            self._detected.put(None)
+
+    def _draw(self) -> None:
+        is_wanted = any(sink.wants_drawing for sink in self._sinks)
+        early: dict[int, list[Result]] = {}
+        due = 0
+        for number, results in self._items(self._detected):
+            early[number] = results
+            while due in early:
+                for result in early.pop(due):
+                    # Before filtering: weak detections and those outside a region hold tracks together.
+                    if self._tracks:
+                        with self._measured(result, "track"):
+                            self._tracks[result.source].follow(result)
+                    height, width = result.frame.shape[:2]
+                    result.detections = self.options.filters(result.detections, (height, width))
+                    if is_wanted:
+                        with self._measured(result, "draw"):
+                            result.annotated = result.draw(self.options.shown_score)
+                    self._drawn.put(result)
+                due += 1
+
+    def _write(self) -> None:
+        for result in self._items(self._drawn):
+            result.age = time.monotonic() - result.captured
+            if self._sinks:
+                with self._measured(result, "write"):
+                    for sink in self._sinks:
+                        sink.write(result)
+                result.age = time.monotonic() - result.captured
+            if self._callback is not None:
+                self._callback(result)
+            self._out.put(result)
+
+    def _watch(self) -> None:
+        """Report each live source that has delivered nothing for the stall time.
+
+        Readers that can end a hanging read by themselves do so after the same time; this also sees those
+        that cannot, such as a webcam's driver or an iterator of the caller's.
+        """
+        stall = self.options.stall
+        while not self._ended.wait(min(1.0, stall / _LOOKS)):
+            for source in self.figures.sources.values():
+                if source.live and source.silent_for() > stall:
+                    source.stalled(stall)
+
+    @contextlib.contextmanager
+    def _measured(self, result: Result, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        result.times[stage] = time.perf_counter() - start
+        self.figures.took({stage: result.times[stage]}, result.source)
 
     def _leave(self, result: Result) -> None:
         """The result reaches the caller: note its age, and let another frame in."""
@@ -449,16 +293,10 @@ class VideoPipeline:
         self.figures.left(result.source, result.age, len(result.detections))
         self._intake.done()
 
-    def _fail(self, error: BaseException) -> None:
-        """Note the first error of any thread and let all of them end."""
-        with self._error_lock:
-            self._error = self._error or error
-        self._abort()
+    # How it ends.
 
     def _abort(self) -> None:
-        self._stopped.set()
         self._intake.abort()
-        self._out.cut()
 
     def _leave_loop(self, reason: BaseException) -> None:
         """Finish. Python swallows what is raised while a generator is dropped, so the block raises that."""
@@ -480,7 +318,7 @@ class VideoPipeline:
                 self._abort()
             else:
                 self.stop()
-                while (result := self._out.get()) is not None:
+                for result in self._items(self._out):
                     self._leave(result)
         except BaseException:  # a second Ctrl-C: no more draining, but the files are completed
             self._abort()
@@ -489,8 +327,7 @@ class VideoPipeline:
             try:
                 self._end_threads()
             finally:
-                self._close_sinks()
-                self._seconds = time.monotonic() - self.figures.start
+                self._end_outputs()
         if self._error is not None and self._error is not error:
             raise self._error
         complaint = self._nothing_read() if error is None else None
@@ -505,7 +342,8 @@ class VideoPipeline:
         for thread in self._readers:
             thread.join(max(0.0, until - time.monotonic()))
 
-    def _close_sinks(self) -> None:
+    def _end_outputs(self) -> None:
+        """Complete the files and the report, or drop them after an error."""
         failed = self._error is not None or self._nothing_read() is not None
         sinks, self._sinks = self._sinks, []
         first: BaseException | None = None
@@ -517,8 +355,13 @@ class VideoPipeline:
                     sink.close()
             except BaseException as error:
                 first = first or error
-        if first is not None and not failed:
+        self._seconds = time.monotonic() - self.figures.start
+        if failed:
+            return
+        if first is not None:
             raise first
+        if self.options.report is not None:
+            plot_latency(self.figures, self.options.report)
 
     def _nothing_read(self) -> Exception | None:
         """The first source's complaint, where no source gave a single frame."""
@@ -528,6 +371,41 @@ class VideoPipeline:
         return next((error for error in errors if error is not None), None)
 
 
+def detect(
+    sources: Sequence[str | Path | int | Source],
+    detector: FrameDetector,
+    options: DetectOptions | None = None,
+    *,
+    progress: bool = True,
+    live: LiveSink | None = None,
+    conclude: Callable[[DetectSummary], object] | None = None,
+) -> DetectSummary:
+    """Detect in every frame of ``sources``: images, folders of images, videos, cameras, streams.
+
+    ``options.save`` receives annotated copies (see ``source.plan``; a camera's is an mp4 of its name),
+    ``options.jsonl`` one line per frame: ``{"source", "frame", "time_s", "size": [h, w], "detections":
+    [...]}``. ``progress`` shows live figures on stderr, ``live`` in a browser
+    (``anchorline.serving.live_view``). A source that cannot be read is a warning in the summary
+    while others can; with none left its ``DataError`` is raised. On Ctrl-C, SIGTERM and SIGHUP the files are
+    finished with the frames so far, and ``KeyboardInterrupt`` or ``SystemExit`` goes on; ``conclude``
+    is called with the summary in any case, since that is how a camera's run ends.
+    """
+    pipeline = VideoPipeline(detector, sources, options, sinks=() if live is None else (live,))
+    if live is not None:
+        live.watch(pipeline)
+    try:
+        for _ in displayed(pipeline) if progress else pipeline:
+            pass
+    except (KeyboardInterrupt, SystemExit):
+        if conclude is not None:
+            conclude(pipeline.summary())
+        raise
+    summary = pipeline.summary()
+    if conclude is not None:
+        conclude(summary)
+    return summary
+
+
 def batch_size(options: DetectOptions, detector: FrameDetector, sources: int) -> int:
     """How many frames are detected together at most. Raises ``SettingsError`` where the model takes less."""
     largest = getattr(getattr(detector, "contract", None), "max_batch", None)
@@ -535,3 +413,30 @@ def batch_size(options: DetectOptions, detector: FrameDetector, sources: int) ->
     if largest is not None and batch > largest:
         raise SettingsError(f"batch is {batch}, but the model takes at most {largest} frames at once")
     return batch
+
+
+@contextlib.contextmanager
+def signals_as_exit() -> Iterator[None]:
+    """Inside the block SIGTERM and SIGHUP raise ``SystemExit`` with the shell's code for them (143, 129).
+
+    SIGHUP comes when the terminal is closed or its connection is lost; Windows has none. Only in the main
+    thread, and each only where nobody else handles or ignores it (as ``nohup`` does SIGHUP); elsewhere
+    nothing changes.
+    """
+    ours: list[int] = []
+    if threading.current_thread() is threading.main_thread():
+        kinds = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        ours = [kind for kind in kinds if signal.getsignal(kind) is signal.SIG_DFL]
+    for kind in ours:
+        signal.signal(kind, _exit)
+    try:
+        yield
+    finally:
+        # A generator that nobody holds any more may be ended by another thread, which must not do this.
+        with contextlib.suppress(ValueError):
+            for kind in ours:
+                signal.signal(kind, signal.SIG_DFL)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""Where results go: JSON lines, annotated files, a callback, the latest frame for whoever asks."""
+"""Where results go: JSON lines, annotated files, the latest frame for whoever asks, a view of the run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from anchorline.runtime.io.errors import OutputError
 from anchorline.runtime.io.files import discard, is_stream, output_errors, publish, temporary_sibling
 from anchorline.runtime.io.images import write_image
-from anchorline.runtime.video.files import VideoWriter
 from anchorline.runtime.video.frames import Result, Stream
-from anchorline.runtime.video.paths import is_stdout, next_name
-from anchorline.runtime.video.pyav import open_writer
+from anchorline.runtime.video.source import is_stdout, next_name
+from anchorline.runtime.video.writer import VideoWriter, open_writer
+
+if TYPE_CHECKING:
+    from anchorline.runtime.video.pipeline import VideoPipeline
 
 LONGEST_PART = 90_000  # frames of a live source in one file
 _STDOUT = 1
@@ -40,6 +42,12 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
     def abandon(self) -> None: ...
+
+
+class LiveSink(Sink, Protocol):
+    """A sink that shows the run while it goes on, such as ``LiveView``, and is told of it beforehand."""
+
+    def watch(self, pipeline: VideoPipeline) -> None: ...
 
 
 class JsonLines:
@@ -178,25 +186,6 @@ def _goes_on(held: Stream, writer: VideoWriter, stream: Stream) -> bool:
         return False
     same_file = held.target == stream.target and held.origin == stream.origin
     return held is stream or (same_file and held.size == stream.size)
-
-
-class Callback:
-    """Calls a function with each result, in the writing thread."""
-
-    wants_drawing = False
-
-    def __init__(self, function: Callable[[Result], object]) -> None:
-        self._function = function
-
-    def write(self, result: Result) -> None:
-        """Call the function."""
-        self._function(result)
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def abandon(self) -> None:
-        """Nothing is open."""
 
 
 class LatestFrame:

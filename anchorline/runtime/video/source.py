@@ -1,10 +1,11 @@
-"""Naming a source: a file, a folder, a camera, a stream, or any iterator of frames."""
+"""Naming a source (a file, a folder, a camera, a stream, any iterator of frames), and laying out a run."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -13,15 +14,24 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.runtime.io.errors import SettingsError
-from anchorline.runtime.io.images import find_images, is_video
+from anchorline.runtime.io.errors import DataError, OutputError, SettingsError
+from anchorline.runtime.io.files import is_stream
+from anchorline.runtime.io.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_images, is_image, is_video
 from anchorline.runtime.video.options import Policy
-from anchorline.runtime.video.paths import Item, add_targets, plan_items
 
 _LAST_WEBCAM = 99  # OpenCV takes hundreds for the ways to reach a camera
 _LONGEST_NUMBER = 10  # digits; Python refuses to read thousands
 _NAMED = re.compile(r"([^\W\d][\w.-]*)=(.+)", re.DOTALL)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.+", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image or video file, and where its annotated copy goes (``None``: nowhere)."""
+
+    path: Path
+    is_video: bool
+    target: Path | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +52,7 @@ class Source:
     live: bool | None = None
     policy: Policy | None = None
     stride: int = 1
-    items: tuple[Item, ...] = ()  # the files, where there are several
+    items: tuple[Item, ...] = ()  # the files on this machine, which `plan` finds
     target: Path | None = None
 
     def __post_init__(self) -> None:
@@ -52,10 +62,18 @@ class Source:
             raise SettingsError(f"stride is {self.stride!r}; expected a whole number of at least 1")
         if isinstance(self.where, int) and not 0 <= self.where <= _LAST_WEBCAM:
             raise SettingsError(f"webcam {self.where}; expected a number from 0 to {_LAST_WEBCAM}")
+        live = isinstance(self.where, int)
         if isinstance(self.where, str) and _URL.fullmatch(self.where):
-            _check_url(self.where)
+            try:
+                parts = urlsplit(self.where)
+            except ValueError as error:
+                shown = _without_password(self.where)
+                raise SettingsError(
+                    f"{shown}: no address ({error}); expected SCHEME://HOST:PORT/PATH"
+                ) from None
+            live = not (parts.scheme.lower() in ("http", "https", "file") and is_video(parts.path))
         if self.live is None:
-            object.__setattr__(self, "live", _is_live(self.where))
+            object.__setattr__(self, "live", live)
         if self.policy is None:
             object.__setattr__(self, "policy", "latest" if self.live else "wait")
 
@@ -65,9 +83,10 @@ class Source:
         return self.policy or "wait"
 
     @property
-    def is_files(self) -> bool:
-        """Whether these are files on this machine."""
-        return bool(self.items)
+    def is_path(self) -> bool:
+        """Whether this names a file or folder, rather than a camera, a URL or frames."""
+        where = self.where
+        return isinstance(where, Path) or (isinstance(where, str) and not _URL.fullmatch(where))
 
     def describe(self) -> str:
         """What to call the source in a message; passwords in URLs are left out."""
@@ -75,19 +94,6 @@ class Source:
             shown = _without_password(str(self.where))
             return self.name if shown == self.name else f"{self.name} ({shown})" if self.name else shown
         return self.name
-
-
-def _without_password(where: str) -> str:
-    return re.sub(r"//[^/]*@", "//", where)
-
-
-def _check_url(where: str) -> None:
-    try:
-        urlsplit(where)
-    except ValueError as error:
-        raise SettingsError(
-            f"{_without_password(where)}: no address ({error}); expected SCHEME://HOST:PORT/PATH"
-        ) from None
 
 
 def parse_source(text: str | Path) -> Source:
@@ -114,75 +120,101 @@ def plan(
     """Lay out a run before anything is opened: what is read side by side, and where copies go.
 
     Files and folders without a name are one source, read one after the other; each named one, camera
-    and stream is a source of its own. Raises the errors of ``sources.plan_items``, and
-    ``SettingsError`` where two sources share a name.
+    and stream is a source of its own. ``save`` is an ``.mp4`` for one video or camera, an image file for
+    one image, else a folder. Raises ``DataError`` for a file that is missing or neither image nor video,
+    ``OutputError`` and ``SettingsError`` where ``save`` does not go with the sources, and
+    ``SettingsError`` where two of them share a name.
     """
     given = [each if isinstance(each, Source) else _parse(each, policy, stride) for each in sources]
-    files = [each for each in given if _is_path(each)]
-    others = [each for each in given if not _is_path(each)]
-    items = plan_items([str(each.where) for each in files], None) if files or not others else []
-    named = _named(others)
-    places = [item.path for item in items] + [_place(each.name) for each in named]
-    single = len(given) == 1 and (bool(others) or not Path(str(files[0].where)).is_dir())
-    targets = [item.target for item in add_targets(places, None if save is None else Path(save), single)]
-    items = [Item(item.path, item.is_video, target) for item, target in zip(items, targets, strict=False)]
-    planned = _group_files(files, items)
-    for before, each, target in zip(others, named, targets[len(items) :], strict=True):
-        planned.append((before, replace(each, target=target)))
-    _check_names([each for _, each in planned])
-    return [each for _, each in sorted(planned, key=lambda pair: given.index(pair[0]))]
+    if not given:
+        raise SettingsError("no sources given; name an image, a folder of images or a video")
+    found = [_files(Path(str(each.where))) if each.is_path else [] for each in given]
+    others = [each for each in given if not each.is_path]
+    names = _names(others)
+    paths = [path for files in found for path in files]
+    single = len(given) == 1 and (bool(others) or not Path(str(given[0].where)).is_dir())
+    targets = copy_targets([*paths, *map(_place, names)], None if save is None else Path(save), single)
+    items = iter([Item(path, is_video(path), target) for path, target in zip(paths, targets, strict=False)])
+    named = iter(zip(names, targets[len(paths) :], strict=True))
+    unnamed = [str(Path(str(each.where))) for each in given if each.is_path and not each.name]
+    planned: list[Source] = []
+    chain: int | None = None  # the place of the source that all files without a name are
+    for each, files in zip(given, found, strict=True):
+        own = tuple(next(items) for _ in files)
+        if not each.is_path:
+            name, target = next(named)
+            planned.append(replace(each, name=name, target=target))
+        elif each.name:
+            planned.append(replace(each, items=own))
+        elif chain is None:
+            chain = len(planned)
+            planned.append(replace(each, name=unnamed[0] if len(unnamed) == 1 else "files", items=own))
+        else:
+            planned[chain] = replace(planned[chain], items=planned[chain].items + own)
+    taken = [each.name for each in planned]
+    for name in taken:
+        if taken.count(name) > 1:
+            raise SettingsError(f"two sources are called {name!r}; give each a name of its own, NAME=SOURCE")
+    return planned
+
+
+def next_name(path: Path, taken: Container[Path]) -> Path:
+    """``clip-2.mp4`` for ``clip.mp4``, or such a name with the next number that is not taken."""
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+    return next(name for name in names if name not in taken)
+
+
+def check_outputs(outputs: Iterable[str | Path | None], kept: Iterable[str | Path]) -> None:
+    """Raise ``SettingsError`` where an output is one of the ``kept`` files, or two outputs are one file.
+
+    An output may be ``None``, stdout (``-``), a device or a pipe.
+    """
+    taken = {os.path.realpath(path) for path in kept}
+    for output in outputs:
+        if output is None or is_stdout(output) or is_stream(Path(output)):
+            continue
+        place = os.path.realpath(output)
+        if place in taken:
+            raise SettingsError(f"{output} is a source, the model or another output; choose another place")
+        taken.add(place)
+
+
+def is_stdout(path: str | Path | None) -> bool:
+    """Whether lines for ``path`` go to stdout."""
+    return str(path) in ("-", "/dev/stdout")
 
 
 def _parse(given: str | Path | int, policy: Policy | None, stride: int) -> Source:
     source = Source(given) if isinstance(given, int) else parse_source(given)
-    live = source.live
-    return Source(source.where, name=source.name, live=live, policy=policy, stride=stride)
+    return Source(source.where, source.name, source.live, policy, stride)
 
 
-def _is_path(source: Source) -> bool:
-    where = source.where
-    return isinstance(where, Path) or (isinstance(where, str) and not _URL.fullmatch(where))
+def _files(source: Path) -> list[Path]:
+    """The file, or the images of the folder."""
+    if not os.path.exists(source):  # unlike Path.exists, also False for a name that is too long
+        raise DataError(f"{source}: no such file or folder; give an image, a folder of images or a video")
+    if not source.is_dir() and not is_image(source) and not is_video(source):
+        raise DataError(
+            f"{source}: neither an image nor a video by its suffix; "
+            f"expected one of {', '.join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)}"
+        )
+    return find_images(source)
 
 
-def _group_files(files: Sequence[Source], items: Sequence[Item]) -> list[tuple[Source, Source]]:
-    """Sources of files as (given, planned): the unnamed ones together, each named one on its own."""
-    planned: list[tuple[Source, Source]] = []
-    chained: list[Item] = []
-    left = list(items)
-    for each in files:
-        count = len(find_images(str(each.where)))
-        own, left = left[:count], left[count:]
-        if each.name:
-            planned.append((each, replace(each, items=tuple(own))))
-        else:
-            chained += own
-    unnamed = [each for each in files if not each.name]
-    if unnamed:
-        name = str(Path(str(unnamed[0].where))) if len(unnamed) == 1 else "files"
-        planned.append((unnamed[0], replace(unnamed[0], name=name, items=tuple(chained))))
-    return planned
-
-
-def _named(sources: Sequence[Source]) -> list[Source]:
-    """The sources with a name each: a webcam's is camera0, a stream's its host, an iterator's frames."""
-    taken = {each.name for each in sources if each.name}
-    named = []
+def _names(sources: Sequence[Source]) -> list[str]:
+    """A name for each: its own, or a webcam's camera0, a stream's host, an iterator's frames."""
+    taken = {each.name for each in sources}
+    names = []
     for each in sources:
-        name = each.name or _default_name(each)
-        number = 2
-        while not each.name and name in taken:
-            name, number = f"{_default_name(each)}-{number}", number + 1
+        default = "frames"
+        if isinstance(each.where, int):
+            default = f"camera{each.where}"
+        elif isinstance(each.where, str):
+            default = urlsplit(each.where).hostname or "stream"
+        name = each.name or _unused(default, "", taken)
         taken.add(name)
-        named.append(replace(each, name=name))
-    return named
-
-
-def _default_name(source: Source) -> str:
-    if isinstance(source.where, int):
-        return f"camera{source.where}"
-    if isinstance(source.where, str):
-        return urlsplit(source.where).hostname or "stream"
-    return "frames"
+        names.append(name)
+    return names
 
 
 def _place(name: str) -> Path:
@@ -190,17 +222,41 @@ def _place(name: str) -> Path:
     return Path(os.devnull) / (re.sub(r"[^\w.-]", "_", name) + ".mp4")
 
 
-def _check_names(sources: Sequence[Source]) -> None:
-    names = [each.name for each in sources]
-    for name in names:
-        if names.count(name) > 1:
-            raise SettingsError(f"two sources are called {name!r}; give each a name of its own, NAME=SOURCE")
+def copy_targets(paths: Sequence[Path], save: Path | None, single: bool) -> Sequence[Path | None]:
+    """Where the annotated copy of each file goes; ``single`` allows ``save`` to be a file's name."""
+    if save is None:
+        return [None] * len(paths)
+    targets: list[Path] = []
+    if single and not save.is_dir() and save.suffix:
+        if is_video(paths[0]) and save.suffix.lower() != ".mp4":
+            raise SettingsError(f"save is {save}; a video is saved as .mp4, or into a folder")
+        if not is_video(paths[0]) and not is_image(save):
+            raise SettingsError(f"save is {save}; an image is saved as one of {', '.join(IMAGE_SUFFIXES)}")
+        targets.append(save)
+    else:
+        if save.exists() and not save.is_dir():
+            raise OutputError(f"{save}: is a file; several results need a folder to be saved in")
+        if is_image(save) or is_video(save):
+            raise SettingsError(f"save is {save}, one file; several results need a folder to be saved in")
+        taken: set[str] = set()
+        for path in paths:
+            name = _unused(path.stem, ".mp4" if is_video(path) else path.suffix, taken)
+            taken.add(name.lower())
+            targets.append(save / name)
+    sources = {os.path.realpath(path) for path in paths}
+    for target in targets:
+        if os.path.realpath(target) in sources:
+            raise SettingsError(f"saving to {target} would overwrite the source; choose another place")
+    return targets
 
 
-def _is_live(where: object) -> bool:
-    if isinstance(where, int):
-        return True
-    if isinstance(where, str) and _URL.fullmatch(where):
-        parts = urlsplit(where)
-        return not (parts.scheme.lower() in ("http", "https", "file") and is_video(parts.path))
-    return False
+def _unused(stem: str, suffix: str, taken: set[str]) -> str:
+    """``stem``, or ``stem-2`` and so on, which in lower case is not ``taken``."""
+    name, number = f"{stem}{suffix}", 2
+    while name.lower() in taken:
+        name, number = f"{stem}-{number}{suffix}", number + 1
+    return name
+
+
+def _without_password(where: str) -> str:
+    return re.sub(r"//[^/]*@", "//", where)

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from anchorline.runtime.video.files import VideoReader
+from anchorline.runtime.video.reader import VideoReader
 
 pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals and pipes")

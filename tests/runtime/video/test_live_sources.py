@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from anchorline.runtime.io.errors import DataError
-from anchorline.runtime.video import feeding
-from anchorline.runtime.video.files import VideoReader
+from anchorline.runtime.video import intake
 from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.pipeline import VideoPipeline
+from anchorline.runtime.video.reader import VideoReader
 from anchorline.runtime.video.source import Source
 
 DECODERS = ["opencv", "pyav"]
@@ -21,7 +21,7 @@ DECODERS = ["opencv", "pyav"]
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(feeding, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(intake, "FIRST_PAUSE", 0.05)
 
 
 def run(pipeline, step, seconds=60.0):
@@ -57,7 +57,7 @@ def test_a_camera_is_read(stub, camera, decoder):
 def test_a_camera_that_fails_is_opened_again_while_the_other_goes_on(
     stub, camera, second_camera, mode, decoder, monkeypatch
 ):
-    monkeypatch.setattr(feeding, "FIRST_PAUSE", 0.3)
+    monkeypatch.setattr(intake, "FIRST_PAUSE", 0.3)
     sources = [f"bad={camera.url}", f"good={second_camera.url}"]
     pipeline = VideoPipeline(
         stub(), sources, DetectOptions(decoder=decoder, stall=1.0 if mode == "stall" else 10.0)

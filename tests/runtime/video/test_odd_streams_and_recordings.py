@@ -14,16 +14,13 @@ import numpy as np
 import pytest
 
 from anchorline.runtime.io.errors import DataError, SettingsError
-from anchorline.runtime.video import readers as stream_reader
+from anchorline.runtime.video import reader as stream_reader
 from anchorline.runtime.video import sinks
-from anchorline.runtime.video.files import VideoReader
 from anchorline.runtime.video.options import DetectOptions
-from anchorline.runtime.video.paths import plan_items
 from anchorline.runtime.video.pipeline import VideoPipeline
-from anchorline.runtime.video.pyav import AvReader
-from anchorline.runtime.video.readers import StreamReader
-from anchorline.runtime.video.sinks import AnnotatedFiles, is_stdout
-from anchorline.runtime.video.source import Source, parse_source, plan
+from anchorline.runtime.video.reader import AvReader, StreamReader, VideoReader
+from anchorline.runtime.video.sinks import AnnotatedFiles
+from anchorline.runtime.video.source import Source, is_stdout, parse_source, plan
 
 # Streams
 
@@ -125,7 +122,7 @@ def test_a_remote_video_that_breaks_off_is_a_warning(
 @pytest.mark.parametrize("decoder", ["opencv", "pyav"])
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_variable_frame_rate(stub, grey, tmp_path, file_server, decoder, remote):
-    av_writer = pytest.importorskip("anchorline.runtime.video.pyav")
+    av_writer = pytest.importorskip("anchorline.runtime.video.writer")
     pytest.importorskip("av")
     expected = [0.0, 0.1, 0.5, 0.6, 2.0, 2.1]
     with av_writer.AvVideoWriter(tmp_path / "a.mp4", (48, 64), 10) as writer:
@@ -204,7 +201,7 @@ def test_nothing_overwrites_a_source_or_another_output(stub, tmp_path):
         (tmp_path / name).touch()
     first, second = tmp_path / "a/x.mp4", tmp_path / "b/x.mp4"
     with pytest.raises(SettingsError, match="would overwrite the source"):
-        plan_items([first, second], tmp_path / "b")  # the copy of the first one
+        plan([first, second], tmp_path / "b")  # the copy of the first one
     with pytest.raises(SettingsError, match="would overwrite the source"):
         plan([f"x={first}", f"y={second}"], tmp_path / "b")
     (tmp_path / "link.jsonl").symlink_to(first)

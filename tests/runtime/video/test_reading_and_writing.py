@@ -16,13 +16,12 @@ import pytest
 
 from anchorline.runtime.io.errors import DataError, OutputError, SettingsError
 from anchorline.runtime.timing import Durations
-from anchorline.runtime.video import pyav as av_writer
-from anchorline.runtime.video.detection import detect
-from anchorline.runtime.video.files import VideoReader, VideoWriter
+from anchorline.runtime.video import writer as av_writer
 from anchorline.runtime.video.options import DetectOptions
-from anchorline.runtime.video.pipeline import VideoPipeline
-from anchorline.runtime.video.pyav import AvReader, AvVideoWriter, open_writer
+from anchorline.runtime.video.pipeline import VideoPipeline, detect
+from anchorline.runtime.video.reader import AvReader, VideoReader
 from anchorline.runtime.video.source import Source
+from anchorline.runtime.video.writer import AvVideoWriter, VideoWriter, open_writer
 
 av = pytest.importorskip("av", reason="needs PyAV: pip install 'anchorline[video]'")
 

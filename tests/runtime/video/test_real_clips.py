@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from anchorline.runtime.video.detection import detect
-from anchorline.runtime.video.files import VideoReader
 from anchorline.runtime.video.options import DetectOptions
-from anchorline.runtime.video.pyav import has_h264
+from anchorline.runtime.video.pipeline import detect
+from anchorline.runtime.video.reader import VideoReader
+from anchorline.runtime.video.writer import has_h264
 
 SHARED = os.environ.get("ANCHORLINE_SHARED")
 

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from anchorline.runtime.video import feeding
+from anchorline.runtime.video import intake
 from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.pipeline import VideoPipeline
 
@@ -103,7 +103,7 @@ def server():
 
 @pytest.mark.parametrize("decoder", ["opencv", "pyav"])
 def test_an_rtsp_camera_that_breaks_off_and_comes_back(stub, server, decoder, monkeypatch):
-    monkeypatch.setattr(feeding, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(intake, "FIRST_PAUSE", 0.05)
     server.play_for = 60
     url = f"rtsp://user:secret@127.0.0.1:{server.server_address[1]}/live"
     pipeline = VideoPipeline(stub(), [f"cam={url}"], DetectOptions(decoder=decoder, stall=10.0))

@@ -20,9 +20,9 @@ from anchorline.runtime import (
     TrackOptions,
     VideoPipeline,
 )
-from anchorline.runtime.video import feeding
+from anchorline.runtime.video import intake
 from anchorline.runtime.video.frames import Result, Stream
-from anchorline.runtime.video.tracks import Following
+from anchorline.runtime.video.tracks import Tracks
 
 NAMES = ("thing",)
 
@@ -56,12 +56,13 @@ def tracked():
 def follow(tracked):
     """``follow(stream, index, time_s, *places)``: the track ids of the next frame of the source ``a``."""
     mine, live = Source(iter(()), name="b"), Source(iter(()), name="c", live=True)
-    following = Following([Source("a.mp4", name="a"), mine, live], TrackOptions(), trails=True)
+    sources = [Source("a.mp4", name="a"), mine, live]
+    tracks = {each.name: Tracks(each, TrackOptions(), trails=True) for each in sources}
 
     def step(stream, index, time_s, *places):
         frame = np.zeros((*stream.size, 3), np.uint8)
         result = Result(frame, boxes_at(*places), stream, index, time_s, 0.0)
-        following.follow(result)
+        tracks[result.source].follow(result)
         return result.detections.track_ids.tolist()
 
     return step
@@ -231,7 +232,7 @@ def test_the_size_of_the_picture_changes_midway(tracked, grey):
 
 
 def test_a_camera_that_comes_back_has_new_ids(tracked, camera, monkeypatch):
-    monkeypatch.setattr(feeding, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(intake, "FIRST_PAUSE", 0.05)
 
     class Still(Mover):
         def batch(self, frames):

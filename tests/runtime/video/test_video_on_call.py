@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from anchorline.runtime.io.errors import OutputError, SettingsError
-from anchorline.runtime.video import feeding
+from anchorline.runtime.video import intake
 from anchorline.runtime.video import pipeline as video_pipeline
 from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.pipeline import VideoPipeline
@@ -151,7 +151,7 @@ def test_a_slow_consumer_is_no_stall_of_the_source(stub, grey):
 
 
 def test_losses_are_logged_as_they_happen(stub, camera, monkeypatch, caplog):
-    monkeypatch.setattr(feeding, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(intake, "FIRST_PAUSE", 0.05)
     with caplog.at_level(logging.WARNING, "anchorline.video"):
         pipeline = VideoPipeline(stub(), [f"door={camera.url}"])
         figures = pipeline.figures.sources["door"]

@@ -15,9 +15,9 @@ import pytest
 
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import DataError, OutputError, SettingsError
-from anchorline.runtime.video.files import VideoReader
 from anchorline.runtime.video.options import DetectOptions, Filters
 from anchorline.runtime.video.pipeline import VideoPipeline
+from anchorline.runtime.video.reader import VideoReader
 from anchorline.runtime.video.sinks import LatestFrame
 from anchorline.runtime.video.source import Source
 

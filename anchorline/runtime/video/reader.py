@@ -1,0 +1,390 @@
+"""Readers: one opening of a picture, a video, a camera, a stream, or of frames that the caller makes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorline.runtime.canvas import check_frame
+from anchorline.runtime.io.errors import DataError, SettingsError
+from anchorline.runtime.io.images import read_image
+from anchorline.runtime.io.native_log import ffmpeg_lines, quiet_opencv
+from anchorline.runtime.video.options import Decoder
+from anchorline.runtime.video.source import Item
+
+FALLBACK_FPS = 25.0
+MAX_FPS = 1000.0
+_COUNTED = (".mp4", ".m4v", ".mov", ".avi")  # files that state how many frames they hold
+# What may fail in a row before the rest is given up: of a file, and of a stream ten seconds of damage.
+_FILE_FAILURES, _STREAM_FAILURES = 64, 300
+_TURNS = {90: cv2.ROTATE_90_COUNTERCLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTATE_90_CLOCKWISE}
+
+Pixels = NDArray[np.uint8]
+Timed = tuple[float | None, Pixels]  # the frame's own time in seconds, where it has one
+
+
+class Reader:
+    """One opening of a source, which is its constructor's work. A context manager.
+
+    Iterated once it yields (index, time in seconds, uint8 BGR frame [H, W, 3]), and ends where the source
+    ends or breaks off. ``size`` is the (height, width) of the first frame, ``fps`` the stated rate. All
+    calls come from one thread. A constructor raises ``DataError``.
+    """
+
+    size: tuple[int, int]
+    fps: float = FALLBACK_FPS
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is wrong with the part read so far, one line each."""
+        return []
+
+    def __iter__(self) -> Iterator[tuple[int, float, Pixels]]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of the file, the camera or the connection. Safe to call twice."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class ImageReader(Reader):
+    """An image file as a stream of one frame."""
+
+    fps = 1.0
+
+    def __init__(self, path: Path) -> None:
+        self._image = read_image(path)
+        self.size = (self._image.shape[0], self._image.shape[1])
+
+    def __iter__(self) -> Iterator[tuple[int, float, Pixels]]:
+        yield 0, 0.0, self._image
+
+
+class IterableReader(Reader):
+    """Frames that the caller's own code delivers; the time counts from the first one."""
+
+    def __init__(self, frames: Iterable[Pixels]) -> None:
+        self._frames = iter(frames)
+        self._first = next(self._frames, None)
+        self.size = (0, 0) if self._first is None else check_frame(self._first).shape[:2]
+
+    def __iter__(self) -> Iterator[tuple[int, float, Pixels]]:
+        start, index, frame = time.monotonic(), 0, self._first
+        self._first = None
+        while frame is not None:
+            yield index, time.monotonic() - start if index else 0.0, check_frame(frame)
+            index += 1
+            frame = next(self._frames, None)
+
+    def close(self) -> None:
+        """Close the generator, so that its ``finally`` runs now."""
+        close = getattr(self._frames, "close", None)
+        if close is not None:
+            close()
+
+
+class _PacketReader(Reader):
+    """What the decoders have in common. A subclass opens ``name``, sets ``fps`` and ``frame_count`` (what the
+    header promises, ``None`` if it does not say), calls ``_begin``, and gives frames in ``_next``."""
+
+    frame_count: int | None = None
+
+    def __init__(self, name: str, live: bool) -> None:
+        self._name, self._live = name, live
+        self._delivered = 0
+        self._lost = 0  # frames in between that could not be decoded
+        self._damaged: list[int] = []  # near these frames
+        self._ended = False
+
+    def _next(self) -> Timed | None:
+        raise NotImplementedError
+
+    def _begin(self, complaint: str) -> None:
+        self._first = self._next()
+        if self._first is None:
+            self.close()
+            raise DataError(f"{self._name}: {complaint}")
+        self.size = (self._first[1].shape[0], self._first[1].shape[1])
+
+    def __iter__(self) -> Iterator[tuple[int, float, Pixels]]:
+        timed, self._first = self._first, None
+        while timed is not None:
+            time_s, frame = timed
+            index = self._delivered + self._lost
+            self._delivered += 1
+            yield index, index / self.fps if time_s is None else time_s, frame
+            timed = self._next()
+        self._ended = True
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is wrong with the part read so far, one line each."""
+        found = []
+        promised = self.frame_count
+        if self._ended and not self._live and promised is not None and self._delivered < promised:
+            if self._name.lower().endswith(_COUNTED) or not isinstance(self, VideoReader):
+                found.append(
+                    f"{self._name}: {self._delivered} of the {promised} frames that its header promises "
+                    "could be read; the video is cut off or damaged"
+                )
+            else:
+                found.append(
+                    f"{self._name}: {self._delivered} frames could be read, where its length and rate make "
+                    f"{promised}; the video is cut off or damaged, or its rate varies"
+                )
+        if self._damaged:
+            found.append(
+                f"{self._name}: damaged frames: {len(self._damaged)}, the first near frame "
+                f"{self._damaged[0]}; the picture may be wrong there"
+            )
+        return found
+
+
+class StreamReader(_PacketReader):
+    """A webcam (by number) or a URL, read with OpenCV.
+
+    It ends when the stream ends, breaks off, or delivers nothing for ``stall`` seconds; the last is
+    FFmpeg's own time limit and does not hold for webcams. ``DataError`` where nothing comes in that time.
+    """
+
+    def __init__(self, where: str | int, stall: float, name: str, live: bool = True) -> None:
+        super().__init__(name, live)
+        self._stall = stall
+        self._capture = cv2.VideoCapture()
+        with quiet_opencv(), contextlib.suppress(cv2.error):
+            if isinstance(where, int):
+                self._capture.open(where)
+                # One frame in the driver's buffer, where it can be set: the next one is then a fresh one.
+                self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
+            else:
+                limit = math.ceil(stall * 1000)
+                settings = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, limit, cv2.CAP_PROP_READ_TIMEOUT_MSEC, limit]
+                self._capture.open(where, cv2.CAP_FFMPEG, settings)
+        if not self._capture.isOpened():
+            self.close()
+            raise DataError(f"{name}: cannot be opened; check the address and that the camera is on")
+        self._read_header()
+        self._begin("opens but delivers no frame; check the address and that the camera is on")
+
+    def _read_header(self) -> None:
+        count, fps = self._capture.get(cv2.CAP_PROP_FRAME_COUNT), self._capture.get(cv2.CAP_PROP_FPS)
+        self.frame_count = int(count) if 0 < count < 2**40 else None
+        self._fps_is_stated = math.isfinite(fps) and 0 < fps <= MAX_FPS
+        self.fps = float(fps) if self._fps_is_stated else FALLBACK_FPS
+
+    def close(self) -> None:
+        """Let go of the file, the camera or the connection. Safe to call twice."""
+        self._capture.release()
+
+    def _next(self) -> Timed | None:
+        """Grab until a frame comes: a packet that cannot be decoded fails as a lost connection does."""
+        until = time.monotonic() + self._stall
+        with quiet_opencv(), contextlib.suppress(cv2.error):  # OpenCV's own trouble is a lost connection too
+            for _ in range(_STREAM_FAILURES):
+                timed = self._grab()
+                if timed is not None or time.monotonic() > until:
+                    return timed
+        return None
+
+    def _grab(self) -> Timed | None:
+        picture = self._capture.retrieve()[1] if self._capture.grab() else None
+        if picture is None or not picture.size:
+            return None
+        pixels = np.asarray(picture, np.uint8)
+        if pixels.ndim == 2:
+            pixels = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_GRAY2BGR), np.uint8)
+        milliseconds = float(self._capture.get(cv2.CAP_PROP_POS_MSEC))
+        return milliseconds / 1000.0 if milliseconds > 0 else None, pixels
+
+
+class VideoReader(StreamReader):
+    """A video file as an iterator of (index, time in seconds, frame), read with OpenCV. A context manager.
+
+    Frames are uint8 BGR [H, W, 3], upright: the file's rotation is applied. ``size`` is their
+    (height, width), ``frame_count`` what the header promises (``None`` if it does not say). A
+    damaged stream is read as far as it goes, and ``warnings`` says in a line each what is missing.
+    ``index`` counts the frames of the file, those that could not be decoded included. Raises
+    ``DataError`` for a file that is missing, no video or without a frame. To be iterated once.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        _PacketReader.__init__(self, str(path), live=False)
+        self.path = Path(path)
+        _check_file(self.path)
+        self._resized_from: int | None = None
+        self._capture = cv2.VideoCapture()
+        with quiet_opencv(), ffmpeg_lines() as messages:
+            # One decoding thread: FFmpeg then reports damage during the very grab that meets it.
+            self._capture.open(str(self.path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+        if not self._capture.isOpened():
+            self.close()
+            reason = f" ({messages[-1].split('] ', 1)[-1]})" if messages else ""
+            raise DataError(
+                f"{self.path}: cannot be read as a video{reason}; the file may be cut off or no video"
+            )
+        self._capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
+        self._read_header()
+        self._begin("no frame of this video can be decoded; it may be damaged or empty")
+
+    def __iter__(self) -> Iterator[tuple[int, float, Pixels]]:
+        for index, time_s, frame in super().__iter__():
+            if frame.shape[:2] != self.size:
+                self._resized_from = index if self._resized_from is None else self._resized_from
+                frame = np.asarray(cv2.resize(frame, (self.size[1], self.size[0])), np.uint8)
+            yield index, time_s, frame
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is wrong with the part of the video read so far, one line each."""
+        found = super().warnings
+        if self._resized_from is not None:
+            found.append(
+                f"{self.path}: the picture size changes at frame {self._resized_from}; frames from there on "
+                f"are resized to {self.size[1]}x{self.size[0]}"
+            )
+        if not self._fps_is_stated:
+            found.append(f"{self.path}: states no usable frame rate; {FALLBACK_FPS:g} frames/s are assumed")
+        return found
+
+    def _next(self) -> Timed | None:
+        """Grab until a frame comes: past a damaged stretch a decoder may find its feet again."""
+        for failures in range(_FILE_FAILURES):
+            with quiet_opencv(), ffmpeg_lines() as messages:
+                timed = self._grab()
+            if timed is not None:
+                self._lost += failures
+                if messages:
+                    self._damaged.append(self._delivered + self._lost)
+                return timed
+        return None
+
+
+class AvReader(_PacketReader):
+    """A video file or a URL, read with PyAV, which knows of damage frame by frame and decodes in threads.
+
+    ``stall`` bounds the seconds that opening and each read of a URL may take. Frames come upright.
+    Raises ``DataError`` for what cannot be opened or has no frame.
+    """
+
+    def __init__(
+        self, where: str | Path, stall: float | None = None, name: str = "", live: bool = False
+    ) -> None:
+        super().__init__(name or str(where), live)
+        av = import_pyav()
+        self._errors = av.FFmpegError
+        self._stall = math.inf if stall is None else stall
+        options = {"rtsp_transport": "tcp"} if str(where).startswith("rtsp") else {}
+        limits = None if stall is None else (stall, stall)
+        try:
+            self._container = av.open(str(where), timeout=limits, options=options)
+        except (av.FFmpegError, OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise DataError(
+                f"{self._name}: cannot be read as a video ({reason}); check that it is there and whole"
+            ) from None
+        if not self._container.streams.video:
+            self.close()
+            raise DataError(f"{self._name}: holds no video; expected a video file or stream")
+        stream = self._container.streams.video[0]
+        stream.thread_type = "SLICE" if live else "AUTO"  # frame threads would hold frames back
+        self.frame_count = stream.frames or None
+        self.fps = float(stream.average_rate or stream.guessed_rate or FALLBACK_FPS)
+        # Where the video begins: not at 0 in a transport stream, or in what was cut out of a longer one.
+        self._start = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
+        self._frames = self._decoded()
+        self._begin("no frame of this video can be decoded; it may be damaged or empty")
+
+    def close(self) -> None:
+        """Close the file or connection. Safe to call twice."""
+        self._container.close()
+
+    def _next(self) -> Timed | None:
+        return next(self._frames, None)
+
+    def _decoded(self) -> Iterator[Timed]:
+        """Each frame's time and pixels, past damaged packets: a camera's may lack what came before."""
+        good, bad = time.monotonic(), 0
+        for packet in self._packets():
+            try:
+                frames = packet.decode()
+                bad = 0
+            except EOFError:
+                return
+            except self._errors:
+                frames = []
+                bad += 1
+                self._damaged.append(self._delivered)
+            for frame in frames:
+                if frame.is_corrupt:
+                    self._damaged.append(self._delivered)
+                pixels = np.asarray(frame.to_ndarray(format="bgr24"), np.uint8)
+                turn = _TURNS.get(round(getattr(frame, "rotation", 0)) % 360)
+                upright = pixels if turn is None else np.asarray(cv2.rotate(pixels, turn), np.uint8)
+                yield None if frame.time is None else float(frame.time) - self._start, upright
+                good = time.monotonic()
+            if time.monotonic() - good > self._stall if self._live else bad >= _FILE_FAILURES:
+                return
+
+    def _packets(self) -> Iterator[Any]:
+        """Packets until the end, or until the file or connection fails."""
+        try:
+            yield from self._container.demux(video=0)
+        except EOFError:
+            return
+        except self._errors:
+            if not self._live:
+                self._damaged.append(self._delivered)
+
+
+def import_pyav() -> ModuleType:
+    """The package ``av``. Raises ``SettingsError`` where PyAV is not installed."""
+    try:
+        import av
+    except ImportError as error:
+        raise SettingsError(
+            f"the decoder pyav needs PyAV ({error}); pip install 'anchorline[video]'"
+        ) from error
+    return av
+
+
+def open_file(item: Item, decoder: Decoder) -> Reader:
+    """The reader of an image or video file."""
+    if not item.is_video:
+        return ImageReader(item.path)
+    return AvReader(item.path) if decoder == "pyav" else VideoReader(item.path)
+
+
+def open_stream(where: str | int, decoder: Decoder, stall: float, name: str, live: bool = True) -> Reader:
+    """The reader of a camera or a URL, which gives up when nothing comes for ``stall`` seconds."""
+    if decoder == "pyav" and isinstance(where, str):
+        return AvReader(where, stall, name, live)
+    return StreamReader(where, stall, name, live)
+
+
+def _check_file(path: Path) -> None:
+    try:
+        if path.is_dir():
+            raise DataError(f"{path}: is a folder, expected a video file")
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise DataError(f"{path}: the file is empty, expected a video; copy or download it again")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; expected a video") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
