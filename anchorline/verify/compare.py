@@ -69,20 +69,17 @@ def tolerance_for(*precisions: str) -> Tolerance:
 class Cuts:
     """The tolerances of a comparison, and the detectors' own settings, which say what rounding may decide.
 
-    ``box_tolerance_px`` and ``score_tolerance`` are the largest difference of a box edge, in pixels, and of
-    a score. ``score_threshold`` drops lower scores, ``nms_iou`` suppresses, ``max_detections`` bounds the
-    number (None: no such cut); ``tie_iou`` is how near to ``nms_iou`` an overlap counts as undecided.
     ``order_ties`` excuses a pair of equal scores whose boxes suppress each other: of two such boxes
     either may come first and win. Only for networks whose stages were seen to agree, since a box that
     is simply in the wrong place would be excused as well.
     """
 
-    score_threshold: float = 0.05
-    box_tolerance_px: float = 0.05
+    score_threshold: float = 0.05  # lower scores are dropped
+    box_tolerance_px: float = 0.05  # the largest difference of an edge
     score_tolerance: float = 1e-4
-    nms_iou: float | None = None
+    nms_iou: float | None = None  # above it boxes suppress each other; None: no such cut
     max_detections: int | None = None
-    tie_iou: float = 1e-3
+    tie_iou: float = 1e-3  # how near to nms_iou an overlap counts as undecided
     order_ties: bool = False
 
 
@@ -94,21 +91,18 @@ class Alignment:
     """Which detections of two results belong together, as indices into each.
 
     ``pairs`` int64 [K, 2] are (reference, candidate) with the largest difference of an edge in
-    ``box_errors`` [K], in pixels, and of the score in ``score_errors`` [K]; ``differing`` bool [K]
-    marks the pairs beyond the tolerances. ``missed`` int64 [M] index the reference, ``extra`` int64
-    [E] the candidate. What is in none of these is excused: ``borderline`` ones at a score cut and
-    ``nms_ties``, on both sides together; ``excused`` bool [K] marks the pairs among the latter.
+    ``box_errors`` [K], in pixels, and of the score in ``score_errors`` [K]; bool [K] mark those beyond the
+    tolerances: ``differing``, or ``excused`` as ties. ``missed`` int64 [M] index the reference, ``extra``
+    int64 [E] the candidate. Detections that are in none of these are excused.
     """
 
     pairs: NDArray[np.int64]
     box_errors: NDArray[np.float32]
     score_errors: NDArray[np.float32]
     differing: NDArray[np.bool_]
+    excused: NDArray[np.bool_]
     missed: NDArray[np.int64]
     extra: NDArray[np.int64]
-    borderline: int
-    nms_ties: int
-    excused: NDArray[np.bool_]
 
     def wrong_scores(self, reference: Detections, candidate: Detections) -> NDArray[np.float32]:
         """The score of every detection that is not alike: that of the reference where it has one."""
@@ -188,24 +182,19 @@ class ComparisonSummary:
 
     def describe(self) -> str:
         """The verdict and the figures in one line."""
-        total = self.total
-        excused = total.borderline + total.nms_ties
+        total, excused = self.total, self.total.borderline + self.total.nms_ties
         return (
             f"{'agrees' if self.agrees else 'differs'} on {self.images} images: {total.matched} detections "
-            f"matched, {total.missed} missed, {total.extra} extra, {excused} excused as ties, boxes within "
-            f"{total.max_box_error:.2g} px, scores within {total.max_score_error:.2g}"
+            f"matched, {total.missed} missed, {total.extra} extra, {excused} excused "
+            f"as ties, boxes within {total.max_box_error:.2g} px, scores within {total.max_score_error:.2g}"
         )
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict of all figures with ``agrees``."""
         figures = asdict(self.total)
         del figures["alignment"]
-        return {
-            "agrees": self.agrees,
-            "images": self.images,
-            "disagreeing_images": self.disagreeing_images,
-            **figures,
-        }
+        counts = {"images": self.images, "disagreeing_images": self.disagreeing_images}
+        return {"agrees": self.agrees, **counts, **figures}
 
 
 def cuts_of(contract: Contract, tolerance: Tolerance, task: str | None = None) -> Cuts:
@@ -227,17 +216,31 @@ def compare_detections(
     and score pair up first. Classes are compared by name, by label where one side has no names.
     ``changes`` are fields of ``cuts``, as in ``nms_iou=0.5``.
     """
-    found = align(reference, candidate, dataclasses.replace(cuts, **changes))
+    cuts = dataclasses.replace(cuts, **changes)
+    ours, theirs = _with_common_labels(reference, candidate)
+    pairs = _match(ours, theirs, cuts.box_tolerance_px)
+    own, other = ours.boxes[pairs[:, 0]], theirs.boxes[pairs[:, 1]]
+    box_errors = np.abs(own - other).max(axis=1, initial=0.0)
+    score_errors = np.abs(ours.scores[pairs[:, 0]] - theirs.scores[pairs[:, 1]])
+    moved, rescored = box_errors > cuts.box_tolerance_px, score_errors > cuts.score_tolerance
+    undecided = _among_many_alike(ours, theirs, cuts)[pairs[:, 0]]
+    if cuts.order_ties and cuts.nms_iou is not None:
+        undecided |= iou_matrix(own, other).diagonal() > cuts.nms_iou
+    excused = moved & ~rescored & undecided
+    differing = (moved | rescored) & ~excused
+    missed, *ours_excused = _unmatched(ours, theirs, pairs[:, 0], cuts)
+    extra, *theirs_excused = _unmatched(theirs, ours, pairs[:, 1], cuts)
+    found = Alignment(pairs, box_errors, score_errors, differing, excused, missed, extra)
     return Comparison(
-        matched=len(found.pairs),
-        differing=int(found.differing.sum()),
-        missed=len(found.missed),
-        extra=len(found.extra),
-        borderline=found.borderline,
-        nms_ties=found.nms_ties,
-        max_box_error=float(found.box_errors.max(initial=0.0)),
-        mean_box_error=float(found.box_errors.mean()) if len(found.pairs) else 0.0,
-        max_score_error=float(found.score_errors.max(initial=0.0)),
+        matched=len(pairs),
+        differing=int(differing.sum()),
+        missed=len(missed),
+        extra=len(extra),
+        borderline=ours_excused[0] + theirs_excused[0],
+        nms_ties=ours_excused[1] + theirs_excused[1] + int(excused.sum()),
+        max_box_error=float(box_errors.max(initial=0.0)),
+        mean_box_error=float(box_errors.mean()) if len(pairs) else 0.0,
+        max_score_error=float(score_errors.max(initial=0.0)),
         first_disagreement=_describe_first(reference, candidate, found),
         alignment=found,
     )
@@ -315,33 +318,6 @@ def summarise(
     share = round(1.0 - required_share, 9)  # 1 - 0.95 is a little more than 0.05
     allowed = math.ceil(share * (total.matched + total.missed + total.extra)) if total.matched else 0
     return ComparisonSummary(len(each), len(disagreeing), total, allowed)
-
-
-def align(reference: Detections, candidate: Detections, cuts: Cuts) -> Alignment:
-    """Match the candidate's detections one to one with the reference's of the same class."""
-    ours, theirs = _with_common_labels(reference, candidate)
-    pairs = _match(ours, theirs, cuts.box_tolerance_px)
-    own, other = ours.boxes[pairs[:, 0]], theirs.boxes[pairs[:, 1]]
-    box_errors = np.abs(own - other).max(axis=1, initial=0.0)
-    score_errors = np.abs(ours.scores[pairs[:, 0]] - theirs.scores[pairs[:, 1]])
-    missed, *missed_excuses = _unmatched(ours, theirs, pairs[:, 0], cuts)
-    extra, *extra_excuses = _unmatched(theirs, ours, pairs[:, 1], cuts)
-    moved, rescored = box_errors > cuts.box_tolerance_px, score_errors > cuts.score_tolerance
-    undecided = _among_many_alike(ours, theirs, cuts)[pairs[:, 0]]
-    if cuts.order_ties and cuts.nms_iou is not None:
-        undecided |= iou_matrix(own, other).diagonal() > cuts.nms_iou
-    tied = moved & ~rescored & undecided
-    return Alignment(
-        pairs,
-        box_errors,
-        score_errors,
-        differing=(moved | rescored) & ~tied,
-        missed=missed,
-        extra=extra,
-        borderline=missed_excuses[0] + extra_excuses[0],
-        nms_ties=missed_excuses[1] + extra_excuses[1] + int(tied.sum()),
-        excused=tied,
-    )
 
 
 def _with_common_labels(a: Detections, b: Detections) -> tuple[Detections, Detections]:
