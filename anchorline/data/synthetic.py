@@ -177,10 +177,9 @@ def camera_image(rng: np.random.Generator, image: Image, blur: float, noise: flo
 
 def crop_noise(rng: np.random.Generator, size: tuple[int, int], cell: int) -> Image:
     """Smooth noise [H, W] of about unit spread whose features are ``cell`` pixels wide."""
-    height, width = size
-    coarse = rng.standard_normal((height // cell + 3, width // cell + 3), dtype=np.float32)
+    coarse = rng.standard_normal((size[0] // cell + 3, size[1] // cell + 3), dtype=np.float32)
     grown = cv2.resize(coarse, None, fx=cell, fy=cell, interpolation=cv2.INTER_CUBIC)
-    return np.asarray(grown[cell : cell + height, cell : cell + width], dtype=np.float32)
+    return np.asarray(grown[cell:, cell:][: size[0], : size[1]], dtype=np.float32)
 
 
 def _draw_lines(rng: np.random.Generator, image: Image) -> None:
@@ -275,13 +274,17 @@ def paint(image: Image, placed: Placed, texture: Image, shadow: tuple[float, flo
     if window is None:
         return
     left, top, right, bottom = window
-    patch = image[top:bottom, left:right]
-    mask = _mask(placed, window)
+    inside = (right - left, bottom - top)
+    patch, mask = image[top:bottom, left:right], _mask(placed, window)
     moved = np.array([[1, 0, shadow[0]], [0, 1, shadow[1]]])
-    shade = cv2.blur(cv2.warpAffine(mask, moved, (right - left, bottom - top)), (3, 3))
+    shade = cv2.blur(cv2.warpAffine(mask, moved, inside), (3, 3))
     patch *= 1.0 - _SHADOW_STRENGTH / 255.0 * shade[..., None].astype(np.float32)
+    to_unit = np.array([[2.0 / TEXTURE_SIDE, 0.0, -1.0], [0.0, 2.0 / TEXTURE_SIDE, -1.0], [0.0, 0.0, 1.0]])
+    matrix = placed.transform @ to_unit
+    matrix[:, 2] -= (left, top)
+    surface = cv2.warpAffine(texture, matrix, inside, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
     alpha = (mask * np.float32(1 / 255.0))[..., None]
-    patch += (_surface(placed, texture, window) - patch) * alpha
+    patch += (surface.astype(np.float32, copy=False) - patch) * alpha
 
 
 def visible_fractions(layers: Sequence[Placed], size: tuple[int, int]) -> list[float]:
@@ -320,22 +323,6 @@ def _mask(placed: Placed, window: tuple[int, int, int, int]) -> NDArray[np.uint8
     return np.asarray(cv2.resize(mask, (right - left, bottom - top), interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def _surface(placed: Placed, texture: Image, window: tuple[int, int, int, int]) -> Image:
-    """The texture as it lies in the window [h, w, 3]."""
-    left, top, right, bottom = window
-    to_unit = np.array([[2.0 / TEXTURE_SIDE, 0.0, -1.0], [0.0, 2.0 / TEXTURE_SIDE, -1.0], [0.0, 0.0, 1.0]])
-    matrix = placed.transform @ to_unit
-    matrix[:, 2] -= (left, top)
-    warped = cv2.warpAffine(
-        texture,
-        matrix,
-        (right - left, bottom - top),
-        flags=cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_REFLECT,
-    )
-    return np.asarray(warped, dtype=np.float32)
-
-
 def generate_scene(seed: int, size: tuple[int, int] = SCENE_SIZE, index: int = 0) -> Scene:
     """Scene ``index`` of a seed: image uint8 BGR [H, W, 3], boxes float32 [N, 4], labels int64 [N].
 
@@ -343,16 +330,14 @@ def generate_scene(seed: int, size: tuple[int, int] = SCENE_SIZE, index: int = 0
     clipped to the image. Two to six objects are laid out; one that would show less than
     ``MIN_VISIBLE`` of itself is taken out of the scene.
     """
-    rng, layers = _lay_out(seed, size, index)
+    rng, layers, boxes, labels = _lay_out(seed, size, index)
     image = background(rng, size)
     shadow = (rng.uniform(-3.0, 3.0), rng.uniform(1.0, 3.0))
     for placed in layers:
         x1, y1, x2, y2 = np.clip(np.rint(placed.box), 0, [*size[::-1], *size[::-1]]).astype(int)
         under = mean_colours(image[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)], cells=1)
-        colour = contrasting_colour(rng, under)
-        paint(image, placed, surface_texture(rng, colour), shadow)
+        paint(image, placed, surface_texture(rng, contrasting_colour(rng, under)), shadow)
     image *= light_field(rng, size)
-    boxes, labels = _truth(layers, size)
     return camera_image(rng, image, blur=rng.uniform(0.0, 0.9), noise=rng.uniform(2.0, 8.0)), boxes, labels
 
 
@@ -362,8 +347,7 @@ def synthetic_dataset(
     """``count`` scenes of a seed; the ground truth is worked out now, pixels are drawn when loaded."""
     images = []
     for index in range(count):
-        _, layers = _lay_out(seed, size, index)
-        boxes, labels = _truth(layers, size)
+        _, _, boxes, labels = _lay_out(seed, size, index)
         plain = np.zeros(len(labels), dtype=np.bool_)
         load = partial(_scene_pixels, seed, size, index)
         id = f"scene-{seed}-{index:06d}"
@@ -377,8 +361,7 @@ def _scene_pixels(seed: int, size: tuple[int, int], index: int) -> NDArray[np.ui
 
 def random_radius(rng: np.random.Generator, size: tuple[int, int]) -> float:
     """A radius in pixels; every octave of sizes is as likely as the next."""
-    low, high = np.log(RADIUS_RANGE)
-    return float(np.exp(rng.uniform(low, high)) * min(size))
+    return float(np.exp(rng.uniform(*np.log(RADIUS_RANGE))) * min(size))
 
 
 def check_size(size: tuple[int, int]) -> None:
@@ -389,8 +372,11 @@ def check_size(size: tuple[int, int]) -> None:
         )
 
 
-def _lay_out(seed: int, size: tuple[int, int], index: int) -> tuple[np.random.Generator, list[Placed]]:
-    """The shapes of a scene from back to front, and the generator to go on drawing with."""
+def _lay_out(
+    seed: int, size: tuple[int, int], index: int
+) -> tuple[np.random.Generator, list[Placed], NDArray[np.float32], NDArray[np.int64]]:
+    """The generator to go on drawing with, the shapes of a scene from back to front, and the boxes [N, 4] and
+    labels [N] of the objects among them."""
     check_size(size)
     rng = np.random.Generator(np.random.PCG64([_SCENE_STREAM, seed, index]))
     labels = [int(label) for label in rng.integers(len(CLASS_NAMES), size=rng.integers(2, 7))]
@@ -402,7 +388,10 @@ def _lay_out(seed: int, size: tuple[int, int], index: int) -> tuple[np.random.Ge
     layers = [place(random_shape(rng, label), pose) for label, pose in zip(labels, poses, strict=True)]
     shown = visible_fractions(layers, size)
     kept = [p for p, share in zip(layers, shown, strict=True) if p.label == NO_OBJECT or share >= MIN_VISIBLE]
-    return rng, kept
+    objects = [placed for placed in kept if placed.label != NO_OBJECT]
+    whole = np.array([placed.box for placed in objects], dtype=np.float64).reshape(-1, 4)
+    boxes, inside, _ = clip_labelled_boxes(whole, size)
+    return rng, kept, boxes, np.array([placed.label for placed in objects], dtype=np.int64)[inside]
 
 
 def _free_pose(rng: np.random.Generator, size: tuple[int, int], others: Sequence[Pose]) -> Pose:
@@ -418,12 +407,3 @@ def _free_pose(rng: np.random.Generator, size: tuple[int, int], others: Sequence
         if all(np.hypot(x - o.x, y - o.y) >= closeness * (radius + o.radius) for o in others):
             break
     return Pose(x, y, radius, angle)
-
-
-def _truth(layers: Sequence[Placed], size: tuple[int, int]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Boxes [N, 4] and labels [N] of the objects among the shapes."""
-    objects = [placed for placed in layers if placed.label != NO_OBJECT]
-    boxes = np.array([placed.box for placed in objects], dtype=np.float64).reshape(-1, 4)
-    labels = np.array([placed.label for placed in objects], dtype=np.int64)
-    clipped, kept, _ = clip_labelled_boxes(boxes, size)
-    return clipped, labels[kept]

@@ -6,11 +6,10 @@ the scene holds one shape at a time; when it has left, the next one enters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -52,21 +51,13 @@ _WAY_TRIES = 6
 _CROWDING_STEP = 6
 
 
-class VideoFrame(NamedTuple):
-    """A frame uint8 BGR [H, W, 3] and its objects: boxes float32 [N, 4], labels and ids int64 [N].
-
-    An id belongs to one object for as long as it is in the scene.
-    """
-
-    frame: NDArray[np.uint8]
-    boxes: NDArray[np.float32]
-    labels: NDArray[np.int64]
-    ids: NDArray[np.int64]
-
-
 @dataclass(frozen=True)
 class VideoTruth:
-    """The objects of one frame. ``visible`` float64 [N] is the share of each that shows."""
+    """The objects of one frame: boxes float32 [N, 4], labels and ids int64 [N].
+
+    An id belongs to one object for as long as it is in the scene. ``visible`` float64 [N] is the share of
+    each that shows.
+    """
 
     boxes: NDArray[np.float32]
     labels: NDArray[np.int64]
@@ -74,22 +65,14 @@ class VideoTruth:
     visible: NDArray[np.float64]
 
 
-def generate_video(seed: int, frames: int, size: tuple[int, int] = SCENE_SIZE) -> Iterator[VideoFrame]:
-    """The frames of a video one after another, without objects that show less than ``MIN_VISIBLE``."""
-    video = _video(seed, size, frames)
-    for index in range(frames):
-        truth = video.truth(index)
-        clear = truth.visible >= MIN_VISIBLE
-        yield VideoFrame(video.frame(index), truth.boxes[clear], truth.labels[clear], truth.ids[clear])
-
-
 def write_video(
     path: str | Path, seed: int, frames: int, size: tuple[int, int] = SCENE_SIZE, fps: float = 25.0
 ) -> None:
     """Write a generated video to ``path``; ``synthetic_video_dataset`` is its ground truth."""
+    video = _video(seed, size, frames)
     with VideoWriter(path, size, fps) as writer:
-        for each in generate_video(seed, frames, size):
-            writer.write(each.frame)
+        for index in range(frames):
+            writer.write(video.frame(index))
 
 
 def synthetic_video_dataset(seed: int, frames: int, size: tuple[int, int] = SCENE_SIZE) -> Dataset:
@@ -143,7 +126,6 @@ class _Track:
 
     @property
     def last(self) -> float:
-        """The frame in which it has left."""
         return self.first + self.duration
 
     def pose(self, index: float) -> Pose:
@@ -153,10 +135,8 @@ class _Track:
         swing = self.wobble * np.sin(2 * np.pi * done * 1.5)
         along_x = abs(self.exit[0] - self.entry[0]) > abs(self.exit[1] - self.entry[1])
         x, y = (x, y + swing) if along_x else (x + swing, y)
-        breath = 1.0 + 0.08 * np.sin(2 * np.pi * done * 2)
-        return Pose(
-            float(x), float(y), self.radius * float(breath), self.angle + self.spin * (index - self.first)
-        )
+        radius = self.radius * float(1.0 + 0.08 * np.sin(2 * np.pi * done * 2))
+        return Pose(float(x), float(y), radius, self.angle + self.spin * (index - self.first))
 
 
 class SyntheticVideo:
@@ -165,8 +145,7 @@ class SyntheticVideo:
     def __init__(self, seed: int, size: tuple[int, int] = SCENE_SIZE) -> None:
         """``size`` is (height, width) in pixels, at least 64 each."""
         check_size(size)
-        self.seed = seed
-        self.size = size
+        self.seed, self.size = seed, size
         rng = np.random.Generator(np.random.PCG64([_SCENE_STREAM, seed]))
         self._sway = _SWAY * min(size) / 240
         self._margin = int(np.ceil(self._sway)) + 1

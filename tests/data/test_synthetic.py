@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 
 from anchorline.data.synthetic import (
     CLASS_NAMES,
+    MIN_VISIBLE,
     SCENE_SIZE,
     TEXTURE_SIDE,
     Pose,
@@ -29,11 +32,27 @@ from anchorline.data.synthetic import (
 )
 from anchorline.data.synthetic_video import (
     SyntheticVideo,
-    generate_video,
     synthetic_video_dataset,
     write_video,
 )
 from anchorline.runtime.io.errors import SettingsError
+
+
+class VideoFrame(NamedTuple):
+    """A frame of a video and its objects, without those of which less than ``MIN_VISIBLE`` shows."""
+
+    frame: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    ids: np.ndarray
+
+
+def generate_video(seed: int, frames: int) -> Iterator[VideoFrame]:
+    video = SyntheticVideo(seed)
+    for index in range(frames):
+        truth = video.truth(index)
+        clear = truth.visible >= MIN_VISIBLE
+        yield VideoFrame(video.frame(index), truth.boxes[clear], truth.labels[clear], truth.ids[clear])
 
 
 def test_a_scene_is_an_image_with_boxes_and_labels() -> None:
