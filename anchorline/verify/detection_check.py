@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,8 @@ class DetectionCheck:
     def to_json(self) -> dict[str, Any]:
         errors = {}
         for key, name in (("box_error_px", "box_errors"), ("score_error", "score_errors")):
-            every = np.concatenate([np.zeros(0), *(getattr(one.aligned, name) for one in self.comparisons)])
+            each = [getattr(one.aligned, name) for one in self.comparisons]
+            every = np.concatenate([np.zeros(0, np.float32), *each])
             errors[key] = {
                 label: float(np.percentile(every, percent)) if len(every) else 0.0
                 for label, percent in _PERCENTILES.items()
@@ -119,20 +121,21 @@ class DetectionCheck:
         return bool(rows)
 
     def _per_class(self) -> dict[str, dict[str, int]]:
-        counts: dict[str, dict[str, int]] = {}
+        kinds = ("matched", "differing", "missed", "extra")
+        counts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(kinds, 0))
         for ours, theirs, one in zip(self.reference, self.candidate, self.comparisons, strict=True):
-            found = one.aligned
-            parts = (
-                ("matched", ours, found.pairs[:, 0]),
-                ("differing", ours, found.pairs[found.differing, 0]),
-                ("missed", ours, found.missed),
-                ("extra", theirs, found.extra),
+            found, own = one.aligned, np.array(ours.names)
+            differing = found.pairs[found.differing, 0]
+            names = (
+                own[found.pairs[:, 0]],
+                own[differing],
+                own[found.missed],
+                np.array(theirs.names)[found.extra],
             )
-            for kind, side, indices in parts:
-                for index in indices:
-                    row = counts.setdefault(side.names[index], dict.fromkeys([part[0] for part in parts], 0))
-                    row[kind] += 1
-        return counts
+            for kind, each in zip(kinds, names, strict=True):
+                for name in each.tolist():
+                    counts[name][kind] += 1
+        return dict(counts)
 
 
 def check_detections(
@@ -258,9 +261,15 @@ def write_side_by_side(
                 f"{row.name}: its comparison is a sum over images; give what compare_detections returns"
             )
         differing = found.pairs[found.differing]
-        left = _panel(row.reference, differing[:, 0], found.missed, MISSED_COLOUR)
-        right = _panel(row.candidate, differing[:, 1], found.extra, EXTRA_COLOUR)
-        pairs.append(draw_pair(row.frame, left, right))
+        panels = []
+        for side, moved, alone, colour in (
+            (row.reference, differing[:, 0], found.missed, MISSED_COLOUR),
+            (row.candidate, differing[:, 1], found.extra, EXTRA_COLOUR),
+        ):
+            quiet = np.setdiff1d(np.arange(len(side)), np.concatenate([moved, alone]))
+            marked = [(side[moved], DIFFERING_COLOUR), (side[alone], colour)]
+            panels.append(Panel(side.boxes[quiet], marked))
+        pairs.append(draw_pair(row.frame, *panels))
         name = row.name if len(row.name) <= _NAME_LENGTH else f"...{row.name[3 - _NAME_LENGTH :]}"
         titles.append(
             f"{name}: {figures.missed} missed (vermilion), {figures.extra} extra (blue), "
@@ -269,15 +278,3 @@ def write_side_by_side(
         )
     pair_sheet(pairs, titles, path, columns=1)
     return worst
-
-
-def _panel(
-    detections: Detections,
-    differing: NDArray[np.int64],
-    alone: NDArray[np.int64],
-    colour: tuple[int, int, int],
-) -> Panel:
-    """One side's detections; those without a partner on top."""
-    quiet = np.setdiff1d(np.arange(len(detections)), np.concatenate([differing, alone]))
-    marked = [(detections[differing], DIFFERING_COLOUR), (detections[alone], colour)]
-    return Panel(detections.boxes[quiet], marked)
