@@ -42,16 +42,10 @@ def load_coco(folder: Path, annotations: Path, names: Sequence[str] | None = Non
         size: Any = record.get("height"), record.get("width")
         if not all(isinstance(side, int) and side > 0 for side in size):
             size = image_size(path)
-        image, reasons = labelled_image(
-            str(record["id"]),
-            path,
-            size,
-            np.concatenate([raw[:, :2], raw[:, :2] + raw[:, 2:]], axis=1),
-            [index[categories[each["category_id"]]] for each in own],
-            crowd=[bool(each.get("iscrowd", 0)) for each in own],
-        )
-        images.append(image)
-        dropped.update(reasons)
+        corners = np.concatenate([raw[:, :2], raw[:, :2] + raw[:, 2:]], axis=1)
+        labels = [index[categories[each["category_id"]]] for each in own]
+        crowd = [bool(each.get("iscrowd", 0)) for each in own]
+        images.append(labelled_image(str(record["id"]), path, size, corners, labels, dropped, crowd=crowd))
     id_of = {name: id for id, name in categories.items()}
     ids = tuple(id_of[name] for name in names) if set(names) <= set(id_of) else None
     return Dataset(spec, tuple(names), tuple(images), ids, dropped)

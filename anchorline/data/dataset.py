@@ -201,22 +201,24 @@ def labelled_image(
     size: tuple[int, int],
     boxes: NDArray[np.float64],
     labels: Sequence[int],
+    dropped: Counter[str],
     *,
     difficult: Sequence[bool] = (),
     crowd: Sequence[bool] = (),
     empty_side: float = 0.0,
-) -> tuple[LabelledImage, Counter[str]]:
-    """The image at ``path`` with its usable boxes, and how many of the others there are by reason.
+) -> LabelledImage:
+    """The image at ``path`` with its usable boxes; the others are counted in ``dropped``, by reason.
 
     ``boxes`` [N, 4] are as annotated, with ``empty_side`` as in ``clip_labelled_boxes``; no flags are
     given where none is set.
     """
-    clipped, kept, dropped = clip_labelled_boxes(boxes, size, empty_side)
+    clipped, kept, reasons = clip_labelled_boxes(boxes, size, empty_side)
+    dropped.update(reasons)
     none = np.zeros(len(boxes), dtype=np.bool_)
     flags = [np.array(each, dtype=np.bool_) if len(each) else none for each in (difficult, crowd)]
     own = np.array(labels, dtype=np.int64)[kept]
     load = partial(load_image, path, size)
-    return LabelledImage(id, size, clipped, own, flags[0][kept], flags[1][kept], load), dropped
+    return LabelledImage(id, size, clipped, own, flags[0][kept], flags[1][kept], load)
 
 
 def read_lines(path: Path, expected: str) -> list[str]:

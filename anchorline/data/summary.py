@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from anchorline.data.boxes import box_areas
 from anchorline.data.dataset import Dataset
+from anchorline.runtime.io.files import plain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -96,25 +97,27 @@ class DataSummary:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the open end of a histogram is None."""
-        histograms = {
-            name: [
-                {"from": b.low, "to": None if math.isinf(b.high) else b.high, "count": b.count} for b in bins
-            ]
-            for name, bins in (("side_histogram", self.sides), ("aspect_histogram", self.aspects))
-        }
-        return {
-            "data": self.spec,
-            "images": self.images,
-            "empty_images": self.empty_images,
-            "unlabelled_images": self.unlabelled_images,
-            "boxes": self.boxes,
-            "per_class": {name: asdict(each) for name, each in self.per_class.items()},
-            "sizes": self.sizes,
-            **histograms,
-            "imbalance": self.imbalance,
-            "absent_classes": self.absent_classes,
-            "dropped": self.dropped,
-        }
+        side_histogram, aspect_histogram = (
+            [{"from": bar.low, "to": bar.high, "count": bar.count} for bar in bars]
+            for bars in (self.sides, self.aspects)
+        )
+        figures: dict[str, Any] = plain(
+            {
+                "data": self.spec,
+                "images": self.images,
+                "empty_images": self.empty_images,
+                "unlabelled_images": self.unlabelled_images,
+                "boxes": self.boxes,
+                "per_class": self.per_class,
+                "sizes": self.sizes,
+                "side_histogram": side_histogram,
+                "aspect_histogram": aspect_histogram,
+                "imbalance": self.imbalance,
+                "absent_classes": self.absent_classes,
+                "dropped": self.dropped,
+            }
+        )
+        return figures
 
     def render(self) -> Table:
         """The classes, the two histograms, and a line of remarks, for rich's console."""
@@ -142,10 +145,10 @@ class DataSummary:
         """What deserves attention, a sentence each."""
         remarks = []
         if self.empty_images:
-            unlabelled = f", {self.unlabelled_images} of them without a label file"
-            remarks.append(
-                f"{self.empty_images} images without objects{unlabelled if self.unlabelled_images else ''}"
+            without = (
+                f", {self.unlabelled_images} of them without a label file" if self.unlabelled_images else ""
             )
+            remarks.append(f"{self.empty_images} images without objects{without}")
         if self.imbalance is not None and len(self.per_class) > 1:
             remarks.append(f"the most frequent class has {self.imbalance:.1f} times the boxes of the rarest")
         if self.absent_classes:
@@ -159,9 +162,10 @@ class DataSummary:
 def summarise_data(dataset: Dataset) -> DataSummary:
     """Count what the data set holds; no image is loaded."""
     boxes = np.concatenate([np.zeros((0, 4)), *(image.boxes for image in dataset)])
-    labels = np.concatenate([np.zeros(0, np.int64), *(image.labels for image in dataset)])
-    difficult = np.concatenate([np.zeros(0, np.bool_), *(image.difficult for image in dataset)])
-    crowd = np.concatenate([np.zeros(0, np.bool_), *(image.crowd for image in dataset)])
+    labels, difficult, crowd = (
+        np.concatenate([np.zeros(0, np.int64), *(getattr(image, name) for image in dataset)])
+        for name in ("labels", "difficult", "crowd")
+    )
     owners = np.repeat(np.arange(len(dataset)), [len(image.boxes) for image in dataset])
     areas = box_areas(boxes)
     per_class = {}

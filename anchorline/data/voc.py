@@ -64,14 +64,14 @@ def load_voc(folder: Path, split: str, names: Sequence[str] | None = None, spec:
         annotation = annotations[id]
         index = class_index(names, annotation.names, str(xml))
         # The image's own size counts: <size> is often absent, zero or swapped.
-        image, reasons = labelled_image(
-            *(id, path, image_size(path), annotation.boxes),
-            [index[name] for name in annotation.names],
-            difficult=annotation.difficult,
-            empty_side=_EMPTY_SIDE,
+        images.append(
+            labelled_image(
+                *(id, path, image_size(path), annotation.boxes),
+                *([index[name] for name in annotation.names], dropped),
+                difficult=annotation.difficult,
+                empty_side=_EMPTY_SIDE,
+            )
         )
-        images.append(image)
-        dropped.update(reasons)
     return Dataset(spec, tuple(names), tuple(images), dropped=dropped)
 
 

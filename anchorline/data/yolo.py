@@ -76,9 +76,7 @@ def load_yolo(folder: Path, split: str, names: Sequence[str] | None = None, spec
         index = class_index(own_names, used, str(label_path))
         size = height, width = image_size(path)
         boxes = fractions * [width, height, width, height]
-        image, reasons = labelled_image(id, path, size, boxes, [index[name] for name in used])
-        images.append(image)
-        dropped.update(reasons)
+        images.append(labelled_image(id, path, size, boxes, [index[name] for name in used], dropped))
     return Dataset(spec, own_names, tuple(images), dropped=dropped, unlabelled=labelled.count(False))
 
 

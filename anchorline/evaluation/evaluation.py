@@ -7,7 +7,7 @@ ONNX file and an engine go through the same code.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,13 @@ from anchorline.data.boxes import box_areas, iou_matrix
 from anchorline.data.dataset import Dataset, LabelledImage, list_names
 from anchorline.data.proposals import read_proposals
 from anchorline.data.summary import SIZE_CLASSES, in_size_class
-from anchorline.evaluation.metrics import CocoFigures, PrecisionRecall, coco_figures, voc_curves
+from anchorline.evaluation.metrics import (
+    CocoFigures,
+    PrecisionRecall,
+    coco_figures,
+    mean_of_known,
+    voc_curves,
+)
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import DataError, SettingsError
 from anchorline.runtime.io.files import plain
@@ -174,9 +180,9 @@ def report_detections(
         for name, curve, ap in zip(dataset.names, curves, coco["all"].ap, strict=True)
     }
     return EvaluationReport(
-        map50=mean_of_known(each.ap50 for each in per_class.values()),
-        voc07=mean_of_known(each.voc07 for each in per_class.values()),
-        map=mean_of_known(each.ap for each in per_class.values()),
+        map50=mean_of_known([each.ap50 for each in per_class.values()]),
+        voc07=mean_of_known([each.voc07 for each in per_class.values()]),
+        map=mean_of_known([each.ap for each in per_class.values()]),
         per_class=per_class,
         per_size={size: _size_report(size, coco[size], dataset) for size in SIZE_CLASSES},
         images=len(dataset),
@@ -216,12 +222,6 @@ def to_dataset_labels(detections: Detections, dataset: Dataset) -> Detections:
     labels = to_dataset[detections.labels]
     known = labels >= 0
     return Detections(detections.boxes[known], detections.scores[known], labels[known], dataset.names)
-
-
-def mean_of_known(values: Iterable[float]) -> float:
-    """The mean without the NaN of classes that have no objects."""
-    finite = [value for value in values if not np.isnan(value)]
-    return float(np.mean(finite)) if finite else float("nan")
 
 
 @dataclass(frozen=True)

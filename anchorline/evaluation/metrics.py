@@ -200,20 +200,23 @@ def coco_figures(
         evaluation.evaluate()
         evaluation.accumulate()
     # precision is [IoU thresholds, recall points, classes, area ranges, detection limits], -1 for "no object"
-    precision = np.asarray(evaluation.eval["precision"])[..., -1]
+    precision = np.array(evaluation.eval["precision"])[..., -1]
+    precision[precision < 0] = np.nan
     figures = {}
     for size in ("all", *SIZE_CLASSES):
         of_size = precision[..., evaluation.params.areaRngLbl.index(size)]
         figures[size] = CocoFigures(
-            ap=[_mean_of_known(of_size[:, :, label]) for label in range(num_classes)],
-            ap50=[_mean_of_known(of_size[0, :, label]) for label in range(num_classes)],
+            ap=[mean_of_known(of_size[:, :, label]) for label in range(num_classes)],
+            ap50=[mean_of_known(of_size[0, :, label]) for label in range(num_classes)],
         )
     return figures
 
 
-def _mean_of_known(values: NDArray[np.float64]) -> float:
-    known = values > -1
-    return float(values[known].mean()) if known.any() else float("nan")
+def mean_of_known(values: Sequence[float] | NDArray[np.float64]) -> float:
+    """The mean without the NaN of what has no objects; NaN where nothing else is there."""
+    every = np.asarray(values, dtype=np.float64)
+    known = every[~np.isnan(every)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def _import_backend(backend: Backend | None) -> tuple[Any, Any]:

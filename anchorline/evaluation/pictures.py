@@ -86,16 +86,15 @@ def plot_loss_curve(csv_path: str | Path, path: str | Path) -> None:
         axes.plot(steps, _smoothed(values), linewidth=2.0 if total else 1.1, label=label, zorder=3 - total)
     axes.set(xlabel="step", ylabel="loss")
     axes.set_ylim(bottom=0)
-    handles, labels = axes.get_legend_handles_labels()
+    lines = list(axes.lines)
     if "map50" in columns and len(columns["map50"][0]):
         accuracy = axes.twinx()
         accuracy.plot(
             *columns["map50"], "o--", color="black", linewidth=1, markersize=4, label="mAP50 (right)"
         )
         accuracy.set(ylabel="validation mAP50", ylim=(0, 1))
-        more_handles, more_labels = accuracy.get_legend_handles_labels()
-        handles, labels = handles + more_handles, labels + more_labels
-    axes.legend(handles, labels, frameon=False, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.17))
+        lines += accuracy.lines
+    axes.legend(handles=lines, frameon=False, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.17))
     save_figure(figure, path)
 
 
@@ -237,8 +236,8 @@ def _read_columns(path: Path) -> dict[str, tuple[NDArray[np.float64], NDArray[np
 
 def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """The running mean over the last steps, shorter at the start."""
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    ends = np.arange(1, len(values) + 1)
+    sums = np.cumsum([0.0, *values])
+    ends = np.arange(1, len(sums))
     starts = np.maximum(0, ends - _SMOOTHING)
     return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
 

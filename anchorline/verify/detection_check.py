@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from anchorline.data.dataset import Dataset, list_names
 from anchorline.evaluation.evaluation import (
     Progress,
-    mean_of_known,
     part_of,
     report_detections,
     run_detector,
     to_dataset_labels,
 )
+from anchorline.evaluation.metrics import mean_of_known
 from anchorline.evaluation.pictures import Panel, draw_pair, pair_sheet
 from anchorline.runtime.canvas import PROPOSAL_NAMES
 from anchorline.runtime.detections import Detections
@@ -201,7 +201,7 @@ def _accuracy(
         report_detections([to_dataset_labels(each, dataset) for each in side], dataset, "")
         for side in (ours, theirs)
     )
-    recalls = [mean_of_known(curve.reached for curve in side.curves.values()) for side in (a, b)]
+    recalls = [mean_of_known([curve.reached for curve in side.curves.values()]) for side in (a, b)]
     found = {"mean": Accuracy((a.map50, b.map50), (recalls[0], recalls[1]))}
     for name in dataset.names:
         ap50 = a.per_class[name].ap50, b.per_class[name].ap50
