@@ -23,11 +23,10 @@ from anchorline.evaluation.metrics import mean_of_known
 from anchorline.evaluation.pictures import Panel, draw_pair, pair_sheet
 from anchorline.runtime.canvas import PROPOSAL_NAMES
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.io.errors import ArtefactError, SettingsError
+from anchorline.runtime.io.errors import ArtefactError
 from anchorline.verify.compare import Comparison, ComparisonSummary, Tolerance, compare_outputs, summarise
 from anchorline.verify.stages import Subject
 
-MAX_ROWS = 12
 WORST_IMAGES = 8
 
 # Okabe and Ito's, as BGR: told apart by colour-blind readers, in the words of the titles.
@@ -99,26 +98,35 @@ class DetectionCheck:
             "loss": self.loss,
         }
 
-    def worst(self, count: int) -> list[int]:
-        """Indices of the images with the most disagreement, without those that agree."""
-        order = sorted(range(len(self.comparisons)), key=lambda index: severity(self.comparisons[index]))
-        return [index for index in order[::-1][:count] if self.comparisons[index].wrong]
+    def write_worst(self, dataset: Dataset, path: Path, count: int = WORST_IMAGES) -> list[str]:
+        """Write the ``count`` images that differ most side by side, the reference left, the worst first.
 
-    def write_worst(self, dataset: Dataset, path: Path) -> bool:
-        """Write the images on which the two differ most side by side; False where none differ."""
-        rows = [
-            SideBySide(
-                self.names[index],
-                dataset.images[index].load(),
-                self.reference[index],
-                self.candidate[index],
-                self.comparisons[index],
+        Missed boxes are vermilion (left), extra ones sky blue (right), those beyond the tolerances yellow
+        (on both sides); what agrees or is excused is thin and grey. Returns the names of the images; where
+        none differ nothing is written.
+        """
+        each = zip(self.names, dataset, self.reference, self.candidate, self.comparisons, strict=True)
+        rows = sorted((row for row in each if row[-1].wrong), key=lambda row: severity(row[-1]), reverse=True)
+        pairs, titles = [], []
+        for name, image, reference, candidate, one in rows[:count]:
+            differing = one.aligned.pairs[one.aligned.differing]
+            panels = []
+            for side, moved, alone, colour in (
+                (reference, differing[:, 0], one.aligned.missed, MISSED_COLOUR),
+                (candidate, differing[:, 1], one.aligned.extra, EXTRA_COLOUR),
+            ):
+                quiet = np.setdiff1d(np.arange(len(side)), np.concatenate([moved, alone]))
+                marked = [(side[moved], DIFFERING_COLOUR), (side[alone], colour)]
+                panels.append(Panel(side.boxes[quiet], marked))
+            pairs.append(draw_pair(image.load(), *panels))
+            short = name if len(name) <= _NAME_LENGTH else f"...{name[3 - _NAME_LENGTH :]}"
+            titles.append(
+                f"{short}: {one.missed} missed (vermilion), {one.extra} extra (blue), {one.differing} differ "
+                f"(yellow); boxes to {one.max_box_error:.2g} px, scores to {one.max_score_error:.2g}"
             )
-            for index in self.worst(WORST_IMAGES)
-        ]
-        if rows:
-            write_side_by_side(path, rows)
-        return bool(rows)
+        if pairs:
+            pair_sheet(pairs, titles, path, columns=1)
+        return [row[0] for row in rows[:count]]
 
     def _per_class(self) -> dict[str, dict[str, int]]:
         kinds = ("matched", "differing", "missed", "extra")
@@ -220,61 +228,8 @@ def _accuracy_loss(mean: Accuracy, tolerance: Tolerance) -> str | None:
     return None
 
 
-# The images on which two detectors differ most, as a contact sheet: reference left, candidate right.
-
-
-@dataclass(frozen=True, eq=False)
-class SideBySide:
-    """An image (uint8 BGR [H, W, 3]) with both results and the ``compare_detections`` of the two."""
-
-    name: str
-    frame: NDArray[np.uint8]
-    reference: Detections
-    candidate: Detections
-    comparison: Comparison
-
-
 def severity(comparison: Comparison) -> tuple[int, int, float, float]:
     """A key to sort by, larger where two results differ more: detections that have no partner count
     first, then those that moved, then by how much."""
     unmatched = comparison.missed + comparison.extra
     return unmatched, comparison.differing, comparison.max_box_error, comparison.max_score_error
-
-
-def write_side_by_side(
-    path: str | Path, rows: Sequence[SideBySide], max_rows: int = MAX_ROWS
-) -> list[SideBySide]:
-    """Write the ``max_rows`` rows that differ most, the worst first; returns them.
-
-    Missed boxes are vermilion (left), extra ones sky blue (right), those beyond the tolerances yellow
-    (on both sides); what agrees or is excused is thin and grey. Raises ``SettingsError`` without rows
-    and for a comparison without alignment, which is one of several images.
-    """
-    if not rows or max_rows < 1:
-        raise SettingsError(f"{len(rows)} images for {max_rows} rows side by side; expected at least 1 each")
-    worst = sorted(rows, key=lambda row: severity(row.comparison), reverse=True)[:max_rows]
-    pairs, titles = [], []
-    for row in worst:
-        figures, found = row.comparison, row.comparison.alignment
-        if found is None:
-            raise SettingsError(
-                f"{row.name}: its comparison is a sum over images; give what compare_detections returns"
-            )
-        differing = found.pairs[found.differing]
-        panels = []
-        for side, moved, alone, colour in (
-            (row.reference, differing[:, 0], found.missed, MISSED_COLOUR),
-            (row.candidate, differing[:, 1], found.extra, EXTRA_COLOUR),
-        ):
-            quiet = np.setdiff1d(np.arange(len(side)), np.concatenate([moved, alone]))
-            marked = [(side[moved], DIFFERING_COLOUR), (side[alone], colour)]
-            panels.append(Panel(side.boxes[quiet], marked))
-        pairs.append(draw_pair(row.frame, *panels))
-        name = row.name if len(row.name) <= _NAME_LENGTH else f"...{row.name[3 - _NAME_LENGTH :]}"
-        titles.append(
-            f"{name}: {figures.missed} missed (vermilion), {figures.extra} extra (blue), "
-            f"{figures.differing} differ (yellow); boxes to {figures.max_box_error:.2g} px, "
-            f"scores to {figures.max_score_error:.2g}"
-        )
-    pair_sheet(pairs, titles, path, columns=1)
-    return worst
