@@ -29,7 +29,7 @@ TEXTURE_SIDE = 64
 # As a share of the image's shorter side: objects of 24 to 90 pixels in an image 240 high.
 RADIUS_RANGE = (0.055, 0.18)
 
-_SCENE_STREAM = 1
+_SCENE_STREAM, _POSED_STREAM = 1, 2
 _PLACING_TRIES = 12
 _FRACTION_BITS = 4
 _SAMPLES = 2  # masks are drawn at twice the size and averaged down
@@ -339,6 +339,17 @@ def generate_scene(seed: int, size: tuple[int, int] = SCENE_SIZE, index: int = 0
         paint(image, placed, surface_texture(rng, contrasting_colour(rng, under)), shadow)
     image *= light_field(rng, size)
     return camera_image(rng, image, blur=rng.uniform(0.0, 0.9), noise=rng.uniform(2.0, 8.0)), boxes, labels
+
+
+def posed_scene(seed: int, size: tuple[int, int], poses: Sequence[Pose]) -> NDArray[np.uint8]:
+    """An image uint8 BGR [H, W, 3] with an object of a random class at each pose, none left out."""
+    rng = np.random.Generator(np.random.PCG64([_POSED_STREAM, seed]))
+    image = background(rng, size)
+    around = mean_colours(image, cells=1)
+    for pose in poses:
+        placed = place(random_shape(rng, int(rng.integers(len(CLASS_NAMES)))), pose)
+        paint(image, placed, surface_texture(rng, contrasting_colour(rng, around)), shadow=(1.0, 2.0))
+    return camera_image(rng, image, blur=0.5, noise=4.0)
 
 
 def synthetic_dataset(

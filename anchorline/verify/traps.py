@@ -9,21 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.data.synthetic import (
-    CLASS_NAMES,
-    SCENE_SIZE,
-    SMALLEST_SIDE,
-    Pose,
-    background,
-    camera_image,
-    contrasting_colour,
-    generate_scene,
-    mean_colours,
-    paint,
-    place,
-    random_shape,
-    surface_texture,
-)
+from anchorline.data.synthetic import SCENE_SIZE, SMALLEST_SIDE, Pose, generate_scene, posed_scene
 from anchorline.evaluation.evaluation import Progress
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
@@ -40,7 +26,6 @@ LARGEST_BATCH_PIXELS = 3_000_000
 """On a model whose contract sets no bound, the largest batch tried: this many images, and no more than hold
 this many canvas pixels together (a ResNet-50 takes about 2.5 GB for that)."""
 
-_TRAP_STREAM = 2
 _CROWD_CELLS = (5, 8)
 _CROWD_CELL = 64  # pixels
 
@@ -101,14 +86,14 @@ def traps(max_batch: int | None, seed: int = 0) -> list[Trap]:
     mixed = tuple(generate_scene(seed, size, index)[0] for index, size in enumerate(sizes))
     plain, crowd = mixed[0], _crowd(seed)
     full = tuple(mixed[index % len(mixed)] for index in range(max_batch or LARGEST_BATCH))
-    one_object = _drawn(seed, SCENE_SIZE, [Pose(width / 2, height / 2, height / 4, angle=0.3)])
+    one_object = posed_scene(seed, SCENE_SIZE, [Pose(width / 2, height / 2, height / 4, angle=0.3)])
     large = cv2.resize(generate_scene(seed)[0], LARGEST_SIZE[::-1], interpolation=cv2.INTER_LINEAR)
     top = (SMALLEST_SIDE - THIN[0]) // 2
     lying = generate_scene(seed, (SMALLEST_SIDE, THIN[1]))[0][top : top + THIN[0]].copy()
     standing = np.ascontiguousarray(lying.transpose(1, 0, 2))
     noise = np.random.default_rng(seed).integers(0, 256, (*SCENE_SIZE, 3), dtype=np.uint8)
     return [
-        Trap("empty image", ((_drawn(seed, SCENE_SIZE, []),),)),
+        Trap("empty image", ((posed_scene(seed, SCENE_SIZE, []),),)),
         Trap("one object", ((one_object,),)),
         Trap("crowd", ((crowd,),)),
         Trap("batch of 1", ((plain,),)),
@@ -135,18 +120,7 @@ def _crowd(seed: int) -> Frame:
         x, y = ((index + rng.uniform(0.3, 0.7)) * _CROWD_CELL for index in (cell % columns, cell // columns))
         radius = _CROWD_CELL * rng.uniform(0.4, 0.75)
         poses.append(Pose(x, y, radius, rng.uniform(0.0, 2.0 * np.pi)))
-    return _drawn(seed, (rows * _CROWD_CELL, columns * _CROWD_CELL), poses)
-
-
-def _drawn(seed: int, size: tuple[int, int], poses: Sequence[Pose]) -> Frame:
-    """A scene with camera noise and an object of a random class at each pose."""
-    rng = np.random.Generator(np.random.PCG64([_TRAP_STREAM, seed]))
-    image = background(rng, size)
-    around = mean_colours(image, cells=1)
-    for pose in poses:
-        placed = place(random_shape(rng, int(rng.integers(len(CLASS_NAMES)))), pose)
-        paint(image, placed, surface_texture(rng, contrasting_colour(rng, around)), shadow=(1.0, 2.0))
-    return camera_image(rng, image, blur=0.5, noise=4.0)
+    return posed_scene(seed, (rows * _CROWD_CELL, columns * _CROWD_CELL), poses)
 
 
 class OncePerFrame:
