@@ -11,7 +11,6 @@ import re
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,7 @@ class OnnxRuntimeBackend(Backend):
         options = options or GpuOptions()
         self._threads = CpuOptions(threads).thread_count
         self._session: Any = _open_session(self.path, provider, options, self._threads)
-        self.contract = _read_contract(self.path, self._session)
+        self.contract = _checked_contract(self.path, self._session)
         exact = exact_sums(self.contract)
         if provider == "cpu" and exact:
             self._session = _open_session(self.path, provider, options, self._threads, exact)
@@ -88,7 +87,6 @@ class OnnxRuntimeBackend(Backend):
                 "quantise the float model again for full speed",
                 self.path,
             )
-        _check_graph(self.path, self._session, self.contract)
         self.precision = self.contract.precision
         # On a GPU inputs and outputs stay bound to device memory. TensorRT's providers move them themselves.
         self._bound = (
@@ -146,16 +144,6 @@ class OnnxRuntimeLane(HostLane):
         self._inputs = {}
 
 
-@dataclass(frozen=True)
-class _Bound:
-    """The buffers of one batch size."""
-
-    binding: Any
-    run_options: Any
-    inputs: dict[str, Any]
-    outputs: dict[str, Any]
-
-
 class BoundNetwork:
     """``session`` with its inputs and outputs bound to buffers on ``device_type`` (``cuda``, ``cpu``).
 
@@ -170,7 +158,7 @@ class BoundNetwork:
         self._session, self._contract = session, contract
         self._where = (device_type, device)
         self._graph = graph
-        self._sizes: dict[int, _Bound] = {}
+        self._sizes: dict[int, tuple[Any, Any, dict[str, Any]]] = {}  # binding, run options, inputs
         self._lock = threading.Lock()
 
     def infer(self, inputs: Arrays) -> tuple[Arrays, dict[str, float]]:
@@ -178,20 +166,23 @@ class BoundNetwork:
         batch = len(inputs[self._contract.inputs[0]])
         with self._lock:
             started = time.perf_counter()
-            bound = self._sizes.get(batch) or self._bind(batch, inputs)
-            for name, value in bound.inputs.items():
-                value.update_inplace(np.ascontiguousarray(inputs[name]))
+            if batch not in self._sizes:
+                self._sizes[batch] = self._bind(batch, inputs)
+            binding, options, buffers = self._sizes[batch]
+            for name, buffer in buffers.items():
+                buffer.update_inplace(np.ascontiguousarray(inputs[name]))
             uploaded = time.perf_counter()
-            self._session.run_with_iobinding(bound.binding, bound.run_options)
-            bound.binding.synchronize_outputs()
+            self._session.run_with_iobinding(binding, options)
+            binding.synchronize_outputs()
             ran = time.perf_counter()
-            # A copy, for on the CPU numpy() is a view of the buffer that the next call fills.
-            outputs = {name: np.array(value.numpy()) for name, value in bound.outputs.items()}
+            # Copies, for on the CPU numpy() is a view of the buffer that the next call fills.
+            values = [np.array(value.numpy()) for value in binding.get_outputs()]
             done = time.perf_counter()
+        outputs = dict(zip(self._contract.outputs, values, strict=True))
         seconds = {"upload": uploaded - started, "network": ran - uploaded, "download": done - ran}
         return outputs, seconds
 
-    def _bind(self, batch: int, inputs: Arrays) -> _Bound:
+    def _bind(self, batch: int, inputs: Arrays) -> tuple[Any, Any, dict[str, Any]]:
         import onnxruntime
 
         def buffer(shape: list[int], dtype: Any) -> Any:
@@ -200,16 +191,14 @@ class BoundNetwork:
         binding, options = self._session.io_binding(), onnxruntime.RunOptions()
         if self._graph:
             options.add_run_config_entry("gpu_graph_id", str(batch))
-        bound_inputs = {name: buffer(list(inputs[name].shape), inputs[name].dtype) for name in inputs}
-        for name, value in bound_inputs.items():
+        buffers = {name: buffer(list(values.shape), values.dtype) for name, values in inputs.items()}
+        for name, value in buffers.items():
             binding.bind_ortvalue_input(name, value)
         described = {output.name: output for output in self._session.get_outputs()}
-        bound_outputs = {}
         for name in self._contract.outputs:
             shape = [batch, *described[name].shape[1:]]
-            bound_outputs[name] = buffer(shape, _NUMPY_TYPES[described[name].type])
-            binding.bind_ortvalue_output(name, bound_outputs[name])
-        return self._sizes.setdefault(batch, _Bound(binding, options, bound_inputs, bound_outputs))
+            binding.bind_ortvalue_output(name, buffer(shape, _NUMPY_TYPES[described[name].type]))
+        return binding, options, buffers
 
 
 def write_inlined(path: Path, target: Path) -> Contract:
@@ -218,10 +207,7 @@ def write_inlined(path: Path, target: Path) -> Contract:
     For runtimes that do not know model-local functions. Returns the contract; raises ``ArtefactError``
     as ``OnnxRuntimeBackend`` does.
     """
-    session = _open_session(path, "cpu", GpuOptions(), inlined=target)
-    contract = _read_contract(path, session)
-    _check_graph(path, session, contract)
-    return contract
+    return _checked_contract(path, _open_session(path, "cpu", GpuOptions(), inlined=target))
 
 
 def open_for_checks(
@@ -357,24 +343,18 @@ def check_file(path: Path) -> None:
                 raise ArtefactError(f"{path}: the file is empty, expected an ONNX file; export it again")
 
 
-def _read_contract(path: Path, session: Any) -> Contract:
+def _checked_contract(path: Path, session: Any) -> Contract:
+    """The tensors that the contract names must be there, and ``images`` must be the canvas it states."""
     text = session.get_modelmeta().custom_metadata_map.get(CONTRACT_KEY)
     if text is None:
         raise ArtefactError(
             f"{path}: has no anchorline contract; export it with anchorline export (a file that was cut "
             "off loses it as well)"
         )
-    return Contract.from_json(text, where=str(path))
-
-
-def _check_graph(path: Path, session: Any, contract: Contract) -> None:
-    """The tensors that the contract names must be there, and ``images`` must be the canvas it states."""
+    contract = Contract.from_json(text, where=str(path))
     inputs = {tensor.name: tensor for tensor in session.get_inputs()}
     outputs = [tensor.name for tensor in session.get_outputs()]
-    for kind, have, want in (
-        ("inputs", list(inputs), contract.inputs),
-        ("outputs", outputs, contract.outputs),
-    ):
+    for kind, have, want in (("inputs", [*inputs], contract.inputs), ("outputs", outputs, contract.outputs)):
         missing = set(want) - set(have)
         if missing or (kind == "inputs" and len(have) != len(want)):
             raise ArtefactError(
@@ -388,6 +368,7 @@ def _check_graph(path: Path, session: Any, contract: Contract) -> None:
             f"{path}: input {images.name} is {images.type} {images.shape}; its contract expects "
             f"{contract.input_dtype} [B, {', '.join(map(str, expected))}]; export the model again"
         )
+    return contract
 
 
 def _reason(error: Exception) -> str:

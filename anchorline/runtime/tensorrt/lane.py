@@ -250,14 +250,15 @@ class TensorRTLane:
             self._engine.execute(slot, stream)
             self._cuda.synchronize(stream)
             if self._graphs is not None:
-                slot.graph = self._graphs.capture(stream, lambda: self._record(slot))
+
+                def record() -> None:
+                    self._engine.execute(slot, stream)
+                    if self._copy_in_graph:
+                        buffers.copy_out(stream)
+
+                slot.graph = self._graphs.capture(stream, record)
             self._engine.save_cache()
         return self._slots[batch]
-
-    def _record(self, slot: InferenceSlot) -> None:
-        self._engine.execute(slot, self._stream)
-        if self._copy_in_graph:
-            self._buffers.copy_out(self._stream)
 
     def _run(self, slot: InferenceSlot, stream: int) -> None:
         self._clock.mark(stream, "network")
