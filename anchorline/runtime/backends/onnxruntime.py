@@ -19,7 +19,7 @@ import numpy as np
 from anchorline.runtime.backends.base import Arrays, Backend, HostLane
 from anchorline.runtime.backends.cpu_options import CpuOptions, adds_in_16_bits, core_budget
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
-from anchorline.runtime.io.errors import ArtefactError, GpuError, SettingsError
+from anchorline.runtime.io.errors import ArtefactError, GpuError, SettingsError, one_line
 from anchorline.runtime.io.files import input_errors
 from anchorline.runtime.tensorrt.cuda import CudaError, GpuOptions
 
@@ -373,5 +373,5 @@ def _checked_contract(path: Path, session: Any) -> Contract:
 
 def _reason(error: Exception) -> str:
     """onnxruntime's message on one line, without its code prefix."""
-    message = " ".join(str(error).split()).rsplit("[ONNXRuntimeError] : ", 1)[-1]
+    message = one_line(error).rsplit("[ONNXRuntimeError] : ", 1)[-1]
     return message if len(message) <= 300 else message[:297] + "..."

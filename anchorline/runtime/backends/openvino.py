@@ -26,7 +26,7 @@ from anchorline.runtime.backends.base import Arrays, Backend, HostLane
 from anchorline.runtime.backends.cpu_options import CpuOptions, adds_in_16_bits, network_precision
 from anchorline.runtime.backends.onnxruntime import check_file, write_inlined
 from anchorline.runtime.contract import Contract
-from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError, one_line
 from anchorline.runtime.io.files import atomic_path, cache_folder, sha256_of
 
 LIMIT_BYTES = 2 << 30  # of the compiled networks on disk
@@ -162,7 +162,7 @@ class OpenVINOLane(HostLane):
         self._request, self._arrays = None, []
 
     def _failure(self, error: Exception) -> ArtefactError:
-        reason = " ".join(str(error).split())[-300:]
+        reason = one_line(error)[-300:]
         return ArtefactError(f"{self._path}: OpenVINO cannot run it ({reason}); use the provider cpu")
 
 
@@ -221,10 +221,9 @@ def _compile(path: Path, inlined: Path, settings: dict[str, str]) -> Any:
         _keep_coordinates(model)
         return core().compile_model(model, "CPU", settings)
     except Exception as error:
-        reason = " ".join(str(error).split())
         version = str(load_openvino().__version__).partition("-")[0]
         raise ArtefactError(
-            f"{path}: OpenVINO {version} cannot compile it ({reason[:300]}); use the provider cpu"
+            f"{path}: OpenVINO {version} cannot compile it ({one_line(error)[:300]}); use the provider cpu"
         ) from error
 
 

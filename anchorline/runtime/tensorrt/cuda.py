@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.runtime.io.errors import GpuError, SettingsError
+from anchorline.runtime.io.errors import GpuError, SettingsError, one_line
 from anchorline.runtime.tensorrt.kernels import image
 
 CUDA_PACKAGES = ("cuda-bindings", "pycuda")
@@ -212,7 +212,7 @@ class BindingsCuda:
         except GpuError:
             raise
         except Exception as error:  # how cuda-bindings say that libcuda is missing differs by version
-            raise NoGpuError(f"there is no NVIDIA driver here ({_text(error)})") from None
+            raise NoGpuError(f"there is no NVIDIA driver here ({one_line(error)})") from None
 
     def _call(self, function: str, *arguments: Any, doing: str) -> Any:
         return call_driver(self._driver, function, *arguments, doing=doing)
@@ -404,7 +404,8 @@ def load_pycuda() -> Any:
         return importlib.import_module("pycuda.driver")
     except ImportError as error:  # not installed, or libcuda is missing, to which it is linked
         raise NoGpuError(
-            f"pycuda cannot be imported ({_text(error)}); it needs the NVIDIA driver and pip install pycuda"
+            f"pycuda cannot be imported ({one_line(error)}); it needs the NVIDIA driver and "
+            "pip install pycuda"
         ) from None
 
 
@@ -430,7 +431,7 @@ class PyCuda:
             major, minor = opened.compute_capability()
             self._context: Any = opened.retain_primary_context()
         except self._pycuda.Error as error:
-            raise NoGpuError(f"the GPU's driver does not start ({_text(error)})") from None
+            raise NoGpuError(f"the GPU's driver does not start ({one_line(error)})") from None
         self.device_name = str(opened.name())
         self.compute_capability = 10 * int(major) + int(minor)
         # pycuda's objects by the integers that stand for them; freed when they are dropped.
@@ -609,7 +610,7 @@ class PyCuda:
         except self._pycuda.MemoryError:
             raise OutOfDeviceMemoryError(0, None, doing, "close other programs on the GPU") from None
         except self._pycuda.Error as error:
-            text = _text(error)
+            text = one_line(error)
             lost = next((name for words, name in _LOST_IN_PYCUDA.items() if words in text), None)
             raise CudaError(doing, lost or type(error).__name__, text, sticky=lost is not None) from None
 
@@ -623,7 +624,3 @@ def open_cuda(package: str = "cuda-bindings", device: int = 0) -> Cuda:
     Raises ``NoGpuError`` where package, driver or GPU is missing.
     """
     return PyCuda(device) if package == "pycuda" else BindingsCuda(device)
-
-
-def _text(error: BaseException) -> str:
-    return " ".join(str(error).split())

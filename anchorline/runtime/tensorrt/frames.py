@@ -18,7 +18,7 @@ import numpy as np
 
 from anchorline.runtime.canvas import Nv12, Placement, frame_size, nv12_size
 from anchorline.runtime.contract import Contract
-from anchorline.runtime.io.errors import FrameError, SettingsError
+from anchorline.runtime.io.errors import FrameError, SettingsError, one_line
 from anchorline.runtime.tensorrt.cuda import LEGACY_STREAM, PER_THREAD_STREAM, Cuda, PinnedBuffer
 from anchorline.runtime.tensorrt.kernels import Launch
 
@@ -186,9 +186,9 @@ def _read_dlpack(tensor: Any, stream: int) -> _Array:
             capsule = tensor.__dlpack__(stream=asked)
         found = _tensor_in(capsule)
     except Exception as error:
-        reason = " ".join(str(error).split())
         raise FrameError(
-            f"a {type(tensor).__name__} cannot be read through DLPack ({reason}); hand over a plain tensor"
+            f"a {type(tensor).__name__} cannot be read through DLPack ({one_line(error)}); hand over a plain "
+            "tensor"
         ) from None
     shape = tuple(found.shape[: found.ndim])
     strides = tuple(found.strides[: found.ndim]) if found.strides else _dense(shape)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError, one_line
 from anchorline.runtime.io.files import cache_folder
 
 
@@ -78,9 +78,8 @@ def load_tensorrt(name: str) -> Any:
     except ModuleNotFoundError:
         raise SettingsError(f"{flavour.title} is not installed, and this needs it: {install}") from None
     except (ImportError, OSError) as error:
-        reason = " ".join(str(error).split())
         raise SettingsError(
-            f"{flavour.title} cannot be loaded ({reason}); install it again: {install}"
+            f"{flavour.title} cannot be loaded ({one_line(error)}); install it again: {install}"
         ) from None
     version = tuple(int(number) for number in re.findall(r"\d+", module.__version__)[:2])
     if version < flavour.oldest:
