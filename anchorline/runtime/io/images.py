@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.runtime.io.errors import DataError, OutputError
+from anchorline.runtime.io.errors import DataError, OutputError, reason_of
 from anchorline.runtime.io.files import atomic_write_bytes, input_errors
 from anchorline.runtime.io.native_log import quiet_opencv
 
@@ -146,7 +146,7 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
         with quiet_opencv():
             image = cv2.imdecode(content, cv2.IMREAD_COLOR)
     except cv2.error as error:
-        raise DataError(f"{path}: cannot be decoded ({_first_line(error)}); expected an image") from error
+        raise DataError(f"{path}: cannot be decoded ({reason_of(error, 300)}); expected an image") from error
     if image is None:
         raise DataError(f"{path}: cannot be decoded; expected an undamaged image such as JPEG or PNG")
     return np.asarray(image, dtype=np.uint8)
@@ -164,15 +164,10 @@ def write_image(path: str | Path, image: NDArray[np.uint8]) -> None:
         with quiet_opencv():
             done, encoded = cv2.imencode(suffix, image)
     except cv2.error as error:
-        done, reason = False, f" ({_first_line(error)})"
+        done, reason = False, f" ({reason_of(error, 300)})"
     if not done:
         raise OutputError(f"{path}: cannot be encoded as {suffix}{reason}; use .png")
     atomic_write_bytes(path, encoded.tobytes())
-
-
-def _first_line(error: cv2.error) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "OpenCV error"
 
 
 def _natural_key(path: Path) -> list[tuple[int, int, str]]:
