@@ -43,9 +43,8 @@ def adapt_first_convolution(body: nn.Module, settings: ModelSettings) -> None:
     """Change the first convolution of ``body`` from RGB with ImageNet's statistics to ``settings``' input.
 
     A convolution is linear: its input channels change places and scale, and what the mean changes goes
-    into its bias. Without a bias (a norm follows) the mean stays the network's own. At the very edge of
-    the canvas the zero padding stands for the new mean instead of the old one, which is less than one
-    grey level away for caffe's. Nothing is touched where the conventions are the same.
+    into its bias. Without a bias (a norm follows) the mean stays the network's own. The zero padding at the
+    edge of the canvas stands for the new mean then: of caffe's, less than a grey level from the old one.
     """
     order, mean, std = settings.channel_order, settings.mean, settings.std
     if (order, mean, std) == ("rgb", IMAGENET_MEAN, IMAGENET_STD):
@@ -68,11 +67,10 @@ def adapt_first_convolution(body: nn.Module, settings: ModelSettings) -> None:
 def load_pretrained(model: FasterRCNN, weights: Path | str, pretrained_input: str = "torchvision") -> None:
     """Start ``model`` from the weights of a classification network: ``"imagenet"``, or a file.
 
-    The body is filled as ``load_imagenet_weights`` and ``load_backbone_weights`` do; fc6 and fc7 too
-    where the network has them (VGG-16, ZF), the weights do, and the shapes are those of the box head; and
-    the last stage of a ResNet where that is the box head.
-    The first convolution is then adapted from RGB with ImageNet's statistics to the input of this model;
-    not with ``pretrained_input`` ``model``, for a file of a network that had the same input as this one.
+    They fill the body, and the box head where the network has it: fc6 and fc7 (VGG-16, ZF), or the last
+    stage of a ResNet. The first convolution is then adapted from RGB with ImageNet's statistics to this
+    model's input; not with ``pretrained_input`` ``model``, for a file of a network with the same input.
+    Raises as ``load_imagenet_weights`` and ``load_backbone_weights`` do.
     """
     settings, body = model.settings, model.backbone.body
     if weights == IMAGENET:
@@ -90,10 +88,9 @@ def load_pretrained(model: FasterRCNN, weights: Path | str, pretrained_input: st
 def load_imagenet_weights(body: Body, backbone: str) -> dict[str, Tensor]:
     """Fill ``body`` with torchvision's ImageNet weights of the network ``backbone``.
 
-    They are downloaded once, with a check of their hash, into PyTorch's cache (``$TORCH_HOME``, else
-    ``~/.cache/torch``). Where there are several, these are the first version, from which torchvision's
-    detectors start. Returns all weights of the network. Raises ``SettingsError`` for a backbone without
-    such weights, ``ArtefactError`` where they cannot be fetched or read.
+    They are downloaded once into PyTorch's cache (``$TORCH_HOME``, else ``~/.cache/torch``): the first
+    version, from which torchvision's detectors start. Returns all weights of the network. Raises
+    ``SettingsError`` for a backbone without any, ``ArtefactError`` where they cannot be fetched or read.
     """
     weights = _torchvision_weights(backbone)
     if weights is None:
@@ -123,10 +120,9 @@ def load_imagenet_weights(body: Body, backbone: str) -> dict[str, Tensor]:
 def load_backbone_weights(body: Body, path: Path) -> dict[str, Tensor]:
     """Fill ``body`` from a classification checkpoint of the same network (torchvision's keys).
 
-    The file is a state dict (``.pth`` loaded as weights only, or ``.safetensors``) whose keys are
-    ``features.N...`` or ``N...`` (MobileNetV2's older flat blocks too); layers behind the last tap,
-    and the classifier, are left out. Returns all weights of the file.
-    Raises ``ArtefactError`` for a file that is missing, damaged or of another network.
+    The file is a state dict (``.pth`` loaded as weights only, or ``.safetensors``) with the keys
+    ``features.N...`` or ``N...`` (MobileNetV2's older flat blocks too). Returns all weights of the file,
+    of which the body may use a part. Raises ``ArtefactError`` for one that is missing, damaged or foreign.
     """
     if not path.is_file():
         raise ArtefactError(
@@ -186,8 +182,8 @@ def _fill(body: Body | Res5Head, state: object, path: Path) -> None:
 def _current_key(key: str, state: dict[str, Tensor]) -> str:
     """torchvision's key of today for ``key``, which may be one of MobileNetV2's before 2020.
 
-    An inverted residual was one flat sequence of convolution, norm, activation, ...; now each such
-    triple but the last pair is a module of its own.
+    An inverted residual was one flat sequence; now each triple of convolution, norm and activation in it,
+    but for the last pair, is a module of its own.
     """
     found = re.fullmatch(r"(\d+)\.conv\.(\d+)\.(weight|bias|running_\w+|num_batches_tracked)", key)
     if found is None or "features.1.conv.0.weight" not in state:

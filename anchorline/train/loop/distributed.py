@@ -1,11 +1,9 @@
 """Several processes that train one model: how they meet and part, what they tell each other, what they share.
 
-Each runs the same command; torchrun's environment variables tell it which one it is. They talk through
-gloo, on CUDA through NCCL besides. When one of them fails, its own line is the only one: it says so in
-the store before its connections close, and whoever waits for it finds that and is quiet.
-
-Alone, all of this costs a look at a variable. Every function that names "all processes" has to be called
-by all of them in the same order, or they wait for each other until a timeout.
+Each runs the same command and learns from torchrun's environment which one it is; alone, all of this costs
+a look at a variable. When one fails, its own line is the only one: it says so in the store before its
+connections close, and whoever waits for it finds that and is quiet. A function that names "all processes"
+has to be called by all of them in the same order, or they wait for each other until a timeout.
 """
 
 from __future__ import annotations
@@ -84,12 +82,11 @@ def place() -> Place:
 
 @contextlib.contextmanager
 def joined_processes(device: str = "auto") -> Iterator[None]:
-    """Train together with the other processes that torchrun has started; alone, do nothing.
+    """Train together with the other processes that torchrun has started.
 
     Inside, SIGINT and SIGTERM stop all processes where they next agree on something; while a process waits
-    for the others to join, they end it at once. When one process raises, the others raise
-    ``OtherProcessError``, and all leave together otherwise. Inside another such block, or where the caller
-    has set up ``torch.distributed`` itself, nothing is done either.
+    for the others to join, they end it at once. When one raises, the others raise ``OtherProcessError``.
+    Alone, in another such block, and where ``torch.distributed`` is set up already, nothing is done.
     """
     global _stop_wanted
     mine = place()
@@ -162,17 +159,13 @@ def _want_stop(*_: object) -> None:
 
 @contextlib.contextmanager
 def _stop_signals(handler: Any, *, ignored_too: bool) -> Iterator[None]:
-    """Have SIGINT and SIGTERM handled so, in the main thread, which alone may choose.
-
-    Unless ``ignored_too``, one that is ignored, as in a job of ``nohup``, stays so.
-    """
-    kinds = [
-        kind
-        for kind in (signal.SIGINT, signal.SIGTERM)
-        if ignored_too or signal.getsignal(kind) is not signal.SIG_IGN
-    ]
-    may_choose = threading.current_thread() is threading.main_thread()
-    before = {kind: signal.signal(kind, handler) for kind in kinds if may_choose}
+    """Have SIGINT and SIGTERM handled so; one that is ignored (``nohup``) stays so unless ``ignored_too``."""
+    kinds = []
+    if threading.current_thread() is threading.main_thread():  # which alone may choose
+        kinds = [signal.SIGINT, signal.SIGTERM]
+    if not ignored_too:
+        kinds = [kind for kind in kinds if signal.getsignal(kind) is not signal.SIG_IGN]
+    before = {kind: signal.signal(kind, handler) for kind in kinds}
     try:
         yield
     finally:
@@ -275,11 +268,10 @@ def mean_of(figures: Mapping[str, float]) -> dict[str, float]:
 
 
 def mean_count(count: Tensor) -> Tensor:
-    """The mean of a ``count`` (int64, scalar) over all processes, of which one at least is taken as 1.
+    """The mean of a ``count`` (int64, scalar) over all processes; their sum counts as 1 at least.
 
-    DDP averages the gradients of the processes. Where each divides the sum of its losses by this mean, the
-    average is the sum over the whole batch divided by the whole count, as in one process with that batch;
-    each dividing by its own count would give the images of a process with few samples more weight.
+    DDP averages gradients: where each process divides the sum of its losses by this mean, the average is
+    that of one process with the whole batch. By counts of their own, few samples would weigh more.
     """
     if process_count() == 1:
         return count.clamp(min=1)
@@ -298,10 +290,9 @@ def own_share(items: Sequence[_Item], batch: int) -> list[_Item]:
 
 
 def run_shared(detect: Detect, data: Dataset, batch: int) -> Iterator[Detections]:
-    """The results for every image, in order and in all processes; each computes its ``own_share``.
+    """The results for every image, in order and in all processes, which all have to read to the end.
 
-    The batches are those of ``run_detector``: a result does not depend on the number of processes. All
-    have to read to the end.
+    Each computes its ``own_share``, in the batches of ``run_detector``: their number changes no result.
     """
     mine = own_share(data.images, batch)
     batches = -(-len(data) // batch)
@@ -345,19 +336,17 @@ def shared_losses(model: nn.Module, losses: Callable[[Batch], dict[str, Tensor]]
     before = "broadcast_buffers"  # the name of older versions of PyTorch
     unsent: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else before: False}
     parallel = DistributedDataParallel(_Losses(model, losses), **unsent)
-    # DDP lays out its buckets anew after the first backward pass, and the last bits of a sum over three or
-    # more processes depend on the layout: a resumed run would not sum as one that was not interrupted.
-    # So the first pass is one that does nothing.
+    # DDP lays out its buckets anew after the first backward pass, and the last bits of a sum over three
+    # processes depend on that: for a resumed run to sum as any other, the first pass does nothing.
     parallel(None)["nothing"].backward()
     parallel.zero_grad(set_to_none=True)
     return parallel
 
 
 def synchronise_norms(model: nn.Module, device: torch.device) -> None:
-    """Have live batch norms take their statistics over all processes; alone, leave them as they are.
+    """Have live batch norms take their statistics over all processes, or each would train another model.
 
-    Raises ``SettingsError`` off CUDA, where PyTorch has no such norm: with statistics of its own part
-    of a batch each process would train another model.
+    Raises ``SettingsError`` off CUDA, where PyTorch has no such norm.
     """
     live = [
         (parent, name, child)

@@ -115,11 +115,10 @@ class NotFiniteError(ArithmeticError):
 
 
 class Trainer:
-    """Trains a phase: ``begin`` once a run, then ``run``.
+    """Trains a phase: ``begin`` once a run, then ``run``; with ``resume`` from the last full epoch on.
 
-    With ``resume`` it goes on from the last full epoch in the phase's folder. Raises ``ArtefactError`` where
-    there is no state of these settings and this data, and for damaged files; ``SettingsError`` for what
-    cannot be trained here.
+    Raises ``ArtefactError`` where there is no state of these settings and this data, and for damaged
+    files; ``SettingsError`` for what cannot be trained here.
     """
 
     def __init__(self, phase: PhaseConfig, resume: bool = False) -> None:
@@ -184,12 +183,9 @@ class Trainer:
                 distributed.wait_for_all()
 
     def begin(self, out: Path, show_data: Callable[[DataSummary], None] | None = None) -> None:
-        """Write effective settings, what the data holds, and a picture of the first views with their boxes.
-
-        The main process does this; the others wait for it at the first step.
-        """
+        """Write the settings, what the data holds, and a picture of the first views with their boxes."""
         if not distributed.is_main():
-            return
+            return  # the others wait for it at the first step
         summary = summarise_data(self.phase.data)
         text = json.dumps(self.settings.to_dict(), indent=2, sort_keys=True)
         atomic_write_text(out / "settings.json", text + "\n")
