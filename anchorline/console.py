@@ -46,8 +46,8 @@ class Report(Protocol):
     def render(self) -> Table: ...
 
 
-def show_report(report: Report, json: Path | None) -> None:
-    """Show the figures on stdout and, if asked, write them to a file; each also where the other fails."""
+def show_report(report: Report, json: Path | None, *, to_stderr: bool = False) -> None:
+    """Show the figures and, if asked, write them to a file; each also where the other fails."""
     from rich.console import Console
 
     try:
@@ -56,7 +56,7 @@ def show_report(report: Report, json: Path | None) -> None:
 
             write_json(json, report.to_json())
     finally:
-        Console().print(report.render())
+        Console(stderr=to_stderr).print(report.render())
 
 
 def tell(report: Report) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anchorline.cli.options import JsonOption, spelled_out
-from anchorline.console import show_report, tell, warn
+from anchorline.console import show_report, warn
 from anchorline.runtime.io.errors import DataError, SettingsError
 from anchorline.runtime.video.options import DetectOptions
 
 if TYPE_CHECKING:
     from anchorline.cluster import ClusterSummary
     from anchorline.runtime import DetectSummary
-    from anchorline.serving.live_view import LiveView
 
 
 @spelled_out
@@ -71,11 +70,14 @@ def detect(
 ) -> None:
     """Detect objects in images, videos, cameras and streams."""
     from anchorline.runtime import detect as detect_sources
+    from anchorline.runtime.io.files import input_errors
     from anchorline.runtime.video.source import check_outputs, waits
 
     check_outputs((options.jsonl, options.report, json), (model, *sources))
     if classes_file is not None:
-        classes = (*options.filters.classes, *_lines_of(classes_file))
+        with input_errors(classes_file, "expected a class name a line", DataError):
+            lines = classes_file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        classes = (*options.filters.classes, *filter(None, map(str.strip, lines)))
         options = replace(options, filters=replace(options.filters, classes=classes))
     if ray is None and ray_workers is not None:
         raise SettingsError(
@@ -88,10 +90,16 @@ def detect(
         return
     # Files are to be done soon as a whole; of a live source each frame is.
     tuning = "throughput" if waits(sources, options.policy) else "latency"
-    with (
-        _live_view(serve, serve_token, serve_name or ()) as live,  # first: a port in use is told of at once
-        options.open_detector(model, tuning) as detector,
-    ):
+    with contextlib.ExitStack() as stack:
+        live = None
+        if serve is not None:  # first: a port in use is told of at once
+            from anchorline.serving.live_view import LiveView
+
+            live = stack.enter_context(LiveView(serve, token=serve_token, names=serve_name or ()))
+            warn(live.warnings)
+            shown = live.url if serve_token is None else f"{live.url}?token=... (with the token)"
+            print(f"anchorline: live view at {shown}", file=sys.stderr)
+        detector = stack.enter_context(options.open_detector(model, tuning))
         detect_sources(
             sources,
             detector,
@@ -135,40 +143,9 @@ def _detect_on_ray(
         raise typer.Exit(1)
 
 
-@contextlib.contextmanager
-def _live_view(serve: str | None, token: str | None, names: Sequence[str]) -> Iterator[LiveView | None]:
-    """A live view that is served inside the block, or ``None`` where nobody asked for one."""
-    if serve is None:
-        yield None
-        return
-    from anchorline.serving.live_view import LiveView
-
-    with LiveView(serve, token=token, names=names) as view:
-        warn(view.warnings)
-        shown = view.url if token is None else f"{view.url}?token=... (with the token)"
-        print(f"anchorline: live view at {shown}", file=sys.stderr)
-        yield view
-
-
-def _lines_of(file: Path) -> list[str]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{file}: cannot be read ({error}); expected a text file with a class name a line"
-        ) from None
-    return [line.strip() for line in lines if line.strip()]
-
-
 def _tell(summary: DetectSummary | ClusterSummary, options: DetectOptions, json: Path | None) -> None:
     """The figures go to stdout, or to stderr where that takes the JSON lines."""
-    from anchorline.runtime.io.files import write_json
     from anchorline.runtime.video.source import is_stdout
 
     warn(summary.warnings)
-    if not is_stdout(options.jsonl):
-        show_report(summary, json)
-        return
-    tell(summary)
-    if json is not None:
-        write_json(json, summary.to_json())
+    show_report(summary, json, to_stderr=is_stdout(options.jsonl))

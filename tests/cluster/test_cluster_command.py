@@ -52,7 +52,7 @@ def test_classes_by_name_and_from_a_file(ran, tmp_path, capsys):
     assert run("--ray", "local", "--classes", "cat, dog", "--classes", "bird", "--classes-file", file) == 0
     assert ran["options"].filters.classes == ("cat", "dog", "bird", "car, red", "bus")
     assert run("--ray", "local", "--classes-file", tmp_path / "none.txt") == 2
-    assert "none.txt: cannot be read" in capsys.readouterr().err
+    assert "none.txt: no such file" in capsys.readouterr().err
 
 
 def test_with_lines_on_stdout_the_tables_go_to_stderr(ran, capsys):

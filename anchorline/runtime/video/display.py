@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from anchorline.runtime.io.errors import DataError, OutputError, SettingsError
 from anchorline.runtime.io.files import atomic_path
 from anchorline.runtime.timing import PERCENTILES
-from anchorline.runtime.video.figures import Figures, RecentRates
+from anchorline.runtime.video.figures import Figures, RecentRates, source_table
 from anchorline.runtime.video.reader import VideoReader
 from anchorline.runtime.video.source import Source
 
@@ -78,20 +78,12 @@ class _LiveTable:
         self._recent = RecentRates(figures)
 
     def __rich__(self) -> Table:
-        from rich.table import Table
-
-        recent = self._recent.now()
-        table = Table()
-        table.add_column("source", overflow="fold")
-        for column in ("state", "frames", "in/s", "out/s", "dropped", "reconnects", "age p50", "age p95"):
-            table.add_column(column, justify="right")
-        for name, source in self._figures.sources.items():
-            age = source.age()
-            ages = [f"{age[p]:.0f} ms" if age else "" for p in ("p50", "p95")]
-            rates = [f"{rate:.1f}" for rate in recent[name]]
-            losses = [str(source.dropped), str(source.reconnects)]
-            table.add_row(name, source.state, str(source.frames_out), *rates, *losses, *ages)
-        return table
+        recent, sources = self._recent.now(), self._figures.sources
+        rows = {
+            name: {**each.snapshot(), "fps_in": recent[name].read, "fps_out": recent[name].answered}
+            for name, each in sources.items()
+        }
+        return source_table(rows, {name: each.state for name, each in sources.items()})
 
 
 @contextlib.contextmanager
@@ -143,13 +135,13 @@ def plot_latency(figures: Figures, path: str | Path) -> None:
     figure = Figure(figsize=(9, 8.5), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(1, 1))
     for colour, source in zip(itertools.cycle(_COLOURS), figures.sources.values(), strict=False):
-        points, found = source.trace.points, source.snapshot()
+        found, ages = source.snapshot(), source.ages
         above.plot(
-            [at for at, _ in points],
-            [1000 * age for _, age in points],
+            [at for at, _ in ages],
+            [1000 * age for _, age in ages],
             color=colour,
             lw=1.2,
-            marker="o" if len(points) == 1 else None,
+            marker="o" if len(ages) == 1 else None,
             label=f"{source.name}: {found['fps_out']:.1f} frames/s, {found['dropped']} dropped",
         )
         for at, kind in source.events:

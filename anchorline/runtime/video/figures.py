@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anchorline.runtime.io.errors import DataError
@@ -35,7 +36,7 @@ class SourceFigures:
     def __init__(self, name: str, live: bool) -> None:
         self.name, self.live = name, live
         self.stages = StageTimes()
-        self.trace = AgeTrace()
+        self.ages: list[tuple[float, float]] = []  # (seconds since the start, age), the highest ones
         self.state = "opening"
         self.warnings: list[str] = []
         self.first_error: DataError | None = None
@@ -80,7 +81,11 @@ class SourceFigures:
             self.frames_out += 1
             self.detections += detections
             self._age.add(age)
-            self.trace.add(now - self.start, age)
+            self.ages.append((now - self.start, age))
+            if len(self.ages) == 2 * _TRACE_LENGTH:  # of each two the higher one stays, however long it runs
+                self.ages = [
+                    max(two, key=itemgetter(1)) for two in zip(self.ages[::2], self.ages[1::2], strict=True)
+                ]
 
     def lost(self, error: DataError | None) -> None:
         """A live source broke off or could not be opened."""
@@ -256,34 +261,6 @@ class RecentRates:
             return dict(self._rates)
 
 
-class AgeTrace:
-    """The highest age in each of at most 2048 equal spans of time, however long it runs.
-
-    When the spans run out, pairs of them become one. ``points`` are (seconds since the start at the
-    span's middle, highest age in seconds).
-    """
-
-    def __init__(self) -> None:
-        self._span = 0.05
-        self._highest: dict[int, float] = {}
-
-    def add(self, at: float, age: float) -> None:
-        """Note the age of a result that left the pipeline ``at`` seconds after the start."""
-        while at / self._span >= _TRACE_LENGTH:
-            self._span *= 2
-            merged: dict[int, float] = {}
-            for index, highest in self._highest.items():
-                merged[index // 2] = max(highest, merged.get(index // 2, 0.0))
-            self._highest = merged
-        index = int(at / self._span)
-        self._highest[index] = max(age, self._highest.get(index, 0.0))
-
-    @property
-    def points(self) -> list[tuple[float, float]]:
-        """What was noted, by time."""
-        return [((index + 0.5) * self._span, age) for index, age in sorted(self._highest.items())]
-
-
 @dataclass(frozen=True)
 class DetectSummary:
     """What a run amounted to. ``stages`` holds milliseconds, ``{stage: {"p50", "p95", "p99"}}``; ``fps`` is
@@ -323,17 +300,28 @@ class DetectSummary:
             stages.add_row("capture to result", *(f"{self.age[p]:.2f}" for p in _PERCENTILES))
         tables.add_row(stages)
         if self.sources:
-            sources = Table(caption="age: capture to result, in ms")
-            sources.add_column("source", overflow="fold")
-            for column in ("frames", "in/s", "out/s", "drops", "reconnects", "age p50", "p95"):
-                sources.add_column(column, justify="right", no_wrap=True)
-            for name, each in self.sources.items():
-                rates = [f"{each[rate]:.1f}" for rate in ("fps_in", "fps_out")]
-                counts = [str(each[count]) for count in ("dropped", "reconnects")]
-                ages = [f"{each['age'][p]:.1f}" if each["age"] else "" for p in ("p50", "p95")]
-                sources.add_row(name, str(each["frames"]), *rates, *counts, *ages)
-            tables.add_row(sources)
+            table = source_table(self.sources)
+            table.caption = "age: capture to result, in ms"
+            tables.add_row(table)
         return tables
+
+
+def source_table(sources: Mapping[str, Mapping[str, Any]], states: Mapping[str, str] | None = None) -> Table:
+    """The snapshots of sources as a table for ``rich``, with the state of each where it goes on."""
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("source", overflow="fold")
+    heads = ("frames", "in/s", "out/s", "drops", "reconnects", "age p50", "p95")
+    for column in ("state", *heads) if states else heads:
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, each in sources.items():
+        ages = [f"{each['age'][p]:.1f}" if each["age"] else "" for p in ("p50", "p95")]
+        rates = [f"{each[rate]:.1f}" for rate in ("fps_in", "fps_out")]
+        counts = [str(each[count]) for count in ("dropped", "reconnects")]
+        state = [states[name]] if states else []
+        table.add_row(name, *state, str(each["frames"]), *rates, *counts, *ages)
+    return table
 
 
 def _rate(count: int, first: float | None, last: float) -> float:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from anchorline.runtime.detections import Detections
@@ -165,42 +165,33 @@ class Feed:
 
     def run(self) -> None:
         """Read until the source ends or the pipeline stops. Raises what nobody expected."""
-        source, where = self._source, self._source.where
+        source, where, options = self._source, self._source.where, self._options
         try:
             if source.items:
                 for item in source.items:
-                    if self._intake.stopped.is_set():
-                        return
-                    self._read_file(item)
+                    self._read_file(functools.partial(open_file, item, options.decoder), item)
             elif not isinstance(where, str | int | Path):
-                self._figures.asked()
                 self._pump(IterableReader(where))
             elif source.live:
                 self._read_live(where if isinstance(where, int) else str(where))
             else:
-                self._read_remote_file(str(where))
+                name = source.describe()
+                self._read_file(lambda: open_stream(str(where), options.decoder, options.stall, name, False))
         finally:
             self._figures.state = "ended"
             self._intake.end(self._queue)
 
-    def _read_file(self, item: Item) -> None:
+    def _read_file(self, opening: Callable[[], Reader], item: Item | None = None) -> None:
+        if self._intake.stopped.is_set():
+            return
         start = time.perf_counter()
         try:
-            reader = open_file(item, self._options.decoder)
+            reader = opening()
             # Opening an image decodes it; opening a video is no frame's share.
-            opened = 0.0 if item.is_video else time.perf_counter() - start
+            opened = time.perf_counter() - start if item and not item.is_video else 0.0
             self._pump(reader, item, opened)
         except DataError as error:
             self._figures.unreadable(error)
-
-    def _read_remote_file(self, url: str) -> None:
-        options, name = self._options, self._source.describe()
-        try:
-            reader = open_stream(url, options.decoder, options.stall, name, live=False)
-        except DataError as error:
-            self._figures.unreadable(error)
-        else:
-            self._pump(reader)
 
     def _read_live(self, where: str | int) -> None:
         figures, options, stopped = self._figures, self._options, self._intake.stopped
@@ -230,7 +221,7 @@ class Feed:
     def _pump(self, reader: Reader, item: Item | None = None, opened: float = 0.0) -> None:
         """Hand the reader's frames on until it ends; ``opened`` seconds went into its first one."""
         source, figures, stopped = self._source, self._figures, self._intake.stopped
-        stream = self._stream(reader, item)
+        stream: Stream | None = None
         is_played = source.chosen_policy == "latest" and item is not None and item.is_video
         began: float | None = None  # of a file that is played at its own rate, as if a camera delivered it
         with contextlib.closing(reader):
@@ -257,18 +248,18 @@ class Feed:
                 self._all_figures.took(times, source.name)
                 if index % source.stride:
                     continue
-                if pixels.shape[:2] != stream.size:
-                    stream = replace(stream, size=(pixels.shape[0], pixels.shape[1]))
+                size = (pixels.shape[0], pixels.shape[1])
+                if stream is None or size != stream.size:
+                    stream = self._stream(size, reader.fps / source.stride, item)
                 frame = Result(pixels, _NOTHING, stream, index, time_s, captured, times)
                 if not self._intake.offer(self._queue, frame):
                     break
             figures.note(reader.warnings)
 
-    def _stream(self, reader: Reader, item: Item | None) -> Stream:
-        name, fps = self._source.name, reader.fps / self._source.stride
+    def _stream(self, size: tuple[int, int], fps: float, item: Item | None) -> Stream:
+        source = self._source
         if item is None:
-            live, target = bool(self._source.live), self._source.target
-            return Stream(name, name, reader.size, fps, is_live=live, target=target)
-        is_alone = item.is_video and len(self._source.items) == 1
-        origin = name if is_alone else str(item.path)
-        return Stream(name, origin, reader.size, fps, item.is_video, target=item.target)
+            return Stream(source.name, source.name, size, fps, True, bool(source.live), source.target)
+        is_alone = item.is_video and len(source.items) == 1
+        origin = source.name if is_alone else str(item.path)
+        return Stream(source.name, origin, size, fps, item.is_video, target=item.target)

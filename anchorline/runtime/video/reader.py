@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.canvas import check_frame
 from anchorline.runtime.io.errors import DataError, SettingsError
+from anchorline.runtime.io.files import input_errors
 from anchorline.runtime.io.images import read_image
 from anchorline.runtime.io.native_log import ffmpeg_lines, quiet_opencv
 from anchorline.runtime.video.options import Decoder
@@ -36,11 +37,10 @@ class Reader:
     """One opening of a source, which is its constructor's work. A context manager.
 
     Iterated once it yields (index, time in seconds, uint8 BGR frame [H, W, 3]), and ends where the source
-    ends or breaks off. ``size`` is the (height, width) of the first frame, ``fps`` the stated rate. All
-    calls come from one thread. A constructor raises ``DataError``.
+    ends or breaks off. ``fps`` is the stated rate. All calls come from one thread. A constructor raises
+    ``DataError``.
     """
 
-    size: tuple[int, int]
     fps: float = FALLBACK_FPS
 
     @property
@@ -70,7 +70,6 @@ class ImageReader(Reader):
 
     def __init__(self, path: Path) -> None:
         self._image = read_image(path)
-        self.size = (self._image.shape[0], self._image.shape[1])
 
     def __iter__(self) -> Iterator[tuple[int, float, Pixels]]:
         yield 0, 0.0, self._image
@@ -81,16 +80,13 @@ class IterableReader(Reader):
 
     def __init__(self, frames: Iterable[Pixels]) -> None:
         self._frames = iter(frames)
-        self._first = next(self._frames, None)
-        self.size = (0, 0) if self._first is None else check_frame(self._first).shape[:2]
 
     def __iter__(self) -> Iterator[tuple[int, float, Pixels]]:
-        start, index, frame = time.monotonic(), 0, self._first
-        self._first = None
-        while frame is not None:
-            yield index, time.monotonic() - start if index else 0.0, check_frame(frame)
-            index += 1
-            frame = next(self._frames, None)
+        start: float | None = None
+        for index, frame in enumerate(self._frames):
+            now = time.monotonic()
+            start = now if start is None else start
+            yield index, now - start, check_frame(frame)
 
     def close(self) -> None:
         """Close the generator, so that its ``finally`` runs now."""
@@ -120,7 +116,7 @@ class _PacketReader(Reader):
         if self._first is None:
             self.close()
             raise DataError(f"{self._name}: {complaint}")
-        self.size = (self._first[1].shape[0], self._first[1].shape[1])
+        self.size: tuple[int, int] = (self._first[1].shape[0], self._first[1].shape[1])
 
     def __iter__(self) -> Iterator[tuple[int, float, Pixels]]:
         timed, self._first = self._first, None
@@ -226,7 +222,11 @@ class VideoReader(StreamReader):
     def __init__(self, path: str | Path) -> None:
         _PacketReader.__init__(self, str(path), live=False)
         self.path = Path(path)
-        _check_file(self.path)
+        if self.path.is_dir():
+            raise DataError(f"{path}: is a folder, expected a video file")
+        with input_errors(path, "expected a video", DataError), self.path.open("rb") as file:
+            if not file.read(1):
+                raise DataError(f"{path}: the file is empty, expected a video; copy or download it again")
         self._resized_from: int | None = None
         self._capture = cv2.VideoCapture()
         with quiet_opencv(), ffmpeg_lines() as messages:
@@ -375,16 +375,3 @@ def open_stream(where: str | int, decoder: Decoder, stall: float, name: str, liv
     if decoder == "pyav" and isinstance(where, str):
         return AvReader(where, stall, name, live)
     return StreamReader(where, stall, name, live)
-
-
-def _check_file(path: Path) -> None:
-    try:
-        if path.is_dir():
-            raise DataError(f"{path}: is a folder, expected a video file")
-        with path.open("rb") as file:
-            if not file.read(1):
-                raise DataError(f"{path}: the file is empty, expected a video; copy or download it again")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; expected a video") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
