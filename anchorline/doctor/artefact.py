@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple
 from anchorline.doctor.conflicts import Finding
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.io.errors import ArtefactError
-from anchorline.runtime.io.files import sha256_of
+from anchorline.runtime.io.files import input_errors, sha256_of
 from anchorline.runtime.io.protobuf import fields
+from anchorline.runtime.tensorrt.library import FLAVOURS
 from anchorline.runtime.tensorrt.manifest import EngineManifest, read_manifest
 
-FLAVOURS = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors' own bound
 _LONGEST_LIST = 12  # class names that are shown
 # Field numbers of ModelProto.
@@ -75,11 +75,12 @@ def read_artefact(path: Path) -> Artefact:
     if suffix == ".engine":
         return _read_engine(path)
     metadata: Mapping[str, Any]
-    if suffix == ".onnx":
-        producer, opset, metadata = read_onnx_header(path)
-        kind = f"ONNX graph, opset {opset}" + (f", written by {producer}" if producer else "")
-    else:
-        metadata, kind = _safetensors_metadata(path), "checkpoint of PyTorch weights (safetensors)"
+    with input_errors(path):
+        if suffix == ".onnx":
+            producer, opset, metadata = read_onnx_header(path)
+            kind = f"ONNX graph, opset {opset}" + (f", written by {producer}" if producer else "")
+        else:
+            metadata, kind = _safetensors_metadata(path), "checkpoint of PyTorch weights (safetensors)"
     text = metadata.get(CONTRACT_KEY)
     if not isinstance(text, str):
         raise ArtefactError(
@@ -92,14 +93,9 @@ def read_artefact(path: Path) -> Artefact:
 
 def _read_engine(path: Path) -> Artefact:
     manifest = read_manifest(path)
-    if manifest.flavour not in FLAVOURS:
-        raise ArtefactError(
-            f"{manifest.path}: flavour is {manifest.flavour!r}; expected one of {', '.join(FLAVOURS)}; "
-            "build the engine again"
-        )
     capabilities = ", ".join(f"sm_{each}" for each in manifest.compute_capabilities)
     details = {
-        "kind": f"engine of {FLAVOURS[manifest.flavour]} {manifest.flavour_version}",
+        "kind": f"engine of {FLAVOURS[manifest.flavour].title} {manifest.flavour_version}",
         "compute capability": capabilities or "not stated",
         "built from": source_of(manifest)[0] or "not stated",
     }
@@ -128,8 +124,6 @@ def _safetensors_metadata(path: Path) -> Mapping[str, Any]:
         metadata = header.pop("__metadata__", {})
         end = max((each["data_offsets"][1] for each in header.values()), default=0)
         missing = 8 + length + end - path.stat().st_size
-    except OSError as error:
-        raise ArtefactError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         raise ArtefactError(
             f"{path}: not a readable safetensors file; it may be cut short, copy it again"
@@ -156,8 +150,6 @@ def read_onnx_header(path: Path) -> OnnxHeader:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _parse(content)
-    except OSError as error:
-        raise ArtefactError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
     except ValueError as error:
         reason = "it is empty" if path.stat().st_size == 0 else error
         raise ArtefactError(

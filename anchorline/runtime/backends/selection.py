@@ -33,11 +33,6 @@ def open_backend(path: Path, provider: str, cpu: CpuOptions, options: GpuOptions
         )
     if path.suffix.lower() == ".engine":
         manifest = read_manifest(path)
-        if manifest.flavour not in FLAVOURS:
-            raise ArtefactError(
-                f"{manifest.path}: flavour is {manifest.flavour!r}; expected one of {', '.join(FLAVOURS)}; "
-                "build the engine again"
-            )
         if provider == "tensorrt-rtx" and manifest.flavour != provider:
             raise SettingsError(f"provider is {provider!r}, but {path} is an engine of {manifest.flavour}")
         if provider == "auto" or provider in FLAVOURS:

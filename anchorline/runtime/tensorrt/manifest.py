@@ -95,6 +95,11 @@ def read_manifest(engine: Path, *, check_engine: bool = True) -> EngineManifest:
             f"{engine}: is not the engine that {path.name} describes (another sha256); build it again or "
             "copy both files together"
         )
+    if manifest.flavour not in FLAVOURS:
+        raise ArtefactError(
+            f"{path}: flavour is {manifest.flavour!r}; expected one of {', '.join(FLAVOURS)}; "
+            "build the engine again"
+        )
     return manifest
 
 
