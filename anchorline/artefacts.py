@@ -172,7 +172,7 @@ def _open_in_torchvision(path: Path, task: str) -> Subject:
             f"--reference torchvision is for a model.safetensors and detections; got {path} and the task "
             f"{task}"
         )
-    from anchorline.export.importers.torchvision_reference import TorchvisionDetector
+    from anchorline.export.importers.torchvision import TorchvisionDetector
     from anchorline.train.checkpoint import load_checkpoint
 
     return Subject(path, TorchvisionDetector.of(*load_checkpoint(path)))

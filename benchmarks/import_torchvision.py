@@ -25,7 +25,7 @@ from drawn_weights import draw_weights
 from numpy.typing import NDArray
 from record import append_row
 
-from anchorline.export.importers.torchvision_reference import TorchvisionDetector
+from anchorline.export.importers.torchvision import TorchvisionDetector
 from anchorline.export.onnx_export import export_onnx, trimmed_canvas
 from anchorline.runtime import Detections, Detector
 from anchorline.train.predict import TorchDetector

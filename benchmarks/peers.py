@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from record import append_row
 
 from anchorline.export.importers.importing import import_checkpoint
-from anchorline.export.importers.torchvision_reference import TorchvisionDetector
+from anchorline.export.importers.torchvision import TorchvisionDetector
 from anchorline.export.onnx_export import export_onnx, trimmed_canvas
 from anchorline.runtime import Detections, Detector
 from anchorline.runtime.backends.cpu_options import usable_cores

@@ -91,7 +91,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     import numpy as np
 
-    from anchorline.export.importers.detectron2 import ARCHITECTURES, their_name
+    from anchorline.export.importers.detectron2 import ARCHITECTURES, LIBRARY
     from anchorline.export.importers.library import expected_shapes
 
     narrow = dataclasses.replace(
@@ -100,7 +100,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arrays = {}
     for name, shape in expected_shapes(narrow, 2).items():
         rows = (8, *shape[1:]) if "box_predictor.bbox_pred" in name else shape  # none for the background
-        arrays[their_name(name, narrow)] = np.full(rows, 0.01, np.float16)
+        arrays[LIBRARY.their_name(name, narrow)] = np.full(rows, 0.01, np.float16)
     path = tmp_path_factory.mktemp("foreign") / "model_final.pkl"
     path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))
     return path

@@ -97,7 +97,7 @@ def test_every_published_name_has_its_place(arch: str) -> None:
     """Nothing is allocated: names and shapes of the whole models, in full size."""
     settings = detectron2.ARCHITECTURES[arch].settings
     ours = {
-        detectron2.their_name(name, settings): shape
+        detectron2.LIBRARY.their_name(name, settings): shape
         for name, shape in expected_shapes(settings, 80).items()
         if not name.endswith("num_batches_tracked")
     }
@@ -112,8 +112,8 @@ def test_every_published_name_has_its_place(arch: str) -> None:
 def test_the_tensors_show_the_architecture(arch: str) -> None:
     state = {name: torch.empty(shape, device="meta") for name, shape in published(arch).items()}
     expected = None if arch == "detectron2_x101_c4" else arch
-    assert detectron2.recognise(None, state) == expected  # type: ignore[arg-type]
-    assert torchvision.recognise(None, state) is None  # type: ignore[arg-type]
+    assert detectron2.LIBRARY.recognise(None, state) == expected  # type: ignore[arg-type]
+    assert torchvision.LIBRARY.recognise(None, state) is None  # type: ignore[arg-type]
 
 
 COMMON = {
@@ -364,7 +364,7 @@ def test_anchors_in_the_checkpoint_are_taken() -> None:
 
     def described(state: dict[str, Tensor]) -> ModelSettings:
         source = CheckpointFile("model.pkl", state, "")
-        return detectron2.describe(source, state, "detectron2_r50_fpn").settings
+        return detectron2.LIBRARY.describe(source, state, "detectron2_r50_fpn").settings
 
     settings = described(held)
     assert settings.anchor_sizes == tuple((size,) for size in sizes)
@@ -428,7 +428,7 @@ def test_the_wrong_architecture_is_answered_with_the_right_one(refusal: Callable
 
 
 def test_cocos_80_classes_are_the_default() -> None:
-    coco = detectron2.coco_classes()
+    coco = detectron2.LIBRARY.coco_classes()
     assert coco.category_ids is not None
     assert len(coco.names) == len(coco.category_ids) == 80
     assert (coco.names[0], coco.names[11], coco.names[79]) == ("person", "stop sign", "toothbrush")

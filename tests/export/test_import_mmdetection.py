@@ -75,7 +75,7 @@ def published(depth: str, classes: int = 80, fpn: int = 256, fc: int = 1024) -> 
 def test_every_published_name_has_its_place(arch: str) -> None:
     settings = mmdetection.ARCHITECTURES[arch].settings
     ours = {
-        mmdetection.their_name(name, settings): shape
+        mmdetection.LIBRARY.their_name(name, settings): shape
         for name, shape in expected_shapes(settings, 80).items()
         if not name.endswith("num_batches_tracked")
     }

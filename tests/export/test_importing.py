@@ -24,9 +24,8 @@ from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from anchorline.data.synthetic import generate_scene
 from anchorline.export.importers import torchvision as importer
 from anchorline.export.importers.importing import import_checkpoint
-from anchorline.export.importers.library import expected_shapes
-from anchorline.export.importers.torchvision import ARCHITECTURES, coco_classes
-from anchorline.export.importers.torchvision_reference import TorchvisionDetector
+from anchorline.export.importers.library import coco_90, expected_shapes
+from anchorline.export.importers.torchvision import ARCHITECTURES, TorchvisionDetector
 from anchorline.export.onnx_export import export_onnx, trimmed_canvas
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.detections import Detections
@@ -311,7 +310,7 @@ def test_the_contract_says_what_the_model_is(state: dict[str, Tensor], classes: 
 
 
 def test_cocos_classes_keep_torchvisions_labels() -> None:
-    names = coco_classes().names
+    names = coco_90().names
     assert len(names) == len(set(names)) == 90
     assert (names[0], names[11], names[12], names[89]) == ("person", "N/A 12", "stop sign", "toothbrush")
     assert sum(name.startswith("N/A") for name in names) == 10

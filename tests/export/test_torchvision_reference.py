@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from anchorline.export.importers.torchvision_reference import TorchvisionDetector, torchvision_model
+from anchorline.export.importers.torchvision import TorchvisionDetector, torchvision_model
 from anchorline.export.onnx_export import trimmed_canvas
 from anchorline.runtime.canvas import Preprocessor
 from anchorline.runtime.contract import Contract, ResizeRule

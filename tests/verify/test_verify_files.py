@@ -19,7 +19,7 @@ from anchorline.artefacts import verify_engine, verify_import
 from anchorline.cli import main
 from anchorline.data.synthetic import CLASS_NAMES, generate_scene
 from anchorline.export import onnx_export as exporting
-from anchorline.export.importers.torchvision_reference import TorchvisionDetector
+from anchorline.export.importers.torchvision import TorchvisionDetector
 from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector

@@ -6,41 +6,22 @@ The files that each rule comes from stand in ``docs/import.md``.
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from anchorline.export.importers.checkpoint_files import CheckpointFile
-from anchorline.export.importers.library import (
-    CLASSIFIER,
-    Architecture,
-    ClassNames,
-    Description,
-    background_first,
-    coco_80,
-    ratio_by_ratio,
-    side_of,
-    with_widths,
-    without_prefix,
-)
+from anchorline.export.importers.library import Architecture, Description, Library, State, side_of
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import ArtefactError
 from anchorline.train.model.anchors import unrounded_base_anchors
-from anchorline.train.model.backbones import BACKBONES
 from anchorline.train.model.settings import ModelSettings
-
-NAME = "Detectron2"
-INPUT_DTYPE = "uint8"
-IGNORED = ("pixel_mean", "pixel_std", "proposal_generator.anchor_generator.")
 
 _RPN_HEAD = "proposal_generator.rpn_head."
 _FPN, _C4 = "backbone.fpn_lateral2.weight", "roi_heads.res5.0.conv1.weight"
 _ALL_SIZES = ((32.0, 64.0, 128.0, 256.0, 512.0),)
 _ANCHORS = "proposal_generator.anchor_generator.cell_anchors."
-_POOLED_STAGE = {"single": 16, "dc5": 32}  # the stage that RoIs are pooled from, by its stride in a ResNet
 
 
 def _architectures() -> dict[str, Architecture]:
@@ -76,26 +57,9 @@ def _architectures() -> dict[str, Architecture]:
 ARCHITECTURES = _architectures()
 """The architectures of ``configs/COCO-Detection/faster_rcnn_*.yaml``."""
 
-KNOWN_NAMES = ", ".join(ARCHITECTURES)
 
-
-def coco_classes() -> ClassNames:
-    """COCO's 80 classes in the order of their ids."""
-    return coco_80()
-
-
-def current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` without what stands before Detectron2's names."""
-    return without_prefix(state, CLASSIFIER)
-
-
-def recognise(source: CheckpointFile, state: Mapping[str, Tensor]) -> str | None:
-    """The architecture that the tensors show."""
-    return _by_tensors(state)
-
-
-def _by_tensors(state: Mapping[str, Tensor]) -> str | None:
-    """The architecture by the parts that are there, the blocks of the fourth stage and the groups."""
+def recognise(source: CheckpointFile, state: State) -> str | None:
+    """The architecture by the parts that are there, the blocks of ``res4`` and the groups."""
     if f"{_RPN_HEAD}objectness_logits.weight" not in state:
         return None
     kind = "fpn" if _FPN in state else "c4" if _C4 in state else "dc5"
@@ -107,22 +71,27 @@ def _by_tensors(state: Mapping[str, Tensor]) -> str | None:
     return arch if arch in ARCHITECTURES else None
 
 
-def describe(source: CheckpointFile, state: Mapping[str, Tensor], arch: str) -> Description:
-    """The zoo's settings, with the widths of ``state`` and what it holds of pixel statistics and anchors."""
+def describe(source: CheckpointFile, state: State, arch: str) -> Description:
+    """The zoo's settings with what ``state`` holds of pixel statistics and anchors."""
     architecture = ARCHITECTURES[arch]
     usual = architecture.settings
     held = {**_pixel_statistics(state, source.name), **_anchors(state, usual, source.name)}
-    stride = _POOLED_STAGE.get(usual.neck)
-    found = with_widths(
-        dataclasses.replace(usual, **held),
-        channels=BACKBONES[usual.backbone].maps[stride][1] if stride else side_of(state, _FPN, 0),
-        pooled=side_of(state, "roi_heads.box_head.fc1.weight", 1),
-        representation=side_of(state, CLASSIFIER, 1),
-    )
-    return Description(found, architecture.resize, warnings=_warnings(found, usual))
+    found = dataclasses.replace(usual, **held)
+    warnings = []  # what the tensors leave open where their statistics are not the zoo's
+    if found.mean[0] > found.mean[2]:
+        warnings.append(
+            f"pixel_mean is {list(found.mean)}, the order of RGB; if the model was trained with INPUT.FORMAT "
+            '"RGB", import again with --set channel_order=rgb'
+        )
+    if max(found.std) > 1 and usual.bottleneck_stride == "1x1":
+        warnings.append(
+            f"pixel_std is {list(found.std)}, so the backbone is not MSRA's; if it was trained with "
+            "STRIDE_IN_1X1: False, import again with --set bottleneck_stride=3x3"
+        )
+    return Description(found, architecture.resize, warnings=tuple(warnings))
 
 
-def _pixel_statistics(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+def _pixel_statistics(state: State, where: str) -> dict[str, Any]:
     """Mean and standard deviation where the checkpoint has them, as those of before version 0.5."""
     found = {}
     for field in ("mean", "std"):
@@ -138,7 +107,7 @@ def _pixel_statistics(state: Mapping[str, Tensor], where: str) -> dict[str, Any]
     return found
 
 
-def _anchors(state: Mapping[str, Tensor], usual: ModelSettings, where: str) -> dict[str, Any]:
+def _anchors(state: State, usual: ModelSettings, where: str) -> dict[str, Any]:
     """Anchor sizes and ratios where the checkpoint holds the anchors, as those of before version 0.5."""
     held = [state.get(f"{_ANCHORS}{level}") for level in range(len(usual.anchor_sizes))]
     found = [_sizes_and_ratios(each) for each in held if each is not None]
@@ -175,75 +144,39 @@ def _distinct(values: Tensor, decimals: int) -> tuple[float, ...]:
     return tuple(dict.fromkeys(round(value, decimals) for value in values.tolist()))
 
 
-def _warnings(found: ModelSettings, usual: ModelSettings) -> tuple[str, ...]:
-    """What the tensors leave open where their statistics are not the zoo's."""
-    warnings = []
-    if found.mean[0] > found.mean[2]:
-        warnings.append(
-            f"pixel_mean is {list(found.mean)}, the order of RGB; if the model was trained with INPUT.FORMAT "
-            '"RGB", import again with --set channel_order=rgb'
-        )
-    if max(found.std) > 1 and usual.bottleneck_stride == "1x1":
-        warnings.append(
-            f"pixel_std is {list(found.std)}, so the backbone is not MSRA's; if it was trained with "
-            "STRIDE_IN_1X1: False, import again with --set bottleneck_stride=3x3"
-        )
-    return tuple(warnings)
-
-
-_RENAMED: tuple[tuple[str, str], ...] = (
-    (r"^backbone\.body\.(conv1|bn1)\.", r"backbone.body.stem.\1."),
-    (r"^roi_heads\.box_head\.layer4\.", "roi_heads.res5."),
-    (r"\.layer1\.", ".res2."),
-    (r"\.layer2\.", ".res3."),
-    (r"\.layer3\.", ".res4."),
-    (r"\.layer4\.", ".res5."),
-    (r"\.bn(\d)\.", r".conv\1.norm."),
-    (r"\.downsample\.0\.", ".shortcut."),
-    (r"\.downsample\.1\.", ".shortcut.norm."),
-    (r"^backbone\.fpn\.inner_blocks\.0\.0\.", "backbone.fpn_lateral2."),
-    (r"^backbone\.fpn\.inner_blocks\.1\.0\.", "backbone.fpn_lateral3."),
-    (r"^backbone\.fpn\.inner_blocks\.2\.0\.", "backbone.fpn_lateral4."),
-    (r"^backbone\.fpn\.inner_blocks\.3\.0\.", "backbone.fpn_lateral5."),
-    (r"^backbone\.fpn\.layer_blocks\.0\.0\.", "backbone.fpn_output2."),
-    (r"^backbone\.fpn\.layer_blocks\.1\.0\.", "backbone.fpn_output3."),
-    (r"^backbone\.fpn\.layer_blocks\.2\.0\.", "backbone.fpn_output4."),
-    (r"^backbone\.fpn\.layer_blocks\.3\.0\.", "backbone.fpn_output5."),
-    (r"^rpn\.head\.conv\.0\.0\.", f"{_RPN_HEAD}conv."),
-    (r"^rpn\.head\.cls_logits\.", f"{_RPN_HEAD}objectness_logits."),
-    (r"^rpn\.head\.bbox_pred\.", f"{_RPN_HEAD}anchor_deltas."),
-    (r"^roi_heads\.box_head\.fc6\.", "roi_heads.box_head.fc1."),
-    (r"^roi_heads\.box_head\.fc7\.", "roi_heads.box_head.fc2."),
+LIBRARY = Library(
+    name="Detectron2",
+    architectures=ARCHITECTURES,
+    known_names=", ".join(ARCHITECTURES),
+    recognise=recognise,
+    describe=describe,
+    names=(
+        (r"^backbone\.body\.(conv1|bn1)\.", r"backbone.body.stem.\1."),
+        (r"^roi_heads\.box_head\.layer4\.", "roi_heads.res5."),
+        *((rf"\.layer{number}\.", f".res{number + 1}.") for number in range(1, 5)),
+        (r"\.bn(\d)\.", r".conv\1.norm."),
+        (r"\.downsample\.0\.", ".shortcut."),
+        (r"\.downsample\.1\.", ".shortcut.norm."),
+        *(
+            (rf"^backbone\.fpn\.{ours}_blocks\.{level}\.0\.", f"backbone.fpn_{theirs}{level + 2}.")
+            for ours, theirs in (("inner", "lateral"), ("layer", "output"))
+            for level in range(4)
+        ),
+        (r"^rpn\.head\.conv\.0\.0\.", f"{_RPN_HEAD}conv."),
+        (r"^rpn\.head\.cls_logits\.", f"{_RPN_HEAD}objectness_logits."),
+        (r"^rpn\.head\.bbox_pred\.", f"{_RPN_HEAD}anchor_deltas."),
+        (r"^roi_heads\.box_head\.fc6\.", "roi_heads.box_head.fc1."),
+        (r"^roi_heads\.box_head\.fc7\.", "roi_heads.box_head.fc2."),
+    ),
+    body={"fpn": "backbone.bottom_up.", "single": "backbone.", "dc5": "backbone."},
+    ignored=("pixel_mean", "pixel_std", "proposal_generator.anchor_generator."),
+    background_last=True,
+    size_by_size=True,
+    marks=(
+        (r"^roi_heads\.mask_head\.", "a Mask R-CNN"),
+        (r"^roi_heads\.keypoint_head\.", "a Keypoint R-CNN"),
+        (r"^roi_heads\.box_(head|predictor)\.0\.", "a Cascade R-CNN"),
+        (r"^head\.cls_subnet\.", "a RetinaNet"),
+        (r"^roi_heads\.box_head\.conv1\.", "a model with convolutions in its box head"),
+    ),
 )
-
-
-def their_name(ours: str, settings: ModelSettings) -> str:
-    """Detectron2's name of our parameter ``ours``."""
-    for pattern, replacement in _RENAMED:
-        ours = re.sub(pattern, replacement, ours)
-    return ours.replace("backbone.body.", "backbone.bottom_up." if settings.neck == "fpn" else "backbone.")
-
-
-def our_layout(state: Mapping[str, Tensor], settings: ModelSettings) -> dict[str, Tensor]:
-    """``state`` with the background first and its anchors, which run size by size, ratio by ratio."""
-    return ratio_by_ratio(background_first(state), settings)
-
-
-def likely_cause(state: Mapping[str, Tensor], settings: ModelSettings) -> str:
-    """What the names say the checkpoint is, as the end of a message."""
-    for mark, kind in (
-        ("roi_heads.mask_head.", "a Mask R-CNN"),
-        ("roi_heads.keypoint_head.", "a Keypoint R-CNN"),
-        ("roi_heads.box_head.0.", "a Cascade R-CNN"),
-        ("roi_heads.box_predictor.0.", "a Cascade R-CNN"),
-        ("head.cls_subnet.", "a RetinaNet"),
-        ("roi_heads.box_head.conv1.", "a model with convolutions in its box head"),
-    ):
-        if any(name.startswith(mark) for name in state):
-            return f"; it looks like {kind}, which this command does not read"
-    best = _by_tensors(state)
-    if best is None:
-        return ""
-    likely = ARCHITECTURES[best].settings
-    same = (likely.backbone, likely.neck) == (settings.backbone, settings.neck)
-    return "" if same else f"; it looks like {best}: give --arch {best}"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-
-from torch import Tensor
 
 from anchorline import __version__
 from anchorline.export.importers import detectron2, mmdetection, py_faster_rcnn, torchvision
@@ -18,13 +16,12 @@ from anchorline.export.importers.checkpoint_files import (
     read_weights_enum,
 )
 from anchorline.export.importers.library import (
-    CLASSIFIER,
-    Description,
     Library,
+    State,
     choose_class_names,
     fit_state,
     output_count,
-    to_our_names,
+    with_widths,
 )
 from anchorline.runtime.canvas import padded
 from anchorline.runtime.contract import Contract, ResizeRule
@@ -33,10 +30,12 @@ from anchorline.train.checkpoint import contract_of, save_checkpoint
 from anchorline.train.model.settings import ModelSettings, expect, settings_from
 from anchorline.train.settings import parse_override
 
-LIBRARIES: tuple[Library, ...] = (torchvision, detectron2, mmdetection, py_faster_rcnn)
+LIBRARIES = tuple(module.LIBRARY for module in (torchvision, detectron2, mmdetection, py_faster_rcnn))
 
 LIBRARY_KEY = "library"
 """In ``Contract.source``: the library that an imported model comes from."""
+
+_NO_FILE = CheckpointFile("", {}, "")
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def import_checkpoint(
     """Write the detector in ``checkpoint``, of any of ``LIBRARIES``, to ``out`` as a checkpoint of ours.
 
     ``checkpoint`` is a file or the name of torchvision's weights; ``arch`` a name in the libraries'
-    ``ARCHITECTURES`` (torchvision's weights know theirs, Detectron2's and MMDetection's tensors show it).
+    ``architectures`` (torchvision's weights know theirs, Detectron2's and MMDetection's tensors show it).
     ``classes`` are the class names without the background, or a file of them, one a line or a JSON list;
     the checkpoint's own are the default, and COCO's where the model has as many outputs. The sides of
     ``resize`` replace the architecture's own, and ``canvas`` (height, width; multiples of 32) the one
@@ -77,15 +76,32 @@ def import_checkpoint(
     source, library, arch, assumed = _read(checkpoint, arch)
     state = library.current_names(source.state)
     described = library.describe(source, state, arch)
-    settings, eps_warnings = _changed(described, batch_norm_eps, overrides)
-    resize, input_dtype = _resize(described.resize, resize, library.INPUT_DTYPE, fast_resize)
-    settings = dataclasses.replace(settings, canvas=canvas or landscape_canvas(resize))
-    outputs = output_count(state, library.their_name(CLASSIFIER, settings))
-    fitted = _fitted(library, state, settings, outputs - 1, source.name, arch)
+    settings = with_widths(library, described.settings, state)
+    eps_warnings = described.eps_warnings if batch_norm_eps is None else ()
+    settings = _changed(settings, batch_norm_eps, overrides)
+    rule, input_dtype = described.resize, library.input_dtype
+    if resize is not None:
+        rule = dataclasses.replace(rule, shorter_side=resize.shorter_side, longer_side=resize.longer_side)
+    if fast_resize:
+        rule, input_dtype = dataclasses.replace(rule, interpolation="bilinear"), "uint8"
+    settings = dataclasses.replace(settings, canvas=canvas or landscape_canvas(rule))
+    outputs = output_count(library, state, settings)
+    try:
+        fitted = fit_state(library, state, settings, outputs - 1)
+    except ArtefactError as error:
+        cause = _likely_cause(library, arch, state, settings)
+        raise ArtefactError(f"{source.name}: does not fit {arch}: {error}{cause}") from None
     chosen = choose_class_names(classes, described.names, library.coco_classes(), outputs, source.name)
+    origin = {
+        "imported_from": source.name,
+        "sha256": source.sha256,
+        LIBRARY_KEY: library.name,
+        "arch": arch,
+        "imported_by": f"anchorline {__version__}",
+    }
     contract = dataclasses.replace(
-        contract_of(settings, chosen.names, chosen.category_ids, _source(source, library, arch)),
-        resize=resize,
+        contract_of(settings, chosen.names, chosen.category_ids, origin),
+        resize=rule,
         input_dtype=input_dtype,
     )
     save_checkpoint(out, fitted, settings, contract)
@@ -105,57 +121,36 @@ def landscape_canvas(resize: ResizeRule) -> tuple[int, int]:
 def _read(checkpoint: str | Path, arch: str | None) -> tuple[CheckpointFile, Library, str, tuple[str, ...]]:
     """The checkpoint, its library, the name of its architecture, and what was assumed about that."""
     name = str(checkpoint)
-    library = None if arch is None else _library_of(arch)
+    known = "; ".join(f"for {library.name} {library.known_names}" for library in LIBRARIES)
+    given = next((library for library in LIBRARIES if arch in library.architectures), None)
+    if arch is not None and given is None:
+        raise SettingsError(f"arch is {arch!r}; expected {known}")
     if "_Weights." in name and not Path(name).exists():
-        own = _arch_of_weights(name)
+        # torchvision's builder of the weights: FasterRCNN_X_Weights belongs to fasterrcnn_x.
+        own, library = name.partition("_Weights.")[0].lower(), torchvision.LIBRARY
+        if own not in library.architectures:
+            raise SettingsError(
+                f"{name}: not weights of a Faster R-CNN; expected those of {library.known_names}"
+            )
         if arch not in (None, own):
             raise SettingsError(f"arch is {arch!r}; {name} are weights of {own}, leave --arch out")
-        return read_weights_enum(name), torchvision, own, ()
+        return read_weights_enum(name), library, own, ()
     source = read_checkpoint_file(Path(checkpoint))
-    if library is not None and arch is not None:
-        return source, library, arch, ()
-    library, arch = _recognise(source)
-    assumed = f"no --arch given; by its tensors the checkpoint is {library.NAME}'s, taken as {arch}"
-    return source, library, arch, (assumed,)
-
-
-def _library_of(arch: str) -> Library:
+    if given is not None and arch is not None:
+        return source, given, arch, ()
     for library in LIBRARIES:
-        if arch in library.ARCHITECTURES:
-            return library
-    raise SettingsError(f"arch is {arch!r}; expected {_known_names()}")
-
-
-def _known_names() -> str:
-    return "; ".join(f"for {library.NAME} {library.KNOWN_NAMES}" for library in LIBRARIES)
-
-
-def _recognise(source: CheckpointFile) -> tuple[Library, str]:
-    """The library and the architecture that the tensors show."""
-    for library in LIBRARIES:
-        arch = library.recognise(source, library.current_names(source.state))
-        if arch is not None:
-            return library, arch
+        shown = library.recognise(source, library.current_names(source.state))
+        if shown is not None:
+            assumed = f"no --arch given; by its tensors the checkpoint is {library.name}'s, taken as {shown}"
+            return source, library, shown, (assumed,)
     raise SettingsError(
-        f"{source.name}: its tensors alone do not tell the architecture; give --arch, {_known_names()}"
+        f"{source.name}: its tensors alone do not tell the architecture; give --arch, {known}"
     )
 
 
-def _arch_of_weights(name: str) -> str:
-    """torchvision's builder of the weights ``name``: FasterRCNN_X_Weights belongs to fasterrcnn_x."""
-    arch = name.partition("_Weights.")[0].lower()
-    if arch not in torchvision.ARCHITECTURES:
-        raise SettingsError(
-            f"{name}: not weights of a Faster R-CNN; expected those of {torchvision.KNOWN_NAMES}"
-        )
-    return arch
-
-
-def _changed(
-    described: Description, eps: float | None, overrides: Sequence[str]
-) -> tuple[ModelSettings, tuple[str, ...]]:
-    """The settings that were described, as the user changes them, and the warnings that remain."""
-    values = dataclasses.asdict(described.settings)
+def _changed(settings: ModelSettings, eps: float | None, overrides: Sequence[str]) -> ModelSettings:
+    """``settings`` as the user changes them."""
+    values = dataclasses.asdict(settings)
     if eps is not None:
         expect(eps >= 0, "batch norm eps", eps, "a number of at least 0")
         values["backbone_norm_eps"] = eps
@@ -164,56 +159,30 @@ def _changed(
         table, name, value = parse_override(text if named else f"model.{text}")
         expect(table == "model", "override", text, "a setting of the model")
         values[name] = value
-    return settings_from(ModelSettings, values, "model"), described.eps_warnings if eps is None else ()
+    return settings_from(ModelSettings, values, "model")
 
 
-def _resize(
-    usual: ResizeRule, given: ResizeRule | None, input_dtype: str, fast: bool
-) -> tuple[ResizeRule, str]:
-    """How images are resized, and to what type of pixels."""
-    if given is not None:
-        usual = dataclasses.replace(usual, shorter_side=given.shorter_side, longer_side=given.longer_side)
-    return (dataclasses.replace(usual, interpolation="bilinear"), "uint8") if fast else (usual, input_dtype)
-
-
-def _fitted(
-    library: Library, state: dict[str, Tensor], settings: ModelSettings, classes: int, where: str, arch: str
-) -> dict[str, Tensor]:
-    """``state`` as our model loads it; raises ``ArtefactError`` that says what does not fit."""
-    their_name = partial(library.their_name, settings=settings)
-    weights = {name: tensor for name, tensor in state.items() if not name.startswith(library.IGNORED)}
-    ours = library.our_layout(to_our_names(weights, settings, classes, their_name), settings)
-    try:
-        return fit_state(ours, settings, classes, their_name)
-    except ArtefactError as error:
-        raise ArtefactError(
-            f"{where}: does not fit {arch}: {error}{_likely_cause(library, state, settings)}"
-        ) from None
-
-
-def _likely_cause(library: Library, state: dict[str, Tensor], settings: ModelSettings) -> str:
+def _likely_cause(library: Library, arch: str, state: State, settings: ModelSettings) -> str:
     """What the checkpoint looks like instead, as the end of a message."""
     for other in LIBRARIES:
-        if other is not library and (arch := other.recognise(_NOTHING, state)) is not None:
-            return f"; it looks like {other.NAME}'s {arch}: give --arch {arch}"
-    cause = library.likely_cause(state, settings)
-    anchors = state.get(library.their_name("rpn.head.cls_logits.bias", settings))
-    if not cause and anchors is not None and anchors.numel() != settings.anchors_per_place:
-        return (
-            f"; its RPN predicts {anchors.numel()} anchors at each place: give those it was trained with, as "
-            'in --set "anchor_sizes=[[32], [64], [128], [256], [512]]" --set "aspect_ratios=[0.5, 1, 2]"'
-        )
-    return cause
-
-
-_NOTHING = CheckpointFile("", {}, "")
-
-
-def _source(source: CheckpointFile, library: Library, arch: str) -> dict[str, str]:
-    return {
-        "imported_from": source.name,
-        "sha256": source.sha256,
-        LIBRARY_KEY: library.NAME,
-        "arch": arch,
-        "imported_by": f"anchorline {__version__}",
-    }
+        if other is not library and (shown := other.recognise(_NO_FILE, state)) is not None:
+            return f"; it looks like {other.name}'s {shown}: give --arch {shown}"
+    for pattern, kind in library.marks:
+        if any(re.search(pattern, name) for name in state):
+            return f"; it looks like {kind}, which this command does not read"
+    if cause := library.likely_cause(state, settings):
+        return cause
+    best = library.recognise(_NO_FILE, state)
+    if best is not None:
+        likely = library.architectures[best].settings
+        if (likely.backbone, likely.neck) != (settings.backbone, settings.neck):
+            return f"; it looks like {best}: give --arch {best}"
+    scores = state.get(library.their_name("rpn.head.cls_logits.bias", settings))
+    anchors = 0 if scores is None else scores.numel() // (2 if settings.rpn_score == "softmax" else 1)
+    if scores is None or anchors == settings.anchors_per_place:
+        return ""
+    sizes = [[int(size) for size in level] for level in library.architectures[arch].settings.anchor_sizes]
+    return (
+        f"; its RPN predicts {anchors} anchors at each place: give the ones it was trained with, as in "
+        f'--set "anchor_sizes={sizes}" --set "aspect_ratios=[0.5, 1, 2]"'
+    )

@@ -1,4 +1,4 @@
-"""What every importer has: architectures with our settings, and a state dict under our names that fits."""
+"""What is known of a library, and how a checkpoint of it comes under our names and in our order."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,42 +18,253 @@ from anchorline.data.dataset import list_names
 from anchorline.export.importers.checkpoint_files import CheckpointFile
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
+from anchorline.train.model.backbones import BACKBONES
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.model.settings import ModelSettings
 
-# Rows of the last layers in our order: the background first, and anchors ratio by ratio.
+State = Mapping[str, Tensor]
 
-
+CLASSIFIER = "roi_heads.box_predictor.cls_score.weight"
 _PREDICTOR = "roi_heads.box_predictor"
 _RPN = "rpn.head"
+_POOLED_STRIDE = {"single": 16, "dc5": 32}  # of the body's map that RoIs are pooled from, without a pyramid
+_STEP_COUNTER = "num_batches_tracked"  # no result depends on it, and frozen batch norms have none
+_SHOWN = 3
+_BACKGROUND = ("__background__", "background")
 
 
-def background_first(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Architecture:
+    """A detector as its library builds it: our settings for it, and how it resizes images."""
+
+    settings: ModelSettings
+    resize: ResizeRule
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint holds: settings but for the widths, class names where it has them, and warnings.
+
+    ``eps_warnings`` do not matter where the user gives the eps of the batch norms.
+    """
+
+    settings: ModelSettings
+    resize: ResizeRule
+    names: tuple[str, ...] | None = None
+    warnings: tuple[str, ...] = ()
+    eps_warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """Names without the background, and COCO's category ids where the classes are COCO's."""
+
+    names: tuple[str, ...]
+    category_ids: tuple[int, ...] | None = None
+
+
+def coco_90() -> ClassNames:
+    """COCO's 90 classes in the order of torchvision's labels, whose numbers are COCO's category ids.
+
+    Ten of the numbers were never used. Their outputs stay, since they take part in the softmax, under
+    names such as ``N/A 12``; a trained model does not detect them.
+    """
+    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+    names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]
+    shown = tuple(f"N/A {number}" if name == "N/A" else name for number, name in enumerate(names, start=1))
+    return ClassNames(shown, tuple(range(1, len(shown) + 1)))
+
+
+def coco_80() -> ClassNames:
+    """COCO's 80 classes without the gaps in their numbers, as all but torchvision order them."""
+    names = coco_90().names
+    used = [(name, id_) for id_, name in enumerate(names, start=1) if not name.startswith("N/A ")]
+    return ClassNames(tuple(name for name, _ in used), tuple(id_ for _, id_ in used))
+
+
+def _nothing_special(state: State, settings: ModelSettings) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library whose checkpoints can be imported; each module beside this one has one, as ``LIBRARY``.
+
+    A ``state`` is a checkpoint's tensors, from ``current_names`` on under the library's own names.
+
+    ``architectures`` stand under the names that ``--arch`` takes, ``known_names`` is those as a phrase.
+    ``input_dtype``: what its resize produces, ``float32``, or ``uint8`` for whole grey levels.
+    ``names`` turns our names into its own, in order: patterns and what stands for them; ``body`` is its
+    word for ``backbone.body.`` by neck. ``old_names`` renews names of earlier versions, ``tidy`` shapes.
+    ``ignored``: how the names of tensors begin that are no weights.
+    ``background_last`` and ``size_by_size``: the order of its classes and anchors where it is not ours.
+    ``recognise``: the architecture that a file and its state show; None where they do not tell.
+    ``describe``: the settings of a state as an architecture; raises ``ArtefactError`` where we have none.
+    ``marks``: patterns of names by which to tell models that cannot be imported, and what those are;
+    ``likely_cause``: what else a state that does not fit is, as the end of a message.
+    """
+
+    name: str
+    architectures: Mapping[str, Architecture]
+    known_names: str
+    describe: Callable[[CheckpointFile, State, str], Description]
+    recognise: Callable[[CheckpointFile, State], str | None] = lambda source, state: None
+    input_dtype: str = "uint8"
+    coco_classes: Callable[[], ClassNames] = coco_80
+    names: tuple[tuple[str, str], ...] = ()
+    body: Mapping[str, str] = field(default_factory=dict)
+    old_names: tuple[tuple[str, str], ...] = ()
+    tidy: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+    ignored: tuple[str, ...] = ()
+    background_last: bool = False
+    size_by_size: bool = False
+    marks: tuple[tuple[str, str], ...] = ()
+    likely_cause: Callable[[State, ModelSettings], str] = _nothing_special
+
+    def their_name(self, ours: str, settings: ModelSettings) -> str:
+        """The library's name for our parameter ``ours``."""
+        for pattern, replacement in self.names:
+            ours = re.sub(pattern, replacement, ours)
+        return ours.replace("backbone.body.", self.body.get(settings.neck, "backbone.body."))
+
+    def current_names(self, state: State) -> dict[str, Tensor]:
+        """``state`` under the names of today, without what stands before them: ``module.``, ``model.``."""
+        known = self.their_name(CLASSIFIER, next(iter(self.architectures.values())).settings)
+        found = next((name for name in state if name == known or name.endswith(f".{known}")), known)
+        prefix = found.removesuffix(known)
+        plain = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        renamed = {}
+        for name, tensor in plain.items():
+            new = name
+            for pattern, replacement in self.old_names:
+                new = re.sub(pattern, replacement, new)
+            new = name if new in plain else new
+            renamed[new] = self.tidy(new, tensor)
+        return renamed
+
+
+def side_of(state: State, name: str, axis: int) -> int | None:
+    """Length of the tensor ``name`` along ``axis``; ``None`` where there is no such tensor or axis."""
+    tensor = state.get(name)
+    return tensor.shape[axis] if tensor is not None and tensor.dim() > axis else None
+
+
+def with_widths(library: Library, settings: ModelSettings, state: State) -> ModelSettings:
+    """``settings`` with the widths of the pyramid, of the pooled RoIs and of the box head in ``state``."""
+
+    def side(ours: str, axis: int) -> int | None:
+        return side_of(state, library.their_name(ours, settings), axis)
+
+    stride = _POOLED_STRIDE.get(settings.neck)
+    if stride is None:
+        channels = side("backbone.fpn.inner_blocks.0.0.weight", 0) or settings.fpn_channels
+        settings = dataclasses.replace(settings, fpn_channels=channels)
+    else:
+        channels = BACKBONES[settings.backbone].maps[stride][1]
+    pooled = side("roi_heads.box_head.fc6.weight", 1)
+    if pooled is not None:
+        settings = dataclasses.replace(settings, roi_size=max(1, math.isqrt(pooled // channels)))
+    representation = side(CLASSIFIER, 1)
+    if representation and settings.box_head != "res5":  # whose width is that of the body's last part
+        settings = dataclasses.replace(settings, representation=representation)
+    return settings
+
+
+def output_count(library: Library, state: State, settings: ModelSettings) -> int:
+    """Outputs of the classifier, background included; 2 where there is none, which ``fit_state`` refuses."""
+    weight = state.get(library.their_name(CLASSIFIER, settings))
+    return max(2, weight.shape[0]) if weight is not None and weight.dim() == 2 else 2
+
+
+@functools.cache
+def expected_shapes(settings: ModelSettings, classes: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that the model has, by name; nothing is allocated."""
+    with torch.device("meta"):
+        model = FasterRCNN(settings, classes)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def has_shapes(state: State, settings: ModelSettings, classes: int) -> bool:
+    """Whether ``state`` has our names and shapes, and no others."""
+    expected = expected_shapes(settings, classes)
+    return {n: tuple(t.shape) for n, t in state.items() if not n.endswith(_STEP_COUNTER)} == {
+        n: shape for n, shape in expected.items() if not n.endswith(_STEP_COUNTER)
+    }
+
+
+def fit_state(library: Library, state: State, settings: ModelSettings, classes: int) -> dict[str, Tensor]:
+    """``state`` as ``FasterRCNN(settings, classes)`` loads it: float32, with step counters added.
+
+    Raises ``ArtefactError`` that lists tensors which are missing, unknown, of another shape or not
+    finite, by the library's names.
+    """
+    expected = expected_shapes(settings, classes)
+    their_name = {name: library.their_name(name, settings) for name in expected}
+    our_name = {theirs: name for name, theirs in their_name.items()}
+    given = {our_name[name]: tensor for name, tensor in state.items() if name in our_name}
+    if library.background_last:
+        given = background_first(given)
+    if library.size_by_size:
+        given = ratio_by_ratio(given, settings)
+    needed = sorted(name for name in expected if not name.endswith(_STEP_COUNTER))
+    kinds = {
+        "missing": sorted(their_name[name] for name in needed if name not in given),
+        "unknown": sorted(
+            name
+            for name in state
+            if name not in our_name
+            and not name.startswith(library.ignored)
+            and not name.endswith(_STEP_COUNTER)
+        ),
+        "of another shape": [
+            f"{their_name[name]} is {list(given[name].shape)}, expected {list(expected[name])}"
+            for name in needed
+            if name in given and tuple(given[name].shape) != expected[name]
+        ],
+    }
+    faults = [
+        f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+        for kind, names in kinds.items()
+        if names
+    ]
+    if faults:
+        raise ArtefactError("; ".join(faults))
+    fitted = {}
+    for name, shape in expected.items():
+        if name.endswith(_STEP_COUNTER):
+            fitted[name] = torch.zeros(shape, dtype=torch.int64)
+            continue
+        fitted[name] = given[name].float()
+        # Not isfinite(...).all(), which allocates as much again; a NaN comes through as both extremes.
+        if not torch.isfinite(torch.stack(fitted[name].aminmax())).all():
+            raise ArtefactError(f"tensor {their_name[name]!r} holds values that are not finite")
+    return fitted
+
+
+def background_first(state: State) -> dict[str, Tensor]:
     """``state`` (our names) of a library whose classes stand first and whose background is last.
 
     Logits [K + 1, ...]: the last row goes to the front. Deltas [4K, ...], which the background has none
     of: four rows of zeros for it, never read, before them. Deltas [4, ...] for all classes at once
-    (class-agnostic regression): the same four rows for each class.
+    (class-agnostic regression): the same four rows for each class. Tensors of a wrong shape stay as they
+    are: ``fit_state`` refuses them.
     """
     changed = dict(state)
     for kind in ("weight", "bias"):
-        logits, deltas = (
-            state.get(f"{_PREDICTOR}.cls_score.{kind}"),
-            state.get(f"{_PREDICTOR}.bbox_pred.{kind}"),
-        )
+        score, box = f"{_PREDICTOR}.cls_score.{kind}", f"{_PREDICTOR}.bbox_pred.{kind}"
+        logits, deltas = state.get(score), state.get(box)
         if logits is None or deltas is None or min(logits.dim(), deltas.dim()) < 1:
             continue
         classes = len(logits) - 1
-        if len(deltas) not in (4, 4 * classes):
-            continue
-        changed[f"{_PREDICTOR}.cls_score.{kind}"] = torch.cat((logits[-1:], logits[:-1]))
-        repeats = classes if len(deltas) == 4 else 1
-        rows = [torch.zeros_like(deltas[:4]), *[deltas] * repeats]
-        changed[f"{_PREDICTOR}.bbox_pred.{kind}"] = torch.cat(rows)
+        if len(deltas) in (4, 4 * classes):
+            changed[score] = torch.cat((logits[-1:], logits[:-1]))
+            repeats = classes if len(deltas) == 4 else 1
+            changed[box] = torch.cat([torch.zeros_like(deltas[:4]), *[deltas] * repeats])
     return changed
 
 
-def ratio_by_ratio(state: Mapping[str, Tensor], settings: ModelSettings) -> dict[str, Tensor]:
+def ratio_by_ratio(state: State, settings: ModelSettings) -> dict[str, Tensor]:
     """``state`` (our names) of a library whose anchors run size by size, the ratios within each.
 
     Row ``size * ratios + ratio`` of the objectness becomes row ``ratio * sizes + size``; the four rows of an
@@ -70,18 +281,7 @@ def ratio_by_ratio(state: Mapping[str, Tensor], settings: ModelSettings) -> dict
     return changed
 
 
-# The classes of an imported model: from the user's file, from the checkpoint, or COCO's.
-
-
-_BACKGROUND = ("__background__", "background")
-
-
-@dataclass(frozen=True)
-class ClassNames:
-    """Names without the background, and COCO's category ids where the classes are COCO's."""
-
-    names: tuple[str, ...]
-    category_ids: tuple[int, ...] | None = None
+# The classes of an imported model: from the user, from the checkpoint, or COCO's.
 
 
 def choose_class_names(
@@ -111,17 +311,6 @@ def choose_class_names(
             f"{len(coco.names) + 1})"
         )
     return coco
-
-
-def coco_80() -> ClassNames:
-    """COCO's 80 classes without the gaps in their numbers, as Detectron2 and MMDetection order them."""
-    from anchorline.export.importers.torchvision import coco_classes
-
-    with_gaps = coco_classes()
-    used = [
-        (name, number) for number, name in enumerate(with_gaps.names, start=1) if not name.startswith("N/A ")
-    ]
-    return ClassNames(tuple(name for name, _ in used), tuple(number for _, number in used))
 
 
 def _fitting(names: tuple[str, ...], outputs: int, source: str, where: str) -> tuple[str, ...]:
@@ -155,179 +344,3 @@ def are_class_names(names: object) -> bool:
     if not isinstance(names, list | tuple) or not names:
         return False
     return all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names)
-
-
-CLASSIFIER = "roi_heads.box_predictor.cls_score.weight"
-_STEP_COUNTER = "num_batches_tracked"  # no result depends on it, and frozen batch norms have none
-_UNKNOWN = "?"
-_SHOWN = 3
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A detector as its library builds it: our settings for it, and how it resizes images."""
-
-    settings: ModelSettings
-    resize: ResizeRule
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a checkpoint holds: settings with its widths, its class names where it has them, and warnings.
-
-    ``eps_warnings`` do not matter where the user gives the eps of the batch norms.
-    """
-
-    settings: ModelSettings
-    resize: ResizeRule
-    names: tuple[str, ...] | None = None
-    warnings: tuple[str, ...] = ()
-    eps_warnings: tuple[str, ...] = ()
-
-
-class Library(Protocol):
-    """A module of this package. ``state`` is a checkpoint's tensors under the library's own names."""
-
-    @property
-    def NAME(self) -> str:
-        """What the library is called."""
-
-    @property
-    def INPUT_DTYPE(self) -> str:
-        """What its resize produces: ``float32``, or ``uint8`` for whole grey levels."""
-
-    @property
-    def ARCHITECTURES(self) -> Mapping[str, Architecture]:
-        """By the name that ``--arch`` takes."""
-
-    @property
-    def KNOWN_NAMES(self) -> str:
-        """Those names, as a phrase for a message."""
-
-    @property
-    def IGNORED(self) -> tuple[str, ...]:
-        """How the names of tensors begin that are no weights."""
-
-    def coco_classes(self) -> ClassNames:
-        """COCO's classes as the library orders them."""
-
-    def current_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``state`` under the names that ``their_name`` gives, without what stands before them."""
-
-    def recognise(self, source: CheckpointFile, state: Mapping[str, Tensor]) -> str | None:
-        """The architecture whose names and shapes ``state`` has; ``None`` where they do not tell."""
-
-    def describe(self, source: CheckpointFile, state: Mapping[str, Tensor], arch: str) -> Description:
-        """Settings for ``state`` as an ``arch``; raises ``ArtefactError`` where we have none for it."""
-
-    def their_name(self, ours: str, settings: ModelSettings) -> str:
-        """The library's name for our parameter ``ours``."""
-
-    def our_layout(self, state: Mapping[str, Tensor], settings: ModelSettings) -> dict[str, Tensor]:
-        """``state``, under our names by now, in our order of classes and anchors.
-
-        Tensors of a wrong shape stay as they are: ``fit_state`` refuses them.
-        """
-
-    def likely_cause(self, state: Mapping[str, Tensor], settings: ModelSettings) -> str:
-        """What the names say the checkpoint is, as the end of a message; may be empty."""
-
-
-def without_prefix(state: Mapping[str, Tensor], known: str) -> dict[str, Tensor]:
-    """``state`` without what stands before the name ``known``: ``module.``, ``model.``."""
-    prefix = next((name.removesuffix(known) for name in state if name.endswith(known)), "")
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-
-
-def side_of(state: Mapping[str, Tensor], name: str, axis: int) -> int | None:
-    """Length of the tensor ``name`` along ``axis``; ``None`` where there is no such tensor or axis."""
-    tensor = state.get(name)
-    return tensor.shape[axis] if tensor is not None and tensor.dim() > axis else None
-
-
-def output_count(state: Mapping[str, Tensor], classifier: str) -> int:
-    """Outputs of the classifier, background included; 2 where there is none, which ``fit_state`` refuses."""
-    weight = state.get(classifier)
-    return max(2, weight.shape[0]) if weight is not None and weight.dim() == 2 else 2
-
-
-def with_widths(
-    settings: ModelSettings, *, channels: int | None, pooled: int | None, representation: int | None
-) -> ModelSettings:
-    """``settings`` with the channels of the maps that RoIs are pooled from, and the widths of the box head.
-
-    ``pooled`` is the number of inputs of its first layer, ``representation`` that of the classifier's.
-    """
-    found, channels = settings, channels or settings.fpn_channels
-    if settings.neck in ("fpn", "fpn32"):
-        found = dataclasses.replace(found, fpn_channels=channels)
-    if pooled is not None:
-        found = dataclasses.replace(found, roi_size=max(1, math.isqrt(pooled // channels)))
-    if representation and settings.box_head != "res5":  # whose width is the stage's
-        found = dataclasses.replace(found, representation=representation)
-    return found
-
-
-def to_our_names(
-    state: Mapping[str, Tensor], settings: ModelSettings, classes: int, their_name: Callable[[str], str]
-) -> dict[str, Tensor]:
-    """``state`` under our names. What we have none for keeps its own, marked: it may be one of ours."""
-    ours = {their_name(name): name for name in expected_shapes(settings, classes)}
-    return {ours.get(name, _UNKNOWN + name): tensor for name, tensor in state.items()}
-
-
-def fit_state(
-    state: Mapping[str, Tensor], settings: ModelSettings, classes: int, their_name: Callable[[str], str]
-) -> dict[str, Tensor]:
-    """``state`` as ``FasterRCNN(settings, classes)`` loads it: float32, with step counters added.
-
-    Raises ``ArtefactError`` that lists tensors which are missing, unknown, of another shape or not
-    finite, by ``their_name``.
-    """
-    expected = expected_shapes(settings, classes)
-    faults = find_faults(state, expected, their_name)
-    if faults:
-        raise ArtefactError("; ".join(faults))
-    fitted = {}
-    for name, shape in expected.items():
-        if name.endswith(_STEP_COUNTER):
-            fitted[name] = torch.zeros(shape, dtype=torch.int64)
-            continue
-        fitted[name] = state[name].float()
-        # Not isfinite(...).all(), which allocates as much again; a NaN comes through as both extremes.
-        if not torch.isfinite(torch.stack(fitted[name].aminmax())).all():
-            raise ArtefactError(f"tensor {their_name(name)!r} holds values that are not finite")
-    return fitted
-
-
-@functools.cache
-def expected_shapes(settings: ModelSettings, classes: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor that the model has, by name; nothing is allocated."""
-    with torch.device("meta"):
-        model = FasterRCNN(settings, classes)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def find_faults(
-    state: Mapping[str, Tensor],
-    expected: Mapping[str, tuple[int, ...]],
-    their_name: Callable[[str], str] = str,
-) -> list[str]:
-    """What keeps ``state`` from fitting, as phrases with the first names and the counts; empty if it fits."""
-    needed = {name for name in expected if not name.endswith(_STEP_COUNTER)}
-    given = {name for name in state if not name.endswith(_STEP_COUNTER)}
-    wrong = [
-        f"{their_name(name)} is {list(state[name].shape)}, expected {list(expected[name])}"
-        for name in sorted(needed & given)
-        if tuple(state[name].shape) != expected[name]
-    ]
-    kinds = (
-        ("missing", sorted(map(their_name, needed - given))),
-        ("unknown", sorted(name.removeprefix(_UNKNOWN) for name in given - needed)),
-        ("of another shape", wrong),
-    )
-    return [f"{len(names)} {kind} ({_first(names)})" for kind, names in kinds if names]
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

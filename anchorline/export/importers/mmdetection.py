@@ -8,24 +8,17 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from anchorline.export.importers.checkpoint_files import CheckpointFile
 from anchorline.export.importers.library import (
     Architecture,
-    ClassNames,
     Description,
+    Library,
+    State,
     are_class_names,
-    background_first,
-    coco_80,
-    side_of,
-    with_widths,
-    without_prefix,
 )
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
@@ -258,11 +251,6 @@ def _sides(values: dict[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-NAME = "MMDetection"
-INPUT_DTYPE = "uint8"
-IGNORED = ("data_preprocessor.",)
-
-_CLASSIFIER = "roi_head.bbox_head.fc_cls.weight"
 _RESIZE = ResizeRule(800, 1333, rounding="nearest")
 
 
@@ -298,71 +286,42 @@ def _architectures() -> dict[str, Architecture]:
 ARCHITECTURES = _architectures()
 """The architectures of ``configs/faster_rcnn/faster-rcnn_r{50,101}{,-caffe}_fpn_*_coco.py``."""
 
-KNOWN_NAMES = ", ".join(ARCHITECTURES)
 
-
-def coco_classes() -> ClassNames:
-    """COCO's 80 classes in the order of their ids."""
-    return coco_80()
-
-
-def current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` without what stands before MMDetection's names."""
-    return without_prefix(state, _CLASSIFIER)
-
-
-def recognise(source: CheckpointFile, state: Mapping[str, Tensor]) -> str | None:
-    """The architecture that the tensors show, in the style of the configuration or ``pytorch``."""
-    arch = _by_tensors(state)
-    configuration = read_configuration(source.meta, source.name) if arch else None
-    caffe = configuration is not None and configuration.style == "caffe"
-    return arch.replace("_fpn", "_caffe_fpn") if arch and caffe else arch
-
-
-def _by_tensors(state: Mapping[str, Tensor]) -> str | None:
-    """The architecture in the style ``pytorch``, which no tensor shows, by the blocks of the third stage."""
+def recognise(source: CheckpointFile, state: State) -> str | None:
+    """The architecture by the blocks of ``layer3``, in the style of the configuration or ``pytorch``."""
     if "rpn_head.rpn_cls.weight" not in state:
         return None
     blocks = {name.split(".")[2] for name in state if name.startswith("backbone.layer3.")}
     depth = {6: "50", 23: "101"}.get(len(blocks))
-    return f"mmdet_r{depth}_fpn" if depth else None
-
-
-def describe(source: CheckpointFile, state: Mapping[str, Tensor], arch: str) -> Description:
-    """The zoo's settings, changed as the checkpoint's configuration says, with the widths of ``state``."""
+    if depth is None:
+        return None
     configuration = read_configuration(source.meta, source.name)
-    architecture, warnings = _in_style(arch, configuration, source.name)
-    changed = dataclasses.replace(architecture.settings, **(configuration.settings if configuration else {}))
-    found = with_widths(
-        changed,
-        channels=side_of(state, "neck.lateral_convs.0.conv.weight", 0),
-        pooled=side_of(state, "roi_head.bbox_head.shared_fcs.0.weight", 1),
-        representation=side_of(state, _CLASSIFIER, 1),
-    )
-    resize = architecture.resize
-    if configuration is not None and configuration.sides is not None:
-        shorter, longer = configuration.sides
-        resize = dataclasses.replace(resize, shorter_side=shorter, longer_side=longer)
-    return Description(found, resize, _class_names(source.meta), warnings)
+    caffe = configuration is not None and configuration.style == "caffe"
+    return f"mmdet_r{depth}{'_caffe' if caffe else ''}_fpn"
 
 
-def _in_style(
-    arch: str, configuration: Configuration | None, where: str
-) -> tuple[Architecture, tuple[str, ...]]:
-    """The architecture in the style that the configuration names, and a warning where there is none."""
+def describe(source: CheckpointFile, state: State, arch: str) -> Description:
+    """The zoo's settings, changed as the checkpoint's configuration says."""
+    settings, resize = ARCHITECTURES[arch].settings, ARCHITECTURES[arch].resize
+    names = _class_names(source.meta)
+    configuration = read_configuration(source.meta, source.name)
     if configuration is None:
-        return ARCHITECTURES[arch], (
+        warning = (
             f"no configuration in the checkpoint that can be read: taken as {arch} with MMDetection's usual "
-            "settings; change what was not so with --arch, --resize and --set",
+            "settings; change what was not so with --arch, --resize and --set"
         )
+        return Description(settings, resize, names, (warning,))
     caffe = "_caffe_" in arch
     if configuration.style is not None and (configuration.style == "caffe") != caffe:
         right = arch.replace("_caffe_fpn", "_fpn") if caffe else arch.replace("_fpn", "_caffe_fpn")
         raise SettingsError(
-            f"{where}: its configuration says style={configuration.style!r}, and arch is {arch!r}; give "
-            f"--arch {right}"
+            f"{source.name}: its configuration says style={configuration.style!r}, and arch is {arch!r}; "
+            f"give --arch {right}"
         )
-    return ARCHITECTURES[arch], ()
+    if configuration.sides is not None:
+        shorter, longer = configuration.sides
+        resize = dataclasses.replace(resize, shorter_side=shorter, longer_side=longer)
+    return Description(dataclasses.replace(settings, **configuration.settings), resize, names)
 
 
 def _class_names(meta: Mapping[str, object]) -> tuple[str, ...] | None:
@@ -377,46 +336,32 @@ def _class_names(meta: Mapping[str, object]) -> tuple[str, ...] | None:
     return None
 
 
-_RENAMED: tuple[tuple[str, str], ...] = (
-    (r"^backbone\.body\.", "backbone."),
-    (r"^backbone\.fpn\.inner_blocks\.(\d)\.0\.", r"neck.lateral_convs.\1.conv."),
-    (r"^backbone\.fpn\.layer_blocks\.(\d)\.0\.", r"neck.fpn_convs.\1.conv."),
-    (r"^rpn\.head\.conv\.0\.0\.", "rpn_head.rpn_conv."),
-    (r"^rpn\.head\.cls_logits\.", "rpn_head.rpn_cls."),
-    (r"^rpn\.head\.bbox_pred\.", "rpn_head.rpn_reg."),
-    (r"^roi_heads\.box_head\.fc6\.", "roi_head.bbox_head.shared_fcs.0."),
-    (r"^roi_heads\.box_head\.fc7\.", "roi_head.bbox_head.shared_fcs.1."),
-    (r"^roi_heads\.box_predictor\.cls_score\.", "roi_head.bbox_head.fc_cls."),
-    (r"^roi_heads\.box_predictor\.bbox_pred\.", "roi_head.bbox_head.fc_reg."),
+LIBRARY = Library(
+    name="MMDetection",
+    architectures=ARCHITECTURES,
+    known_names=", ".join(ARCHITECTURES),
+    recognise=recognise,
+    describe=describe,
+    names=(
+        (r"^backbone\.body\.", "backbone."),
+        (r"^backbone\.fpn\.inner_blocks\.(\d)\.0\.", r"neck.lateral_convs.\1.conv."),
+        (r"^backbone\.fpn\.layer_blocks\.(\d)\.0\.", r"neck.fpn_convs.\1.conv."),
+        (r"^rpn\.head\.conv\.0\.0\.", "rpn_head.rpn_conv."),
+        (r"^rpn\.head\.cls_logits\.", "rpn_head.rpn_cls."),
+        (r"^rpn\.head\.bbox_pred\.", "rpn_head.rpn_reg."),
+        (r"^roi_heads\.box_head\.fc6\.", "roi_head.bbox_head.shared_fcs.0."),
+        (r"^roi_heads\.box_head\.fc7\.", "roi_head.bbox_head.shared_fcs.1."),
+        (r"^roi_heads\.box_predictor\.cls_score\.", "roi_head.bbox_head.fc_cls."),
+        (r"^roi_heads\.box_predictor\.bbox_pred\.", "roi_head.bbox_head.fc_reg."),
+    ),
+    ignored=("data_preprocessor.",),
+    background_last=True,
+    marks=(
+        (r"^roi_head\.mask_head\.", "a Mask R-CNN"),
+        (r"^roi_head\.bbox_head\.0\.", "a Cascade R-CNN"),
+        (r"^roi_head\.shared_head\.", "a C4 model of MMDetection"),
+        (r"^bbox_head\.", "a one-stage detector, or a model of MMDetection 1.x"),
+        (r"^rpn_head\.rpn_conv\.0\.", "a model with several convolutions in its RPN"),
+        (r"\.conv2_offset\.|\.conv2\.conv_offset\.", "a model with deformable convolutions"),
+    ),
 )
-
-
-def their_name(ours: str, settings: ModelSettings) -> str:
-    """MMDetection's name of our parameter ``ours``."""
-    for pattern, replacement in _RENAMED:
-        ours = re.sub(pattern, replacement, ours)
-    return ours
-
-
-def our_layout(state: Mapping[str, Tensor], settings: ModelSettings) -> dict[str, Tensor]:
-    """``state`` with the background first; its anchors run ratio by ratio, as ours."""
-    return background_first(state)
-
-
-def likely_cause(state: Mapping[str, Tensor], settings: ModelSettings) -> str:
-    """What the names say the checkpoint is, as the end of a message."""
-    for mark, kind in (
-        ("roi_head.mask_head.", "a Mask R-CNN"),
-        ("roi_head.bbox_head.0.", "a Cascade R-CNN"),
-        ("roi_head.shared_head.", "a C4 model of MMDetection"),
-        ("bbox_head.", "a one-stage detector, or a model of MMDetection 1.x"),
-        ("rpn_head.rpn_conv.0.", "a model with several convolutions in its RPN"),
-    ):
-        if any(name.startswith(mark) for name in state):
-            return f"; it looks like {kind}, which this command does not read"
-    if any(".conv2_offset." in name or ".conv2.conv_offset." in name for name in state):
-        return "; it looks like a model with deformable convolutions, which this command does not read"
-    best = _by_tensors(state)
-    if best is not None and ARCHITECTURES[best].settings.backbone != settings.backbone:
-        return f"; it looks like {best}: give --arch {best}"
-    return ""

@@ -6,31 +6,40 @@ Our parameters carry torchvision's names, so a state dict fits once old names ar
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Mapping
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast
 
-from torch import Tensor
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from anchorline.export.importers.checkpoint_files import CheckpointFile
 from anchorline.export.importers.library import (
     CLASSIFIER,
     Architecture,
-    ClassNames,
     Description,
-    expected_shapes,
-    find_faults,
+    Library,
+    State,
+    coco_90,
+    has_shapes,
     output_count,
-    side_of,
     with_widths,
-    without_prefix,
 )
-from anchorline.runtime.contract import ResizeRule
+from anchorline.runtime.canvas import check_frame, place
+from anchorline.runtime.contract import Contract, ResizeRule
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.io.errors import SettingsError
 from anchorline.train.model.backbones import BACKBONES
+from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.model.settings import ModelSettings
-
-NAME = "torchvision"
-INPUT_DTYPE = "float32"
-IGNORED = ()
 
 # The start of the SHA-256 of fasterrcnn_resnet50_fpn_coco-258fb6c6.pth. It was trained with eps 0, and
 # torchvision sets that back (``overwrite_eps``) for this file alone.
@@ -67,111 +76,191 @@ ARCHITECTURES = _architectures()
 """By torchvision's name. ``fasterrcnn_resnet101_fpn`` and the like are torchvision's builders with another
 of its ResNets in place of ``resnet50``."""
 
-KNOWN_NAMES = (
-    "fasterrcnn_mobilenet_v3_large_fpn, fasterrcnn_mobilenet_v3_large_320_fpn, or fasterrcnn_X_fpn or "
-    f"fasterrcnn_X_fpn_v2 with one of {', '.join(_RESNETS)} for X"
-)
 
-
-def coco_classes() -> ClassNames:
-    """COCO's 90 classes in the order of torchvision's labels, whose numbers are COCO's category ids.
-
-    Ten of the numbers were never used. Their outputs stay, since they take part in the softmax, under
-    names such as ``N/A 12``; a trained model does not detect them.
-    """
-    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
-
-    names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]
-    shown = tuple(f"N/A {number}" if name == "N/A" else name for number, name in enumerate(names, start=1))
-    return ClassNames(shown, tuple(range(1, len(shown) + 1)))
-
-
-def current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` under torchvision's names of today.
-
-    Drops what stands before them (``module.`` of DistributedDataParallel, ``model.`` of wrappers), and
-    renames the pyramid's and the RPN head's convolutions of before torchvision 0.13.
-    """
-    renamed = {}
-    for name, tensor in without_prefix(state, CLASSIFIER).items():
-        name = re.sub(r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$", r"\1.0.\2", name)
-        name = re.sub(r"^rpn\.head\.conv\.(weight|bias)$", r"rpn.head.conv.0.0.\1", name)
-        renamed[name] = tensor
-    return renamed
-
-
-def recognise(source: CheckpointFile, state: Mapping[str, Tensor]) -> str | None:
-    """Nothing: ResNets of one depth, and models of one shape with other settings, have the same names."""
-    return None
-
-
-def describe(source: CheckpointFile, state: Mapping[str, Tensor], arch: str) -> Description:
-    """Settings with the widths that the tensors of ``state`` have, and the eps of the batch norms."""
-    architecture = ARCHITECTURES[arch]
-    settings = adapted(architecture.settings, state)
-    warnings: tuple[str, ...] = ()
-    if _was_trained_with_eps_0(source):
-        settings = dataclasses.replace(settings, backbone_norm_eps=0.0)
-    elif arch == "fasterrcnn_resnet50_fpn" and not any(n.endswith("num_batches_tracked") for n in state):
-        warnings = (
-            f"batch-norm eps taken as {settings.backbone_norm_eps:g}; if the model was built with "
-            "weights=...COCO_V1 and trained on, torchvision has set it to 0: import again with "
-            "--batch-norm-eps 0",
-        )
-    return Description(settings, architecture.resize, eps_warnings=warnings)
-
-
-def _was_trained_with_eps_0(source: CheckpointFile) -> bool:
+def describe(source: CheckpointFile, state: State, arch: str) -> Description:
+    """The architecture's settings, with the eps that the batch norms were trained with."""
+    settings, resize = ARCHITECTURES[arch].settings, ARCHITECTURES[arch].resize
     official = source.sha256.startswith(_EPS_0_SHA256) or _EPS_0_SHA256 in source.name
-    return official or source.name.startswith(_EPS_0_WEIGHTS)
-
-
-def adapted(settings: ModelSettings, state: Mapping[str, Tensor]) -> ModelSettings:
-    """``settings`` with the widths that the tensors of ``state`` have."""
-    return with_widths(
-        settings,
-        channels=side_of(state, "backbone.fpn.inner_blocks.0.0.weight", 0),
-        pooled=side_of(state, "roi_heads.box_head.fc6.weight", 1),
-        representation=side_of(state, CLASSIFIER, 1),
+    if official or source.name.startswith(_EPS_0_WEIGHTS):
+        return Description(dataclasses.replace(settings, backbone_norm_eps=0.0), resize)
+    if arch != "fasterrcnn_resnet50_fpn" or any(name.endswith("num_batches_tracked") for name in state):
+        return Description(settings, resize)
+    warning = (
+        f"batch-norm eps taken as {settings.backbone_norm_eps:g}; if the model was built with "
+        "weights=...COCO_V1 and trained on, torchvision has set it to 0: import again with "
+        "--batch-norm-eps 0"
     )
+    return Description(settings, resize, eps_warnings=(warning,))
 
 
-def their_name(ours: str, settings: ModelSettings) -> str:
-    """torchvision's name of our parameter: the same."""
-    return ours
-
-
-def our_layout(state: Mapping[str, Tensor], settings: ModelSettings) -> dict[str, Tensor]:
-    """``state`` as it is: background first and ratio by ratio, as ours."""
-    return dict(state)
-
-
-def likely_cause(state: Mapping[str, Tensor], settings: ModelSettings) -> str:
-    """What the names say the checkpoint is, as the end of a message."""
-    for mark, kind in (
-        ("roi_heads.mask_", "a Mask R-CNN"),
-        ("roi_heads.keypoint_", "a Keypoint R-CNN"),
-        ("head.classification_head.", "a RetinaNet, FCOS or SSD"),
-    ):
-        if any(name.startswith(mark) for name in state):
-            return f"; it looks like {kind}, which this command does not read"
+def _likely_cause(state: State, settings: ModelSettings) -> str:
     if CLASSIFIER not in state:
         classifier = any(name.startswith(("fc.", "classifier.")) for name in state)
         kind = "the weights of a classifier" if classifier else "no Faster R-CNN of torchvision"
         return f"; it looks like {kind}"
-    best = _best_architecture(state)
-    return f"; it looks like {best}: give --arch {best}" if best is not None else ""
-
-
-def _best_architecture(state: Mapping[str, Tensor]) -> str | None:
-    """The architecture whose parameters have exactly the names and shapes of ``state``."""
     mobile = any(name.startswith("backbone.body.0.") for name in state)
     convs = "roi_heads.box_head.0.0.weight" in state
     for name, architecture in ARCHITECTURES.items():
-        settings = architecture.settings
-        if (settings.neck == "fpn32", settings.box_convs > 0) != (mobile, convs):
+        usual = architecture.settings
+        if (usual.neck == "fpn32", usual.box_convs > 0) != (mobile, convs):
             continue  # building the model to see its names takes a second
-        settings = adapted(settings, state)
-        if not find_faults(state, expected_shapes(settings, output_count(state, CLASSIFIER) - 1)):
-            return name
-    return None
+        found = with_widths(LIBRARY, usual, state)
+        if has_shapes(state, found, output_count(LIBRARY, state, found) - 1):
+            return f"; it looks like {name}: give --arch {name}"
+    return ""
+
+
+# ResNets of one depth, and models of one shape with other settings, have the same names, so no architecture
+# is recognised. Background first and anchors ratio by ratio, as ours.
+LIBRARY = Library(
+    name="torchvision",
+    architectures=ARCHITECTURES,
+    known_names=(
+        "fasterrcnn_mobilenet_v3_large_fpn, fasterrcnn_mobilenet_v3_large_320_fpn, or fasterrcnn_X_fpn or "
+        f"fasterrcnn_X_fpn_v2 with one of {', '.join(_RESNETS)} for X"
+    ),
+    describe=describe,
+    input_dtype="float32",
+    coco_classes=coco_90,
+    old_names=(  # of before torchvision 0.13
+        (r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$", r"\1.0.\2"),
+        (r"^rpn\.head\.conv\.(weight|bias)$", r"rpn.head.conv.0.0.\1"),
+    ),
+    marks=(
+        (r"^roi_heads\.mask_", "a Mask R-CNN"),
+        (r"^roi_heads\.keypoint_", "a Keypoint R-CNN"),
+        (r"^head\.classification_head\.", "a RetinaNet, FCOS or SSD"),
+    ),
+    likely_cause=_likely_cause,
+)
+
+
+# torchvision's own detector with a checkpoint's weights: the reference that ours must agree with.
+
+
+class TorchvisionDetector:
+    """A detector of torchvision with its own resizing, as a ``BatchDetector``.
+
+    ``model`` is the network in evaluation mode; label n + 1 of it is ``contract.names[n]``. Frames go
+    through it one by one, since torchvision pads a batch to its largest image, which changes results.
+    Where ``contract.resize`` sets no bounds, frames are resized as they are for ``contract.canvas``.
+    """
+
+    provider = "torchvision"
+    precision = "fp32"
+
+    def __init__(self, model: TorchvisionFasterRCNN, contract: Contract) -> None:
+        self.model, self.contract = model.eval(), contract
+        # torchvision derives the scales of RoI pooling from the first image it sees and keeps them; a
+        # narrow one would mislead it (48 rows padded to 64 look like stride 16 instead of 32).
+        self.batch([np.zeros((256, 256, 3), np.uint8)])
+
+    @classmethod
+    def of(cls, model: FasterRCNN, contract: Contract) -> TorchvisionDetector:
+        """torchvision's form of our ``model``, with the same weights and settings."""
+        return cls(torchvision_model(model, contract), contract)
+
+    def __call__(self, frame: NDArray[np.uint8]) -> Detections:
+        """Detections of one BGR frame [H, W, 3], boxes in its own pixels."""
+        return self.batch([frame])[0]
+
+    @torch.inference_mode()
+    def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        """Detections of several BGR frames of any sizes."""
+        return [self._detect(check_frame(frame)) for frame in frames]
+
+    def _detect(self, frame: NDArray[np.uint8]) -> Detections:
+        size, resize = (frame.shape[0], frame.shape[1]), self.contract.resize
+        if resize.shorter_side is None or resize.longer_side is None:
+            height, width = place(size, self.contract.canvas, resize).valid
+            self.model.transform.fixed_size = (width, height)
+        rgb = torch.from_numpy(np.ascontiguousarray(frame[:, :, ::-1])).permute(2, 0, 1).float() / 255
+        found: dict[str, Tensor] = self.model([rgb])[0]
+        return Detections(
+            boxes=found["boxes"].numpy(),
+            scores=found["scores"].numpy(),
+            labels=found["labels"].numpy() - 1,
+            class_names=self.contract.names,
+            category_ids=self.contract.category_ids,
+            size=size,
+        )
+
+
+def torchvision_model(model: FasterRCNN, contract: Contract) -> TorchvisionFasterRCNN:
+    """torchvision's ``FasterRCNN`` with the settings and the weights of ``model``, in evaluation mode.
+
+    Raises ``SettingsError`` for a model that torchvision has no parts for.
+    """
+    s, classes = model.settings, len(contract.names) + 1
+    plain = (s.profile, s.channel_order, s.rpn_channels, s.rpn_score, s.roi_pooling) == (
+        *("torchvision", "rgb", 0, "sigmoid"),
+        "align",
+    )
+    parts = (s.box_head, s.bottleneck_stride, s.roi_level_rule) == ("fc", "3x3", "torchvision")
+    plain = plain and parts and s.neck != "dc5" and not s.roi_aligned
+    if not plain or s.box_min_side != 1e-2 or int(s.canonical_size) != s.canonical_size:
+        raise SettingsError(
+            "torchvision has no model with these settings; expected the torchvision profile, RGB, RoIAlign "
+            "and a sigmoid, roi_aligned false, box_min_side 0.01 and a canonical_size without fraction, its "
+            "level rule, the box head 'fc', bottleneck_stride '3x3' and another neck than 'dc5'"
+        )
+    backbone, levels = _backbone(s), len(s.anchor_sizes)
+    names = [str(level) for level in range(max(1, levels - 1))]  # of a pyramid all but the pooled map
+    channels, size = backbone.out_channels, s.roi_size
+    built = TorchvisionFasterRCNN(
+        backbone,
+        min_size=contract.resize.shorter_side or min(s.canvas),
+        max_size=contract.resize.longer_side or max(s.canvas),
+        image_mean=[value / 255 for value in s.mean],
+        image_std=[value / 255 for value in s.std],
+        rpn_anchor_generator=AnchorGenerator(s.anchor_sizes, (s.aspect_ratios,) * levels),
+        rpn_head=RPNHead(channels, s.anchors_per_place, conv_depth=s.rpn_convs),
+        rpn_pre_nms_top_n_test=s.rpn_pre_nms,
+        rpn_post_nms_top_n_test=s.rpn_post_nms,
+        rpn_nms_thresh=s.rpn_nms_iou,
+        rpn_score_thresh=s.rpn_score_threshold,
+        box_roi_pool=MultiScaleRoIAlign(names, size, s.roi_sampling, canonical_scale=int(s.canonical_size)),
+        box_head=FastRCNNConvFCHead(
+            (channels, size, size), [channels] * s.box_convs, [s.representation], nn.BatchNorm2d
+        )
+        if s.box_convs
+        else TwoMLPHead(channels * size**2, s.representation),
+        box_predictor=FastRCNNPredictor(s.representation, classes),
+        box_score_thresh=s.score_threshold,
+        box_nms_thresh=s.nms_iou,
+        box_detections_per_img=s.max_detections,
+        bbox_reg_weights=s.box_weights,
+    )
+    built.rpn.min_size = s.rpn_min_side
+    own = built.state_dict()  # torchvision's frozen batch norms have no step counters
+    built.load_state_dict({name: value for name, value in model.state_dict().items() if name in own})
+    return built.eval()
+
+
+def _backbone(settings: ModelSettings) -> Any:
+    """torchvision's backbone and pyramid with its own batch norms, randomly initialised."""
+    spec = BACKBONES[settings.backbone]
+    live = settings.backbone_norm == "live"
+    network = spec.build(
+        partial(nn.BatchNorm2d if live else FrozenBatchNorm2d, eps=settings.backbone_norm_eps)
+    )
+    body = cast(nn.Module, getattr(network, "features", network))
+    if settings.neck == "single":
+        single = nn.Sequential()
+        layers = [name for name, _ in body.named_children()]
+        for name in layers[: layers.index(spec.maps[16][0]) + 1]:
+            single.append(cast(nn.Module, getattr(body, name)))
+        wrapped = nn.Sequential()
+        wrapped.body, wrapped.out_channels = single, spec.maps[16][1]  # type: ignore[assignment]
+        return wrapped
+    levels = 4 if settings.finest_stride == 4 else 3
+    taps = dict(list(spec.maps.values())[-levels:])
+    if settings.neck == "fpn32" and spec.coarse is not None:
+        taps = spec.coarse
+    return BackboneWithFPN(
+        body,
+        {tap: str(level) for level, tap in enumerate(taps)},
+        list(taps.values()),
+        settings.fpn_channels,
+        norm_layer=nn.BatchNorm2d if live else None,
+    )
