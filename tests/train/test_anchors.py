@@ -8,7 +8,6 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 from anchorline.train.model.anchors import AnchorGenerator as OurGenerator
-from anchorline.train.model.anchors import base_anchors, grid_anchors
 
 FPN_SIZES = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
 
@@ -52,11 +51,12 @@ def test_several_sizes_on_one_map_run_ratio_by_ratio(sizes: tuple[float, ...]) -
 
 def test_base_anchors_by_hand() -> None:
     # Size 16, ratio 1: half a side of 8. Ratio 4 is four times as high as wide: 8 x 32.
-    assert base_anchors([16.0], [1.0, 4.0]).tolist() == [[-8, -8, 8, 8], [-4, -16, 4, 16]]
+    (anchors,) = OurGenerator((16, 16), [(16.0,)], (1.0, 4.0)).levels([(1, 1)])
+    assert anchors.tolist() == [[-8, -8, 8, 8], [-4, -16, 4, 16]]
 
 
 def test_places_run_row_by_row() -> None:
-    anchors = grid_anchors(torch.tensor([[-1.0, -2.0, 1.0, 2.0]]), (2, 3), (10, 100))
+    (anchors,) = OurGenerator((20, 300), [(4.0,)], (1.0,)).levels([(2, 3)])
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
     assert centres.tolist() == [[0, 0], [100, 0], [200, 0], [0, 10], [100, 10], [200, 10]]
 

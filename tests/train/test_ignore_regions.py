@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pycocotools import mask
 from torch import Tensor
 
-from anchorline.train.model import roi_heads, rpn
+from anchorline.train.model import assign, roi_heads, rpn
 from anchorline.train.model.anchors import AnchorGenerator
 from anchorline.train.model.assign import BACKGROUND, IGNORED, Targets, ignore_covered
 from anchorline.train.model.boxes import pairwise_ioa
@@ -92,20 +92,16 @@ def test_what_is_covered_by_hand() -> None:
 
 
 @pytest.fixture
-def masks_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], Masks]:
-    """``masks_of(module)``: the candidates [B, N], positive and negative, at each draw in that module."""
+def masks(monkeypatch: pytest.MonkeyPatch) -> Masks:
+    """The candidates [B, N], positive and negative, at each draw."""
+    real, found = assign.sample, []
 
-    def record(module: object) -> Masks:
-        real, found = module.sample, []  # type: ignore[attr-defined]
+    def recorded(positive: Tensor, negative: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        found.append((positive, negative))
+        return real(positive, negative, *rest)
 
-        def recorded(positive: Tensor, negative: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-            found.append((positive, negative))
-            return real(positive, negative, *rest)
-
-        monkeypatch.setattr(module, "sample", recorded)
-        return found
-
-    return record
+    monkeypatch.setattr(assign, "sample", recorded)
+    return found
 
 
 # Anchors, what each is to the object (0, 0, 20, 20) without a region, and with (20, 0, 60, 40) ignored.
@@ -128,23 +124,19 @@ def kinds(positive: Tensor, negative: Tensor) -> list[str]:
     return ["positive" if p else "negative" if n else "neither" for p, n in pairs]
 
 
-def test_anchors_by_hand(masks_of: Callable[[object], Masks]) -> None:
-    found = masks_of(rpn)
+def test_anchors_by_hand(masks: Masks) -> None:
     anchors = torch.tensor([anchor for anchor, _, _ in ANCHOR_TABLE]).float()
     objectness, deltas = torch.randn(1, len(anchors)), torch.randn(1, len(anchors), 4)
     boxes, labels = [torch.tensor([[0.0, 0.0, 20.0, 20.0]])], [torch.tensor([0])]
     for ignored in (None, [torch.tensor([[20.0, 0.0, 60.0, 40.0]])]):
         targets = Targets.pad(boxes, labels, ignored=ignored)
         rpn_losses(objectness, deltas, anchors, targets, TrainingSettings())
-    assert kinds(*found[0]) == [without for _, without, _ in ANCHOR_TABLE]
-    assert kinds(*found[1]) == [with_region for _, _, with_region in ANCHOR_TABLE]
+    assert kinds(*masks[0]) == [without for _, without, _ in ANCHOR_TABLE]
+    assert kinds(*masks[1]) == [with_region for _, _, with_region in ANCHOR_TABLE]
 
 
-def test_the_best_anchor_of_an_object_inside_a_region_stays_positive(
-    masks_of: Callable[[object], Masks],
-) -> None:
+def test_the_best_anchor_of_an_object_inside_a_region_stays_positive(masks: Masks) -> None:
     """A small object in the midst of a crowd: its only anchor, of a low IoU, is still its own."""
-    found = masks_of(rpn)
     anchors = torch.tensor([[30.0, 30.0, 46.0, 46.0], [50.0, 50.0, 66.0, 66.0]])
     targets = Targets.pad(
         [torch.tensor([[34.0, 34.0, 40.0, 40.0]])],
@@ -152,7 +144,7 @@ def test_the_best_anchor_of_an_object_inside_a_region_stays_positive(
         ignored=[torch.tensor([[20.0, 20.0, 80.0, 80.0]])],
     )
     rpn_losses(torch.zeros(1, 2), torch.zeros(1, 2, 4), anchors, targets, TrainingSettings())
-    assert kinds(*found[0]) == ["positive", "neither"]
+    assert kinds(*masks[0]) == ["positive", "neither"]
 
 
 # Proposals, and what each is to the object (0, 0, 20, 20) with the region (20, 0, 60, 40) ignored.
@@ -166,17 +158,14 @@ PROPOSAL_TABLE = [
 ]
 
 
-def test_proposals_by_hand(
-    small_settings: Callable[..., ModelSettings], masks_of: Callable[[object], Masks]
-) -> None:
-    found = masks_of(roi_heads)
+def test_proposals_by_hand(small_settings: Callable[..., ModelSettings], masks: Masks) -> None:
     boxes = torch.tensor([[box for box, _ in PROPOSAL_TABLE] + [(0, 0, 0, 0)]]).float()
     proposals = Proposals(boxes, torch.tensor([[0.9] * len(PROPOSAL_TABLE) + [-1.0]]))
     region = torch.tensor([[20.0, 0.0, 60.0, 40.0]])
     targets = Targets.pad([torch.tensor([[0.0, 0.0, 20.0, 20.0]])], [torch.tensor([2])], ignored=[region])
     samples = sample_rois(proposals, targets, small_settings(), TrainingSettings(roi_samples=32))
     empty_slot, ground_truth = "neither", "positive"
-    assert kinds(*found[0]) == [*(kind for _, kind in PROPOSAL_TABLE), empty_slot, ground_truth]
+    assert kinds(*masks[0]) == [*(kind for _, kind in PROPOSAL_TABLE), empty_slot, ground_truth]
     drawn = samples.boxes[samples.drawn].tolist()
     expected = [list(box) for box, kind in PROPOSAL_TABLE if kind != "neither"] + [[0, 0, 20, 20]]
     assert sorted(drawn) == sorted(expected)

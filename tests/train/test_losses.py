@@ -10,7 +10,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
-from anchorline.train.model import losses, rpn
+from anchorline.train.model import assign, losses, rpn
 from anchorline.train.model.anchors import AnchorGenerator as OurGenerator
 from anchorline.train.model.assign import Targets
 from anchorline.train.model.settings import ModelSettings
@@ -52,8 +52,8 @@ def test_rpn_losses_equal_torchvisions(
         drawn.append(real(*arguments))
         return drawn[-1]
 
-    real = rpn.sample
-    monkeypatch.setattr(rpn, "sample", recorded)
+    real = assign.sample
+    monkeypatch.setattr(assign, "sample", recorded)
     batch = len(images)
     objectness = torch.randn(batch, len(ANCHORS), requires_grad=True)
     deltas = torch.randn(batch, len(ANCHORS), 4, requires_grad=True)

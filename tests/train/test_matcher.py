@@ -8,7 +8,8 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 from anchorline.train.model.anchors import AnchorGenerator
-from anchorline.train.model.assign import BACKGROUND, match
+from anchorline.train.model.assign import BACKGROUND
+from anchorline.train.model.assign import Matcher as OurMatcher
 from anchorline.train.model.boxes import pairwise_iou
 
 CANVAS = (96, 128)
@@ -37,7 +38,7 @@ def ours(
 ) -> torch.Tensor:
     if present is None:
         present = torch.ones(iou.shape[0], iou.shape[2], dtype=torch.bool)
-    return match(iou, present, positive_iou=high, negative_iou=low, keep_best_of_each_box=keep)
+    return OurMatcher(high, low, keep).match(iou, present)
 
 
 @pytest.mark.parametrize("scene", SCENES)

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from anchorline.train.loop.optim import build_optimiser
 from anchorline.train.model.anchors import AnchorGenerator
-from anchorline.train.model.assign import BACKGROUND, IGNORED, Targets, match
+from anchorline.train.model.assign import BACKGROUND, IGNORED, Matcher, Targets
+from anchorline.train.model.boxes import inside_images
 from anchorline.train.model.faster_rcnn import FasterRCNN
-from anchorline.train.model.rpn import RPN, AnchorScores, match_anchors
+from anchorline.train.model.rpn import RPN, AnchorScores
 from anchorline.train.model.settings import ModelSettings
 from anchorline.train.settings import TrainingSettings, load_preset
 
 PAPER = load_preset("vgg16-paper").training
 CANVAS = torch.tensor([[608.0, 1024.0]])
 GENERATOR = AnchorGenerator((608, 1024), [(128.0, 256.0, 512.0)], (0.5, 1.0, 2.0), "caffe", (16,))
+MATCHER = Matcher(PAPER.rpn_positive_iou, PAPER.rpn_negative_iou, keep_best_of_each_box=True)
 (ANCHORS,) = GENERATOR.levels([(38, 64)])
 
 
@@ -111,7 +113,7 @@ def test_a_batch_has_the_mean_of_its_images_losses() -> None:
 def test_anchors_across_the_edge_have_no_part() -> None:
     """About 6000 of the 20000 anchors of a 600 x 1000 image remain (section 3.1.3)."""
     sizes = torch.tensor([[600.0, 1000.0]])
-    matches = match_anchors(ANCHORS, of([[-40, -40, 80, 80]]), PAPER, sizes)[0]
+    matches = MATCHER(ANCHORS[None], of([[-40, -40, 80, 80]]), inside_images(ANCHORS, sizes))[0]
     inside = (ANCHORS[:, :2] >= 0).all(1) & (ANCHORS[:, 2] <= 1000) & (ANCHORS[:, 3] <= 600)
     assert 5000 < int(inside.sum()) < 9000
     assert (matches[~inside] == IGNORED).all()
@@ -120,7 +122,7 @@ def test_anchors_across_the_edge_have_no_part() -> None:
 
 def test_the_best_anchor_inside_is_positive_however_small_its_overlap() -> None:
     tiny = of([[300.0, 300, 304, 303]])
-    matches = match_anchors(ANCHORS, tiny, PAPER, CANVAS)[0]
+    matches = MATCHER(ANCHORS[None], tiny, inside_images(ANCHORS, CANVAS))[0]
     assert (matches >= 0).any()
     assert (matches == BACKGROUND).any()
 
@@ -128,10 +130,9 @@ def test_the_best_anchor_inside_is_positive_however_small_its_overlap() -> None:
 def test_proposals_far_from_every_object_are_no_background() -> None:
     iou = torch.tensor([[[0.0], [0.05], [0.1], [0.49], [0.5]]])
     present = torch.ones(1, 1, dtype=torch.bool)
-    arguments = {"positive_iou": 0.5, "negative_iou": 0.5, "keep_best_of_each_box": False}
-    found = match(iou, present, **arguments, background_iou=0.1)[0].tolist()
+    found = Matcher(0.5, 0.5, background_iou=0.1).match(iou, present)[0].tolist()
     assert found == [IGNORED, IGNORED, BACKGROUND, BACKGROUND, 0]
-    assert match(iou, present, **arguments)[0].tolist() == [BACKGROUND] * 4 + [0]
+    assert Matcher(0.5, 0.5).match(iou, present)[0].tolist() == [BACKGROUND] * 4 + [0]
 
 
 def test_biases_learn_twice_as_fast_and_do_not_decay() -> None:

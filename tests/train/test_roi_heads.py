@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from anchorline.train.model import roi_heads
+from anchorline.train.model import assign, roi_heads
 from anchorline.train.model.assign import Targets
 from anchorline.train.model.rpn import Proposals
 from anchorline.train.model.settings import ModelSettings
@@ -138,8 +138,8 @@ def test_samples_carry_torchvisions_labels_and_targets(
         drawn.append(real(*arguments))
         return drawn[-1]
 
-    real = roi_heads.sample
-    monkeypatch.setattr(roi_heads, "sample", recorded)
+    real = assign.sample
+    monkeypatch.setattr(assign, "sample", recorded)
     samples = heads_of(model).sample(proposals, Targets.pad(objects, labels), training)
     indices, real_slots = drawn[0]
     heads = torchvision_heads(model)

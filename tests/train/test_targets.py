@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from anchorline.train.model.assign import Targets
+from anchorline.train.model.boxes import rows_at
 
 
 def test_images_are_padded_to_the_most_crowded_one() -> None:
@@ -24,10 +25,10 @@ def test_a_batch_without_objects_has_one_empty_slot() -> None:
     assert not targets.present.any()
 
 
-def test_boxes_at_takes_each_images_own_slots() -> None:
+def test_rows_are_those_of_each_images_own_slots() -> None:
     labels = torch.zeros(2, 3, dtype=torch.int64)
     targets = Targets(torch.arange(24.0).reshape(2, 3, 4), labels, torch.zeros(2, 0, 4))
-    chosen = targets.boxes_at(torch.tensor([[2, 2], [0, 1]]))
+    chosen = rows_at(targets.boxes, torch.tensor([[2, 2], [0, 1]]))
     assert torch.equal(chosen, torch.stack((targets.boxes[0, [2, 2]], targets.boxes[1, [0, 1]])))
 
 

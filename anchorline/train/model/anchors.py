@@ -1,11 +1,11 @@
 """Anchors: the reference boxes of the RPN (Faster R-CNN, section 3.1.1).
 
-Three styles. ``torchvision`` is numerically ``models/detection/anchor_utils.py``: base anchors are rounded
-to whole pixels and centred at 0. ``caffe`` is py-faster-rcnn's ``lib/rpn/generate_anchors.py``: a window
-of 16x16 pixels is given each aspect ratio, rounded, and then scaled. That window is (0, 0, 15, 15) with
-its last pixels included, which with continuous edges is (0, 0, 16, 16), centred at 8. ``unrounded`` is
-Detectron2's ``modeling/anchor_generator.py`` (offset 0) and MMDetection's ``AnchorGenerator`` (centre
-offset 0): as torchvision's without the rounding.
+Three styles. ``torchvision`` is its ``models/detection/anchor_utils.py``: base anchors are rounded to whole
+pixels and centred at 0. ``caffe`` is py-faster-rcnn's ``lib/rpn/generate_anchors.py``: a window of 16x16
+pixels is given each aspect ratio, rounded, and then scaled. That window is (0, 0, 15, 15) with its last
+pixels included, which with continuous edges is (0, 0, 16, 16), centred at 8. ``unrounded`` is Detectron2's
+``modeling/anchor_generator.py`` (offset 0) and MMDetection's ``AnchorGenerator`` (centre offset 0): as
+torchvision's without the rounding.
 
 At one place anchors run ratio by ratio in every style, the sizes within each: torchvision's,
 py-faster-rcnn's and MMDetection's order. Detectron2's runs size by size, so the RPN's output channels
@@ -18,25 +18,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-
-def base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
-    """Anchors [len(aspect_ratios) * len(sizes), 4] around the origin, ratio by ratio.
-
-    ``sizes`` are square roots of areas in pixels; an aspect ratio is height / width.
-    """
-    side = torch.as_tensor(sizes, dtype=torch.float32)
-    ratio = torch.as_tensor(aspect_ratios, dtype=torch.float32)
-    height_factor = torch.sqrt(ratio)
-    widths = ((1.0 / height_factor)[:, None] * side[None, :]).reshape(-1)
-    heights = (height_factor[:, None] * side[None, :]).reshape(-1)
-    return torch.round(torch.stack((-widths, -heights, widths, heights), dim=1) / 2)
+from torchvision.models.detection import anchor_utils
 
 
 def unrounded_base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
-    """As ``base_anchors`` in Detectron2 and MMDetection: w = size * sqrt(1 / ratio) and h = ratio * w.
+    """Detectron2's and MMDetection's anchors [len(aspect_ratios) * len(sizes), 4] around the origin.
 
-    In MMDetection's terms a size is stride * scale.
+    w = size * sqrt(1 / ratio) and h = ratio * w: ``sizes`` are square roots of areas in pixels (in
+    MMDetection's terms stride * scale), an aspect ratio is height / width.
     """
     side = torch.as_tensor(sizes, dtype=torch.float64)
     ratio = torch.as_tensor(aspect_ratios, dtype=torch.float64)[:, None]
@@ -50,10 +39,7 @@ CAFFE_WINDOW = 16
 
 
 def caffe_base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
-    """As ``base_anchors`` in py-faster-rcnn, at the first place; the scale of a size is size / 16.
-
-    Edges are continuous: py-faster-rcnn's x2 and y2 are 1 less.
-    """
+    """py-faster-rcnn's anchors at the first place, arguments and order as above; its x2 and y2 are 1 less."""
     ratio = torch.as_tensor(aspect_ratios, dtype=torch.float64)
     scale = torch.as_tensor(sizes, dtype=torch.float64) / CAFFE_WINDOW
     width = torch.round(torch.sqrt(CAFFE_WINDOW**2 / ratio))
@@ -62,24 +48,7 @@ def caffe_base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -
     return (CAFFE_WINDOW / 2 + torch.cat((-half, half), dim=1)).float()
 
 
-_BASE_ANCHORS = {
-    "torchvision": base_anchors,
-    "caffe": caffe_base_anchors,
-    "unrounded": unrounded_base_anchors,
-}
-
-
-def grid_anchors(base: Tensor, grid: tuple[int, int], stride: tuple[int, int]) -> Tensor:
-    """Anchors [rows * columns * k, 4] of one level: ``base`` [k, 4] at every place of the ``grid``.
-
-    Places run row by row, and at each place the k anchors follow each other, which is the order of
-    the RPN head's outputs once flattened. ``stride`` is (y, x) in pixels.
-    """
-    y = torch.arange(grid[0], dtype=torch.float32) * stride[0]
-    x = torch.arange(grid[1], dtype=torch.float32) * stride[1]
-    shift_y, shift_x = torch.meshgrid(y, x, indexing="ij")
-    shifts = torch.stack((shift_x, shift_y, shift_x, shift_y), dim=-1).reshape(-1, 1, 4)
-    return (shifts + base).reshape(-1, 4)
+_OTHER_BASE_ANCHORS = {"caffe": caffe_base_anchors, "unrounded": unrounded_base_anchors}
 
 
 class AnchorGenerator:
@@ -99,8 +68,11 @@ class AnchorGenerator:
         style: str = "torchvision",
         strides: Sequence[int] | None = None,
     ) -> None:
-        self.canvas, self.sizes, self.aspect_ratios, self.strides = canvas, sizes, aspect_ratios, strides
-        self.base = _BASE_ANCHORS[style]
+        self.canvas, self.strides = canvas, strides
+        self._generator = anchor_utils.AnchorGenerator(sizes, (tuple(aspect_ratios),) * len(sizes))
+        if style in _OTHER_BASE_ANCHORS:
+            base = _OTHER_BASE_ANCHORS[style]
+            self._generator.cell_anchors = [base(group, aspect_ratios) for group in sizes]
         self._kept: dict[tuple[object, ...], list[Tensor]] = {}
 
     def __call__(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -114,18 +86,17 @@ class AnchorGenerator:
     def levels(self, grids: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Anchors [A_level, 4] for maps of ``grids`` (rows, columns).
 
-        Raises ``ValueError`` where there are other levels than sizes.
+        Places run row by row and the anchors of a place follow each other, as the RPN head's outputs do
+        once flattened. Raises ``ValueError`` where there are other levels than sizes.
         """
-        if len(self.sizes) != len(grids):
+        levels = len(self._generator.cell_anchors)
+        if levels != len(grids):
             raise ValueError(
-                f"got anchor sizes for {len(self.sizes)} levels and {len(grids)} feature maps; "
-                "expected one each"
+                f"got anchor sizes for {levels} levels and {len(grids)} feature maps; expected one each"
             )
         height, width = self.canvas
         steps = [(height // rows, width // columns) for rows, columns in grids]
         if self.strides is not None:
             steps = [(stride, stride) for stride in self.strides]
-        return [
-            grid_anchors(self.base(sizes, self.aspect_ratios), grid, step)
-            for sizes, grid, step in zip(self.sizes, grids, steps, strict=True)
-        ]
+        anchors: list[Tensor] = self._generator.grid_anchors(grids, steps)
+        return anchors

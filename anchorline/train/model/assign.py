@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anchorline.train.model.boxes import rows_at
+from anchorline.train.model.boxes import pairwise_ioa, pairwise_iou
 
 # What a candidate without an object is.
 BACKGROUND = -1
@@ -45,10 +45,6 @@ class Targets:
         """Bool [B, M]: which slots hold an object."""
         return self.labels >= 0
 
-    def boxes_at(self, index: Tensor) -> Tensor:
-        """The boxes [B, S, 4] in slots ``index`` int64 [B, S]."""
-        return rows_at(self.boxes, index)
-
     def noise(self, stream: int, count: int) -> Tensor | None:
         """Uniform draws [B, count] from each image's seed and ``stream``; None without seeds."""
         if self.seeds is None:
@@ -83,38 +79,51 @@ class Targets:
         return padded
 
 
-def match(
-    iou: Tensor,
-    present: Tensor,
-    *,
-    positive_iou: float,
-    negative_iou: float,
-    keep_best_of_each_box: bool,
-    background_iou: float = 0.0,
-) -> Tensor:
-    """Assign a ground-truth index, ``BACKGROUND`` or ``IGNORED`` to each candidate: int64 [B, N].
+@dataclass(frozen=True)
+class Matcher:
+    """Assigns a ground-truth index, ``BACKGROUND`` or ``IGNORED`` to each candidate.
 
-    ``iou`` [B, N, M] holds the overlaps of N candidates with M ground-truth slots of which
-    ``present`` [B, M] are real. A candidate is positive from ``positive_iou``, background below
-    ``negative_iou``, ignored between, and ignored below ``background_iou``. With
-    ``keep_best_of_each_box`` the candidates that overlap a box the most are positive however small their
-    IoU, and keep the box they overlap best (as torchvision's ``Matcher`` with
-    ``allow_low_quality_matches``). Unlike there, a box that no candidate touches claims none: its best IoU
-    of 0 would otherwise make every far candidate positive.
+    A candidate is positive from ``positive_iou``, background below ``negative_iou``, ignored between, and
+    ignored below ``background_iou``. With ``keep_best_of_each_box`` the candidates that overlap a box the
+    most are positive however small their IoU, and keep the box they overlap best (as torchvision's
+    ``Matcher`` with ``allow_low_quality_matches``). Unlike there, a box that no candidate touches claims
+    none: its best IoU of 0 would otherwise make every far candidate positive.
     """
-    iou = torch.where(present[:, None, :], iou, torch.full_like(iou, -1.0))
-    if iou.shape[2] == 0:
-        return torch.full(iou.shape[:2], BACKGROUND, dtype=torch.int64, device=iou.device)
-    best_iou, best_box = iou.max(dim=2)
-    matches = torch.where(best_iou >= positive_iou, best_box, IGNORED)
-    matches = torch.where(best_iou < negative_iou, BACKGROUND, matches)
-    if background_iou > 0:
-        matches = torch.where(best_iou < background_iou, IGNORED, matches)
-    if keep_best_of_each_box:
-        best_of_box = iou.amax(dim=1, keepdim=True)
-        is_best = ((iou == best_of_box) & (best_of_box > 0)).any(dim=2)
-        matches = torch.where(is_best, best_box, matches)
-    return matches
+
+    positive_iou: float
+    negative_iou: float
+    keep_best_of_each_box: bool = False
+    background_iou: float = 0.0
+
+    def __call__(self, boxes: Tensor, targets: Targets, taking_part: Tensor | None = None) -> Tensor:
+        """What each of ``boxes`` [B, N, 4] (or [1, N, 4]) stands for, int64 [B, N].
+
+        Boxes that an ignore region covers are no background; those not ``taking_part`` (bool [B, N]) are
+        ignored, and are not the best of any object either.
+        """
+        iou = pairwise_iou(boxes, targets.boxes)
+        if taking_part is not None:
+            iou = torch.where(taking_part[..., None], iou, -1.0)
+        matches = self.match(iou, targets.present)
+        if taking_part is not None:
+            matches = torch.where(taking_part, matches, IGNORED)
+        return ignore_covered(matches, pairwise_ioa(boxes, targets.ignored))
+
+    def match(self, iou: Tensor, present: Tensor) -> Tensor:
+        """The same from overlaps ``iou`` [B, N, M] with M slots of which ``present`` [B, M] are real."""
+        iou = torch.where(present[:, None, :], iou, -1.0)
+        if iou.shape[2] == 0:
+            return torch.full(iou.shape[:2], BACKGROUND, dtype=torch.int64, device=iou.device)
+        best_iou, best_box = iou.max(dim=2)
+        matches = torch.where(best_iou >= self.positive_iou, best_box, IGNORED)
+        matches = torch.where(best_iou < self.negative_iou, BACKGROUND, matches)
+        if self.background_iou > 0:
+            matches = torch.where(best_iou < self.background_iou, IGNORED, matches)
+        if self.keep_best_of_each_box:
+            best_of_box = iou.amax(dim=1, keepdim=True)
+            is_best = ((iou == best_of_box) & (best_of_box > 0)).any(dim=2)
+            matches = torch.where(is_best, best_box, matches)
+        return matches
 
 
 def ignore_covered(matches: Tensor, coverage: Tensor) -> Tensor:
@@ -148,3 +157,25 @@ def sample(
     priority = torch.where(chosen, noise + 1.0, torch.where(negative, noise, -1.0))
     values, indices = priority.topk(min(size, priority.shape[1]), dim=1)
     return indices, values >= 0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Candidates drawn for a loss, S slots per image, positives first.
+
+    ``index`` int64 [B, S]; bool [B, S]: ``drawn``, which slots are real, and ``positive``; ``objects`` int64
+    [B, S], the ground truth's slots (0 for background).
+    """
+
+    index: Tensor
+    drawn: Tensor
+    positive: Tensor
+    objects: Tensor
+
+
+def draw(matches: Tensor, targets: Targets, size: int, positive_fraction: float, stream: int) -> Samples:
+    """``sample`` from ``matches`` [B, N], by the images' own seeds where ``targets`` have them."""
+    noise = targets.noise(stream, matches.shape[1])
+    index, drawn = sample(matches >= 0, matches == BACKGROUND, size, positive_fraction, noise)
+    chosen = matches.gather(1, index)
+    return Samples(index, drawn, (chosen >= 0) & drawn, chosen.clamp(min=0))

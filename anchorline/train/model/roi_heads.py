@@ -8,18 +8,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 
 from anchorline.train.model import ops
-from anchorline.train.model.assign import BACKGROUND, Targets, ignore_covered, match, sample
+from anchorline.train.model.assign import Matcher, Targets, draw
 from anchorline.train.model.backbones import build_last_stage
-from anchorline.train.model.boxes import (
-    BoxCoder,
-    at_least,
-    clip_to_images,
-    pairwise_ioa,
-    pairwise_iou,
-    rows_at,
-)
+from anchorline.train.model.boxes import BoxCoder, at_least, clip_to_images, rows_at
 from anchorline.train.model.losses import roi_losses
 from anchorline.train.model.ops import mark
 from anchorline.train.model.roi_pooling import RoIMaxPooling, RoIPooling
@@ -36,7 +30,6 @@ class BoxHead(nn.Module):
     def __init__(self, in_features: int, representation: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = dropout
-        self.out_features = representation
         self.fc6 = nn.Linear(in_features, representation)
         self.fc7 = nn.Linear(representation, representation)
 
@@ -50,52 +43,21 @@ class BoxHead(nn.Module):
         return hidden
 
 
-class ConvBoxHead(nn.Sequential):
-    """``convs`` 3x3 convolutions with batch norm, then one fully connected layer, over a pooled region.
-
-    Maps [N, channels, S, S] with S = ``size`` to [N, representation]. A sequence, so that its parameters
-    have torchvision's names (``0.0.weight``). Undrawn slots of a training batch count in the statistics.
-    """
-
-    def __init__(self, channels: int, size: int, convs: int, representation: int) -> None:
-        layers: list[nn.Module] = []
-        for _ in range(convs):
-            conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            layers.append(nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU()))
-        super().__init__(*layers, nn.Flatten(), nn.Linear(channels * size**2, representation), nn.ReLU())
-        self.out_features = representation
-
-
 class Res5Head(nn.Module):
     """The last stage of a ResNet over a pooled region, then the mean of its cells: the head of C4 models.
 
-    As Detectron2's ``modeling/roi_heads/roi_heads.py`` (``Res5ROIHeads``): the stage halves the 14x14 cells
-    to 7x7. ``stage`` keeps torchvision's name, ``layer4``; ``out_features`` is its width.
+    As Detectron2's ``modeling/roi_heads/roi_heads.py`` (``Res5ROIHeads``): the stage, under torchvision's
+    name ``layer4``, halves the 14x14 cells to 7x7.
     """
 
-    def __init__(self, stage: nn.Module, out_features: int) -> None:
+    def __init__(self, stage: nn.Module) -> None:
         super().__init__()
         self.layer4 = stage
-        self.out_features = out_features
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """[N, out_features] of ``pooled`` [N, C, S, S]."""
+        """[N, width of the stage] of ``pooled`` [N, C, S, S]."""
         features: Tensor = self.layer4(pooled)
         return features.mean(dim=(2, 3))
-
-
-class BoxPredictor(nn.Module):
-    """Class logits and per-class ``bbox_deltas``; class 0 is background."""
-
-    def __init__(self, representation: int, classes: int) -> None:
-        super().__init__()
-        self.cls_score = nn.Linear(representation, classes + 1)
-        self.bbox_pred = nn.Linear(representation, (classes + 1) * 4)
-
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [N, 1 + classes] and deltas [N, 1 + classes, 4] of ``hidden`` [N, representation]."""
-        return self.cls_score(hidden).float(), self.bbox_pred(hidden).float().unflatten(1, (-1, 4))
 
 
 @dataclass(frozen=True)
@@ -136,14 +98,17 @@ class RoIHeads(nn.Module):
         super().__init__()
         s, self.levels = settings, len(strides)
         self.pooling = RoIMaxPooling(strides[0], s) if s.roi_pooling == "max" else RoIPooling(strides, s)
-        self.box_head: BoxHead | ConvBoxHead | Res5Head
+        size, width = s.roi_size, s.representation
+        self.box_head: nn.Module
         if s.box_head == "res5":
-            self.box_head = Res5Head(*build_last_stage(s))
-        elif s.box_convs:
-            self.box_head = ConvBoxHead(channels, s.roi_size, s.box_convs, s.representation)
+            stage, width = build_last_stage(s)
+            self.box_head = Res5Head(stage)
+        elif s.box_convs:  # undrawn slots of a training batch count in its statistics
+            convs = [channels] * s.box_convs
+            self.box_head = FastRCNNConvFCHead((channels, size, size), convs, [width], nn.BatchNorm2d)
         else:
-            self.box_head = BoxHead(channels * s.roi_size**2, s.representation, s.box_dropout)
-        self.box_predictor = BoxPredictor(self.box_head.out_features, classes)
+            self.box_head = BoxHead(channels * size**2, width, s.box_dropout)
+        self.box_predictor = FastRCNNPredictor(width, classes + 1)  # class 0 is background
         if s.box_init_std:  # as the paper starts its new layers (3.1.3)
             for layer in self.modules():
                 if isinstance(layer, nn.Linear):
@@ -165,8 +130,8 @@ class RoIHeads(nn.Module):
         """Class logits [B, R, 1 + classes] and deltas [B, R, 1 + classes, 4] of ``boxes`` [B, R, 4]."""
         pooled = mark("roi_features", self.pooling(features[: self.levels], boxes))
         logits, deltas = self.box_predictor(self.box_head(pooled))
-        shape = (boxes.shape[0], boxes.shape[1])
-        return logits.unflatten(0, shape), deltas.unflatten(0, shape)
+        deltas = deltas.float().unflatten(1, (-1, 4))
+        return logits.float().unflatten(0, boxes.shape[:2]), deltas.unflatten(0, boxes.shape[:2])
 
     def detect(
         self, class_logits: Tensor, deltas: Tensor, proposals: Proposals, image_sizes: Tensor
@@ -224,22 +189,12 @@ class RoIHeads(nn.Module):
         """
         boxes = torch.cat((proposals.boxes, targets.boxes), dim=1)
         present = torch.cat((proposals.present, targets.present), dim=1)
-        matches = match(
-            pairwise_iou(boxes, targets.boxes),
-            targets.present,
-            positive_iou=settings.roi_positive_iou,
-            negative_iou=settings.roi_positive_iou,
-            keep_best_of_each_box=False,
-            background_iou=settings.roi_background_iou,
-        )
-        matches = ignore_covered(matches, pairwise_ioa(boxes, targets.ignored))
-        positive, negative = (matches >= 0) & present, (matches == BACKGROUND) & present
-        noise = targets.noise(ROI_STREAM, positive.shape[1])
-        index, drawn = sample(positive, negative, settings.roi_samples, settings.roi_positive_fraction, noise)
-        boxes = rows_at(boxes, index)
-        positive = positive.gather(1, index) & drawn
-        slot = matches.gather(1, index).clamp(min=0)
-        labels = torch.where(positive, targets.labels.gather(1, slot) + 1, torch.zeros_like(slot))
-        deltas = self.coder.encode(targets.boxes_at(slot), boxes)
-        deltas = torch.where(positive[..., None], deltas, torch.zeros_like(deltas))
-        return RoISamples(boxes, labels, deltas, drawn)
+        positive_iou, fraction = settings.roi_positive_iou, settings.roi_positive_fraction
+        matcher = Matcher(positive_iou, positive_iou, background_iou=settings.roi_background_iou)
+        matches = matcher(boxes, targets, present)
+        samples = draw(matches, targets, settings.roi_samples, fraction, ROI_STREAM)
+        boxes = rows_at(boxes, samples.index)
+        labels = torch.where(samples.positive, targets.labels.gather(1, samples.objects) + 1, 0)
+        deltas = self.coder.encode(rows_at(targets.boxes, samples.objects), boxes)
+        deltas = torch.where(samples.positive[..., None], deltas, 0.0)
+        return RoISamples(boxes, labels, deltas, samples.drawn)

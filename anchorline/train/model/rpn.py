@@ -13,16 +13,8 @@ from torch import Tensor, nn
 
 from anchorline.train.model import ops
 from anchorline.train.model.anchors import AnchorGenerator
-from anchorline.train.model.assign import BACKGROUND, IGNORED, Targets, ignore_covered, match, sample
-from anchorline.train.model.boxes import (
-    BoxCoder,
-    at_least,
-    clip_to_images,
-    inside_images,
-    pairwise_ioa,
-    pairwise_iou,
-    rows_at,
-)
+from anchorline.train.model.assign import Matcher, Targets, draw
+from anchorline.train.model.boxes import BoxCoder, at_least, clip_to_images, inside_images, rows_at
 from anchorline.train.model.losses import rpn_losses
 from anchorline.train.model.ops import mark
 from anchorline.train.model.settings import ModelSettings
@@ -171,52 +163,29 @@ class RPN(nn.Module):
     def losses(
         self, scored: AnchorScores, image_sizes: Tensor, targets: Targets, settings: TrainingSettings
     ) -> dict[str, Tensor]:
-        """Objectness and box loss of one batch (equation 1); N_reg is the number of places."""
+        """Objectness and box loss of one batch (equation 1); N_reg is the number of places.
+
+        With ``rpn_ignore_outside`` anchors across the edge of their image have no part.
+        """
         objectness, deltas = torch.cat([*scored.objectness], dim=1), torch.cat([*scored.deltas], dim=1)
         anchors = torch.cat([*scored.anchors])
+        s, fraction = settings, settings.rpn_positive_fraction
         with torch.no_grad():
-            matches = match_anchors(anchors, targets, settings, image_sizes)
-            positive, negative = matches >= 0, matches == BACKGROUND
-            noise = targets.noise(RPN_STREAM, positive.shape[1])
-            index, drawn = sample(
-                positive, negative, settings.rpn_samples, settings.rpn_positive_fraction, noise
-            )
-            positive = positive.gather(1, index) & drawn
-            boxes = targets.boxes_at(matches.gather(1, index).clamp(min=0))
-            goals = self.coder.encode(boxes, anchors[index])
-        divisors = (settings.rpn_samples, len(anchors) // self.anchors_per_place)
+            matcher = Matcher(s.rpn_positive_iou, s.rpn_negative_iou, keep_best_of_each_box=True)
+            inside = inside_images(anchors, image_sizes) if s.rpn_ignore_outside else None
+            matches = matcher(anchors[None], targets, inside)
+            samples = draw(matches, targets, s.rpn_samples, fraction, RPN_STREAM)
+            boxes = rows_at(targets.boxes, samples.objects)
+            goals = self.coder.encode(boxes, anchors[samples.index])
+        divisors = (s.rpn_samples, len(anchors) // self.anchors_per_place)
         objectness_loss, box_loss = rpn_losses(
-            objectness.gather(1, index),
-            rows_at(deltas, index),
-            positive,
-            drawn,
-            torch.where(positive[..., None], goals, torch.zeros_like(goals)),
-            settings.rpn_box_beta,
-            divisors if settings.rpn_normalisation == "paper" else None,
+            objectness.gather(1, samples.index),
+            rows_at(deltas, samples.index),
+            samples.positive,
+            samples.drawn,
+            goals,
+            s.rpn_box_beta,
+            divisors if s.rpn_normalisation == "paper" else None,
         )
-        weight, box_weight = settings.rpn_loss_weight, settings.rpn_loss_weight * settings.rpn_box_loss_weight
-        return {"loss_objectness": weight * objectness_loss, "loss_rpn_box": box_weight * box_loss}
-
-
-def match_anchors(
-    anchors: Tensor, targets: Targets, settings: TrainingSettings, image_sizes: Tensor
-) -> Tensor:
-    """What each of ``anchors`` [A, 4] stands for (``assign.match``), int64 [B, A].
-
-    Anchors that an ignore region covers are no background. With ``rpn_ignore_outside`` anchors across the
-    edge of their image (``image_sizes`` [B, 2]) have no part: they are not the best of any box either.
-    """
-    iou = pairwise_iou(anchors[None], targets.boxes)
-    inside = inside_images(anchors, image_sizes) if settings.rpn_ignore_outside else None
-    if inside is not None:
-        iou = torch.where(inside[..., None], iou, -1.0)
-    matches = match(
-        iou,
-        targets.present,
-        positive_iou=settings.rpn_positive_iou,
-        negative_iou=settings.rpn_negative_iou,
-        keep_best_of_each_box=True,
-    )
-    if inside is not None:
-        matches = torch.where(inside, matches, IGNORED)
-    return ignore_covered(matches, pairwise_ioa(anchors[None], targets.ignored))
+        box_weight = s.rpn_loss_weight * s.rpn_box_loss_weight
+        return {"loss_objectness": s.rpn_loss_weight * objectness_loss, "loss_rpn_box": box_weight * box_loss}
