@@ -13,18 +13,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.train.model.settings import (
-    Choices,
-    ModelSettings,
-    Ranges,
-    check_choices,
-    check_ranges,
-    expect,
-    settings_from,
-)
+from anchorline.train.model.settings import ModelSettings, check_fields, expect, settings_from
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,15 +25,7 @@ else:
 
 PRESETS = Path(__file__).parent / "presets"
 
-_CHOICES: Choices = {
-    "regime": ("joint", "alternating", "rpn-only", "fast-rcnn"),
-    "optimiser": ("sgd", "adamw"),
-    "lr_schedule": ("cosine", "step", "one-cycle"),
-    "precision": ("fp32", "bf16", "fp16", "auto"),
-    "pretrained_input": ("torchvision", "model"),
-    "rpn_normalisation": ("drawn", "paper"),
-}
-_RANGES: Ranges = {
+_RANGES = {
     "at least 1": "epochs batch accumulate rpn_samples roi_samples rpn_pre_nms rpn_post_nms",
     "above 0": "learning_rate step_shares zoom",
     "0 or more": "weight_decay warmup_steps clip_norm backbone_rate frozen_stages seed workers "
@@ -60,7 +44,7 @@ RENAMED = {"schedule": "lr_schedule"}
 class TrainingSettings:
     """How the model is trained: by default approximate joint training (section 3.2), SGD with momentum."""
 
-    regime: str = "joint"
+    regime: Literal["joint", "alternating", "rpn-only", "fast-rcnn"] = "joint"
     """What is trained when (``--schedule``): ``joint``, ``alternating``, ``rpn-only`` or ``fast-rcnn``."""
     epochs: int = 12
     """Passes over the data, of all steps together."""
@@ -71,14 +55,14 @@ class TrainingSettings:
     accumulate: int = 1
     """Batches per step: 4 batches of 2 make the step of one batch of 8 in a quarter of the memory."""
     learning_rate: float = 0.01
-    optimiser: str = "sgd"
+    optimiser: Literal["sgd", "adamw"] = "sgd"
     """``sgd`` with momentum as in the paper, or ``adamw``, which learns faster from random weights."""
     momentum: float = 0.9
     weight_decay: float = 1e-4
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly to its value."""
     warmup_factor: float = 0.01
-    lr_schedule: str = "cosine"
+    lr_schedule: Literal["cosine", "step", "one-cycle"] = "cosine"
     """``cosine`` to zero, ``step`` (divided by 10 at the milestones), or ``one-cycle`` (up for 30 %, then
     down to zero; without the warm-up)."""
     milestones: tuple[float, ...] = (0.67, 0.9)
@@ -91,12 +75,12 @@ class TrainingSettings:
     """Stages of the backbone that are not trained: 1 is the stem (stride 2), 2 reaches stride 4, ..."""
     bias_rate: float = 1.0
     """The biases' rate as a multiple of the weights'; caffe's models have 2."""
-    pretrained_input: str = "torchvision"
+    pretrained_input: Literal["torchvision", "model"] = "torchvision"
     """What the network behind a file of ``--backbone-weights`` was trained on: RGB with ImageNet's mean and
     std (``torchvision``; the first convolution is adapted), or the ``model``'s own input."""
     ema: float = 0.0
     """Decay of the exponential moving average of the weights; 0 switches it off."""
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     """``fp32``, ``bf16``, ``fp16`` (CUDA only), or ``auto``: bf16 on processors that compute it natively."""
     compile: bool = False
     """Compile backbone and RPN head with torch.compile; pays in a long training on a GPU."""
@@ -130,7 +114,7 @@ class TrainingSettings:
     rpn_positive_fraction: float = 0.5
     rpn_ignore_outside: bool = False
     """Leave out anchors that cross the edge of the image (section 3.1.3)."""
-    rpn_normalisation: str = "drawn"
+    rpn_normalisation: Literal["drawn", "paper"] = "drawn"
     """``drawn``: both losses by the anchors drawn in the batch. ``paper`` (equation 1), for each image: the
     objectness loss by N_cls = ``rpn_samples``, the box loss by N_reg = the places of the feature map."""
     rpn_pre_nms: int = 2000
@@ -154,8 +138,7 @@ class TrainingSettings:
     roi_box_loss_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choices(self, "training", _CHOICES)
-        check_ranges(self, "training", _RANGES)
+        check_fields(self, "training", _RANGES)
         enough = self.regime != "alternating" or self.epochs >= len(self.step_shares)
         expect(enough, "training.epochs", self.epochs, "at least 4, one for each step")
         ordered = self.rpn_negative_iou <= self.rpn_positive_iou

@@ -36,7 +36,7 @@ def rpn_losses(
 
 def sample_rois(
     proposals: Proposals, targets: Targets, model: ModelSettings, settings: TrainingSettings
-) -> roi_heads.RoISamples:
+) -> assign.Samples:
     return roi_heads.RoIHeads(1, (4,), 3, model).sample(proposals, targets, settings)
 
 

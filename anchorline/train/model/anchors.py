@@ -1,11 +1,10 @@
 """Anchors: the reference boxes of the RPN (Faster R-CNN, section 3.1.1).
 
-Three styles. ``torchvision`` is its ``models/detection/anchor_utils.py``: base anchors are rounded to whole
-pixels and centred at 0. ``caffe`` is py-faster-rcnn's ``lib/rpn/generate_anchors.py``: a window of 16x16
-pixels is given each aspect ratio, rounded, and then scaled. That window is (0, 0, 15, 15) with its last
-pixels included, which with continuous edges is (0, 0, 16, 16), centred at 8. ``unrounded`` is Detectron2's
-``modeling/anchor_generator.py`` (offset 0) and MMDetection's ``AnchorGenerator`` (centre offset 0): as
-torchvision's without the rounding.
+Three styles. ``torchvision``: base anchors are rounded to whole pixels and centred at 0. ``unrounded``: they
+are not, as in Detectron2's ``modeling/anchor_generator.py`` (offset 0) and MMDetection's ``AnchorGenerator``
+(centre offset 0). ``caffe``, py-faster-rcnn's ``lib/rpn/generate_anchors.py``: a window of 16x16 pixels is
+given each aspect ratio, rounded, and then scaled. That window is (0, 0, 15, 15) with its last pixels
+included, which with continuous edges is (0, 0, 16, 16), centred at 8.
 
 At one place anchors run ratio by ratio in every style, the sizes within each: torchvision's,
 py-faster-rcnn's and MMDetection's order. Detectron2's runs size by size, so the RPN's output channels
@@ -55,9 +54,8 @@ class AnchorGenerator:
     """The anchors of every level in canvas pixels, in one of the three styles.
 
     ``canvas`` is (height, width) of the network input; ``sizes`` holds the anchor sizes of each level. A
-    level's stride is canvas // grid, as in torchvision, unless ``strides`` says it: a map whose size was
-    rounded up is larger than canvas / stride (P6 of 800x1088 is 13x17, and 800 // 13 is 61 where
-    Detectron2 and MMDetection step by 64).
+    level's stride is canvas // grid, as in torchvision, unless ``strides`` says it: P6 of 800x1088 has been
+    rounded up to 13x17, and 800 // 13 is 61 where Detectron2 and MMDetection step by 64.
     """
 
     def __init__(

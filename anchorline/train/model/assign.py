@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anchorline.train.model.boxes import pairwise_ioa, pairwise_iou
+from anchorline.train.model.boxes import BoxCoder, pairwise_ioa, pairwise_iou, rows_at
 
 # What a candidate without an object is.
 BACKGROUND = -1
@@ -26,13 +26,12 @@ PROPOSAL_LABEL = -3
 
 @dataclass(frozen=True)
 class Targets:
-    """Boxes of B images padded to M slots, and regions to ignore padded to I slots.
+    """The ground truth of B images in M slots, at least one, and regions to ignore in I slots, maybe none.
 
-    ``boxes`` float32 [B, M, 4] xyxy on the canvas; ``labels`` int64 [B, M], 0 for the first class
-    name and -1 in empty slots, whose boxes are zero. M is at least 1. ``ignored`` float32 [B, I, 4]
-    are regions whose content is neither object nor background, such as crowds; empty slots are zero
-    and so cover nothing, and I is 0 where no image has such a region. ``seeds``, one for each image,
-    make the random draws of the losses depend on the image alone, not on what else is in its batch.
+    ``boxes`` float32 [B, M, 4] xyxy on the canvas; ``labels`` int64 [B, M], 0 for the first class name and -1
+    in empty slots. ``ignored`` float32 [B, I, 4] are regions whose content is neither object nor background,
+    such as crowds. Boxes in empty slots are zero. ``seeds``, one for each image, make the random draws of the
+    losses depend on the image alone, not on what else is in its batch.
     """
 
     boxes: Tensor
@@ -129,9 +128,8 @@ class Matcher:
 def ignore_covered(matches: Tensor, coverage: Tensor) -> Tensor:
     """``matches`` [B, N] with background that an ignore region covers turned into ``IGNORED``.
 
-    ``coverage`` [B, N, I] holds the shares of each candidate's own area in I ignore regions (IoA, as
-    pycocotools measures overlaps with crowds); from ``IGNORED_SHARE`` in one of them on, a candidate is
-    covered. What is positive for an object stays positive.
+    ``coverage`` [B, N, I] holds the shares of each candidate's own area in I ignore regions; from
+    ``IGNORED_SHARE`` in one of them on it is covered. What is positive for an object stays positive.
     """
     covered = (coverage >= IGNORED_SHARE).any(dim=2)
     return torch.where((matches == BACKGROUND) & covered, IGNORED, matches)
@@ -142,11 +140,10 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Draw up to ``size`` candidates per image at random, without replacement (section 3.1.3).
 
-    ``positive`` and ``negative`` are bool [B, N]. At most ``int(size * positive_fraction)`` are
-    positive; negatives fill the rest as far as there are any. Returns ``indices`` int64 [B, S] and
-    ``drawn`` bool [B, S] with S = min(size, N): slots where ``drawn`` is false hold no sample.
-    Positives come first. ``noise`` [B, N] from 0 to below 1 decides the draw; without it PyTorch's
-    global generator does.
+    ``positive`` and ``negative`` are bool [B, N]. At most ``int(size * positive_fraction)`` are positive;
+    negatives fill the rest as far as there are any. Returns ``indices`` int64 [B, S], positives first, and
+    ``drawn`` bool [B, S], which slots hold a sample, with S = min(size, N). ``noise`` [B, N] from 0 to below
+    1 decides the draw; without it PyTorch's global generator does.
     """
     if noise is None:
         noise = torch.rand(positive.shape, device=positive.device)
@@ -161,21 +158,40 @@ def sample(
 
 @dataclass(frozen=True)
 class Samples:
-    """Candidates drawn for a loss, S slots per image, positives first.
+    """Candidates drawn for a loss, S slots per image, objects first.
 
-    ``index`` int64 [B, S]; bool [B, S]: ``drawn``, which slots are real, and ``positive``; ``objects`` int64
-    [B, S], the ground truth's slots (0 for background).
+    ``index`` int64 [B, S] among the candidates, and their ``boxes`` [B, S, 4]; ``labels`` int64 [B, S], 0 for
+    background; ``deltas`` [B, S, 4], the regression targets (zero for background); ``drawn`` bool [B, S],
+    which slots are real.
     """
 
     index: Tensor
+    boxes: Tensor
+    labels: Tensor
+    deltas: Tensor
     drawn: Tensor
-    positive: Tensor
-    objects: Tensor
 
 
-def draw(matches: Tensor, targets: Targets, size: int, positive_fraction: float, stream: int) -> Samples:
-    """``sample`` from ``matches`` [B, N], by the images' own seeds where ``targets`` have them."""
-    noise = targets.noise(stream, matches.shape[1])
-    index, drawn = sample(matches >= 0, matches == BACKGROUND, size, positive_fraction, noise)
-    chosen = matches.gather(1, index)
-    return Samples(index, drawn, (chosen >= 0) & drawn, chosen.clamp(min=0))
+@dataclass(frozen=True)
+class Sampler:
+    """Matches candidates and draws up to ``size`` of each image, with the images' seeds and a ``stream``."""
+
+    matcher: Matcher
+    size: int
+    positive_fraction: float
+    stream: int
+
+    @torch.no_grad()
+    def __call__(
+        self, boxes: Tensor, targets: Targets, coder: BoxCoder, taking_part: Tensor | None = None
+    ) -> Samples:
+        """Samples of ``boxes`` [B, N, 4] (or [1, N, 4]), arguments as of the matcher."""
+        matches = self.matcher(boxes, targets, taking_part)
+        positive, negative = matches >= 0, matches == BACKGROUND
+        noise = targets.noise(self.stream, matches.shape[1])
+        index, drawn = sample(positive, negative, self.size, self.positive_fraction, noise)
+        boxes = rows_at(boxes.expand(len(matches), -1, -1), index)
+        positive, slot = positive.gather(1, index) & drawn, matches.gather(1, index).clamp(min=0)
+        labels = torch.where(positive, targets.labels.gather(1, slot) + 1, 0)
+        deltas = coder.encode(rows_at(targets.boxes, slot), boxes)
+        return Samples(index, boxes, labels, torch.where(positive[..., None], deltas, 0.0), drawn)

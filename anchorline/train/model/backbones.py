@@ -1,9 +1,8 @@
 """Backbones: torchvision's classification networks, and the paper's two, as sources of feature maps.
 
-A backbone maps images [B, 3, H, W] to a list of feature maps, finest first: with a feature pyramid (Lin et
-al., 2017; its last map takes every second place of the one before, as torchvision's, Detectron2's and
-MMDetection's do), or a map of stride 16 alone. Parameter names follow torchvision's detection models
-(``body``, ``fpn``).
+With a feature pyramid (Lin et al., 2017; its last map takes every second place of the one before, as
+torchvision's, Detectron2's and MMDetection's do), or as a map of stride 16 alone. Parameter names follow
+torchvision's detection models (``body``, ``fpn``).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from anchorline.runtime.io.errors import ArtefactError
 from anchorline.train.model.ops import mark
 from anchorline.train.model.settings import ModelSettings
 
-# Makes a network, randomly initialised, with the norms of a constructor such as ``nn.BatchNorm2d``.
+# Makes a randomly initialised network with a norm such as ``nn.BatchNorm2d``.
 Build = Callable[[Callable[..., nn.Module]], nn.Module]
 
 
@@ -110,12 +109,10 @@ def _initialised(layers: nn.Sequential) -> nn.Sequential:
 class BackboneSpec:
     """Where a network's feature maps come from.
 
-    ``build(norm_layer)`` gives the network, whose layers run in order under the names their parameters have
-    in torchvision's detection models. ``stage_ends`` name the last layers of the stages that can be frozen,
-    ``maps`` the last layer and the width at each stride that a neck may take. ``coarse`` names the first and
-    the last layer of stride 32, with their widths: what torchvision's MobileNet detectors tap (neck
-    ``fpn32``); ``None`` where torchvision has no such detector. ``classifier`` names the two fully connected
-    layers of the classification network that the box head takes over as fc6 and fc7 (``pretrained.py``).
+    ``stage_ends`` name the last layers of the stages that can be frozen, ``maps`` the last layer and the
+    width at each stride that a neck may take. ``coarse`` holds the first and the last layer of stride 32 with
+    their widths, which torchvision's MobileNet detectors tap (neck ``fpn32``). ``classifier`` names the fully
+    connected layers that the box head takes over as fc6 and fc7 (``pretrained.py``).
     """
 
     build: Build
@@ -180,11 +177,10 @@ BACKBONES: dict[str, BackboneSpec] = {
 
 
 def stride_in_1x1(network: nn.Module, name: str) -> None:
-    """Let each bottleneck stride in its first 1x1 convolution instead of the 3x3 one.
+    """Let each bottleneck stride in its first 1x1 convolution instead of the 3x3 one, as MSRA's networks.
 
-    So do MSRA's networks: Detectron2's ``STRIDE_IN_1X1`` (``modeling/backbone/resnet.py``), MMDetection's
-    ``style="caffe"`` (``models/backbones/resnet.py``). ``name`` is the backbone's in the message of the
-    ``ArtefactError`` for a network without bottlenecks.
+    Detectron2's ``STRIDE_IN_1X1`` (``modeling/backbone/resnet.py``), MMDetection's ``style="caffe"``. Raises
+    ``ArtefactError`` that says ``name`` for a network without bottlenecks.
     """
     for block in _bottlenecks(network, name, "bottleneck_stride '1x1'", "'3x3'"):
         block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
@@ -193,8 +189,8 @@ def stride_in_1x1(network: nn.Module, name: str) -> None:
 def dilate_last_stage(network: nn.Module, name: str) -> None:
     """Take the stride out of the last stage, which then has 16, and dilate its 3x3 convolutions by 2.
 
-    All of them, as Detectron2's ``RES5_DILATION`` 2; torchvision's ``replace_stride_with_dilation`` leaves
-    the first block's as it was. Raises as ``stride_in_1x1`` and ``last_stage``.
+    All of them, as Detectron2's ``RES5_DILATION`` 2, where torchvision's ``replace_stride_with_dilation``
+    leaves the first block's alone. Raises as ``stride_in_1x1`` and ``last_stage``.
     """
     for block in _bottlenecks(last_stage(network, name), name, "neck 'dc5'", "'fpn' or 'single'"):
         block.conv1.stride = block.conv2.stride = (1, 1)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anchorline.train.model import ops
 from anchorline.train.model.settings import ModelSettings
 
 
@@ -53,8 +54,8 @@ def clip_to_images(boxes: Tensor, image_sizes: Tensor, last_pixel: float = 0.0) 
     """Clip ``boxes`` [B, ..., 4] to their own image: x to [0, width], y to [0, height].
 
     ``image_sizes`` float [B, 2] holds (height, width) of the valid part of each canvas. With a ``last_pixel``
-    as py-faster-rcnn's ``clip_boxes``, which moves all four to existing pixels, so that at least one
-    remains: here x1 to [0, width - last_pixel] and x2 to [last_pixel, width].
+    as py-faster-rcnn's ``clip_boxes``, which leaves one pixel: x1 to [0, width - last_pixel] and x2 to
+    [last_pixel, width].
     """
     shape = [image_sizes.shape[0]] + [1] * (boxes.dim() - 2)
     height, width = image_sizes[:, 0].reshape(shape), image_sizes[:, 1].reshape(shape)
@@ -87,6 +88,26 @@ def rows_at(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(index.dim() - 1, index[..., None].expand(*[-1] * index.dim(), 4))
 
 
+def best_after_nms(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: float, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The K best, at most ``count``, of ``boxes`` [B, G, N, 4] after NMS within each of G groups.
+
+    ``scores`` [B, G, N] fall within a group. Returns boxes [B, K, 4], scores [B, K] and places int64 [B, K]
+    among the G * N; unused slots are zero with the score ``SUPPRESSED``.
+    """
+    batch, groups, slots = scores.shape
+    kept = ops.batched_nms(
+        boxes.reshape(batch * groups, slots, 4),
+        scores.reshape(batch * groups, slots),
+        iou_threshold=iou_threshold,
+        score_threshold=score_threshold,
+    )
+    best, index = kept.reshape(batch, groups * slots).topk(min(count, groups * slots), dim=1)
+    boxes = rows_at(boxes.reshape(batch, groups * slots, 4), index)
+    return torch.where((best > ops.SUPPRESSED)[..., None], boxes, torch.zeros_like(boxes)), best, index
+
+
 # A box may grow at most to 1000/16 of its anchor; exp() of more would overflow long before it helps.
 MAX_LOG_SCALE = math.log(1000.0 / 16)
 
@@ -96,12 +117,10 @@ class BoxCoder:
     """Turns boxes into ``bbox_deltas`` (dx, dy, dw, dh) relative to reference boxes, and back.
 
     Section 3.1.2, equation (2), as torchvision's ``models/detection/_utils.py`` and py-faster-rcnn's
-    ``lib/fast_rcnn/bbox_transform.py``. ``weights`` multiply the four deltas, so that the loss sees values
-    of similar size: (1, 1, 1, 1) in the RPN and (10, 10, 5, 5) in the detection head. ``max_log_scale``
-    limits dw and dh (infinity: no limit), with ``both_sides`` also from below, to its negative:
-    MMDetection's ``DeltaXYWHBBoxCoder``, whose ``target_stds`` are 1 / ``weights``; Detectron2's
-    ``Box2BoxTransform`` limits from above alone. py-faster-rcnn decodes centre + width / 2 as x2, which with
-    its last pixel is one ``last_pixel`` further than it encodes.
+    ``lib/fast_rcnn/bbox_transform.py``, which decodes x2 and y2 one ``last_pixel`` further than it encodes.
+    ``weights`` multiply the four deltas, so that the loss sees values of similar size. ``max_log_scale``
+    limits dw and dh (infinity: no limit) as Detectron2's ``Box2BoxTransform``, with ``both_sides`` also from
+    below as MMDetection's ``DeltaXYWHBBoxCoder``, whose ``target_stds`` are 1 / ``weights``.
     """
 
     weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)

@@ -1,8 +1,7 @@
 """The losses, apart from the model: equation (1) of the paper, in torchvision's normalisation or its own.
 
-All take a fixed number of sampled slots per image and a mask that says which slots are real, so
-that no shape depends on the data. "The batch" is that of all processes that train together
-(``distributed.mean_count``).
+They take S sampled slots per image, of which those ``drawn`` (bool [B, S]) are real. "The batch" is that of
+all processes that train together (``distributed.mean_count``).
 """
 
 from __future__ import annotations
@@ -25,11 +24,10 @@ def rpn_losses(
 ) -> tuple[Tensor, Tensor]:
     """Objectness and box loss of the sampled anchors, two scalars.
 
-    ``objectness`` [B, S] logits, ``deltas`` and ``targets`` [B, S, 4], ``positive`` and ``drawn``
-    bool [B, S]; ``beta`` is where smooth L1 turns linear. Both are divided by the number of drawn anchors in
-    the batch; or, where given, by the ``divisors`` (N_cls, N_reg) of equation (1) and the number of images.
-    The log loss over two classes whose scores differ by z is the binary one of z, so both kinds of
-    objectness come as logits.
+    ``objectness`` [B, S] logits (the log loss over two classes whose scores differ by z is the binary one
+    of z), ``deltas`` and ``targets`` [B, S, 4], ``positive`` bool [B, S]; ``beta`` is where smooth L1 turns
+    linear. Both are divided by the number of drawn anchors in the batch; or, where given, by the ``divisors``
+    (N_cls, N_reg) of equation (1) and the number of images.
     """
     per_anchor = F.binary_cross_entropy_with_logits(
         _only(drawn, objectness), positive.to(objectness.dtype), reduction="none"
@@ -47,9 +45,9 @@ def roi_losses(
 ) -> tuple[Tensor, Tensor]:
     """Classification and box loss of the sampled proposals, two scalars.
 
-    ``class_logits`` [B, S, 1 + classes], background first; ``deltas`` [B, S, 1 + classes, 4], of
-    which the true class's row counts; ``labels`` int64 [B, S], 0 for background; ``drawn`` bool
-    [B, S]; ``targets`` [B, S, 4]. Both are divided by the number of drawn proposals in the batch.
+    ``class_logits`` [B, S, 1 + classes], background first; ``deltas`` [B, S, 1 + classes, 4], of which the
+    true class's row counts; ``labels`` int64 [B, S], 0 for background; ``targets`` [B, S, 4]. Both are
+    divided by the number of drawn proposals in the batch.
     """
     count = mean_count(drawn.sum())
     logits = _only(drawn, class_logits)

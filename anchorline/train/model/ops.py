@@ -1,9 +1,8 @@
-"""The custom ops and the named stages: all that the model knows of the export.
+"""The custom ops and the stages: all that the model knows of the export.
 
 In eager PyTorch the ops run torchvision's kernels; in an ONNX export each becomes one node of the domain
-``anchorline``, whose meaning for other runtimes is in ``anchorline/export/functions.py``. Stages are points
-of the network where another runtime can be compared with PyTorch: ``mark(name, tensor)`` stands wherever
-one part of the model hands over to the next.
+``anchorline``, whose meaning for other runtimes is in ``anchorline/export/functions.py``. Stages are the
+points of the network, each with a ``mark``, where another runtime can be compared with PyTorch.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ def batched_nms(boxes: Tensor, scores: Tensor, *, iou_threshold: float, score_th
     """Greedy non-maximum suppression of G independent groups of N boxes.
 
     ``boxes`` float32 [G, N, 4] xyxy and ``scores`` float32 [G, N] in falling order within a group
-    (entries that do not count may stand anywhere). Returns ``scores`` [G, N] in which suppressed
-    entries, entries with a score at or below ``score_threshold`` or NaN, and boxes without a finite
-    positive area are ``SUPPRESSED``. A box goes when its IoU with a kept one exceeds ``iou_threshold``.
+    (entries that do not count may stand anywhere). Returns ``scores`` in which entries at or below
+    ``score_threshold`` or NaN, boxes without a finite positive area, and those whose IoU with a kept one
+    exceeds ``iou_threshold`` are ``SUPPRESSED``.
     """
     if torch.onnx.is_in_onnx_export():
         thresholds = {"iou_threshold": float(iou_threshold), "score_threshold": float(score_threshold)}
@@ -68,9 +67,8 @@ def roi_align(features: Tensor, rois: Tensor, *, output_size: int, sampling_rati
         attributes = {"output_size": size, "sampling_ratio": int(sampling_ratio)}
         return _op("RoIAlign", (features, rois), attributes, features.dtype, _pooled(features, rois, size))
     # In float32, as the ONNX body: bfloat16 has steps of a whole feature pixel from 128 on.
-    pooled = torchvision.ops.roi_align(
-        features.float(), _with_image_index(rois), (size, size), 1.0, sampling_ratio, aligned=True
-    )
+    images = list(rois.float())
+    pooled = torchvision.ops.roi_align(features.float(), images, size, 1.0, sampling_ratio, aligned=True)
     return pooled.to(features.dtype)
 
 
@@ -86,7 +84,7 @@ def roi_pool(features: Tensor, rois: Tensor, *, output_size: int, spatial_scale:
         attributes = {"output_size": size, "spatial_scale": scale}
         return _op("RoIPool", (features, rois), attributes, features.dtype, _pooled(features, rois, size))
     # In float32, as the ONNX body.
-    pooled = torchvision.ops.roi_pool(features.float(), _with_image_index(rois), (size, size), scale)
+    pooled = torchvision.ops.roi_pool(features.float(), list(rois.float()), size, scale)
     return pooled.to(features.dtype)
 
 
@@ -104,8 +102,7 @@ def ordered(scores: Tensor) -> tuple[Tensor, Tensor]:
 def mark(name: str, tensor: Tensor) -> Tensor:
     """``tensor``, known from here on as ``name`` to verification and to the exported graph.
 
-    In an ONNX export it becomes a node that the exporter turns into the name of the value
-    (``export/onnx_export.py``); otherwise it costs a look at a variable.
+    In an ONNX export a node, which ``export/onnx_export.py`` turns into the name of the value.
     """
     if torch.onnx.is_in_onnx_export():
         return _op(MARKER, (tensor,), {"name": name}, tensor.dtype, tensor.shape, plugin=False)
@@ -114,23 +111,13 @@ def mark(name: str, tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def tapped(visitor: Visitor) -> Iterator[None]:
-    """Call ``visitor(name, tensor)`` at each mark; what it returns goes on through the network.
-
-    So one stage can be fed what another runtime computed.
-    """
+    """Call ``visitor(name, tensor)`` at each mark; what it returns goes on through the network."""
     global _visitor
     before, _visitor = _visitor, visitor
     try:
         yield
     finally:
         _visitor = before
-
-
-def _with_image_index(rois: Tensor) -> Tensor:
-    """RoIs [B, R, 4] as torchvision takes them: float32 [B * R, 5], the number of its image before each."""
-    image_index = torch.arange(rois.shape[0], device=rois.device, dtype=rois.dtype)
-    image_index = image_index[:, None, None].expand(-1, rois.shape[1], 1)
-    return torch.cat((image_index, rois), dim=2).reshape(-1, 5).float()
 
 
 def _pooled(features: Tensor, rois: Tensor, size: int) -> tuple[int, ...]:

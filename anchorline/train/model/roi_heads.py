@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 
 from anchorline.train.model import ops
-from anchorline.train.model.assign import Matcher, Targets, draw
+from anchorline.train.model.assign import Matcher, Sampler, Samples, Targets
 from anchorline.train.model.backbones import build_last_stage
-from anchorline.train.model.boxes import BoxCoder, at_least, clip_to_images, rows_at
+from anchorline.train.model.boxes import BoxCoder, at_least, best_after_nms, clip_to_images, rows_at
 from anchorline.train.model.losses import roi_losses
 from anchorline.train.model.ops import mark
 from anchorline.train.model.roi_pooling import RoIMaxPooling, RoIPooling
@@ -74,20 +74,6 @@ class DetectionBatch:
     num_detections: Tensor
 
 
-@dataclass(frozen=True)
-class RoISamples:
-    """Proposals drawn for the detection loss, S slots per image.
-
-    ``boxes`` [B, S, 4]; ``labels`` int64 [B, S], 0 for background; ``deltas`` [B, S, 4], the
-    regression targets (zero for background); ``drawn`` bool [B, S], which slots are real.
-    """
-
-    boxes: Tensor
-    labels: Tensor
-    deltas: Tensor
-    drawn: Tensor
-
-
 class RoIHeads(nn.Module):
     """Classifies and refines proposals, and trains itself to: torchvision's ``RoIHeads`` in fixed shapes.
 
@@ -141,30 +127,22 @@ class RoIHeads(nn.Module):
         ``class_logits`` [B, P, 1 + classes], ``deltas`` [B, P, 1 + classes, 4]. Per class: decode, clip,
         drop low scores and tiny boxes, NMS; then the best ``max_detections`` of all classes.
         """
-        batch, slots, classes = class_logits.shape[0], class_logits.shape[1], class_logits.shape[2] - 1
         scores = class_logits.softmax(dim=-1)[..., 1:].transpose(1, 2)  # [B, classes, P]
         scores = torch.where(proposals.present[:, None, :], scores, torch.full_like(scores, ops.SUPPRESSED))
         # NMS wants falling scores; ordering the proposals of each class first moves the least data.
         scores, order = ops.ordered(scores)
         by_class = rows_at(deltas[:, :, 1:].transpose(1, 2), order)
-        references = rows_at(proposals.boxes[:, None].expand(-1, classes, -1, -1), order)
+        references = rows_at(proposals.boxes[:, None].expand(-1, scores.shape[1], -1, -1), order)
         boxes = self.coder.decode(by_class, references)
         boxes = clip_to_images(boxes, image_sizes, self.coder.last_pixel)
         counts = at_least(boxes, self.min_side)
         scores = torch.where(counts, scores, torch.full_like(scores, ops.SUPPRESSED))
-        kept = ops.batched_nms(
-            boxes.reshape(batch * classes, slots, 4),
-            scores.reshape(batch * classes, slots),
-            iou_threshold=self.nms_iou,
-            score_threshold=self.score_threshold,
-        )
-        kept = kept.reshape(batch, classes * slots)
-        best, index = kept.topk(min(self.max_detections, classes * slots), dim=1)
+        thresholds = self.nms_iou, self.score_threshold
+        boxes, best, index = best_after_nms(boxes, scores, *thresholds, self.max_detections)
         found = best > ops.SUPPRESSED
-        boxes = rows_at(boxes.reshape(batch, classes * slots, 4), index)
-        labels = torch.div(index, slots, rounding_mode="floor").to(torch.int32)
+        labels = torch.div(index, scores.shape[2], rounding_mode="floor").to(torch.int32)
         return DetectionBatch(
-            boxes=torch.where(found[..., None], boxes, torch.zeros_like(boxes)),
+            boxes=boxes,
             scores=torch.where(found, best, torch.zeros_like(best)),
             labels=torch.where(found, labels, torch.zeros_like(labels)),
             num_detections=found.sum(dim=1).to(torch.int32),
@@ -181,20 +159,14 @@ class RoIHeads(nn.Module):
         )
         return {"loss_classifier": classifier, "loss_box": settings.roi_box_loss_weight * box}
 
-    @torch.no_grad()
-    def sample(self, proposals: Proposals, targets: Targets, settings: TrainingSettings) -> RoISamples:
+    def sample(self, proposals: Proposals, targets: Targets, settings: TrainingSettings) -> Samples:
         """Draw proposals for the loss; the ground-truth boxes themselves take part as proposals.
 
         Ignore regions do not, and proposals that one covers are no background.
         """
         boxes = torch.cat((proposals.boxes, targets.boxes), dim=1)
         present = torch.cat((proposals.present, targets.present), dim=1)
-        positive_iou, fraction = settings.roi_positive_iou, settings.roi_positive_fraction
+        positive_iou = settings.roi_positive_iou
         matcher = Matcher(positive_iou, positive_iou, background_iou=settings.roi_background_iou)
-        matches = matcher(boxes, targets, present)
-        samples = draw(matches, targets, settings.roi_samples, fraction, ROI_STREAM)
-        boxes = rows_at(boxes, samples.index)
-        labels = torch.where(samples.positive, targets.labels.gather(1, samples.objects) + 1, 0)
-        deltas = self.coder.encode(rows_at(targets.boxes, samples.objects), boxes)
-        deltas = torch.where(samples.positive[..., None], deltas, 0.0)
-        return RoISamples(boxes, labels, deltas, samples.drawn)
+        sampler = Sampler(matcher, settings.roi_samples, settings.roi_positive_fraction, ROI_STREAM)
+        return sampler(boxes, targets, self.coder, present)

@@ -1,8 +1,8 @@
-"""Multi-level RoIAlign in one call: the levels of the pyramid laid out on one canvas of features.
+"""RoI pooling: of several levels in one RoIAlign, with the maps laid out on one canvas of features.
 
-torchvision's ``MultiScaleRoIAlign`` pools every level apart and scatters the results. Here the maps
-are placed on one larger map, each with a border that repeats its edge, and every RoI is moved to the
-place of its level; one RoIAlign then serves all levels. The results are the same (see ``edge_mask``).
+torchvision's ``MultiScaleRoIAlign`` pools every level apart and scatters the results. Here each map has a
+border that repeats its edge, and every RoI is moved to the place of its level. The results are the same
+(see ``edge_mask``).
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from anchorline.train.model.settings import ModelSettings
 # widened to one cell); a bilinear sample reads one pixel further.
 BORDER_BEFORE, BORDER_AFTER = 1, 2
 
-# In feature pixels. Adaptive sampling puts no point into a RoI without extent, such as an unused slot's,
-# and TensorRT's kernel then divides 0 by 0. No proposal is this narrow, and float32 still resolves it
-# on the canvas of levels.
+# In feature pixels: adaptive sampling puts no point into a RoI without extent, such as an unused slot's, and
+# TensorRT's kernel then divides 0 by 0. No proposal is this narrow, and float32 still resolves it.
 SHORTEST = 1e-3
 
 # From sides [B, R] of RoIs, the canonical size s0 and log2 of the finest level's stride to levels by log2 of

@@ -13,8 +13,15 @@ from torch import Tensor, nn
 
 from anchorline.train.model import ops
 from anchorline.train.model.anchors import AnchorGenerator
-from anchorline.train.model.assign import Matcher, Targets, draw
-from anchorline.train.model.boxes import BoxCoder, at_least, clip_to_images, inside_images, rows_at
+from anchorline.train.model.assign import Matcher, Sampler, Targets
+from anchorline.train.model.boxes import (
+    BoxCoder,
+    at_least,
+    best_after_nms,
+    clip_to_images,
+    inside_images,
+    rows_at,
+)
 from anchorline.train.model.losses import rpn_losses
 from anchorline.train.model.ops import mark
 from anchorline.train.model.settings import ModelSettings
@@ -24,10 +31,10 @@ RPN_STREAM = 1
 
 
 class RPNHead(nn.Module):
-    """A 3x3 window over the features, then objectness and ``bbox_deltas`` as sibling 1x1 convolutions.
+    """A 3x3 window of ``width`` (0: ``channels``), then objectness and deltas as sibling 1x1 convolutions.
 
-    ``width`` is that of the window's output (0: as ``channels``). With ``pairs`` there are two scores for
-    each anchor as in the paper, 2k channels with the k of background first (py-faster-rcnn's order).
+    With ``pairs`` there are two scores for each anchor as in the paper, 2k channels with the k of
+    background first (py-faster-rcnn's order).
     """
 
     def __init__(
@@ -147,18 +154,9 @@ class RPN(nn.Module):
         if self.score_threshold > 0:
             counts = counts & (scores >= self.score_threshold)
         scores = torch.where(counts, scores, torch.full_like(scores, ops.SUPPRESSED))
-        batch, levels = boxes.shape[:2]
-        kept = ops.batched_nms(
-            boxes.reshape(batch * levels, slots, 4),
-            scores.reshape(batch * levels, slots),
-            iou_threshold=self.nms_iou,
-            score_threshold=ops.SUPPRESSED,  # a sigmoid that underflows to 0 is still a score
-        )
-        kept = kept.reshape(batch, levels * slots)
-        scores, index = kept.topk(min(post_nms, levels * slots), dim=1)
-        boxes = rows_at(boxes.reshape(batch, levels * slots, 4), index)
-        found = (scores > ops.SUPPRESSED)[..., None]
-        return Proposals(torch.where(found, boxes, torch.zeros_like(boxes)), scores)
+        # No threshold: a sigmoid that underflows to 0 is still a score.
+        boxes, scores, _ = best_after_nms(boxes, scores, self.nms_iou, ops.SUPPRESSED, post_nms)
+        return Proposals(boxes, scores)
 
     def losses(
         self, scored: AnchorScores, image_sizes: Tensor, targets: Targets, settings: TrainingSettings
@@ -169,21 +167,18 @@ class RPN(nn.Module):
         """
         objectness, deltas = torch.cat([*scored.objectness], dim=1), torch.cat([*scored.deltas], dim=1)
         anchors = torch.cat([*scored.anchors])
-        s, fraction = settings, settings.rpn_positive_fraction
-        with torch.no_grad():
-            matcher = Matcher(s.rpn_positive_iou, s.rpn_negative_iou, keep_best_of_each_box=True)
-            inside = inside_images(anchors, image_sizes) if s.rpn_ignore_outside else None
-            matches = matcher(anchors[None], targets, inside)
-            samples = draw(matches, targets, s.rpn_samples, fraction, RPN_STREAM)
-            boxes = rows_at(targets.boxes, samples.objects)
-            goals = self.coder.encode(boxes, anchors[samples.index])
+        s = settings
+        inside = inside_images(anchors, image_sizes) if s.rpn_ignore_outside else None
+        matcher = Matcher(s.rpn_positive_iou, s.rpn_negative_iou, keep_best_of_each_box=True)
+        sampler = Sampler(matcher, s.rpn_samples, s.rpn_positive_fraction, RPN_STREAM)
+        samples = sampler(anchors[None], targets, self.coder, inside)
         divisors = (s.rpn_samples, len(anchors) // self.anchors_per_place)
         objectness_loss, box_loss = rpn_losses(
             objectness.gather(1, samples.index),
             rows_at(deltas, samples.index),
-            samples.positive,
+            samples.labels > 0,
             samples.drawn,
-            goals,
+            samples.deltas,
             s.rpn_box_beta,
             divisors if s.rpn_normalisation == "paper" else None,
         )

@@ -6,19 +6,9 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from anchorline.runtime.contract import CHANNEL_ORDERS
 from anchorline.runtime.io.errors import SettingsError
-
-# Settings from plain values: types, choices and ranges, each failure one line that names the field.
-
-
-# By field name: the values it may have.
-Choices = Mapping[str, tuple[object, ...]]
-
-# By range: the names, with a space between, of the fields whose numbers lie in it.
-Ranges = Mapping[str, str]
 
 _Settings = TypeVar("_Settings")
 
@@ -44,6 +34,8 @@ def settings_from(cls: type[_Settings], values: Mapping[str, Any], table: str) -
 
 def coerce(value: Any, hint: Any, name: str) -> Any:
     """``value`` as the type of its field: lists become tuples, whole numbers become floats where asked."""
+    if get_origin(hint) is Literal:
+        hint = type(get_args(hint)[0])  # ``check_fields`` knows the choices
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         expect(abs(value) < 1e30, name, value, "a finite number")  # false for NaN as well
         return float(value)
@@ -52,21 +44,22 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
         expect(matches, name, value, f"a value of type {hint.__name__}")
         return value
     expect(isinstance(value, list | tuple), name, value, "a list")
-    inner = [h for h in hint.__args__ if h is not Ellipsis]
+    inner = [each for each in get_args(hint) if each is not Ellipsis]
     if len(inner) > 1:
         expect(len(value) == len(inner), name, value, f"a list of {len(inner)}")
     return tuple(coerce(item, inner[min(i, len(inner) - 1)], name) for i, item in enumerate(value))
 
 
-def check_choices(settings: object, table: str, choices: Choices) -> None:
-    """Raise ``SettingsError`` for the first field that has none of its ``choices``."""
-    for name, allowed in choices.items():
-        value = getattr(settings, name)
-        expect(value in allowed, f"{table}.{name}", value, f"one of {', '.join(map(repr, allowed))}")
+def check_fields(settings: object, table: str, ranges: Mapping[str, str]) -> None:
+    """Raise ``SettingsError`` for the first field that has none of its choices or is out of its range.
 
-
-def check_ranges(settings: object, table: str, ranges: Ranges) -> None:
-    """Raise ``SettingsError`` for the first field with a number, on any level of its tuples, out of range."""
+    The choices are those of a ``Literal``; ``ranges`` name, with a space between, the fields whose numbers,
+    on any level of their tuples, lie in each range.
+    """
+    for name, hint in get_type_hints(type(settings)).items():
+        if get_origin(hint) is Literal:
+            value, choices = getattr(settings, name), get_args(hint)
+            expect(value in choices, f"{table}.{name}", value, f"one of {', '.join(map(repr, choices))}")
     for range_, names in ranges.items():
         for name in names.split():
             value = getattr(settings, name)
@@ -89,20 +82,7 @@ def expect(condition: bool, name: str, value: object, expectation: str) -> None:
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
-_CHOICES: Choices = {
-    "neck": ("fpn", "fpn32", "single", "dc5"),
-    "finest_stride": (4, 8),
-    "backbone_norm": ("frozen", "live"),
-    "channel_order": CHANNEL_ORDERS,
-    "bottleneck_stride": ("3x3", "1x1"),
-    "anchor_style": ("torchvision", "caffe", "unrounded"),
-    "box_edges": ("continuous", "inclusive"),
-    "rpn_score": ("sigmoid", "softmax"),
-    "roi_pooling": ("align", "max"),
-    "roi_level_rule": ("torchvision", "detectron2", "mmdetection"),
-    "box_head": ("fc", "res5"),
-}
-_RANGES: Ranges = {
+_RANGES = {
     "at least 1": "fpn_channels rpn_pre_nms rpn_post_nms roi_size representation max_detections",
     "above 0": "anchor_sizes aspect_ratios canonical_size box_weights frame_scale std",
     "0 or more": "rpn_convs rpn_channels rpn_min_side box_min_side box_convs backbone_norm_eps box_init_std "
@@ -117,16 +97,16 @@ class ModelSettings:
 
     backbone: str = "mobilenet_v2"
     """Name in ``backbones.BACKBONES``."""
-    neck: str = "fpn"
+    neck: Literal["fpn", "fpn32", "single", "dc5"] = "fpn"
     """``fpn`` (strides up to 64), ``fpn32``: 32, 32, 64 as torchvision's MobileNets, or one map of stride 16:
     ``single``, the stage that ends there (C4), or ``dc5``, a ResNet's last stage, dilated (Detectron2)."""
-    finest_stride: int = 4
+    finest_stride: Literal[4, 8] = 4
     """Stride of the pyramid's finest level: 4, or 8 for a quarter of the work where no object is tiny."""
-    backbone_norm: str = "frozen"
+    backbone_norm: Literal["frozen", "live"] = "frozen"
     """Batch norm of the body: ``frozen`` (fixed statistics) or ``live`` (trained; the pyramid has it too)."""
     backbone_norm_eps: float = 1e-5
     """Added to the body's variances; 0 with torchvision's official weights of ResNet-50-FPN."""
-    bottleneck_stride: str = "3x3"
+    bottleneck_stride: Literal["3x3", "1x1"] = "3x3"
     """Convolution of a ResNet's bottleneck that strides: ``3x3`` (torchvision, ResNeXt, MMDetection's
     ``pytorch``) or the first ``1x1`` (MSRA's weights: Detectron2's R50 and R101, MMDetection's ``caffe``)."""
     canvas: tuple[int, int] = (480, 640)
@@ -139,10 +119,10 @@ class ModelSettings:
     """Square roots of the anchor areas in canvas pixels, one group per level."""
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Height / width of the anchors."""
-    anchor_style: str = "torchvision"
+    anchor_style: Literal["torchvision", "caffe", "unrounded"] = "torchvision"
     """``torchvision``: rounded, centred at 0. ``caffe``: multiples of a rounded window (``anchors.py``).
     ``unrounded``: centred at 0, at the levels' true strides (Detectron2, MMDetection)."""
-    box_edges: str = "continuous"
+    box_edges: Literal["continuous", "inclusive"] = "continuous"
     """``inclusive``: what is left of boxes that include x2 and y2 (py-faster-rcnn): the decoded x2 and y2
     one pixel further, clipping to the first and last pixel, and RoI pooling from pixel x2 - 1."""
     frame_scale: float = 1.0
@@ -156,7 +136,7 @@ class ModelSettings:
     """3x3 convolutions of the RPN head before its two siblings."""
     rpn_channels: int = 0
     """Their width; 0 is that of the feature map."""
-    rpn_score: str = "sigmoid"
+    rpn_score: Literal["sigmoid", "softmax"] = "sigmoid"
     """One objectness for each anchor, or the paper's two scores, background first, under a ``softmax``."""
     rpn_pre_nms: int = 1000
     """Candidates kept per level before NMS at test time."""
@@ -169,7 +149,7 @@ class ModelSettings:
     a side of 0 always is (Detectron2's and MMDetection's rule is a ``rpn_min_side`` of 0)."""
     roi_size: int = 7
     """Cells per side of a pooled region."""
-    roi_pooling: str = "align"
+    roi_pooling: Literal["align", "max"] = "align"
     """``align`` (RoIAlign), or the paper's ``max`` pooling (RoIPool) for the neck ``single``."""
     roi_sampling: int = 2
     """Sampling points per cell and axis; 0: as many as a cell has feature pixels, rounded up for each RoI
@@ -178,9 +158,9 @@ class ModelSettings:
     """Shift RoIs by half a feature pixel, as Detectron2 does and torchvision does not."""
     canonical_size: float = 224.0
     """Side in pixels of a RoI that is pooled from the level of stride 16 (FPN paper, equation 1)."""
-    roi_level_rule: str = "torchvision"
+    roi_level_rule: Literal["torchvision", "detectron2", "mmdetection"] = "torchvision"
     """How a rounding error just below a step between levels is caught (``roi_pooling.assign_levels``)."""
-    box_head: str = "fc"
+    box_head: Literal["fc", "res5"] = "fc"
     """``fc``, or ``res5``: a ResNet's last stage over each RoI and the mean of its cells, for the neck
     ``single`` (C4: RoIs of 14x14 cells from the stage before)."""
     box_convs: int = 0
@@ -197,14 +177,13 @@ class ModelSettings:
     nms_iou: float = 0.5
     box_min_side: float = 1e-2
     max_detections: int = 100
-    channel_order: str = "rgb"
+    channel_order: Literal["rgb", "bgr"] = "rgb"
     """In which the body takes its input; ``mean`` and ``std`` have the same order."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        check_choices(self, "model", _CHOICES)
-        check_ranges(self, "model", _RANGES)
+        check_fields(self, "model", _RANGES)
         canvas_fits = len(self.canvas) == 2 and all(s >= 32 and s % 32 == 0 for s in self.canvas)
         expect(canvas_fits, "model.canvas", self.canvas, "a height and a width that are multiples of 32")
         levels = {"single": 1, "dc5": 1, "fpn32": 3}.get(self.neck, 5 if self.finest_stride == 4 else 4)
