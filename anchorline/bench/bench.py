@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from anchorline.bench.work import QUANTITIES, STAGES, TOTAL, BenchRow, Work
 from anchorline.doctor.machine import find_cpu, installed_packages
-from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, OutputError, SettingsError
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError
 from anchorline.runtime.io.files import atomic_path, atomic_write_text, write_json
+from anchorline.runtime.video.display import check_plot
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13", "numpy",
              "opencv-python-headless")  # fmt: skip
 _MISTAKE = 2
-_SUFFIXES = (".png", ".svg", ".pdf")
 _SHADES = ("#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08306b")
 _COLOURS = ("#e69f00", "#56b4e9", "#0072b2", "#009e73", "#cc79a7")
 
@@ -114,7 +114,7 @@ def bench(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise SettingsError(f"{name} is {value!r}; expected a whole number of at least {least}")
     if plot is not None:
-        check_plot(plot)
+        check_plot(plot, "picture")
     shown = None if source is None else str(source)
     works = [
         Work(str(model), shown, provider, batch, batches, warmup, threads, cpu_precision)
@@ -168,21 +168,9 @@ def _measure(work: Work) -> BenchRow:
     return BenchRow(**json.loads(lines[-1]))
 
 
-def check_plot(path: str | Path) -> None:
-    """Raise before the work where the picture cannot be made: its suffix, or matplotlib missing."""
-    if Path(path).suffix.lower() not in _SUFFIXES:
-        raise OutputError(f"{path}: unknown suffix of a picture; expected one of {', '.join(_SUFFIXES)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise SettingsError(
-            f"the picture {path} needs matplotlib ({error}); pip install 'anchorline[evaluate]'"
-        ) from error
-
-
 def plot_bench(report: BenchReport, path: str | Path) -> None:
     """Above, the percentiles of the whole call for each row; below, where its median goes, by stage."""
-    check_plot(path)
+    check_plot(path, "picture")
     from matplotlib.figure import Figure
 
     rows, height = report.rows, 0.8 / len(QUANTITIES)

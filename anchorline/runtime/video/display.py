@@ -111,15 +111,15 @@ class _Screen(io.FileIO):
             return len(data)
 
 
-def check_report(path: str | Path) -> None:
-    """Raise before the work where the picture cannot be made: its suffix, or matplotlib missing."""
+def check_plot(path: str | Path, kind: str) -> None:
+    """Raise before the work where a plot cannot be made: its suffix, or matplotlib missing."""
     if Path(path).suffix.lower() not in _SUFFIXES:
-        raise OutputError(f"{path}: unknown suffix of a report; expected one of {', '.join(_SUFFIXES)}")
+        raise OutputError(f"{path}: unknown suffix of a {kind}; expected one of {', '.join(_SUFFIXES)}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise SettingsError(
-            f"the report {path} needs matplotlib ({error}); pip install 'anchorline[evaluate]'"
+            f"the {kind} {path} needs matplotlib ({error}); pip install 'anchorline[evaluate]'"
         ) from error
 
 
@@ -129,7 +129,7 @@ def plot_latency(figures: Figures, path: str | Path) -> None:
     The upper panel shows the highest age in each span of time, so that no peak is hidden, with marks
     where a source was lost, stalled or came back; the lower one the stages in milliseconds.
     """
-    check_report(path)
+    check_plot(path, "report")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 8.5), layout="constrained")

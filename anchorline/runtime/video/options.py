@@ -276,9 +276,9 @@ class DetectOptions:
 
             import_byte_track()
         if self.report is not None:
-            from anchorline.runtime.video.display import check_report
+            from anchorline.runtime.video.display import check_plot
 
-            check_report(self.report)
+            check_plot(self.report, "report")
 
     def open_detector(self, model: str | Path, tuning: str = "latency") -> Detector:
         """A ``Detector`` of these options; ``tuning`` is ``CpuOptions``'s."""
