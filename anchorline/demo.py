@@ -23,7 +23,7 @@ from anchorline.data.synthetic import synthetic_dataset
 from anchorline.data.synthetic_video import synthetic_video_dataset, write_video
 from anchorline.evaluation.evaluation import EvaluationReport, report_detections
 from anchorline.evaluation.pictures import contact_sheet, plot_loss_curve, plot_pr_curves
-from anchorline.export.onnx_export import ExportResult, export_onnx
+from anchorline.export import ExportResult, export_onnx
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import SettingsError

@@ -31,7 +31,7 @@ from record import append_row
 from torch.utils.flop_counter import FlopCounterMode
 
 from anchorline.data.synthetic import generate_scene
-from anchorline.export.onnx_export import export_onnx
+from anchorline.export import export_onnx
 from anchorline.runtime import Detector
 from anchorline.runtime.backends.cpu_options import usable_cores
 from anchorline.train.checkpoint import load_checkpoint, save_checkpoint

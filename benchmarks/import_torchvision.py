@@ -120,7 +120,7 @@ def import_in_process(name: str, checkpoint: Path, out: Path, classes: Path | No
     """Import in a process of its own, and record its time and its memory beyond the libraries'."""
     program = (
         "import sys, time; from pathlib import Path; import torchvision\n"
-        "from anchorline.export.importers.importing import import_checkpoint\n"
+        "from anchorline.export import import_checkpoint\n"
         "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024\n"
         "name, checkpoint, out, classes = sys.argv[1:]\n"
         "before, start = peak(), time.perf_counter()\n"

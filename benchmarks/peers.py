@@ -33,7 +33,7 @@ from import_torchvision import compare, crops
 from numpy.typing import NDArray
 from record import append_row
 
-from anchorline.export.importers.importing import import_checkpoint
+from anchorline.export import import_checkpoint
 from anchorline.export.importers.torchvision import TorchvisionDetector
 from anchorline.export.onnx_export import export_onnx, trimmed_canvas
 from anchorline.runtime import Detections, Detector

@@ -79,8 +79,7 @@ def _made(name: str, folder: Path) -> list[Path]:
     from drawn_weights import draw_weights
 
     from anchorline.data.synthetic import CLASS_NAMES, generate_scene
-    from anchorline.export.importers.importing import import_checkpoint
-    from anchorline.export.onnx_export import export_onnx
+    from anchorline.export import export_onnx, import_checkpoint
 
     builder = getattr(torchvision.models.detection, name)
     model = builder(weights=None, weights_backbone=None, num_classes=len(CLASS_NAMES) + 1)

@@ -61,7 +61,7 @@ def import_(
     ] = True,
 ) -> None:
     """Turn another library's checkpoint into a model.safetensors with the same detections."""
-    from anchorline.export.importers.importing import import_checkpoint
+    from anchorline.export import import_checkpoint
     from anchorline.runtime.contract import ResizeRule
 
     result = import_checkpoint(
@@ -105,7 +105,7 @@ def export(
     verify: Annotated[bool, typer.Option(help="Compare with PyTorch before the file is published.")] = True,
 ) -> None:
     """Write a checkpoint as one ONNX file, and prove that onnxruntime gives PyTorch's detections."""
-    from anchorline.export.onnx_export import export_onnx
+    from anchorline.export import export_onnx
 
     result = export_onnx(
         checkpoint,
@@ -143,7 +143,7 @@ def quantize(
     json: JsonOption = None,
 ) -> None:
     """Turn an exported model's layers into 8-bit integers, as far as its accuracy holds."""
-    from anchorline.export.quantizing import quantize_onnx
+    from anchorline.export import quantize_onnx
     from anchorline.runtime.io.errors import SettingsError
 
     if not data and not images:

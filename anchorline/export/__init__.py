@@ -1,1 +1,46 @@
-"""The export stage: from a checkpoint to one ONNX file, checked against the model it came from."""
+"""From a checkpoint to one ONNX file that every runtime takes, checked against the model it came from.
+
+>>> export_onnx("model.safetensors", "model.onnx")
+
+``import_checkpoint`` makes the checkpoint from another library's; ``quantize_onnx`` turns the file's layers
+into 8-bit integers, without PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anchorline.export.importers.importing import ImportResult, import_checkpoint
+    from anchorline.export.onnx_export import ExportResult, export_onnx
+    from anchorline.export.quantizing import QuantizeResult, quantize_onnx
+
+# Loaded when first used: PyTorch takes seconds, and not every function needs it.
+_ON_DEMAND = {
+    "ExportResult": "onnx_export",
+    "ImportResult": "importers.importing",
+    "QuantizeResult": "quantizing",
+    "export_onnx": "onnx_export",
+    "import_checkpoint": "importers.importing",
+    "quantize_onnx": "quantizing",
+}
+
+__all__ = [
+    "ExportResult",
+    "ImportResult",
+    "QuantizeResult",
+    "export_onnx",
+    "import_checkpoint",
+    "quantize_onnx",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_ON_DEMAND[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -162,8 +162,8 @@ class ExportResult:
 
 
 def export_onnx(
-    checkpoint: Path,
-    out: Path,
+    checkpoint: str | Path,
+    out: str | Path,
     *,
     task: str | None = None,
     canvas: tuple[int, int] | None = None,
@@ -181,6 +181,7 @@ def export_onnx(
     few traps, or ``ParityError`` is raised and nothing is published. The verdict, or that there is none,
     goes to the record beside the file.
     """
+    checkpoint, out = Path(checkpoint), Path(out)
     if task is not None and task not in TASKS:
         raise SettingsError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
     if max_batch is not None and max_batch < 1:

@@ -150,8 +150,8 @@ class QuantizeResult:
 
 
 def quantize_onnx(
-    model: Path,
-    out: Path,
+    model: str | Path,
+    out: str | Path,
     calibrate: Sequence[str],
     *,
     target: str = "cpu",
@@ -175,6 +175,7 @@ def quantize_onnx(
     Raises ``ParityError`` where half of the layers in float are not enough or the comparison fails, and
     publishes nothing then; ``ArtefactError``, ``DataError`` and ``SettingsError`` for what cannot be used.
     """
+    model, out = Path(model), Path(out)
     _check(model, out, target, max_drop, method)
     with Detector(model, "cpu") as detector:
         contract = detector.contract

@@ -50,7 +50,7 @@ class ImportResult:
 
 def import_checkpoint(
     checkpoint: str | Path,
-    out: Path,
+    out: str | Path,
     *,
     arch: str | None = None,
     classes: Path | tuple[str, ...] | None = None,
@@ -71,6 +71,7 @@ def import_checkpoint(
     resizes plainly and in whole grey levels. ``overrides`` change settings that the tensors do not show,
     as ``score_threshold=0.3``. Raises ``ArtefactError`` and ``SettingsError``.
     """
+    out = Path(out)
     if out.suffix != ".safetensors":
         raise SettingsError(f"output is {str(out)!r}; expected a file name that ends in .safetensors")
     source, library, arch, assumed = _read(checkpoint, arch)
