@@ -72,7 +72,8 @@ def _parameters(kind: type) -> Iterator[inspect.Parameter]:
         elif bool in get_args(hint):
             hint = bool  # or options of its own in Python
         flag = about.flag or "--" + name.replace("_", "-")
-        asked = typer.Option(flag, help=about.help, min=about.low, metavar=about.metavar)
+        low = about.low if about.high is None else None  # our own message names both bounds
+        asked = typer.Option(flag, help=about.help, min=low, metavar=about.metavar)
         yield inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, asked]
         )

@@ -73,6 +73,7 @@ def test_what_is_no_file(source, message):
         (["a.png"], {"images_per_item": True}, SettingsError, "images_per_item is True"),
         (["a.png"], {"shown_score": 2.0}, SettingsError, "shown_score is 2.0"),
         (["a.png"], {"decoder": "magic"}, SettingsError, "decoder is 'magic'"),
+        (["a.png"], {"provider": "magic"}, SettingsError, "provider is 'magic'; expected one of auto, cpu"),
         (["a.png"], {"address": "ray://host:1"}, SettingsError, "Ray Client is not supported"),
         (["a.png"], {"address": "host"}, SettingsError, "expected local, auto or the HOST:PORT"),
         (["a.png"], {"jsonl": "a.png"}, SettingsError, "a.png is a source"),

@@ -109,7 +109,6 @@ def test_no_lines_where_none_are_wanted(opened, write_clip, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"options": DetectOptions(provider="magic")}, SettingsError, "provider is 'magic'"),
         (
             {"options": DetectOptions(score_threshold=0.001)},
             SettingsError,

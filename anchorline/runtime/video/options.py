@@ -6,13 +6,13 @@ The command reads its options from the fields before a verb runs, so nothing hea
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from anchorline.runtime.backends.cpu_options import CpuOptions
 from anchorline.runtime.io.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -31,12 +31,13 @@ _MIN_CORNERS = 3
 class Option:
     """What a field means, and how the command writes it: as ``--name`` or ``flag``, where it has a ``help``.
 
-    ``low`` is the lowest value. ``parse`` makes the field's value of the texts of an option that may be
-    repeated.
+    ``low`` and ``high`` bound a number: a whole one, one with both bounds, or else seconds. ``parse`` makes
+    the field's value of the texts of an option that may be repeated.
     """
 
     help: str = ""
-    low: float | None = None  # seconds, where the field is no whole number
+    low: float | None = None
+    high: float | None = None
     flag: str | None = None
     metavar: str | None = None
     parse: Callable[[Iterable[str]], Any] | None = None
@@ -138,7 +139,7 @@ class Filters:
                 raise SettingsError(
                     f"region {region!r}; expected at least three corners (x, y) as fractions from 0 to 1"
                 )
-        _check_lowest(self)
+        _check_fields(self)
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise ``SettingsError`` for a class that a model with these class names does not know."""
@@ -182,15 +183,14 @@ class TrackOptions:
     about the class. Raises ``SettingsError``.
     """
 
-    new_score: float = 0.5
-    low_score: float = 0.1
-    min_iou: float = 0.2
+    new_score: Annotated[float, Option(low=0, high=1)] = 0.5
+    low_score: Annotated[float, Option(low=0, high=1)] = 0.1
+    min_iou: Annotated[float, Option(low=0, high=1)] = 0.2
     lost_seconds: float = 2.0
     by_class: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("new_score", "low_score", "min_iou"):
-            check_fraction(name, getattr(self, name))
+        _check_fields(self)
         if not is_number(self.lost_seconds) or not 0.0 < self.lost_seconds < math.inf:
             raise SettingsError(f"lost_seconds is {self.lost_seconds!r}; expected seconds above 0")
 
@@ -216,7 +216,8 @@ class DetectOptions:
         float | None, Option("Leave out detections below this score (default: the model's own).")
     ] = None
     shown_score: Annotated[
-        float, Option("Annotated copies show detections from this score on; the lines hold all.")
+        float,
+        Option("Annotated copies show detections from this score on; the lines hold all.", low=0, high=1),
     ] = 0.5
     threads: Annotated[int | None, Option("Threads of the network (default: one a core).", low=1)] = None
     cpu_precision: Annotated[
@@ -253,20 +254,12 @@ class DetectOptions:
     ] = None
 
     def __post_init__(self) -> None:
-        CpuOptions(self.threads, self.cpu_precision)  # raises for a value that is of no use
-        _check_lowest(self)
-        check_fraction("shown_score", self.shown_score)
-        if self.policy is not None:
-            _check_known("policy", self.policy, get_args(Policy))
-        _check_known("decoder", self.decoder, get_args(Decoder))
+        _check_fields(self)
         if not isinstance(self.track, bool | TrackOptions):
             raise SettingsError(f"track is {self.track!r}; expected True, False or TrackOptions")
         if self.trails and not self.track:
             raise SettingsError("trails are those of tracks; turn tracking on as well (track=True, --track)")
-        self._check_packages()
-
-    def _check_packages(self) -> None:
-        """Before the work: some options need packages that the base does not."""
+        # Before the work: some options need packages that the base does not have.
         if self.decoder == "pyav":
             from anchorline.runtime.video.reader import import_pyav
 
@@ -296,25 +289,27 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def check_fraction(name: str, value: object) -> None:
-    """Raise ``SettingsError`` unless the value is a number from 0 to 1."""
-    if not is_number(value) or not 0.0 <= value <= 1.0:  # type: ignore[operator]
-        raise SettingsError(f"{name} is {value!r}; expected a number from 0 to 1")
-
-
-def _check_known(name: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
-        raise SettingsError(f"{name} is {value!r}; expected one of {', '.join(known)}")
-
-
-def _check_lowest(options: Filters | DetectOptions) -> None:
-    """Check the fields with a lowest value: whole numbers where that is one, else seconds."""
+def _check_fields(options: Filters | TrackOptions | DetectOptions) -> None:
+    """Raise ``SettingsError`` for a word that is none of the field's type, or a number beyond its bounds."""
     for name, (hint, about) in option_fields(type(options)).items():
-        low, value = about.low if about else None, getattr(options, name)
-        if low is None or (value is None and NoneType in get_args(hint)):
+        value, kinds = getattr(options, name), (hint, *get_args(hint))
+        if about is None or (value is None and NoneType in kinds):
             continue
-        if int in (hint, *get_args(hint)):
-            if not is_number(value) or not isinstance(value, int) or value < low:
-                raise SettingsError(f"{name} is {value!r}; expected a whole number of at least {low}")
-        elif not is_number(value) or not low <= value < math.inf:
-            raise SettingsError(f"{name} is {value!r}; expected seconds from {low:g}")
+        words = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None)
+        if words is not None and value not in words:
+            raise SettingsError(f"{name} is {value!r}; expected one of {', '.join(words)}")
+        low, high = about.low, about.high
+        if low is None:
+            continue
+        if int in kinds:
+            fits, wanted = isinstance(value, int), f"a whole number of at least {low}"
+        elif high is not None:
+            fits, wanted = True, f"a number from {low:g} to {high:g}"
+        else:
+            fits, wanted = True, f"seconds from {low:g}"
+        if (
+            not fits
+            or not is_number(value)
+            or not low <= value <= (sys.float_info.max if high is None else high)
+        ):
+            raise SettingsError(f"{name} is {value!r}; expected {wanted}")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -30,6 +30,7 @@ _FILE_FAILURES, _STREAM_FAILURES = 64, 300
 _TURNS = {90: cv2.ROTATE_90_COUNTERCLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTATE_90_CLOCKWISE}
 
 Pixels = NDArray[np.uint8]
+R = TypeVar("R", bound="Reader")
 Timed = tuple[float | None, Pixels]  # the frame's own time in seconds, where it has one
 
 
@@ -54,7 +55,7 @@ class Reader:
     def close(self) -> None:
         """Let go of the file, the camera or the connection. Safe to call twice."""
 
-    def __enter__(self) -> Any:
+    def __enter__(self: R) -> R:
         return self
 
     def __exit__(
@@ -100,6 +101,7 @@ class _PacketReader(Reader):
     header promises, ``None`` if it does not say), calls ``_begin``, and gives frames in ``_next``."""
 
     frame_count: int | None = None
+    _is_counted = True  # and that is no estimate
 
     def __init__(self, name: str, live: bool) -> None:
         self._name, self._live = name, live
@@ -134,7 +136,7 @@ class _PacketReader(Reader):
         found = []
         promised = self.frame_count
         if self._ended and not self._live and promised is not None and self._delivered < promised:
-            if self._name.lower().endswith(_COUNTED) or not isinstance(self, VideoReader):
+            if self._is_counted:
                 found.append(
                     f"{self._name}: {self._delivered} of the {promised} frames that its header promises "
                     "could be read; the video is cut off or damaged"
@@ -240,6 +242,7 @@ class VideoReader(StreamReader):
             )
         self._capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
         self._read_header()
+        self._is_counted = self.path.suffix.lower() in _COUNTED
         self._begin("no frame of this video can be decoded; it may be damaged or empty")
 
     def __iter__(self) -> Iterator[tuple[int, float, Pixels]]:
