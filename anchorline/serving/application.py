@@ -27,9 +27,9 @@ PATIENCE = 10.0  # seconds that a viewer may read nothing
 _TICK = 1.0  # seconds between two states of the figures
 _LONGEST_BODY = 64 * 1024
 _BODY_SECONDS = 5.0
-_LONGEST_PLACE = 4  # digits
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BOUNDARY = "frame"
+_RECORDS = "application/octet-stream"
 _MULTIPART = f"multipart/x-mixed-replace; boundary={_BOUNDARY}"
 _STATUS = 0xFFFFFFFF  # where a picture would have its source's place
 
@@ -86,13 +86,12 @@ class Pages:
         return self._stream_to(request, None)
 
     async def _stream(self, request: Request) -> Response:
-        asked, sources = request.path_params["source"], list(self._live.sources)
-        if asked not in sources:
-            place = int(asked) if asked.isdecimal() and len(asked) <= _LONGEST_PLACE else len(sources)
-            if place >= len(sources):
-                return PlainTextResponse("There is no such source; /status names them.\n", 404)
-            asked = sources[place]
-        return self._stream_to(request, asked)
+        asked, sources = request.path_params["source"], self._live.sources
+        by_place = {str(place): name for place, name in enumerate(sources)}
+        source = asked if asked in sources else by_place.get(asked)
+        if source is None:
+            return PlainTextResponse("There is no such source; /status names them.\n", 404)
+        return self._stream_to(request, source)
 
     def _stream_to(self, request: Request, source: str | None) -> Response:
         if len(self._live.viewers) >= MOST_VIEWERS:
@@ -155,12 +154,7 @@ class LiveStream(StreamingResponse):
         self._seen: dict[str, bytes] = {}
         self._told = b""
         self._timer: asyncio.TimerHandle | None = None
-        kind = (
-            "application/octet-stream"
-            if self._is_feed
-            else f"multipart/x-mixed-replace; boundary={_BOUNDARY}"
-        )
-        super().__init__(self._content(), media_type=kind)
+        super().__init__(self._content(), media_type=_RECORDS if self._is_feed else _MULTIPART)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         live = self._live
