@@ -34,7 +34,7 @@ _FLOAT32_TAPS = 32  # with more, 2**8 grey levels times 2**11 a tap can add up t
 _WIDEST = 1024  # taps of all rows in one product, so that a matrix stays small for extreme shrinking
 _STRIP = 32  # rows at a time, so that what lies between two steps stays in the processor's cache
 _BGR = "Expected a frame as uint8 BGR array of shape [H, W, 3]"
-_NV12 = "Expected an NV12 frame as uint8 of shape [H * 3 / 2, W] with even H and W"
+NV12_EXPECTATION = "Expected an NV12 frame as uint8 of shape [H * 3 / 2, W] with even H and W"
 
 
 class _Block(NamedTuple):
@@ -254,7 +254,7 @@ def nv12_size(shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
     """Height and width of an NV12 frame whose pixels are so; ``FrameError`` for what is none."""
     fits = len(shape) == 2 and 0 not in shape and shape[0] % 3 == 0 and shape[1] % 2 == 0
     if dtype != "uint8" or not fits:
-        raise FrameError(f"{_NV12}, got {dtype} {list(shape)}")
+        raise FrameError(f"{NV12_EXPECTATION}, got {dtype} {list(shape)}")
     return shape[0] * 2 // 3, shape[1]
 
 
@@ -263,7 +263,7 @@ def frame_size(frame: Any) -> tuple[int, int]:
     if not isinstance(frame, Nv12):
         return frame.shape[0], frame.shape[1]
     if not isinstance(frame.pixels, np.ndarray):
-        raise FrameError(f"{_NV12}, got a {type(frame.pixels).__name__}")
+        raise FrameError(f"{NV12_EXPECTATION}, got a {type(frame.pixels).__name__}")
     return nv12_size(frame.pixels.shape, str(frame.pixels.dtype))
 
 

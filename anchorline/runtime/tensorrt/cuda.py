@@ -209,8 +209,6 @@ class BindingsCuda:
             raise NoGpuError(
                 f"the GPU's driver does not start ({error.name}); see anchorline doctor"
             ) from None
-        except GpuError:
-            raise
         except Exception as error:  # how cuda-bindings say that libcuda is missing differs by version
             raise NoGpuError(f"there is no NVIDIA driver here ({one_line(error)})") from None
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from anchorline.runtime.canvas import Nv12, Placement, frame_size, nv12_size
+from anchorline.runtime.canvas import NV12_EXPECTATION, Nv12, Placement, frame_size, nv12_size
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.io.errors import FrameError, SettingsError, one_line
 from anchorline.runtime.tensorrt.cuda import LEGACY_STREAM, PER_THREAD_STREAM, Cuda, PinnedBuffer
@@ -88,14 +88,13 @@ def read_device_frame(frame: Any, stream: int) -> DeviceFrame:
     if isinstance(frame, Nv12):
         height, width = nv12_size(shape, array.dtype)
         tight = strides[1] == 1 and strides[0] >= width
-        expectation = "Expected an NV12 frame as uint8 of shape [H * 3 / 2, W] with even H and W"
-        chroma = array.address + height * strides[0]
+        expectation, chroma = NV12_EXPECTATION, array.address + height * strides[0]
     else:
         if array.dtype != "uint8" or len(shape) != 3 or shape[2] != 3 or 0 in shape:
             raise FrameError(f"{_BGR}, got {array.dtype} {list(shape)}; convert it on the GPU first")
         height, width = shape[:2]
-        tight, expectation = strides[1:] == [3, 1] and strides[0] >= 3 * width, _BGR
-        chroma = 0
+        tight = strides[1:] == [3, 1] and strides[0] >= 3 * width
+        expectation, chroma = _BGR, 0
     if not tight:
         raise FrameError(
             f"{expectation} with pixels side by side and rows in order, got strides {strides} bytes; "

@@ -41,8 +41,9 @@ from anchorline.runtime.tensorrt.engine import REMEDY, InferenceSlot, Tensor, Te
 from anchorline.runtime.tensorrt.frames import DeviceFrame, FrameIntake, resizes_as
 from anchorline.runtime.tensorrt.library import load_tensorrt
 from anchorline.runtime.tensorrt.manifest import CannotRunHereError, EngineManifest, check_fit
+from anchorline.runtime.timing import DETECTOR_STAGES
 
-_STAGES = ("preprocess", "upload", "network", "download")
+_STAGES = DETECTOR_STAGES[:-1]  # all but what follows the lane
 _MARKS = 6  # the most of a batch: preprocess, upload, preprocess, network, download, end
 _ALIGNMENT = 256  # bytes; what TensorRT asks of a tensor's address
 
