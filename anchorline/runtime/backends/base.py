@@ -1,4 +1,4 @@
-"""What a detector needs from whatever runs the network: backends, their lanes, and who may use those."""
+"""The lanes of whatever runs the network, and who may use them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,10 @@ from anchorline.runtime.canvas import Placement, Preprocessor
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.io.errors import FrameError, GpuError, SettingsError
 
+if TYPE_CHECKING:
+    from anchorline.runtime.tensorrt.lane import TensorRTLane
+
+Lane: TypeAlias = "HostLane | TensorRTLane"
 Arrays = dict[str, NDArray[np.generic]]  # by the contract's names
 
 
@@ -30,55 +33,12 @@ class LaneResult:
     timings: dict[str, float]
 
 
-class Lane(Protocol):
-    """One batch's way through preprocessing and network: buffers of its own, used by one caller at a time."""
-
-    def entered(self) -> AbstractContextManager[None]:
-        """What a thread has to be in while it calls the rest; entered again inside, it costs nothing."""
-        ...
-
-    def submit(self, frames: Sequence[Any], stream: Any = None) -> None:
-        """Take a batch of checked frames. On a GPU this returns while the work goes on.
-
-        ``stream`` is the CUDA stream that device frames become ready on.
-        """
-        ...
-
-    def collect(self) -> LaneResult:
-        """Wait for the batch that was submitted."""
-        ...
-
-    def drain(self) -> None:
-        """Wait for whatever was submitted, and forget it."""
-        ...
-
-    def close(self) -> None:
-        """Release the buffers, once nothing runs any more. Safe to call twice."""
-        ...
-
-
-class Backend:
-    """A loaded network. ``provider`` names the hardware path, ``precision`` the arithmetic.
-
-    ``device_frames`` says whether frames in GPU memory can be handed to its lanes.
-    """
-
-    contract: Contract
-    provider: str
-    precision: str
-    device_frames = False
-
-    def create_lane(self) -> Lane:
-        """A lane of this network; callable from any thread, one at a time."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Release the network. Safe to call twice."""
-        raise NotImplementedError
-
-
 class HostLane:
-    """A lane whose frames OpenCV lays onto the canvas, for a network that takes arrays of the host."""
+    """One batch's way through preprocessing and network: buffers of its own, used by one caller at a time.
+
+    Here OpenCV lays the frames onto the canvas and the network takes arrays of the host; ``TensorRTLane`` has
+    the same methods, and may be handed frames in GPU memory.
+    """
 
     def __init__(self, contract: Contract, provider: str) -> None:
         self._contract, self._provider = contract, provider
@@ -93,10 +53,15 @@ class HostLane:
         """Its outputs, and the seconds of upload, network and download."""
         raise NotImplementedError
 
-    def entered(self) -> AbstractContextManager[None]:
+    def entered(self) -> contextlib.AbstractContextManager[None]:
+        """What a thread has to be in while it calls the rest; entered again inside, it costs nothing."""
         return contextlib.nullcontext()
 
     def submit(self, frames: Sequence[Any], stream: Any = None) -> None:
+        """Take a batch of checked frames. On a GPU this returns while the work goes on.
+
+        ``stream`` is the CUDA stream that device frames become ready on.
+        """
         if stream is not None:
             raise SettingsError(f"stream: the model runs on {self._provider}, which takes none")
         start = time.perf_counter()
@@ -106,15 +71,18 @@ class HostLane:
         self._pending = placements, seconds
 
     def collect(self) -> LaneResult:
+        """Wait for the batch that was submitted."""
         assert self._pending is not None
         placements, seconds = self._pending
         outputs, timings = self.wait()
         return LaneResult(outputs, placements, {"preprocess": seconds, **timings})
 
     def drain(self) -> None:
+        """Wait for whatever was submitted, and forget it."""
         self._pending = None
 
     def close(self) -> None:
+        """Release the buffers, once nothing runs any more. Safe to call twice."""
         self.drain()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from anchorline.runtime.backends.base import Arrays, Backend, HostLane
+from anchorline.runtime.backends.base import Arrays, HostLane
 from anchorline.runtime.backends.cpu_options import CpuOptions, adds_in_16_bits, core_budget
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.io.errors import ArtefactError, GpuError, SettingsError, one_line
@@ -55,13 +55,15 @@ def available_providers() -> list[str]:
     return [name for name, provider in PROVIDERS.items() if provider in there]
 
 
-class OnnxRuntimeBackend(Backend):
+class OnnxRuntimeBackend:
     """A network in an ONNX file that carries its contract; for any number of threads.
 
     ``provider`` is one of ``PROVIDERS``; ``threads`` bounds the CPU threads, by default one for each core.
     Raises ``ArtefactError`` for a file that is missing, damaged, no ONNX, without contract or at odds with
     it, ``GpuError`` where the provider does not start.
     """
+
+    device_frames = False  # whether frames in GPU memory can be handed to its lanes
 
     def __init__(
         self,
@@ -118,9 +120,11 @@ class OnnxRuntimeBackend(Backend):
         return outputs, {"upload": 0.0, "network": seconds, "download": 0.0}
 
     def create_lane(self) -> OnnxRuntimeLane:
+        """A lane of this network; callable from any thread, one at a time."""
         return OnnxRuntimeLane(self)
 
     def close(self) -> None:
+        """Release the network. Safe to call twice."""
         self._session = None
         self._bound = None
 

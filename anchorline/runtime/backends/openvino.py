@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from anchorline.runtime.backends.base import Arrays, Backend, HostLane
+from anchorline.runtime.backends.base import Arrays, HostLane
 from anchorline.runtime.backends.cpu_options import CpuOptions, adds_in_16_bits, network_precision
 from anchorline.runtime.backends.onnxruntime import check_file, write_inlined
 from anchorline.runtime.contract import Contract
@@ -74,7 +74,7 @@ def core() -> Any:
     return load_openvino().Core()
 
 
-class OpenVINOBackend(Backend):
+class OpenVINOBackend:
     """A network in an ONNX file that carries its contract; for any number of threads.
 
     Compiled networks are kept on disk (``CompiledCache``). Raises ``ArtefactError`` for a file that
@@ -83,6 +83,7 @@ class OpenVINOBackend(Backend):
     """
 
     provider = "openvino"
+    device_frames = False
 
     def __init__(self, path: str | Path, options: CpuOptions | None = None) -> None:
         self.path = Path(path)

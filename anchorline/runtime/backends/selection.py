@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
-from anchorline.runtime.backends.base import Backend
 from anchorline.runtime.backends.cpu_options import CpuOptions
 from anchorline.runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, available_providers
 from anchorline.runtime.backends.openvino import has_openvino
@@ -14,6 +14,13 @@ from anchorline.runtime.io.errors import ArtefactError, GpuError, SettingsError
 from anchorline.runtime.tensorrt.cuda import GpuOptions
 from anchorline.runtime.tensorrt.library import FLAVOURS
 from anchorline.runtime.tensorrt.manifest import CannotRunHereError, EngineManifest, onnx_of, read_manifest
+
+if TYPE_CHECKING:
+    from anchorline.runtime.backends.openvino import OpenVINOBackend
+    from anchorline.runtime.tensorrt.lane import TensorRTBackend
+
+# ``provider`` names the hardware path, ``precision`` the arithmetic.
+Backend: TypeAlias = "OnnxRuntimeBackend | OpenVINOBackend | TensorRTBackend"
 
 OPENVINO = "openvino"
 _BEST_FIRST = ("cuda", OPENVINO, "cpu")  # what "auto" tries for an ONNX file

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.runtime.backends.base import Backend, LaneResult
+from anchorline.runtime.backends.base import LaneResult
 from anchorline.runtime.canvas import Placement, bgr_of, frame_size, place, to_canvas
 from anchorline.runtime.contract import NMS_CONVERGED
 from anchorline.runtime.io.errors import FrameError, GpuError, SettingsError
@@ -50,7 +50,7 @@ _ALIGNMENT = 256  # bytes; what TensorRT asks of a tensor's address
 log = logging.getLogger("anchorline.runtime")
 
 
-class TensorRTBackend(Backend):
+class TensorRTBackend:
     """An engine on a GPU, by TensorRT or TensorRT for RTX.
 
     Raises ``CannotRunHereError`` where there is no GPU, no TensorRT or another release of it, or where the
@@ -106,7 +106,7 @@ class _Running:
 
 
 class TensorRTLane:
-    """See ``base.Lane``. To be made and closed with the CUDA context current or not."""
+    """The methods are those of ``HostLane``. To be made and closed with the CUDA context current or not."""
 
     def __init__(self, engine: TensorRTEngine, cuda: Cuda, options: GpuOptions) -> None:
         self._engine, self._cuda = engine, cuda
