@@ -15,29 +15,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from anchorline.data import synthetic
 from anchorline.data.boxes import clip_labelled_boxes
 from anchorline.data.dataset import Dataset, LabelledImage
-from anchorline.data.synthetic import (
-    CLASS_NAMES,
-    MIN_VISIBLE,
-    NO_OBJECT,
-    SCENE_SIZE,
-    Image,
-    Pose,
-    Shape,
-    background,
-    camera_image,
-    check_size,
-    contrasting_colour,
-    light_field,
-    mean_colours,
-    paint,
-    place,
-    random_radius,
-    random_shape,
-    surface_texture,
-    visible_fractions,
-)
+from anchorline.data.synthetic import CLASS_NAMES, MIN_VISIBLE, NO_OBJECT, SCENE_SIZE, Image, Pose, Shape
 from anchorline.runtime.io.errors import SettingsError
 from anchorline.runtime.video.writer import VideoWriter
 
@@ -138,20 +119,23 @@ class _Track:
         radius = self.radius * float(1.0 + 0.08 * np.sin(2 * np.pi * done * 2))
         return Pose(float(x), float(y), radius, self.angle + self.spin * (index - self.first))
 
+    def placed(self, index: int) -> synthetic.Placed:
+        return synthetic.place(self.shape, self.pose(index))
+
 
 class SyntheticVideo:
     """A moving scene; ``frame`` and ``truth`` give the picture and the objects of any frame."""
 
     def __init__(self, seed: int, size: tuple[int, int] = SCENE_SIZE) -> None:
         """``size`` is (height, width) in pixels, at least 64 each."""
-        check_size(size)
+        synthetic.check_size(size)
         self.seed, self.size = seed, size
         rng = np.random.Generator(np.random.PCG64([_SCENE_STREAM, seed]))
         self._sway = _SWAY * min(size) / 240
         self._margin = int(np.ceil(self._sway)) + 1
-        self._background = background(rng, (size[0] + 2 * self._margin, size[1] + 2 * self._margin))
-        self._colours = mean_colours(self._background, cells=3)
-        self._light = light_field(rng, size)
+        self._background = synthetic.background(rng, (size[0] + 2 * self._margin, size[1] + 2 * self._margin))
+        self._colours = synthetic.mean_colours(self._background, cells=3)
+        self._light = synthetic.light_field(rng, size)
         self._shadow = (rng.uniform(-3.0, 3.0), rng.uniform(1.0, 3.0))
         self._phases = rng.uniform(0, 2 * np.pi, 2)
         self._rng = rng
@@ -165,16 +149,16 @@ class SyntheticVideo:
         shift = np.array([[1.0, 0.0, -dx], [0.0, 1.0, -dy]])  # of the swaying camera
         image = np.asarray(cv2.warpAffine(self._background, shift, (width, height)), dtype=np.float32)
         for track in self._tracks(index):
-            paint(image, place(track.shape, track.pose(index)), track.texture, self._shadow)
+            synthetic.paint(image, track.placed(index), track.texture, self._shadow)
         image *= self._light * np.float32(1.0 + 0.03 * np.sin(index / 9.0))
         rng = np.random.Generator(np.random.PCG64([_FRAME_STREAM, self.seed, index]))
-        return camera_image(rng, image, _BLUR, _NOISE)
+        return synthetic.camera_image(rng, image, _BLUR, _NOISE)
 
     def truth(self, index: int) -> VideoTruth:
         """The objects of frame ``index`` of which at least one pixel shows."""
         tracks = self._tracks(index)
-        layers = [place(track.shape, track.pose(index)) for track in tracks]
-        visible = np.array(visible_fractions(layers, self.size))
+        layers = [track.placed(index) for track in tracks]
+        visible = np.array(synthetic.visible_fractions(layers, self.size))
         labels = np.array([track.shape.label for track in tracks], dtype=np.int64)
         shown = (labels != NO_OBJECT) & (visible > 0)
         ids = np.array([track.id for track in tracks], dtype=np.int64)[shown]
@@ -204,8 +188,8 @@ class SyntheticVideo:
         if slot < OBJECT_SLOTS:  # classes are dealt like cards: every round of tracks shows each class once
             deck = np.random.Generator(np.random.PCG64([_DECK_STREAM, self.seed, rounds]))
             label = int(deck.permutation(OBJECT_SLOTS)[slot])
-        shape = random_shape(self._rng, label)
-        texture = surface_texture(self._rng, contrasting_colour(self._rng, self._colours))
+        shape = synthetic.random_shape(self._rng, label)
+        texture = synthetic.surface_texture(self._rng, synthetic.contrasting_colour(self._rng, self._colours))
         start = self._slots[slot][-1].last if rounds else None
         id = rounds * len(self._slots) + slot
         others = [track for tracks in self._slots for track in tracks]
@@ -217,7 +201,7 @@ def _random_way(rng: np.random.Generator, size: tuple[int, int], start: float | 
     """A radius and a path across the scene for a ``_Track`` that starts at frame ``start``."""
     height, width = size
     scale = min(size) / 240
-    radius = random_radius(rng, size)
+    radius = synthetic.random_radius(rng, size)
     beyond = 1.3 * radius  # outside opposite edges, in either direction
     from_y, to_y = rng.uniform(0.12, 0.88, 2) * height
     from_x, to_x = rng.uniform(0.12, 0.88, 2) * width

@@ -18,14 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.data.boxes import as_number
-from anchorline.data.dataset import (
-    Dataset,
-    class_index,
-    image_size,
-    labelled_image,
-    list_names,
-    read_lines,
-)
+from anchorline.data.dataset import Dataset, class_index, image_size, labelled_image, list_names, read_lines
 from anchorline.runtime.io.errors import DataError, SettingsError
 from anchorline.runtime.io.images import is_image
 

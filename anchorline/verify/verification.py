@@ -17,13 +17,7 @@ from anchorline.evaluation.evaluation import Progress, part_of
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import DataError, SettingsError
 from anchorline.runtime.io.files import plain, sha256_of, write_json
-from anchorline.verify.compare import (
-    ComparisonSummary,
-    Tolerance,
-    compare_outputs,
-    summarise,
-    tolerance_for,
-)
+from anchorline.verify.compare import ComparisonSummary, Tolerance, compare_outputs, summarise, tolerance_for
 from anchorline.verify.detection_check import DetectionCheck, check_detections
 from anchorline.verify.stage_check import (
     Frames,
