@@ -276,9 +276,7 @@ def evaluate_stored(path: Path, dataset: Dataset) -> ProposalReport:
 
 
 def proposal_recall(
-    images: Sequence[LabelledImage],
-    proposals: Sequence[Detections],
-    counts: Sequence[int] = PROPOSAL_COUNTS,
+    images: Sequence[LabelledImage], proposals: Sequence[Detections], counts: Sequence[int] = PROPOSAL_COUNTS
 ) -> ProposalReport:
     """The share of objects that some proposal covers, whatever its class.
 

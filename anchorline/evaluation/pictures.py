@@ -425,6 +425,5 @@ def write_report_files(
     sheet = folder / "worst_images.jpg"
     worst = worst_images_sheet(dataset, report.detections, sheet, worst_images, shown_score)
     write_json(
-        folder / "worst_images.json",
-        {"min_score": shown_score, "images": [each.to_json() for each in worst]},
+        folder / "worst_images.json", {"min_score": shown_score, "images": [each.to_json() for each in worst]}
     )
