@@ -275,7 +275,7 @@ def _open_proposer(model: Path | None, method: str | None, count: int | None, pr
     if model is None:
         if method != SELECTIVE_SEARCH:
             raise SettingsError(f"method is {method!r}; expected {SELECTIVE_SEARCH!r}")
-        return SelectiveSearch(*(() if count is None else (count,))).batch
+        return (SelectiveSearch() if count is None else SelectiveSearch(count)).batch
     if is_checkpoint(model):
         from anchorline.train.predict import load_rpn
 

@@ -63,13 +63,12 @@ def load_voc(folder: Path, split: str, names: Sequence[str] | None = None, spec:
     for id, path, xml in files:
         annotation = annotations[id]
         index = class_index(names, annotation.names, str(xml))
-        # The image's own size counts: <size> is often absent, zero or swapped.
+        labels = [index[name] for name in annotation.names]
+        size = image_size(path)  # the image's own: <size> is often absent, zero or swapped
+        flags = annotation.difficult
         images.append(
             labelled_image(
-                *(id, path, image_size(path), annotation.boxes),
-                *([index[name] for name in annotation.names], dropped),
-                difficult=annotation.difficult,
-                empty_side=_EMPTY_SIDE,
+                id, path, size, annotation.boxes, labels, dropped, difficult=flags, empty_side=_EMPTY_SIDE
             )
         )
     return Dataset(spec, tuple(names), tuple(images), dropped=dropped)

@@ -334,7 +334,7 @@ class LossMeter:
 
     def _agreement(self, results: Sequence[Detections]) -> float:
         each = compare_outputs(
-            *(self.reference, results, self._contract, TOLERANCES["int8"]), least_score=CONFIDENT
+            self.reference, results, self._contract, TOLERANCES["int8"], least_score=CONFIDENT
         )
         every = sum(one.matched + one.missed + one.extra for one in each)
         return 1.0 - sum(one.wrong for one in each) / every if every else 1.0

@@ -232,7 +232,7 @@ def _run_traps(
 
     def compare(ours: list[Detections], theirs: list[Detections]) -> ComparisonSummary:
         each = compare_outputs(
-            *(ours, theirs, contract, limits), order_ties=sound, least_score=limits.trap_score
+            ours, theirs, contract, limits, order_ties=sound, least_score=limits.trap_score
         )
         return summarise(each, limits.traps)
 
