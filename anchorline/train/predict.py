@@ -149,8 +149,8 @@ _LAYERS = (nn.Conv2d, nn.Linear)
 class TorchStages:
     """Runs a ``TorchDetector``'s network as a ``StageRunner`` (``verify/stages.py``).
 
-    A layer is named as its module, with ``#2`` and so on where it runs several times (the RPN head, on
-    each level). A convolution followed by batch norm counts as one layer, since exporters fold them.
+    A layer is named as its module, with ``#2`` and so on where it runs on several levels. A convolution
+    followed by batch norm counts as one layer, since exporters fold them.
     """
 
     def __init__(self, detector: TorchDetector) -> None:

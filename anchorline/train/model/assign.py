@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from anchorline.train.model.boxes import BoxCoder, pairwise_ioa, pairwise_iou, rows_at
 
@@ -63,19 +64,13 @@ class Targets:
         ignored: Sequence[Tensor] | None = None,
     ) -> Targets:
         """Join images: ``boxes`` a list of [N_i, 4], ``labels`` of [N_i], ``ignored`` of [I_i, 4]."""
-        slots = max([1, *(len(each) for each in boxes)])
-        ignored = [] if ignored is None else ignored
-        regions = max([0, *(len(each) for each in ignored)])
-        padded = cls(
-            torch.zeros(len(boxes), slots, 4),
-            torch.full((len(boxes), slots), -1, dtype=torch.int64),
-            torch.zeros(len(boxes), regions, 4),
+        # An image more, which has one empty slot, so that there is a slot where no image has an object.
+        return cls(
+            pad_sequence([*boxes, torch.zeros(1, 4)], batch_first=True)[:-1],
+            pad_sequence([*labels, torch.tensor([-1])], batch_first=True, padding_value=-1)[:-1],
+            pad_sequence([*(ignored or [each[:0] for each in boxes])], batch_first=True),
             seeds,
         )
-        for rows, given in ((padded.boxes, boxes), (padded.labels, labels), (padded.ignored, ignored)):
-            for row, values in zip(rows, given, strict=False):
-                row[: len(values)] = values
-        return padded
 
 
 @dataclass(frozen=True)

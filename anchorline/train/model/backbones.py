@@ -62,7 +62,7 @@ class SpatialResponseNorm(nn.Module):
 
 
 # The paper's two networks up to their last shareable convolution, both of stride 16 and without batch norms.
-# Layers carry the names of the published weights: VGG-16 torchvision's numbers, ZF py-faster-rcnn's.
+# Layers carry the names of the published weights.
 
 
 def vgg16(_: Callable[..., nn.Module]) -> nn.Module:
@@ -274,7 +274,7 @@ class Backbone(nn.Module):
         maps: list[Tensor] = self.body(x)
         if self.fpn is None:
             return maps
-        pyramid = self.fpn(OrderedDict((str(level), each) for level, each in enumerate(maps)))
+        pyramid = self.fpn({str(level): each for level, each in enumerate(maps)})
         return [mark(f"fpn.{level}", each) for level, each in enumerate(pyramid.values())]
 
 

@@ -1,9 +1,8 @@
 """Boxes in PyTorch, xyxy in pixels: their geometry, and their coding as regression targets.
 
-Edges are continuous, so a width is x2 - x1. py-faster-rcnn's boxes include their last pixel: a box
-(x1, y1, x2, y2) there is (x1, y1, x2 + 1, y2 + 1) here. What is left of that convention is ``last_pixel``,
-its side in canvas pixels: 1, or another where py-faster-rcnn works on the unscaled image; 0 in all other
-libraries.
+Edges are continuous, so a width is x2 - x1. py-faster-rcnn's boxes include their last pixel: (x1, y1, x2, y2)
+there is (x1, y1, x2 + 1, y2 + 1) here. What is left of that is ``last_pixel``, its side in canvas pixels: 1,
+or another where py-faster-rcnn works on the unscaled image; 0 in all other libraries.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ class ModelSettings:
     """``align`` (RoIAlign), or the paper's ``max`` pooling (RoIPool) for the neck ``single``."""
     roi_sampling: int = 2
     """Sampling points per cell and axis; 0: as many as a cell has feature pixels, rounded up for each RoI
-    (Detectron2, MMDetection). TensorRT for RTX then takes a fixed number (``grid_sample_align.py``)."""
+    (Detectron2, MMDetection). TensorRT for RTX then takes a fixed number (``engine/bodies.py``)."""
     roi_aligned: bool = False
     """Shift RoIs by half a feature pixel, as Detectron2 does and torchvision does not."""
     canonical_size: float = 224.0
