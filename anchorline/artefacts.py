@@ -31,7 +31,6 @@ from anchorline.verify.verification import VerifyReport, verify_subjects, write_
 # torchvision computes the same in another order, and differs from itself by as much when only the memory
 # layout of its tensors changes.
 IMPORT_TOLERANCE = dataclasses.replace(TOLERANCES["fp32"], score=1e-3, matched=0.98, confident=0.98)
-SELECTIVE_SEARCH = "selective-search"
 
 _ENGINE_PROVIDERS = ("tensorrt", "tensorrt-rtx")
 _TORCHVISION_NOTE = (
@@ -255,7 +254,25 @@ def store_proposals(
     ``method`` ``"selective-search"``, at most ``count`` an image (default: the model's own number, or
     2000). Raises ``SettingsError``, and what reading data and model raise.
     """
-    propose = _open_proposer(model, method, count, provider)
+    if (model is None) == (method is None):
+        raise SettingsError(f"model is {model}, method {method}; expected one: --model MODEL or --method")
+    if method not in (None, "selective-search"):
+        raise SettingsError(f"method is {method!r}; expected 'selective-search'")
+    propose: Detect
+    if model is None:
+        propose = (SelectiveSearch() if count is None else SelectiveSearch(count)).batch
+    elif is_checkpoint(model):
+        from anchorline.train.predict import load_rpn
+
+        propose = load_rpn(model, post_nms=count).batch
+    else:
+        detector = Detector(model, provider=provider)
+        if detector.contract.task != "proposals":
+            raise SettingsError(
+                f"{model}: has the task {detector.contract.task!r}; expected a model exported with "
+                "--task proposals, or a .safetensors"
+            )
+        propose = detector.batch
     dataset, boxes = load_datasets(data), 0
 
     def found() -> Iterator[Detections]:
@@ -267,23 +284,3 @@ def store_proposals(
 
     write_proposals(out, dataset, found())
     return boxes
-
-
-def _open_proposer(model: Path | None, method: str | None, count: int | None, provider: str) -> Detect:
-    if (model is None) == (method is None):
-        raise SettingsError(f"model is {model}, method {method}; expected one: --model MODEL or --method")
-    if model is None:
-        if method != SELECTIVE_SEARCH:
-            raise SettingsError(f"method is {method!r}; expected {SELECTIVE_SEARCH!r}")
-        return (SelectiveSearch() if count is None else SelectiveSearch(count)).batch
-    if is_checkpoint(model):
-        from anchorline.train.predict import load_rpn
-
-        return load_rpn(model, post_nms=count).batch
-    detector = Detector(model, provider=provider)
-    if detector.contract.task != "proposals":
-        raise SettingsError(
-            f"{model}: has the task {detector.contract.task!r}; expected a model exported with "
-            "--task proposals, or a .safetensors"
-        )
-    return detector.batch

@@ -73,15 +73,15 @@ def warn(lines: Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, where that is a terminal; yields ``update(done, total)``."""
+def progress_bar(description: str) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr, where that is a terminal; yields ``update(done, total, description=...)``."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total, text=None: bar.update(task, completed=done, total=total, description=text)
 
 
 def run(app: typer.Typer, arguments: Sequence[str] | None) -> int:

@@ -11,12 +11,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from anchorline.data.dataset import Dataset
 from anchorline.data.synthetic import synthetic_dataset
@@ -34,7 +33,6 @@ from anchorline.runtime.video.pipeline import detect
 from anchorline.runtime.video.reader import VideoReader
 from anchorline.train.loop.metrics import training_progress
 from anchorline.train.loop.train import train
-from anchorline.train.loop.trainer import TrainResult
 from anchorline.train.pretrained import HOW_TO_GET, mobilenet_v2_weights
 from anchorline.train.settings import load_preset
 
@@ -74,22 +72,9 @@ class DemoReport:
         """One table: each step, what it gave, how long it took."""
         from rich.table import Table
 
-        table = Table(title="Anchorline demo", caption=f"everything is in {self.folder}/")
-        for column in ("step", "result", "file"):
-            table.add_column(column)
-        table.add_column("seconds", justify="right")
-        for step, result in self._results().items():
-            path = self.files.get(step)
-            shown = "" if path is None else str(path.relative_to(self.folder))
-            table.add_row(step, result, shown, f"{self.seconds.get(step, 0.0):.0f}")
-        table.add_section()
-        table.add_row("all", "", "", f"{sum(self.seconds.values()):.0f}")
-        return table
-
-    def _results(self) -> dict[str, str]:
         accuracy = self.accuracy
         verified = self.export.verification.describe() if self.export.verification else "not verified"
-        return {
+        results = {
             "train": f"{TRAINING_SCENES} generated scenes, {len(accuracy.per_class)} classes",
             "export": f"one ONNX file; against PyTorch: {verified}",
             "video": f"{VIDEO_FRAMES} frames of an unseen scene",
@@ -97,6 +82,16 @@ class DemoReport:
             "evaluate": f"mAP50 {accuracy.map50:.3f}, VOC07 {accuracy.voc07:.3f}, COCO {accuracy.map:.3f}",
             "pictures": "loss curve, precision-recall curves, contact sheet",
         }
+        table = Table(title="Anchorline demo", caption=f"everything is in {self.folder}/")
+        for column in ("step", "result", "file"):
+            table.add_column(column)
+        table.add_column("seconds", justify="right")
+        for step, result in results.items():
+            path = self.files[step].relative_to(self.folder)
+            table.add_row(step, result, str(path), f"{self.seconds[step]:.0f}")
+        table.add_section()
+        table.add_row("all", "", "", f"{sum(self.seconds.values()):.0f}")
+        return table
 
 
 def demo(
@@ -113,25 +108,44 @@ def demo(
             f"the demo starts from MobileNetV2's ImageNet weights and finds none; {HOW_TO_GET}, "
             "or name a file with --backbone-weights"
         )
-    steps = _Steps()
-    with steps("train", out / "run" / "model.safetensors"):
-        trained = _train(out / "run", weights, preset, overrides)
-    with steps("export", out / "model.onnx") as model:
+    files: dict[str, Path] = {}
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(name: str, path: Path) -> Iterator[Path]:
+        print(f"{name} -> {path}", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        yield path
+        seconds[name] = round(time.perf_counter() - start, 1)
+        files[name] = path
+
+    with step("train", out / "run" / "model.safetensors"), training_progress() as progress:
+        spec = f"synthetic:{TRAINING_SCENES}@{TRAINING_SEED}"
+        trained = train(
+            load_preset(preset, overrides),
+            synthetic_dataset(TRAINING_SCENES, TRAINING_SEED, spec=spec),
+            out / "run",
+            backbone_weights=weights,
+            source={"command": "anchorline demo", "preset": preset},
+            report=progress,
+        )
+    with step("export", out / "model.onnx") as model:
         exported = export_onnx(trained.checkpoint, model)
-    with steps("video", out / "scene.mp4") as video:
+    with step("video", out / "scene.mp4") as video:
         write_video(video, VIDEO_SEED, VIDEO_FRAMES)
     lines = out / "detections.jsonl"
-    with steps("detect", out / "detected.mp4") as annotated, Detector(model) as detector:
+    with step("detect", out / "detected.mp4") as annotated, Detector(model) as detector:
         options = DetectOptions(save=annotated, jsonl=lines, shown_score=SHOWN_SCORE)
         found = detect([video], detector, options, progress=False)
-    with steps("evaluate", out / "evaluation.json") as figures:
+    with step("evaluate", out / "evaluation.json") as figures:
         accuracy = evaluate_lines(lines, synthetic_video_dataset(VIDEO_SEED, VIDEO_FRAMES))
         write_json(figures, accuracy.to_json())
-    with steps("pictures", out / "contact_sheet.png") as sheet:
+    with step("pictures", out / "contact_sheet.png") as sheet, VideoReader(annotated) as reader:
         plot_loss_curve(out / "run" / "metrics.csv", out / "loss_curve.png")
         plot_pr_curves(accuracy, out / "pr_curves.png")
-        contact_sheet(_spread(annotated, SHEET_FRAMES), sheet)
-    report = DemoReport(out, steps.files, steps.seconds, exported, found, accuracy)
+        shown = set(np.linspace(0, VIDEO_FRAMES - 1, SHEET_FRAMES).astype(int).tolist())
+        contact_sheet([frame for index, _, frame in reader if index in shown], sheet)
+    report = DemoReport(out, files, seconds, exported, found, accuracy)
     write_json(out / "demo.json", report.to_json())
     return report
 
@@ -151,41 +165,3 @@ def evaluate_lines(lines: Path, truth: Dataset) -> EvaluationReport:
             )
         )
     return report_detections(found, truth, provider="cpu")
-
-
-def _train(run: Path, weights: Path, preset: str, overrides: Sequence[str]) -> TrainResult:
-    settings = load_preset(preset, overrides)
-    with training_progress() as progress:
-        return train(
-            settings,
-            synthetic_dataset(
-                TRAINING_SCENES, TRAINING_SEED, spec=f"synthetic:{TRAINING_SCENES}@{TRAINING_SEED}"
-            ),
-            run,
-            backbone_weights=weights,
-            source={"command": "anchorline demo", "preset": preset},
-            report=progress,
-        )
-
-
-@dataclass
-class _Steps:
-    """Announces and times steps, and notes the file that each makes."""
-
-    files: dict[str, Path] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, name: str, path: Path) -> Iterator[Path]:
-        print(f"{name} -> {path}", file=sys.stderr, flush=True)
-        start = time.perf_counter()
-        yield path
-        self.seconds[name] = round(time.perf_counter() - start, 1)
-        self.files[name] = path
-
-
-def _spread(video: Path, count: int) -> list[NDArray[np.uint8]]:
-    """``count`` frames of a video at even distances."""
-    wanted = set(np.linspace(0, VIDEO_FRAMES - 1, count).astype(int).tolist())
-    with VideoReader(video) as reader:
-        return [frame for index, _, frame in reader if index in wanted]

@@ -166,6 +166,11 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         ),
         ("evaluate m --plots there", "evaluate m --pictures there", "--plots is now spelled --pictures"),
         ("bench m --source a.mp4", "bench m --images a.mp4", "--source is now spelled --images"),
+        (
+            "detect a.mp4 --report r.png",
+            "detect a.mp4 --pictures r.png",
+            "--report is now spelled --pictures",
+        ),
         ("verify a b --worst w.png", "verify a b --pictures w.png", "--worst is now spelled --pictures"),
     ],
 )

@@ -128,7 +128,7 @@ def test_detect_takes_videos_filters_and_a_policy(
     for _ in range(9):
         writer.write(np.full((CANVAS, 2 * CANVAS, 3), 90, np.uint8))
     writer.release()
-    outputs = ["--jsonl", str(lines), "--json", str(figures), "--report", str(tmp_path / "latency.png")]
+    outputs = ["--jsonl", str(lines), "--json", str(figures), "--pictures", str(tmp_path / "drawn")]
     kept = ["--classes", CLASS_NAMES[1], "--min-score", f"{CLASS_NAMES[1]}=0.5", "--max-detections", "3"]
     options = [
         "--stride",
@@ -151,7 +151,7 @@ def test_detect_takes_videos_filters_and_a_policy(
     assert (report["frames"], report["dropped"], report["reconnects"]) == (5, 0, 0)
     assert report["sources"]["door"]["frames_in"] == 9
     assert set(report["age"]) == {"p50", "p95", "p99"}
-    assert cv2.imread(str(tmp_path / "latency.png")) is not None
+    assert cv2.imread(str(tmp_path / "drawn" / "latency.png")) is not None
     assert "door" in capsys.readouterr().out
 
     nothing = ["--min-score", "0.8", "--policy", "latest"]
@@ -330,7 +330,7 @@ def test_a_class_that_the_model_does_not_know_is_one_line(
         ("--min-score", "much"),
         ("--min-score", "2.0"),
         ("--region", "0,0,1"),
-        ("--report", "latency.txt"),
+        ("--pictures", "latency.txt"),
         ("--policy", "newest"),
     ],
 )

@@ -16,12 +16,11 @@ import typer
 
 from anchorline import __version__, console
 from anchorline.cli.convert import build, export, import_, quantize
-from anchorline.cli.demo import demo
 from anchorline.cli.detect import detect
 from anchorline.cli.evaluate import evaluate, proposals
 from anchorline.cli.examine import bench, doctor, verify
 from anchorline.cli.options import respelled
-from anchorline.cli.train import train
+from anchorline.cli.train import demo, train
 
 app = typer.Typer(
     name="anchorline",
@@ -47,18 +46,21 @@ def _anchorline(
     raise typer.Exit
 
 
-app.command()(detect)
-app.command()(evaluate)
-app.command()(train)
-app.command()(proposals)
-app.command("import")(import_)
-app.command()(export)
-app.command()(quantize)
-app.command()(verify)
-app.command()(build)
-app.command()(demo)
-app.command()(bench)
-app.command()(doctor)
+for _verb in (
+    detect,
+    evaluate,
+    train,
+    proposals,
+    import_,
+    export,
+    quantize,
+    verify,
+    build,
+    demo,
+    bench,
+    doctor,
+):
+    app.command(_verb.__name__.rstrip("_"))(_verb)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from anchorline.cli.options import ImagesOption, JsonOption, names, size
+from anchorline.cli.options import ImagesOption, JsonOption, size, spelled_out
 from anchorline.console import progress_bar, show_report, warn
+from anchorline.engine.options import BuildOptions
+from anchorline.runtime.io.errors import SettingsError
 
 
 def import_(
@@ -64,13 +66,16 @@ def import_(
     from anchorline.export import import_checkpoint
     from anchorline.runtime.contract import ResizeRule
 
+    if classes is not None and classes_file is not None:
+        raise SettingsError("both --classes and --classes-file are given; expected one of them")
+    sides = size(resize, "--resize", "MINxMAX")
     result = import_checkpoint(
         checkpoint,
         out,
         arch=arch,
-        classes=classes_file if classes is None else names(classes, classes_file),
-        canvas=None if canvas is None else size(canvas, "--canvas", "HEIGHTxWIDTH"),
-        resize=None if resize is None else ResizeRule(*size(resize, "--resize", "MINxMAX")),
+        classes=classes_file if classes is None else tuple(map(str.strip, classes.split(","))),
+        canvas=size(canvas, "--canvas", "HEIGHTxWIDTH"),
+        resize=sides and ResizeRule(*sides),
         batch_norm_eps=batch_norm_eps,
         fast_resize=fast_resize,
         overrides=set_ or (),
@@ -107,12 +112,13 @@ def export(
     """Write a checkpoint as one ONNX file, and prove that onnxruntime gives PyTorch's detections."""
     from anchorline.export import export_onnx
 
+    frame_size = size(frame, "--frame", "WIDTHxHEIGHT")
     result = export_onnx(
         checkpoint,
         out,
         task=task,
-        canvas=None if canvas is None else size(canvas, "--canvas", "HEIGHTxWIDTH"),
-        frame_size=None if frame is None else size(frame, "--frame", "WIDTHxHEIGHT")[::-1],
+        canvas=size(canvas, "--canvas", "HEIGHTxWIDTH"),
+        frame_size=frame_size and frame_size[::-1],
         max_batch=max_batch,
         verify=verify,
     )
@@ -144,7 +150,6 @@ def quantize(
 ) -> None:
     """Turn an exported model's layers into 8-bit integers, as far as its accuracy holds."""
     from anchorline.export import quantize_onnx
-    from anchorline.runtime.io.errors import SettingsError
 
     if not data and not images:
         raise SettingsError("nothing to calibrate on; expected --data SPEC or --images SOURCE")
@@ -164,42 +169,15 @@ def quantize(
     print(f"{result.path}: {result.describe()}")
 
 
+@spelled_out
 def build(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="An exported model.onnx.")],
+    *,
     out: Annotated[Path, typer.Option(help="The .engine file to write; its manifest goes beside it.")],
-    target: Annotated[
-        Literal["tensorrt", "tensorrt-rtx"],
-        typer.Option(
-            "--for", help="tensorrt builds for the GPU at hand, tensorrt-rtx for any GeForce, without one."
-        ),
-    ] = "tensorrt",
-    precision: Annotated[
-        Literal["fp16", "fp32"], typer.Option(help="Of convolutions and fully connected layers.")
-    ] = "fp16",
-    batch: Annotated[
-        str | None,
-        typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes (default: 1:1:MAX of the exported batch)."),
-    ] = None,
-    compute_capability: Annotated[
-        str | None, typer.Option(metavar="86,89,120", help="GPUs to build for (tensorrt-rtx; default: all).")
-    ] = None,
-    nms: Annotated[
-        Literal["plugin", "fixed-point"],
-        typer.Option(help="Our plugin, or standard operators that any loader runs."),
-    ] = "plugin",
-    workspace: Annotated[int | None, typer.Option(min=1, help="Scratch memory of the builder, MiB.")] = None,
-    optimization_level: Annotated[
-        int | None, typer.Option(min=0, max=5, help="How hard TensorRT searches (its default: 3).")
-    ] = None,
+    options: BuildOptions,
     timing_cache: Annotated[
         Path | None, typer.Option(help="A folder that keeps TensorRT's timings for the next build.")
     ] = None,
-    version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="Let later versions of TensorRT load it.")
-    ] = False,
-    hardware_compatible: Annotated[
-        bool, typer.Option("--hardware-compatible", help="Let other GPUs, from Ampere on, load it.")
-    ] = False,
     images: ImagesOption = None,
     force: Annotated[bool, typer.Option("--force", help="Build even what has been built before.")] = False,
     verify: Annotated[
@@ -209,19 +187,7 @@ def build(
     """Compile an exported model into a TensorRT engine."""
     from anchorline.engine.build import build_engine
     from anchorline.engine.fp16_range import sample_inputs
-    from anchorline.engine.options import BuildOptions
 
-    options = BuildOptions(
-        target=target,
-        precision=precision,
-        batch=None if batch is None else _batch(batch),
-        compute_capabilities=_capabilities(compute_capability),
-        nms=nms,
-        workspace=workspace,
-        optimization_level=optimization_level,
-        version_compatible=version_compatible,
-        hardware_compatible=hardware_compatible,
-    )
     samples = sample_inputs(model, images) if images else ()
     with progress_bar("building") as progress:
         result = build_engine(
@@ -240,24 +206,3 @@ def build(
 
         verdict = f"; {verify_engine(model, out)}"
     print(f"{result.path}: {result.describe()}{verdict}")
-
-
-def _batch(text: str) -> tuple[int, int, int]:
-    """The three numbers of ``1:4:8``."""
-    from anchorline.runtime.io.errors import SettingsError
-
-    parts = text.split(":")
-    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
-        raise SettingsError(f"--batch is {text!r}; expected MIN:OPT:MAX, such as 1:4:8")
-    low, best, high = (int(part) for part in parts)
-    return low, best, high
-
-
-def _capabilities(text: str | None) -> tuple[int, ...]:
-    """The numbers of ``86,89``."""
-    from anchorline.runtime.io.errors import SettingsError
-
-    parts = [] if text is None else text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise SettingsError(f"--compute-capability is {text!r}; expected numbers such as 86,89,120")
-    return tuple(int(part) for part in parts)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anchorline.cli.options import JsonOption, spelled_out
-from anchorline.console import show_report, warn
+from anchorline.cli.options import JsonOption, picture_file, spelled_out
+from anchorline.console import progress_bar, show_report, warn
 from anchorline.runtime.io.errors import DataError, SettingsError
 from anchorline.runtime.video.options import DetectOptions
 
@@ -66,28 +66,42 @@ def detect(
             "may be repeated.",
         ),
     ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER|FILE.png",
+            help="Draw the age of results over time and the stages into this folder, or one picture.",
+        ),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Detect objects in images, videos, cameras and streams."""
     from anchorline.runtime import detect as detect_sources
     from anchorline.runtime.io.files import input_errors
-    from anchorline.runtime.video.source import check_outputs, waits
+    from anchorline.runtime.video.source import check_outputs, is_stdout, waits
 
+    options = replace(options, report=picture_file(pictures, "latency.png"))
     check_outputs((options.jsonl, options.report, json), (model, *sources))
     if classes_file is not None:
         with input_errors(classes_file, "expected a class name a line", DataError):
             lines = classes_file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
         classes = (*options.filters.classes, *filter(None, map(str.strip, lines)))
         options = replace(options, filters=replace(options.filters, classes=classes))
-    if ray is None and ray_workers is not None:
-        raise SettingsError(
-            f"--ray-workers is {ray_workers}, but without --ray nothing is shared out; add --ray auto"
-        )
+
+    def conclude(summary: DetectSummary | ClusterSummary) -> None:
+        warn(summary.warnings)
+        # Where stdout takes the JSON lines, the figures go to stderr.
+        show_report(summary, json, to_stderr=is_stdout(options.jsonl))
+
     if ray is not None:
         if serve is not None:
             raise SettingsError("--serve does not go with --ray, which answers files; leave out one of them")
-        _detect_on_ray(sources, model, options, ray, ray_workers, json)
+        _detect_on_ray(sources, model, options, ray, ray_workers, conclude)
         return
+    if ray_workers is not None:
+        raise SettingsError(
+            f"--ray-workers is {ray_workers}, but without --ray nothing is shared out; add --ray auto"
+        )
     # Files are to be done soon as a whole; of a live source each frame is.
     tuning = "throughput" if waits(sources, options.policy) else "latency"
     with contextlib.ExitStack() as stack:
@@ -100,14 +114,8 @@ def detect(
             shown = live.url if serve_token is None else f"{live.url}?token=... (with the token)"
             print(f"anchorline: live view at {shown}", file=sys.stderr)
         detector = stack.enter_context(options.open_detector(model, tuning))
-        detect_sources(
-            sources,
-            detector,
-            options,
-            progress=sys.stderr.isatty(),
-            live=live,
-            conclude=lambda summary: _tell(summary, options, json),
-        )
+        progress = sys.stderr.isatty()
+        detect_sources(sources, detector, options, progress=progress, live=live, conclude=conclude)
 
 
 def _detect_on_ray(
@@ -116,36 +124,25 @@ def _detect_on_ray(
     options: DetectOptions,
     address: str,
     workers: int | None,
-    json: Path | None,
+    conclude: Callable[[ClusterSummary], None],
 ) -> None:
     """With progress, and the summary after an interrupt as well; exit code 1 where files were given up."""
     from anchorline import cluster
-    from anchorline.cluster.summary import progress_display
 
     summaries: list[ClusterSummary] = []
     try:
-        with progress_display() as show:  # told after it: the bar takes over stdout while it is there
+        with progress_bar("starting the cluster") as update:  # told after it: the bar takes over stdout
             cluster.detect_on_cluster(
-                sources,
-                model,
-                options,
+                *(sources, model, options),
                 address=address,
                 workers=workers,
-                progress=show,
+                progress=lambda now: update(now.answered + now.failed, now.files, now.describe()),
                 conclude=summaries.append,
             )
     finally:
         for summary in summaries:
-            _tell(summary, options, json)
+            conclude(summary)
             for line in summary.failed:
                 print(f"anchorline: failed: {line}", file=sys.stderr)
     if any(summary.failed for summary in summaries):
         raise typer.Exit(1)
-
-
-def _tell(summary: DetectSummary | ClusterSummary, options: DetectOptions, json: Path | None) -> None:
-    """The figures go to stdout, or to stderr where that takes the JSON lines."""
-    from anchorline.runtime.video.source import is_stdout
-
-    warn(summary.warnings)
-    show_report(summary, json, to_stderr=is_stdout(options.jsonl))

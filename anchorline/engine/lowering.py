@@ -13,7 +13,7 @@ plugin could take. Works on graphs of either precision.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -36,10 +36,10 @@ from anchorline.engine.graph import (
     state_opset,
     tensor_names,
 )
+from anchorline.engine.options import NmsForm
 from anchorline.runtime.contract import DOMAIN, NMS_CONVERGED, OP_VERSION
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
 
-NMS_FORMS = ("plugin", "fixed-point")
 CONVERGED = NMS_CONVERGED
 MOST = 3840  # entries that TensorRT's TopK takes
 ROUNDS = 16  # of the fixed-point NMS; typical images need 6 to 13
@@ -269,8 +269,8 @@ def deviations(model: onnx.ModelProto, target: str) -> tuple[str, ...]:
 def _check_settings(target: str, nms: str, rounds: int, limit: int | None, report: bool) -> None:
     if target not in TARGETS:
         raise SettingsError(f"target is {target!r}; expected one of {', '.join(TARGETS)}")
-    if nms not in NMS_FORMS:
-        raise SettingsError(f"nms is {nms!r}; expected one of {', '.join(NMS_FORMS)}")
+    if nms not in get_args(NmsForm):
+        raise SettingsError(f"nms is {nms!r}; expected one of {', '.join(get_args(NmsForm))}")
     if target == "onnxruntime" and nms == "fixed-point":
         raise SettingsError(
             "nms is 'fixed-point', which takes seconds and gigabytes in onnxruntime; leave it out"

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -52,6 +53,7 @@ from anchorline.engine.graph import (
     tensor_names,
 )
 from anchorline.engine.lowering import fold_batch_norm
+from anchorline.engine.options import Precision
 from anchorline.runtime.contract import DOMAIN
 from anchorline.runtime.io.errors import SettingsError
 
@@ -243,9 +245,6 @@ def _cast(source: str, result: str, kind: int) -> onnx.NodeProto:
     return helper.make_node("Cast", [source], [result], name=f"cast_{result}", to=kind)
 
 
-PRECISIONS = ("fp16", "fp32")
-
-
 @dataclass(frozen=True)
 class KeptLayer:
     """A layer that stays float32: ``reason`` is "overflow" or "underflow", ``tensor`` where it would
@@ -309,8 +308,8 @@ def to_precision(
     Raises ``SettingsError`` for another precision or samples that do not fit, ``ArtefactError`` for a
     model that is not ours.
     """
-    if precision not in PRECISIONS:
-        raise SettingsError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    if precision not in get_args(Precision):
+        raise SettingsError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
     check_exported(model)
     mixed = copy_of(model)
     if precision == "fp32":

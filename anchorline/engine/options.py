@@ -1,44 +1,86 @@
-"""What a build is asked for, checked."""
+"""What a build is asked for: each option written once, for the command and Python, and checked."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-from anchorline.engine.lowering import NMS_FORMS
-from anchorline.engine.mixed_precision import PRECISIONS
-from anchorline.runtime.contract import Contract
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.runtime.tensorrt.library import FLAVOURS
+from anchorline.runtime.video.options import Option
 
+if TYPE_CHECKING:
+    from anchorline.runtime.contract import Contract
+
+Target = Literal["tensorrt", "tensorrt-rtx"]
+Precision = Literal["fp16", "fp32"]
+NmsForm = Literal["plugin", "fixed-point"]
 Batch = tuple[int, int, int]
+
+
+def parse_batch(texts: Iterable[str]) -> Batch | None:
+    """``["1:4:8"]`` as (1, 4, 8), the last of several; else ``SettingsError``."""
+    batch = None
+    for text in texts:
+        parts = text.split(":")
+        if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+            raise SettingsError(f"--batch is {text!r}; expected MIN:OPT:MAX, such as 1:4:8")
+        batch = int(parts[0]), int(parts[1]), int(parts[2])
+    return batch
+
+
+def parse_capabilities(texts: Iterable[str]) -> tuple[int, ...]:
+    """``["86,89"]`` as (86, 89); else ``SettingsError``."""
+    for text in texts:
+        if not all(part.strip().isdecimal() for part in text.split(",")):
+            raise SettingsError(f"--compute-capability is {text!r}; expected numbers such as 86,89,120")
+    return tuple(int(part) for text in texts for part in text.split(","))
 
 
 @dataclass(frozen=True)
 class BuildOptions:
     """Options of ``build_engine``; raises ``SettingsError`` for values that cannot be used.
 
-    ``target`` "tensorrt" builds for the GPU at hand, "tensorrt-rtx" without one for
-    ``compute_capabilities`` (86 for 8.6; all from 80 on when empty). ``batch`` is (smallest, best, largest)
-    within the exported batch; by default 1, 1 and the exported ``max_batch`` (1 where that is free).
-    ``nms`` "plugin" needs our plugins wherever the engine runs, "fixed-point" runs in any loader.
-    ``workspace`` is in MiB. The two compatibilities are full TensorRT's.
+    ``compute_capabilities`` are as 86 for 8.6; all from 80 on when empty. ``batch`` is (smallest, best,
+    largest) within the exported batch. ``nms`` "plugin" needs our plugins wherever the engine runs. The two
+    compatibilities are full TensorRT's.
     """
 
-    target: str = "tensorrt"
-    precision: str = "fp16"
-    batch: Batch | None = None
-    compute_capabilities: tuple[int, ...] = ()
-    nms: str = "plugin"
-    workspace: int | None = None
-    optimization_level: int | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
+    target: Annotated[
+        Target,
+        Option(
+            "tensorrt builds for the GPU at hand, tensorrt-rtx for any GeForce, without one.", flag="--for"
+        ),
+    ] = "tensorrt"
+    precision: Annotated[Precision, Option("Of convolutions and fully connected layers.")] = "fp16"
+    batch: Annotated[
+        Batch | None,
+        Option(
+            "Batch sizes (default: 1:1:MAX of the exported batch).", metavar="MIN:OPT:MAX", parse=parse_batch
+        ),
+    ] = None
+    compute_capabilities: Annotated[
+        tuple[int, ...],
+        Option(
+            "GPUs to build for (tensorrt-rtx; default: all).",
+            flag="--compute-capability",
+            metavar="86,89,120",
+            parse=parse_capabilities,
+        ),
+    ] = ()
+    nms: Annotated[NmsForm, Option("Our plugin, or standard operators that any loader runs.")] = "plugin"
+    workspace: Annotated[int | None, Option("Scratch memory of the builder, MiB.", low=1)] = None
+    optimization_level: Annotated[
+        int | None, Option("How hard TensorRT searches, 0 to 5 (its default: 3).", low=0, high=5)
+    ] = None
+    version_compatible: Annotated[bool, Option("Let later versions of TensorRT load it.")] = False
+    hardware_compatible: Annotated[bool, Option("Let other GPUs, from Ampere on, load it.")] = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("target", FLAVOURS), ("precision", PRECISIONS), ("nms", NMS_FORMS)):
-            value = getattr(self, name)
-            if value not in choices:
-                raise SettingsError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+        for name, choices in (("target", Target), ("precision", Precision), ("nms", NmsForm)):
+            value, words = getattr(self, name), get_args(choices)
+            if value not in words:
+                raise SettingsError(f"{name} is {value!r}; expected one of {', '.join(words)}")
         if self.workspace is not None and self.workspace < 1:
             raise SettingsError(f"workspace is {self.workspace} MiB; expected at least 1")
         level = self.optimization_level

@@ -83,7 +83,7 @@ def test_an_interrupted_run_tells_its_figures(ran, capsys):
     [
         (["--ray-workers", 2], "--ray-workers is 2, but without --ray nothing is shared out; add --ray auto"),
         (["--ray", "auto", "--policy", "latest"], "--policy latest does not go with --ray"),
-        (["--ray", "auto", "--report", "r.png"], "--report does not go with --ray"),
+        (["--ray", "auto", "--pictures", "r.png"], "--pictures does not go with --ray"),
         (["--ray", "auto", "--track"], "--track does not go with --ray"),
         (["--ray", "auto", "--serve", "8000"], "--serve does not go with --ray"),
     ],

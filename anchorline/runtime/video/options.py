@@ -249,9 +249,8 @@ class DetectOptions:
     ] = 10.0
     # Seconds to wait for a first frame, while no source has delivered any.
     patience: Annotated[float, Option(low=0)] = 20.0
-    report: Annotated[
-        str | Path | None, Option("Draw the age of results over time and the stages to this .png.")
-    ] = None
+    # Where the age of results over time and the stages are drawn: a .png, .svg or .pdf.
+    report: str | Path | None = None
 
     def __post_init__(self) -> None:
         _check_fields(self)

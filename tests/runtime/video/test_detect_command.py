@@ -78,7 +78,7 @@ def test_a_signal_completes_all_files(command, video, tmp_path, name, code, unti
     out = tmp_path / "out"
     options = ["--save", out / "a.mp4", "--jsonl", out / "a.jsonl", "--json", out / "a.json"]
     process = subprocess.Popen(
-        command(f"cam={video}", "--policy", "latest", *options, "--report", out / "a.png"),
+        command(f"cam={video}", "--policy", "latest", *options, "--pictures", out / "a.png"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -148,7 +148,7 @@ def test_a_hangup_that_nohup_ignores_changes_nothing(
         (["--jsonl", "{video}"], "is a source"),
         (["--json", "{model}"], "is a source, the model"),
         (["--jsonl", "{folder}/a", "--json", "{folder}/a"], "another output"),
-        (["--report", "{folder}/a.png", "--json", "{folder}/a.png"], "another output"),
+        (["--pictures", "{folder}/a.png", "--json", "{folder}/a.png"], "another output"),
         (["--save", "/dev/null/out"], "cannot be written"),
         (["--shown-score", "7"], "shown_score is 7.0"),
     ],
