@@ -1,15 +1,16 @@
 """What a graph does on real images: the range of every activation, and what each layer costs in integers.
 
-Both are measured by nodes in the graph, one image at a time. onnxruntime's calibrators for percentiles and
-its ``qdq_loss_debug`` make every map an output and keep all of them, gigabytes on a large canvas;
-``qdq_loss_debug`` compares with a graph in which everything is rounded, and so blames a layer for those
-before it.
+Both are measured by nodes in the graph, one image at a time. onnxruntime's calibrators know no least rounding
+error, and for percentiles make every map an output: 1.4 times the memory and 2.5 times the processor time
+(ResNet-18-FPN at 800x1344). Its ``qdq_loss_debug`` compares with a graph in which everything is rounded, and
+so blames a layer for those before it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ def measure_ranges(
     if method not in METHODS:
         raise SettingsError(f"calibration method is {method!r}; expected one of {', '.join(METHODS)}")
     observed = _with_observers(model, tensors, max(16, _SAMPLES // max(count, 1)))
-    session = open_for_checks(observed.SerializeToString())
+    session = open_for_checks(observed.SerializeToString(), arena=False, in_order=True)
     lows, highs = np.full(len(tensors), np.inf), np.full(len(tensors), -np.inf)
     samples: list[list[NDArray[np.float32]]] = [[] for _ in tensors]
     for number, inputs in enumerate(images, start=1):
@@ -97,10 +98,13 @@ def _rounding_error(sample: NDArray[np.float32], low: float, high: float) -> flo
 
 
 def _with_observers(model: onnx.ModelProto, tensors: Sequence[str], count: int) -> onnx.ModelProto:
-    """A copy of ``model`` that gives of each tensor its extremes and about ``count`` values, and no more."""
-    copy = _copy_of(model)
+    """A copy of ``model`` that gives of each tensor its extremes and about ``count`` values, and no more.
+
+    They are taken right behind the node that makes the tensor, which can be given back then.
+    """
+    copy = deepcopy(model)
     graph = copy.graph
-    del graph.output[:]
+    del graph.node[:], graph.output[:]
     shapes = {value.name: _shape_of(value) for value in graph.value_info}
 
     def constant(name: str, value: int) -> str:
@@ -109,6 +113,7 @@ def _with_observers(model: onnx.ModelProto, tensors: Sequence[str], count: int) 
 
     all_, start = constant("observed/all", -1), constant("observed/start", 0)
     end, axis = constant("observed/end", np.iinfo(np.int64).max), constant("observed/axis", 0)
+    observers = {}
     for name in tensors:
         elements = math.prod(shapes.get(name, [0]))
         stride = max(1, elements // count)
@@ -116,15 +121,19 @@ def _with_observers(model: onnx.ModelProto, tensors: Sequence[str], count: int) 
             stride += 1
         flat, low, high, some = (f"observed/{name}/{part}" for part in ("flat", "low", "high", "some"))
         step = constant(f"observed/{name}/step", stride)
-        graph.node.extend(
-            [
-                helper.make_node("Reshape", [name, all_], [flat]),
-                helper.make_node("ReduceMin", [flat], [low], keepdims=0),
-                helper.make_node("ReduceMax", [flat], [high], keepdims=0),
-                helper.make_node("Slice", [flat, start, end, axis, step], [some]),
-            ]
-        )
+        observers[name] = [
+            helper.make_node("Reshape", [name, all_], [flat]),
+            helper.make_node("ReduceMin", [flat], [low], keepdims=0),
+            helper.make_node("ReduceMax", [flat], [high], keepdims=0),
+            helper.make_node("Slice", [flat, start, end, axis, step], [some]),
+        ]
         graph.output.extend(onnx.ValueInfoProto(name=output) for output in (low, high, some))
+    for value in graph.input:
+        graph.node.extend(observers.get(value.name, ()))
+    for node in model.graph.node:
+        graph.node.append(node)
+        for name in node.output:
+            graph.node.extend(observers.get(name, ()))
     return copy
 
 
@@ -215,7 +224,7 @@ def _with_switches(
     With it, for each layer, the names of the power of its output and of its noise, node by node; both are
     zero while it is off.
     """
-    copy = _copy_of(model)
+    copy = deepcopy(model)
     graph = copy.graph
     there = {tensor.name for tensor in graph.initializer}
     graph.initializer.extend(t for t in quantised.graph.initializer if t.name not in there)
@@ -270,7 +279,8 @@ def _switch(
     """``If``, of whose branches only the one taken computes: ``node``, or ``node`` on rounded values.
 
     ``before`` and ``after`` round its input and output in the quantised graph, ``weight`` gives its
-    weight. The power of the output and of the noise are taken behind ``activation``.
+    weight. The power of the output and of the noise are taken behind ``activation``, which is what the
+    rounded output stands for.
     """
     output = node.output[0]
     plain, integers, exact = f"{output}/plain", f"{output}/integers", f"{output}/exact"
@@ -283,14 +293,12 @@ def _switch(
         *(() if after is None else _round(plain, integers, after)),
         _clone(node, node.input, exact),
     ]
-    sides = [exact, integers]
     if activation is not None:
-        sides = [f"{exact}/cut", f"{integers}/cut"]
-        for value, cut in zip((exact, integers), sides, strict=True):
-            rounded.append(_clone(activation, [value, *activation.input[1:]], cut))
+        rounded.append(_clone(activation, [exact, *activation.input[1:]], f"{exact}/cut"))
+        exact = f"{exact}/cut"
     rounded += [
-        helper.make_node("Sub", sides, [f"{output}/difference"]),
-        helper.make_node("ReduceSumSquare", sides[:1], [signal], keepdims=0),
+        helper.make_node("Sub", [exact, integers], [f"{output}/difference"]),
+        helper.make_node("ReduceSumSquare", [exact], [signal], keepdims=0),
         helper.make_node("ReduceSumSquare", [f"{output}/difference"], [noise], keepdims=0),
     ]
     off = [f"{output}/off", f"{signal}/off", f"{noise}/off"]
@@ -314,16 +322,9 @@ def _round(value: str, output: str, by: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 
 def _clone(node: onnx.NodeProto, inputs: Sequence[str], output: str) -> onnx.NodeProto:
-    made = onnx.NodeProto()
-    made.CopyFrom(node)
+    made = deepcopy(node)
     made.name, made.input[:], made.output[:] = output, inputs, [output]
     return made
-
-
-def _copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return copy
 
 
 def _shape_of(value: onnx.ValueInfoProto) -> list[int]:

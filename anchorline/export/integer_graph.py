@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,6 @@ class Layer:
     """
 
     name: str
-    weight: str
     op: str
     nodes: tuple[str, ...]
     last: bool
@@ -90,7 +90,6 @@ def find_layers(graph: onnx.GraphProto) -> list[Layer]:
     return [
         Layer(
             name=weight.removeprefix("model.").removesuffix(".weight"),
-            weight=weight,
             op=nodes[0].op_type,
             nodes=tuple(node.name for node in nodes),
             last=not any(node.output[0] in reaching for node in nodes),
@@ -147,8 +146,7 @@ def quantized(
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
     from onnxruntime.quantization.quant_utils import add_infer_metadata
 
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy = deepcopy(model)
     add_infer_metadata(copy)  # else it infers shapes anew, through files on the disk
     on_cpu = target == "cpu"
     options: dict[str, Any] = {"WeightSymmetric": True, "ActivationSymmetric": not on_cpu}
@@ -235,7 +233,7 @@ def _restore(made: onnx.ModelProto, model: onnx.ModelProto) -> None:
             for name in node.input:
                 if name in makers:
                     put(makers[name])  # at most the three nodes around one rounding deep
-            ordered.append(onnx.NodeProto.FromString(node.SerializeToString()))
+            ordered.append(deepcopy(node))
 
     for node in graph.node:
         put(node)

@@ -33,114 +33,6 @@ from anchorline.train.predict import TorchDetector, TorchStages, check_own_propo
 from anchorline.verify.stages import Subject, onnx_subject
 from anchorline.verify.verification import VerifyReport, verify_subjects, write_not_executed, write_record
 
-# Giving the values between the stages of a graph their stable names (see ``train/model/ops.py``).
-
-
-def name_stages(proto: onnx.ModelProto) -> None:
-    """Take the stage markers out of ``proto``, in place; each marked value gets the marker's name.
-
-    Where a marked value is an output of the graph, which has a name of its own, an Identity remains.
-    """
-    graph = proto.graph
-    outputs = {value.name for value in graph.output}
-    renamed: dict[str, str] = {}
-    kept = []
-    for node in graph.node:
-        if node.op_type != MARKER:
-            kept.append(node)
-            continue
-        stage = node.attribute[0].s.decode()
-        renamed[node.input[0]] = stage
-        if node.output[0] in outputs:
-            kept.append(onnx.helper.make_node("Identity", [stage], [node.output[0]], name=f"stage_{stage}"))
-        else:
-            renamed[node.output[0]] = stage
-    for node in kept:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
-        node.output[:] = [renamed.get(name, name) for name in node.output]
-    shapes = {renamed.get(value.name, value.name): value for value in graph.value_info}
-    for name, value in shapes.items():
-        value.name = name
-    del graph.node[:], graph.value_info[:]
-    graph.node.extend(kept)
-    graph.value_info.extend(shapes.values())
-
-
-# A model as one ONNX graph: PyTorch's exporter, the custom ops' functions, the contract.
-
-
-class TaskGraph(nn.Module):
-    """A model and a task, with the outputs as a tuple in the contract's order."""
-
-    def __init__(self, model: FasterRCNN, task: str) -> None:
-        super().__init__()
-        self.model, self.task = model, task
-
-    def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, ...]:
-        return tuple(run_task(self.model, self.task, images, image_sizes).values())
-
-
-def to_onnx(model: FasterRCNN, contract: Contract) -> onnx.ModelProto:
-    """The ONNX form of ``model`` for ``contract.task``, with a dynamic batch and the contract inside.
-
-    ``model`` is in evaluation mode on the CPU, and its canvas is the contract's.
-    """
-    contract = dataclasses.replace(contract, outputs=OUTPUTS[contract.task])
-    # Two images: torch.export would take a batch of one for a constant.
-    images = torch.zeros(2, *contract.canvas, 3, dtype=getattr(torch, contract.input_dtype))
-    sizes = torch.tensor([contract.canvas] * 2, dtype=torch.float32)
-    batch = torch.export.Dim("batch")
-    with torch.no_grad(), _quiet_exporter():
-        # One eager pass makes the anchors, which then enter the graph as constants.
-        model.rpn(model.features(images, sizes), sizes)
-        program = torch.onnx.export(
-            TaskGraph(model, contract.task),
-            (images, sizes),
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=({0: batch}, {0: batch}),
-            input_names=list(contract.inputs),
-            output_names=list(contract.outputs),
-            verbose=False,
-        )
-    assert program is not None
-    proto = program.model_proto
-    name_stages(proto)
-    attach_functions(proto)
-    del proto.metadata_props[:]
-    onnx.helper.set_model_props(proto, {CONTRACT_KEY: contract.to_json()})
-    proto.producer_name = "anchorline"
-    _drop_traces(proto)
-    onnx.checker.check_model(proto, full_check=True)
-    return proto
-
-
-def _drop_traces(proto: onnx.ModelProto) -> None:
-    """Remove the exporter's notes on nodes and values: Python stack traces with paths of this machine."""
-    for node in proto.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
-        del value.metadata_props[:]
-    del proto.graph.metadata_props[:]
-
-
-@contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """The exporter warns about its own internals; its errors still come through as exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 _NO_LIMIT = 1 << 20  # pixels
 
 # The quick set, for about half a minute: ``anchorline verify`` tries everything. On a large canvas, where one
@@ -254,3 +146,100 @@ def verify_with_pytorch(
         return verify_subjects(
             Subject(checkpoint, detector, TorchStages(detector)), candidate, dataset, which_traps=which
         )
+
+
+def to_onnx(model: FasterRCNN, contract: Contract) -> onnx.ModelProto:
+    """The ONNX form of ``model`` for ``contract.task``, with a dynamic batch and the contract inside.
+
+    ``model`` is in evaluation mode on the CPU, and its canvas is the contract's.
+    """
+    contract = dataclasses.replace(contract, outputs=OUTPUTS[contract.task])
+    # Two images: torch.export would take a batch of one for a constant.
+    images = torch.zeros(2, *contract.canvas, 3, dtype=getattr(torch, contract.input_dtype))
+    sizes = torch.tensor([contract.canvas] * 2, dtype=torch.float32)
+    batch = torch.export.Dim("batch")
+    with torch.no_grad(), _quiet_exporter():
+        # One eager pass makes the anchors, which then enter the graph as constants.
+        model.rpn(model.features(images, sizes), sizes)
+        program = torch.onnx.export(
+            TaskGraph(model, contract.task),
+            (images, sizes),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=({0: batch}, {0: batch}),
+            input_names=list(contract.inputs),
+            output_names=list(contract.outputs),
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    name_stages(proto)
+    attach_functions(proto)
+    del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, {CONTRACT_KEY: contract.to_json()})
+    proto.producer_name = "anchorline"
+    # The exporter's notes are Python stack traces with paths of this machine.
+    graph = proto.graph
+    for node in graph.node:
+        node.doc_string = ""
+    for noted in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del noted.metadata_props[:]
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+class TaskGraph(nn.Module):
+    """A model and a task, with the outputs as a tuple in the contract's order."""
+
+    def __init__(self, model: FasterRCNN, task: str) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, ...]:
+        return tuple(run_task(self.model, self.task, images, image_sizes).values())
+
+
+def name_stages(proto: onnx.ModelProto) -> None:
+    """Take the stage markers (``train/model/ops.py``) out of ``proto``; marked values get their names.
+
+    Where a marked value is an output of the graph, which has a name of its own, an Identity remains.
+    """
+    graph = proto.graph
+    outputs = {value.name for value in graph.output}
+    renamed: dict[str, str] = {}
+    kept = []
+    for node in graph.node:
+        if node.op_type != MARKER:
+            kept.append(node)
+            continue
+        stage = node.attribute[0].s.decode()
+        renamed[node.input[0]] = stage
+        if node.output[0] in outputs:
+            kept.append(onnx.helper.make_node("Identity", [stage], [node.output[0]], name=f"stage_{stage}"))
+        else:
+            renamed[node.output[0]] = stage
+    for node in kept:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+    shapes = {renamed.get(value.name, value.name): value for value in graph.value_info}
+    for name, value in shapes.items():
+        value.name = name
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(kept)
+    graph.value_info.extend(shapes.values())
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter warns about its own internals; its errors still come through as exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

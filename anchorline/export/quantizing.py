@@ -434,9 +434,12 @@ class _Run:
             self._save(number, None, path)
             with Detector(path, "cpu") as detector:
                 loss = meter.measure(detector.batch, self.step)
-            holds = loss.drop <= self.max_drop
-            report = self._compare(path) if verify and holds else None
-            holds = holds and (report is None or report.passed)
+            holds, report = loss.drop <= self.max_drop, None
+            if verify and holds:
+                some = self.dataset.first(VERIFY_IMAGES)
+                with onnx_subject(self.model) as reference, onnx_subject(path) as candidate:
+                    report = verify_subjects(reference, candidate, some, which_traps=VERIFY_TRAPS)
+                holds = report.passed
             tried.append(Trial(tuple(self.order[:number]), loss, report, holds))
             return tried[-1]
 
@@ -487,13 +490,6 @@ class _Run:
             "by": f"anchorline {__version__}",
         }
         return dataclasses.replace(own, precision="int8", source={**own.source, "quantised": record})
-
-    def _compare(self, path: Path) -> VerifyReport:
-        """The model at ``path`` against the float one, stage by stage, on some of the calibration images."""
-        with onnx_subject(self.model) as reference, onnx_subject(path) as candidate:
-            return verify_subjects(
-                reference, candidate, self.dataset.first(VERIFY_IMAGES), which_traps=VERIFY_TRAPS
-            )
 
 
 def fewest_float(most: int, attempt: Callable[[int], Trial]) -> Trial:

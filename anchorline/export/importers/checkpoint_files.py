@@ -182,9 +182,6 @@ class _Empty:
     def __new__(cls, *_: Any, **__: Any) -> _Empty:
         return super().__new__(cls)
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
     def __setstate__(self, state: Any) -> None:
         pass
 

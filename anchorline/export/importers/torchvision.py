@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -137,6 +138,13 @@ LIBRARY = Library(
 
 # torchvision's own detector with a checkpoint's weights: the reference that ours must agree with.
 
+# What a model must have for torchvision to have one like it.
+_USUAL = {
+    "profile": "torchvision", "channel_order": "rgb", "rpn_channels": 0, "rpn_score": "sigmoid",
+    "roi_pooling": "align", "roi_aligned": False, "roi_level_rule": "torchvision", "box_head": "fc",
+    "bottleneck_stride": "3x3", "box_min_side": 1e-2,
+}  # fmt: skip
+
 
 class TorchvisionDetector:
     """A detector of torchvision with its own resizing, as a ``BatchDetector``.
@@ -192,13 +200,8 @@ def torchvision_model(model: FasterRCNN, contract: Contract) -> TorchvisionFaste
     Raises ``SettingsError`` for a model that torchvision has no parts for.
     """
     s, classes = model.settings, len(contract.names) + 1
-    plain = (s.profile, s.channel_order, s.rpn_channels, s.rpn_score, s.roi_pooling) == (
-        *("torchvision", "rgb", 0, "sigmoid"),
-        "align",
-    )
-    parts = (s.box_head, s.bottleneck_stride, s.roi_level_rule) == ("fc", "3x3", "torchvision")
-    plain = plain and parts and s.neck != "dc5" and not s.roi_aligned
-    if not plain or s.box_min_side != 1e-2 or int(s.canonical_size) != s.canonical_size:
+    usual = all(getattr(s, name) == value for name, value in _USUAL.items())
+    if not usual or s.neck == "dc5" or int(s.canonical_size) != s.canonical_size:
         raise SettingsError(
             "torchvision has no model with these settings; expected the torchvision profile, RGB, RoIAlign "
             "and a sigmoid, roi_aligned false, box_min_side 0.01 and a canonical_size without fraction, its "
@@ -246,13 +249,10 @@ def _backbone(settings: ModelSettings) -> Any:
     )
     body = cast(nn.Module, getattr(network, "features", network))
     if settings.neck == "single":
+        tap, channels = spec.maps[16]
         single = nn.Sequential()
-        layers = [name for name, _ in body.named_children()]
-        for name in layers[: layers.index(spec.maps[16][0]) + 1]:
-            single.append(cast(nn.Module, getattr(body, name)))
-        wrapped = nn.Sequential()
-        wrapped.body, wrapped.out_channels = single, spec.maps[16][1]  # type: ignore[assignment]
-        return wrapped
+        single.body, single.out_channels = IntermediateLayerGetter(body, {tap: "0"}), channels  # type: ignore[assignment]
+        return single
     levels = 4 if settings.finest_stride == 4 else 3
     taps = dict(list(spec.maps.values())[-levels:])
     if settings.neck == "fpn32" and spec.coarse is not None:
