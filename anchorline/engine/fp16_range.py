@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,28 +10,39 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from anchorline.data.unlabelled import images_or_video
 from anchorline.engine.graph import (
     FLOAT,
     HALF,
     check_exported,
-    copy_of,
     element_types,
     forget,
     fresh_name,
+    insert_after,
     read_model,
-    replace_nodes,
     tensor_names,
 )
 from anchorline.runtime.backends.onnxruntime import open_for_checks
 from anchorline.runtime.canvas import Preprocessor, check_frame
 from anchorline.runtime.contract import Contract
-from anchorline.runtime.io.errors import ArtefactError, SettingsError
+from anchorline.runtime.io.errors import ArtefactError, SettingsError, one_line
 
-# Each costs two passes of the network on the CPU.
-SAMPLES = 4
+# float16 ends at 65504, its smallest normal number is 6.1e-5, and below that digits are lost one by
+# one. onnxruntime's CPU provider computes float16 in float32 and shows neither; hence magnitudes are
+# measured in float32, and what half precision makes of them is worked out or really rounded.
+LARGEST = float(np.finfo(np.float16).max)
+SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
+# Other images have larger activations than the samples: these may use half of the range.
+MARGIN = 2.0
+# A weight tensor of which rounding takes more than this share (of its norm) lies among the subnormals;
+# rounding a normal number costs 0.0005 at most.
+WORST_ROUNDING = 0.01
+SAMPLES = 4  # each costs two passes of the network on the CPU
+_LONGEST = 300  # characters of onnxruntime's reasons
+
+Sample = Mapping[str, NDArray[np.generic]]
 
 
 def network_inputs(
@@ -54,27 +66,6 @@ def sample_inputs(
     images = images_or_video(sources, contract.names).images
     chosen = images[:: max(1, len(images) // count)][:count]
     return network_inputs((image.load() for image in chosen), contract)
-
-
-# float16 ends at 65504, its smallest normal number is 6.1e-5, and below that digits are lost one by
-# one. onnxruntime's CPU provider computes float16 in float32 and shows neither; hence magnitudes are
-# measured in float32, and what half precision makes of them is worked out or really rounded.
-LARGEST = float(np.finfo(np.float16).max)
-SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
-# Other images have larger activations than the samples: these may use half of the range.
-MARGIN = 2.0
-# A weight tensor of which rounding takes more than this share (of its norm) lies among the subnormals;
-# rounding a normal number costs 0.0005 at most.
-WORST_ROUNDING = 0.01
-
-
-Sample = Mapping[str, NDArray[np.generic]]
-
-
-def largest_weight(values: NDArray[np.generic]) -> float:
-    """The largest magnitude; infinite when a value is not a number."""
-    largest = float(np.abs(values).max(initial=0.0))
-    return float("inf") if np.isnan(largest) else largest
 
 
 def overflows(magnitude: float) -> bool:
@@ -103,46 +94,26 @@ def largest_activations(
     names = sorted(set(tensors))
     if not names or not samples:
         return {}
-    observed, outputs = _observed(model, names)
-    session = _session(observed)
-    largest = np.zeros(len(names), np.float32)
-    for index, sample in enumerate(samples):
-        found = np.array(_run(session, outputs, sample, index), np.float32).reshape(len(names), 3)
-        magnitudes = np.abs(found[:, :2]).max(axis=1)
-        # The maxima pass over NaN; the sum does not.
-        magnitudes[~np.isfinite(found).all(axis=1)] = np.inf
-        largest = np.maximum(largest, magnitudes)
-    return {name: float(value) for name, value in zip(names, largest, strict=True)}
-
-
-def _observed(model: onnx.ModelProto, names: Sequence[str]) -> tuple[onnx.ModelProto, list[str]]:
-    """``model`` with three scalar outputs for each tensor, its maximum, minimum and sum, and no others.
-
-    Each is taken as soon as the tensor is there, so that it need not be kept until the end.
-    """
-    observed = copy_of(model)
-    graph = observed.graph
-    used, wanted = tensor_names(graph), set(names)
-    results: dict[str, list[str]] = {}
-    nodes: list[onnx.NodeProto] = []
-
-    def observe(name: str) -> None:
-        if name in wanted and name not in results:
-            results[name] = [fresh_name(f"{name}_{what}", used) for what in ("max", "min", "sum")]
-            for operator, result in zip(("ReduceMax", "ReduceMin", "ReduceSum"), results[name], strict=True):
-                nodes.append(helper.make_node(operator, [name], [result], keepdims=0))
-
-    for value in graph.input:
-        observe(value.name)
-    for node in graph.node:
-        nodes.append(node)
-        for name in node.output:
-            observe(name)
-    replace_nodes(graph, nodes)
+    observed = copy.deepcopy(model)
+    graph, used = observed.graph, tensor_names(observed.graph)
+    results, reductions = [], {}
+    for name in names:
+        three = [fresh_name(f"{name}_{what}", used) for what in ("max", "min", "sum")]
+        reductions[name] = [
+            helper.make_node(operator, [name], [result], keepdims=0)
+            for operator, result in zip(("ReduceMax", "ReduceMin", "ReduceSum"), three, strict=True)
+        ]
+        results += three
+    insert_after(graph, reductions)
     del graph.output[:]
-    outputs = [result for name in names for result in results[name]]
-    graph.output.extend(helper.make_tensor_value_info(result, TensorProto.FLOAT, []) for result in outputs)
-    return observed, outputs
+    graph.output.extend(helper.make_tensor_value_info(result, FLOAT, []) for result in results)
+    session = _session(observed)
+    found = np.array([_run(session, results, sample, index) for index, sample in enumerate(samples)])
+    found = found.reshape(len(samples), len(names), 3)
+    magnitudes = np.abs(found[..., :2]).max(axis=2)
+    # The maxima pass over NaN; the sum does not.
+    magnitudes[~np.isfinite(found).all(axis=2)] = np.inf
+    return dict(zip(names, magnitudes.max(axis=0).tolist(), strict=True))
 
 
 def _session(model: onnx.ModelProto) -> Any:
@@ -156,7 +127,7 @@ def _session(model: onnx.ModelProto) -> Any:
         ) from error
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         raise ArtefactError(
-            f"onnxruntime cannot load the model to check its activations ({_reason(error)}); "
+            f"onnxruntime cannot load the model to check its activations ({one_line(error)[:_LONGEST]}); "
             "samples need the exported file, not one lowered for TensorRT"
         ) from error
 
@@ -171,13 +142,9 @@ def _run(session: Any, outputs: list[str], sample: Sample, index: int) -> list[N
         return list(session.run(outputs, dict(sample)))
     except Exception as error:
         raise SettingsError(
-            f"sample {index} does not fit the model ({_reason(error)}); expected inputs as the contract says"
+            f"sample {index} does not fit the model ({one_line(error)[:_LONGEST]}); "
+            "expected inputs as the contract says"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    message = " ".join(str(error).split())
-    return message if len(message) <= 300 else message[:297] + "..."
 
 
 # A float32 graph that shows what half precision does: every weight and activation is really rounded.
@@ -193,17 +160,14 @@ def simulate_half(model: onnx.ModelProto) -> onnx.ModelProto:
     Inputs, outputs and tensor names stay. A value beyond float16's range becomes infinite, as it would
     in the engine.
     """
-    simulated = copy_of(model)
+    simulated = copy.deepcopy(model)
     graph, types = simulated.graph, element_types(model)
-    used = tensor_names(graph)
+    used, rounding = tensor_names(graph), {}
     for tensor in graph.initializer:
         if tensor.data_type == HALF:
-            tensor.CopyFrom(
-                numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
-            )
-    nodes: list[onnx.NodeProto] = []
+            values = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     for node in graph.node:
-        nodes.append(node)
         for place, name in enumerate(node.output):
             if types.get(name) != HALF:
                 continue
@@ -212,8 +176,10 @@ def simulate_half(model: onnx.ModelProto) -> onnx.ModelProto:
                 del node.attribute[:]
                 node.attribute.append(helper.make_attribute("to", FLOAT))
             node.output[place] = exact
-            nodes.append(helper.make_node("Cast", [exact], [rounded], to=HALF))
-            nodes.append(helper.make_node("Cast", [rounded], [name], to=FLOAT))
-    replace_nodes(graph, nodes)
+            rounding[exact] = [
+                helper.make_node("Cast", [exact], [rounded], to=HALF),
+                helper.make_node("Cast", [rounded], [name], to=FLOAT),
+            ]
+    insert_after(graph, rounding)
     forget(graph, {name for name, kind in types.items() if kind == HALF})
     return simulated

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Iterable
+import copy
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -14,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.io.errors import ArtefactError
+from anchorline.runtime.io.files import input_errors
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 # The functions in the file and those put in their place are written for this opset.
@@ -22,20 +22,14 @@ OPSET = 18
 # in the next one GridSample does.
 HALF_SCALES_OPSET = 19
 
-Message = TypeVar("Message", onnx.ModelProto, onnx.NodeProto)
-
 
 def read_model(path: Path) -> onnx.ModelProto:
     """Load and check an exported ONNX file.
 
     Raises ``ArtefactError`` for a file that is missing, unreadable, no ONNX, or not an export of ours.
     """
-    try:
+    with input_errors(path, "give an ONNX file written by anchorline export"):
         content = path.read_bytes()
-    except FileNotFoundError:
-        raise ArtefactError(f"{path}: no such file; give an ONNX file written by anchorline export") from None
-    except OSError as error:
-        raise ArtefactError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
     try:
         model = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's exceptions differ between its implementations
@@ -80,27 +74,12 @@ def check_exported(model: onnx.ModelProto, where: str = "model") -> Contract:
     return contract
 
 
-def state_contract(model: onnx.ModelProto, **changes: Any) -> None:
-    """Let the contract inside ``model`` say so, in place."""
-    contract = dataclasses.replace(check_exported(model), **changes)
-    for entry in model.metadata_props:
-        if entry.key == CONTRACT_KEY:
-            entry.value = contract.to_json()
-
-
 def state_opset(model: onnx.ModelProto, version: int) -> None:
     """Let the graph of ``model`` and all its functions be of ONNX's ``version``, in place."""
     for holder in (model, *model.functions):
         for opset in holder.opset_import:
             if not opset.domain:
                 opset.version = version
-
-
-def copy_of(message: Message) -> Message:
-    """A deep copy of a model or a node: rewrites never touch the model they are given."""
-    copy = type(message)()
-    copy.CopyFrom(message)
-    return copy
 
 
 def constants(graph: onnx.GraphProto) -> dict[str, NDArray[np.generic]]:
@@ -137,20 +116,28 @@ def element_types(model: onnx.ModelProto) -> dict[str, int]:
     return {name: value.elem_type for name, value in known_values(model).items()}
 
 
-def consumers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
-    """The nodes that read each tensor."""
-    found: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            found.setdefault(name, []).append(node)
-    return found
-
-
 def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
     """Make ``nodes``, in topological order, the nodes of ``graph``."""
-    copies = [copy_of(node) for node in nodes]  # they may be nodes of the graph itself
+    copies = copy.deepcopy(list(nodes))  # they may be nodes of the graph itself
     del graph.node[:]
     graph.node.extend(copies)
+
+
+def insert_after(graph: onnx.GraphProto, following: Mapping[str, Sequence[onnx.NodeProto]]) -> None:
+    """Add the nodes that are to follow certain tensors, each as soon as its tensor is there."""
+    nodes: list[onnx.NodeProto] = []
+    for value in graph.input:
+        nodes += following.get(value.name, ())
+    for node in graph.node:
+        nodes.append(node)
+        for name in node.output:
+            nodes += following.get(name, ())
+    replace_nodes(graph, nodes)
+
+
+def cast_node(source: str, result: str, kind: int) -> onnx.NodeProto:
+    """A ``Cast`` to the ``TensorProto`` type ``kind``."""
+    return helper.make_node("Cast", [source], [result], name=f"cast_{result}", to=kind)
 
 
 def forget(graph: onnx.GraphProto, names: Collection[str]) -> None:

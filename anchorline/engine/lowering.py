@@ -13,26 +13,30 @@ plugin could take. Works on graphs of either precision.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, get_args
 
-import numpy as np
 import onnx
 import onnx.inliner
-from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
-from anchorline.engine.bodies import BODY_DOMAIN, IN_PLACE_OF_ADAPTIVE, fixed_point_nms, grid_sample_align
+from anchorline.engine.bodies import (
+    BODY_DOMAIN,
+    IN_PLACE_OF_ADAPTIVE,
+    fixed_point_nms,
+    grid_sample_align,
+    topk_in_pieces,
+)
 from anchorline.engine.graph import (
+    cast_node,
     check_exported,
     constants,
-    consumers,
-    copy_of,
     drop_unused_constants,
     element_types,
     forget,
     fresh_name,
+    insert_after,
     known_values,
-    replace_nodes,
     state_opset,
     tensor_names,
 )
@@ -40,178 +44,17 @@ from anchorline.engine.options import NmsForm
 from anchorline.runtime.contract import DOMAIN, NMS_CONVERGED, OP_VERSION
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
 
-CONVERGED = NMS_CONVERGED
 MOST = 3840  # entries that TensorRT's TopK takes
 ROUNDS = 16  # of the fixed-point NMS; typical images need 6 to 13
 LIMIT = 512  # entries of a class in the head, which bounds the overlap matrix; the RPN's are all needed
 
 _PLUGIN_OPS = ("BatchedNMS", "RoIPool")
 _KNOWN_OPS = (*_PLUGIN_OPS, "RoIAlign")
-_DEFAULT_EPSILON = 1e-5
 # Parsed, and then nothing runs them ("no runners").
 _DATA_DEPENDENT = ("NonMaxSuppression", "NonZero")
 # TensorRT for RTX cannot parse RoiAlign without a driver.
 _NOT_ON = {"tensorrt": _DATA_DEPENDENT, "tensorrt-rtx": (*_DATA_DEPENDENT, "RoiAlign")}
 TARGETS = (*_NOT_ON, "onnxruntime")
-
-
-def fold_batch_norm(model: onnx.ModelProto) -> int:
-    """Fold every ``BatchNormalization`` that alone follows a ``Conv``, in place; returns how many.
-
-    The exporter folds most of them itself. A folded layer is one layer instead of two, and what is rounded
-    to half precision later are the weights that are really used, not a variance of 1e-6 beside them.
-    Computed in float64 and rounded once to float32.
-    """
-    graph = model.graph
-    values, readers, used = constants(graph), consumers(graph), tensor_names(graph)
-    outputs = {value.name for value in graph.output}
-    convolutions = {node.output[0]: node for node in graph.node if node.op_type == "Conv"}
-    folded = set()
-    for node in graph.node:
-        conv = convolutions.get(node.input[0]) if node.op_type == "BatchNormalization" else None
-        if conv is None or len(readers[conv.output[0]]) > 1 or conv.output[0] in outputs:
-            continue
-        parameters = [*conv.input[1:], *node.input[1:]]
-        if not all(name in values for name in parameters) or len(node.output) > 1:
-            continue
-        weight, bias = _folded(conv, node, values)
-        names = [fresh_name(f"{conv.input[1]}_{part}", used) for part in ("folded", "folded_bias")]
-        graph.initializer.extend(
-            numpy_helper.from_array(a, n) for a, n in zip((weight, bias), names, strict=True)
-        )
-        conv.input[1:] = names
-        conv.output[0] = node.output[0]
-        folded.add(node.output[0])
-    replace_nodes(
-        graph, [n for n in graph.node if not (n.op_type == "BatchNormalization" and n.output[0] in folded)]
-    )
-    drop_unused_constants(graph)
-    return len(folded)
-
-
-def _folded(
-    conv: onnx.NodeProto, norm: onnx.NodeProto, values: dict[str, NDArray[np.generic]]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Weight and bias of ``conv`` with ``norm`` in them."""
-    weight = values[conv.input[1]].astype(np.float64)
-    bias = values[conv.input[2]].astype(np.float64) if len(conv.input) > 2 else np.zeros(len(weight))
-    scale, shift, mean, variance = (values[name].astype(np.float64) for name in norm.input[1:5])
-    epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), _DEFAULT_EPSILON)
-    factor = scale / np.sqrt(variance + epsilon)
-    weight = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
-    return weight.astype(np.float32), ((bias - mean) * factor + shift).astype(np.float32)
-
-
-def cast_bytes_first(model: onnx.ModelProto) -> None:
-    """Cast every uint8 input to float32 at once, in place: TensorRT moves no uint8 about."""
-    graph = model.graph
-    used, readers = tensor_names(graph), consumers(graph)
-    casts: list[onnx.NodeProto] = []
-    moved: set[str] = set()
-    for value in graph.input:
-        if value.type.tensor_type.elem_type != TensorProto.UINT8:
-            continue
-        name = fresh_name(f"{value.name}_f32", used)
-        casts.append(
-            helper.make_node("Cast", [value.name], [name], name=f"cast_{name}", to=TensorProto.FLOAT)
-        )
-        for node in readers.get(value.name, []):
-            if node.op_type not in ("Transpose", "Cast"):
-                raise ArtefactError(
-                    f"input {value.name} is uint8 and read by {node.op_type}; expected a Transpose or a Cast"
-                )
-            node.input[0] = name
-            moved.update(node.output)
-    forget(graph, moved)
-    replace_nodes(graph, [*casts, *graph.node])
-
-
-def bake_casts(model: onnx.ModelProto) -> None:
-    """Turn every ``CastLike`` into a ``Cast`` to the type it stands for, in place."""
-    types = element_types(model)
-    for node in model.graph.node:
-        if node.op_type == "CastLike":
-            kind = types[node.input[1]]
-            node.op_type = "Cast"
-            del node.input[1:]
-            node.attribute.append(helper.make_attribute("to", kind))
-
-
-def check_rules(model: onnx.ModelProto, target: str, plugins: set[str]) -> None:
-    """Raise ``ArtefactError`` naming the first node that ``target`` would refuse."""
-    for node in model.graph.node:
-        where = f"node {node.name or node.output[0]} ({node.op_type})"
-        if node.domain and node.op_type not in plugins:
-            raise ArtefactError(f"{where}: {target} does not know the domain {node.domain!r}; export again")
-        if node.op_type in _NOT_ON[target]:
-            raise ArtefactError(f"{where}: {target} cannot run this op; export the model again")
-        if node.op_type == "Resize" and any(a.name == "antialias" and a.i for a in node.attribute):
-            raise ArtefactError(f"{where}: {target} has no antialiased resizing; export without it")
-
-
-def split_large_topk(model: onnx.ModelProto, most: int = MOST) -> int:
-    """Rewrite every sorted ``TopK`` of float32 with K above ``most``, in place and exactly; returns how many.
-
-    The best ``most`` are taken and struck out, then the best of what remains, and so on. The results
-    follow each other in falling order, as from one TopK, and entries of -inf come last as there.
-    """
-    graph = model.graph
-    values, used, count = constants(graph), tensor_names(graph), 0
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        if node.op_type == "TopK":
-            where = node.name or node.output[0]
-            if node.input[1] not in values:
-                raise ArtefactError(f"{where}: the K of this TopK is computed; expected a constant")
-            wanted = int(values[node.input[1]].reshape(-1)[0])
-            if wanted > most:
-                attributes = _attributes(node)
-                if not attributes.get("largest", 1) or not attributes.get("sorted", 1):
-                    raise ArtefactError(f"{where}: expected a TopK of the largest, in order")
-                nodes += _pieces(graph, node, used, wanted, most, attributes.get("axis", -1))
-                count += 1
-                continue
-        nodes.append(node)
-    replace_nodes(graph, nodes)
-    return count
-
-
-def _pieces(
-    graph: onnx.GraphProto, node: onnx.NodeProto, used: set[str], wanted: int, most: int, axis: int
-) -> list[onnx.NodeProto]:
-    """The nodes that stand for a TopK of ``wanted`` entries."""
-    source, (values, all_indices) = node.input[0], node.output
-
-    def name(part: str) -> str:
-        return fresh_name(f"{values}_{part}", used)
-
-    def constant(part: str, value: NDArray[np.generic]) -> str:
-        graph.initializer.append(numpy_helper.from_array(value, name(part)))
-        return str(graph.initializer[-1].name)
-
-    lowest = constant("lowest", np.array(np.finfo(np.float32).min, np.float32))
-    struck_out = constant("struck_out", np.array(-np.inf, np.float32))
-    # What is struck out has to rank below everything else, -inf included.
-    rest, indices = name("rest"), list[str]()
-    made = [helper.make_node("Max", [source, lowest], [rest])]
-    for first in range(0, wanted, most):
-        if indices:
-            shape, gone, remaining = name("shape"), name("gone"), name("rest")
-            made.append(helper.make_node("Shape", [indices[-1]], [shape]))
-            made.append(helper.make_node("Expand", [struck_out, shape], [gone]))
-            taken = [rest, indices[-1], gone]
-            made.append(helper.make_node("ScatterElements", taken, [remaining], axis=axis))
-            rest = remaining
-        k = constant("k", np.array([min(most, wanted - first)], np.int64))
-        indices.append(name("index"))
-        made.append(helper.make_node("TopK", [rest, k], [name("best"), indices[-1]], axis=axis))
-    made.append(helper.make_node("Concat", indices, [all_indices], axis=axis))
-    made.append(helper.make_node("GatherElements", [source, all_indices], [values], axis=axis))
-    return made
-
-
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
 def lower(
@@ -234,17 +77,17 @@ def lower(
     _check_settings(target, nms, fixed_point_rounds, fixed_point_limit, report_convergence)
     check_exported(model)
     _check_custom_ops(model)
-    lowered = copy_of(model)
+    lowered = copy.deepcopy(model)
     if target == "onnxruntime":
         return _inlined(lowered)
     plugins = set(_PLUGIN_OPS) if nms == "plugin" else set()
     unsettled = _resolve(lowered, target, plugins, fixed_point_rounds, fixed_point_limit, report_convergence)
     if report_convergence:
-        _report_convergence(lowered, unsettled)
+        _report_convergence(lowered.graph, unsettled)
+    split_large_topk(lowered)
     lowered = _inlined(lowered)
     cast_bytes_first(lowered)
     bake_casts(lowered)
-    split_large_topk(lowered)
     drop_unused_constants(lowered.graph)
     check_rules(lowered, target, plugins)
     onnx.checker.check_model(lowered)
@@ -341,10 +184,13 @@ def _resolve(
                 node.output.append(unsettled[-1])
         elif node.op_type == "RoIAlign" and target == "tensorrt-rtx":
             features, rois = node.input
-            channels, height, width = (_size(values, features, axis) for axis in (1, 2, 3))
             body = grid_sample_align(
                 name,
-                map_shape=(channels, height, width),
+                map_shape=(
+                    _size(values, features, 1),
+                    _size(values, features, 2),
+                    _size(values, features, 3),
+                ),
                 rois=_size(values, rois, 1),
                 output_size=attributes["output_size"],
                 sampling_ratio=attributes["sampling_ratio"],
@@ -379,15 +225,43 @@ def _size(values: dict[str, onnx.TypeProto.Tensor], name: str, axis: int) -> int
     return int(size)
 
 
-def _report_convergence(model: onnx.ModelProto, unsettled: list[str]) -> None:
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+def _report_convergence(graph: onnx.GraphProto, unsettled: list[str]) -> None:
     """The output ``nms_converged`` bool [1]: no NMS of the graph was left unsettled."""
-    graph = model.graph
     used = tensor_names(graph)
-    most, zero = fresh_name("nms_unsettled", used), fresh_name("nms_settled", used)
+    most, half = fresh_name("nms_unsettled", used), fresh_name("nms_settled", used)
+    graph.initializer.append(helper.make_tensor(half, TensorProto.FLOAT, [1], [0.5]))
     graph.node.append(helper.make_node("Max", unsettled, [most]))
-    graph.initializer.append(helper.make_tensor(zero, TensorProto.FLOAT, [1], [0.5]))
-    graph.node.append(helper.make_node("Less", [most, zero], [CONVERGED]))
-    graph.output.append(helper.make_tensor_value_info(CONVERGED, TensorProto.BOOL, [1]))
+    graph.node.append(helper.make_node("Less", [most, half], [NMS_CONVERGED]))
+    graph.output.append(helper.make_tensor_value_info(NMS_CONVERGED, TensorProto.BOOL, [1]))
+
+
+def split_large_topk(model: onnx.ModelProto, most: int = MOST) -> int:
+    """Let every sorted ``TopK`` of float32 with K above ``most`` call a body of several, in place.
+
+    The results are exactly the same. Returns how many there were.
+    """
+    values, count = constants(model.graph), 0
+    for number, node in enumerate(model.graph.node):
+        if node.op_type != "TopK":
+            continue
+        where = node.name or node.output[0]
+        if node.input[1] not in values:
+            raise ArtefactError(f"{where}: the K of this TopK is computed; expected a constant")
+        k = int(values[node.input[1]].reshape(-1)[0])
+        if k <= most:
+            continue
+        attributes = _attributes(node)
+        if not attributes.get("largest", 1) or not attributes.get("sorted", 1):
+            raise ArtefactError(f"{where}: expected a TopK of the largest, in order")
+        body = topk_in_pieces(f"TopK_{number}", k=k, most=most, axis=attributes.get("axis", -1))
+        _use_body(model, node, body)
+        del node.input[1:]
+        count += 1
+    return count
 
 
 def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -401,3 +275,45 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
     inlined.opset_import.extend(opsets)
     assert {o.domain: o.version for o in inlined.opset_import}[""] == version
     return inlined
+
+
+def cast_bytes_first(model: onnx.ModelProto) -> None:
+    """Cast every uint8 input to float32 at once, in place: TensorRT moves no uint8 about."""
+    graph = model.graph
+    used, casts = tensor_names(graph), {}
+    for value in graph.input:
+        if value.type.tensor_type.elem_type != TensorProto.UINT8:
+            continue
+        name = fresh_name(f"{value.name}_f32", used)
+        casts[value.name] = [cast_node(value.name, name, TensorProto.FLOAT)]
+        readers = [node for node in graph.node if value.name in node.input]
+        for node in readers:
+            if node.op_type not in ("Transpose", "Cast"):
+                raise ArtefactError(
+                    f"input {value.name} is uint8 and read by {node.op_type}; expected a Transpose or a Cast"
+                )
+            node.input[0] = name
+        forget(graph, {output for node in readers for output in node.output})
+    insert_after(graph, casts)
+
+
+def bake_casts(model: onnx.ModelProto) -> None:
+    """Turn every ``CastLike`` into a ``Cast`` to the type it stands for, in place."""
+    types = element_types(model)
+    for node in model.graph.node:
+        if node.op_type == "CastLike":
+            node.op_type = "Cast"
+            node.attribute.append(helper.make_attribute("to", types[node.input[1]]))
+            del node.input[1:]
+
+
+def check_rules(model: onnx.ModelProto, target: str, plugins: set[str]) -> None:
+    """Raise ``ArtefactError`` naming the first node that ``target`` would refuse."""
+    for node in model.graph.node:
+        where = f"node {node.name or node.output[0]} ({node.op_type})"
+        if node.domain and node.op_type not in plugins:
+            raise ArtefactError(f"{where}: {target} does not know the domain {node.domain!r}; export again")
+        if node.op_type in _NOT_ON[target]:
+            raise ArtefactError(f"{where}: {target} cannot run this op; export the model again")
+        if node.op_type == "Resize" and any(a.name == "antialias" and a.i for a in node.attribute):
+            raise ArtefactError(f"{where}: {target} has no antialiased resizing; export without it")

@@ -14,7 +14,9 @@ softmax, sigmoid) is float32 because it is not on the list or does not lie betwe
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -22,7 +24,7 @@ from typing import get_args
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 from anchorline.engine.fp16_range import (
     LARGEST,
@@ -31,7 +33,6 @@ from anchorline.engine.fp16_range import (
     WORST_ROUNDING,
     Sample,
     largest_activations,
-    largest_weight,
     overflows,
     rounding_loss,
     simulate_half,
@@ -40,21 +41,20 @@ from anchorline.engine.graph import (
     FLOAT,
     HALF,
     HALF_SCALES_OPSET,
+    cast_node,
     check_exported,
     constants,
-    copy_of,
     drop_unused_constants,
     element_types,
     forget,
     fresh_name,
+    insert_after,
     replace_nodes,
-    state_contract,
     state_opset,
     tensor_names,
 )
-from anchorline.engine.lowering import fold_batch_norm
 from anchorline.engine.options import Precision
-from anchorline.runtime.contract import DOMAIN
+from anchorline.runtime.contract import CONTRACT_KEY, DOMAIN
 from anchorline.runtime.io.errors import SettingsError
 
 _CONVOLUTIONS = {"Conv", "ConvTranspose"}
@@ -69,6 +69,50 @@ _BETWEEN = {
 # Inputs whose type is their own whatever the node computes in: Resize's region and scales, and the
 # coordinates of RoIs, which in half precision are a quarter of a cell off on a large map.
 _OWN_TYPE = {("", "Resize"): (1, 2), (DOMAIN, "RoIAlign"): (1,), (DOMAIN, "RoIPool"): (1,)}
+# Which inputs multiply: weights and scales, not biases or bounds, whose small values nothing depends on.
+_FACTORS = {
+    **dict.fromkeys(("Conv", "ConvTranspose", "QuantizeLinear", "DequantizeLinear"), (1,)),
+    **dict.fromkeys(("Gemm", "MatMul", "Mul"), (0, 1)),
+}
+# They read a shape, whatever the type.
+_TYPELESS = ("Shape", "Size")
+_DEFAULT_EPSILON = 1e-5  # of BatchNormalization
+
+
+def fold_batch_norm(model: onnx.ModelProto) -> int:
+    """Fold every ``BatchNormalization`` that alone follows a ``Conv``, in place; returns how many.
+
+    The exporter folds most of them itself. A folded layer is one layer instead of two, and what is rounded
+    to half precision later are the weights that are really used, not a variance of 1e-6 beside them.
+    Computed in float64 and rounded once to float32.
+    """
+    graph = model.graph
+    values, used = constants(graph), tensor_names(graph)
+    readers = Counter(name for node in graph.node for name in node.input)
+    outputs = {value.name for value in graph.output}
+    convolutions = {node.output[0]: node for node in graph.node if node.op_type == "Conv"}
+    folded = []
+    for norm in graph.node:
+        conv = convolutions.get(norm.input[0]) if norm.op_type == "BatchNormalization" else None
+        if conv is None or readers[conv.output[0]] > 1 or conv.output[0] in outputs or len(norm.output) > 1:
+            continue
+        if not all(name in values for name in (*conv.input[1:], *norm.input[1:])):
+            continue
+        weight, *biases = (values[name].astype(np.float64) for name in conv.input[1:])
+        scale, shift, mean, variance = (values[name].astype(np.float64) for name in norm.input[1:5])
+        epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), _DEFAULT_EPSILON)
+        factor = scale / np.sqrt(variance + epsilon)
+        weight = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
+        bias = ((biases[0] if biases else 0.0) - mean) * factor + shift
+        names = [fresh_name(f"{conv.input[1]}_{part}", used) for part in ("folded", "folded_bias")]
+        for name, array in zip(names, (weight, bias), strict=True):
+            graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), name))
+        conv.input[1:] = names
+        conv.output[0] = norm.output[0]
+        folded.append(norm)
+    replace_nodes(graph, [node for node in graph.node if node not in folded])
+    drop_unused_constants(graph)
+    return len(folded)
 
 
 def fp16_nodes(
@@ -120,15 +164,6 @@ def half_inputs(node: onnx.NodeProto, types: dict[str, int]) -> list[str]:
     return [node.input[place] for place in half_places(node, types)]
 
 
-def factors(node: onnx.NodeProto) -> list[str]:
-    """The inputs that multiply: weights, not biases or bounds, whose small values nothing depends on."""
-    if node.op_type in _CONVOLUTIONS:
-        return list(node.input[1:2])
-    if node.op_type in (_TO_FLOAT, "QuantizeLinear"):
-        return list(node.input[1:2])
-    return list(node.input[:2]) if node.op_type in (*_FULLY_CONNECTED, "Mul") else []
-
-
 def half_outputs(node: onnx.NodeProto, types: dict[str, int]) -> list[str]:
     """The float outputs."""
     return [name for name in node.output if types.get(name) == FLOAT]
@@ -148,101 +183,48 @@ def _is_between(node: onnx.NodeProto) -> bool:
     return not node.domain and node.op_type in _BETWEEN
 
 
-# Writing a mixed graph: chosen nodes in half precision, the others untouched, casts where they meet.
-
-
-# They read a shape, whatever the type.
-_TYPELESS = ("Shape", "Size")
-
-
 def write_half(model: onnx.ModelProto, half: Collection[str], types: dict[str, int]) -> dict[str, str]:
     """Turn the nodes whose first output is in ``half`` to half precision, in place.
 
-    Tensors keep their names; of one that exists in both types the float32 form keeps it, and the other
-    is ``x_half``. Returns the name of each tensor's half-precision form. The graph is strongly typed:
-    every node's inputs have the types ONNX prescribes, nothing is left to the runtime's choice.
+    The others are untouched, with casts where the two meet. Tensors keep their names; of one that exists in
+    both types the float32 form keeps it, and the other is ``x_half``. Returns the name of each tensor's
+    half-precision form. The graph is strongly typed: every node's inputs have the types ONNX prescribes,
+    nothing is left to the runtime's choice.
     """
-    writer = _Writer(model.graph, types)
-    for node in list(model.graph.node):
+    graph = model.graph
+    values, used = constants(graph), tensor_names(graph)
+    made: dict[str, None] = {}  # tensors that a half node produces: no float32 form by itself
+    read: dict[str, None] = {}  # tensors that one reads
+    float_too = {value.name for value in graph.output}
+    for node in graph.node:
         if node.output[0] in half:
-            writer.half_node(node)
+            places = half_places(node, types)
+            made.update(dict.fromkeys(half_outputs(node, types)))
+            read.update(dict.fromkeys(node.input[place] for place in places))
+            float_too.update(name for place, name in enumerate(node.input) if place not in places)
+        elif node.op_type not in _TYPELESS:
+            float_too.update(node.input)
+    alone = [name for name in made if name not in float_too]
+    names = {name: fresh_name(f"{name}_half", used) for name in {**made, **read} if name not in alone}
+    casts = {}
+    for name, half_name in names.items():
+        if name in made:
+            casts[half_name] = [cast_node(half_name, name, FLOAT)]
+        elif name in values:
+            graph.initializer.append(numpy_helper.from_array(values[name].astype(np.float16), half_name))
         else:
-            writer.float_node(node)
-    renamed = writer.names_to_give_back()
-    for node in writer.nodes:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
-        node.output[:] = [renamed.get(name, name) for name in node.output]
-    replace_nodes(model.graph, writer.nodes)
-    forget(model.graph, set(renamed.values()))
-    drop_unused_constants(model.graph)
-    return {name: renamed.get(half_name, half_name) for name, half_name in writer.half_names.items()}
-
-
-class _Writer:
-    """The nodes written so far, and the half-precision name of every tensor that has one."""
-
-    def __init__(self, graph: onnx.GraphProto, types: dict[str, int]) -> None:
-        self.graph = graph
-        self.types = types
-        self.constants = constants(graph)
-        self.outputs = {value.name for value in graph.output}
-        self.used = tensor_names(graph)
-        self.nodes: list[onnx.NodeProto] = []
-        self.half_names: dict[str, str] = {}
-        self.made_half: set[str] = set()  # tensors that a half node produces: no float32 form by itself
-        self.made_float: set[str] = set()  # those of them for which a cast back stands already
-
-    def names_to_give_back(self) -> dict[str, str]:
-        """The half-precision tensors that have no float32 form, to whose names they are entitled."""
-        alone = self.made_half - self.made_float
-        return {self.half_names[name]: name for name in alone}
-
-    def half_node(self, node: onnx.NodeProto) -> None:
-        places = half_places(node, self.types)
-        produced = set(half_outputs(node, self.types))
-        written = copy_of(node)
-        for place, name in enumerate(node.input):
-            if place in places:
-                written.input[place] = self._half(name)
-            else:
-                self._want_float(name)
-        for place, name in enumerate(node.output):
-            if name in produced:
-                self.half_names[name] = written.output[place] = fresh_name(f"{name}_half", self.used)
-                self.made_half.add(name)
-        self.nodes.append(written)
-        for name in produced & self.outputs:
-            self._want_float(name)
-
-    def float_node(self, node: onnx.NodeProto) -> None:
-        if node.op_type in _TYPELESS and node.input[0] in self.made_half:
-            node = copy_of(node)
-            node.input[0] = self.half_names[node.input[0]]
-        else:
-            for name in node.input:
-                self._want_float(name)
-        self.nodes.append(copy_of(node))
-
-    def _want_float(self, name: str) -> None:
-        """Make sure that ``name`` exists in float32."""
-        if name in self.made_half and name not in self.made_float:
-            self.nodes.append(_cast(self.half_names[name], name, FLOAT))
-            self.made_float.add(name)
-
-    def _half(self, name: str) -> str:
-        """The half-precision name of ``name``: a rounded constant, or made by a cast."""
-        if name not in self.half_names:
-            half = self.half_names[name] = fresh_name(f"{name}_half", self.used)
-            if name in self.constants:
-                rounded = self.constants[name].astype(np.float16)
-                self.graph.initializer.append(numpy_helper.from_array(rounded, half))
-            else:
-                self.nodes.append(_cast(name, half, HALF))
-        return self.half_names[name]
-
-
-def _cast(source: str, result: str, kind: int) -> onnx.NodeProto:
-    return helper.make_node("Cast", [source], [result], name=f"cast_{result}", to=kind)
+            casts[name] = [cast_node(name, half_name, HALF)]
+    for node in graph.node:
+        if node.output[0] in half:
+            for place in half_places(node, types):
+                node.input[place] = names.get(node.input[place], node.input[place])
+            node.output[:] = [names.get(name, name) for name in node.output]
+        elif node.op_type in _TYPELESS and node.input[0] in made:
+            node.input[0] = names.get(node.input[0], node.input[0])
+    insert_after(graph, casts)
+    forget(graph, alone)
+    drop_unused_constants(graph)
+    return {**names, **dict(zip(alone, alone, strict=True))}
 
 
 @dataclass(frozen=True)
@@ -291,10 +273,6 @@ class PrecisionReport:
             lines.append(f"largest activation in half precision: {self.largest[1]:.4g} in {self.largest[0]}")
         return lines + [str(layer) for layer in self.kept]
 
-    def to_json(self) -> dict[str, object]:
-        """The report as JSON values."""
-        return dataclasses.asdict(self)
-
 
 def to_precision(
     model: onnx.ModelProto, precision: str, samples: Sequence[Sample] = ()
@@ -311,7 +289,7 @@ def to_precision(
     if precision not in get_args(Precision):
         raise SettingsError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
     check_exported(model)
-    mixed = copy_of(model)
+    mixed = copy.deepcopy(model)
     if precision == "fp32":
         return mixed, PrecisionReport("fp32")
     folded = fold_batch_norm(mixed)
@@ -331,8 +309,10 @@ def to_precision(
     write_half(mixed, {node.output[0] for node in half}, types)
     if any(node.op_type == "DequantizeLinear" for node in half):
         state_opset(mixed, HALF_SCALES_OPSET)
-    if check_exported(mixed).precision != "int8":  # of a quantised model the integers are what counts
-        state_contract(mixed, precision=precision)
+    contract = check_exported(mixed)
+    if contract.precision != "int8":  # of a quantised model the integers are what counts
+        stated = dataclasses.replace(contract, precision=precision).to_json()
+        next(entry for entry in mixed.metadata_props if entry.key == CONTRACT_KEY).value = stated
     return mixed, report
 
 
@@ -351,13 +331,16 @@ def _unfit(
         kept.setdefault(node.output[0], layer)
 
     for node in nodes:
-        for name in half_inputs(node, types):
-            if name in values:
-                magnitude = largest_weight(values[name])
-                if overflows(magnitude):
-                    keep(node, "overflow", name, magnitude)
-                elif name in factors(node) and rounding_loss(values[name]) > WORST_ROUNDING:
-                    keep(node, "underflow", name, magnitude)
+        for place in half_places(node, types):
+            name = node.input[place]
+            if name not in values:
+                continue
+            largest = np.abs(values[name]).max(initial=0.0)
+            magnitude = float("inf") if np.isnan(largest) else float(largest)
+            if overflows(magnitude):
+                keep(node, "overflow", name, magnitude)
+            elif place in _FACTORS.get(node.op_type, ()) and rounding_loss(values[name]) > WORST_ROUNDING:
+                keep(node, "underflow", name, magnitude)
     rounded = {node.output[0]: (*half_inputs(node, types), *half_outputs(node, types)) for node in nodes}
     tensors = {name for names in rounded.values() for name in names} - set(values)
     magnitudes = largest_activations(model, tensors, samples)
@@ -372,7 +355,7 @@ def _unfit(
     # are not finite once everything before them is rounded the first is kept, and the rest looked at again.
     while samples:
         half = [node for node in nodes if node.output[0] not in kept]
-        trial = copy_of(model)
+        trial = copy.deepcopy(model)
         names = write_half(trial, {node.output[0] for node in half}, types)
         # In the simulation a half tensor is float32, and not finite if it overflowed.
         found = largest_activations(simulate_half(trial), [names[n.output[0]] for n in half], samples)

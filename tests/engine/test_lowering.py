@@ -10,10 +10,10 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from anchorline.engine.lowering import CONVERGED, lower
+from anchorline.engine.lowering import lower
 from anchorline.engine.mixed_precision import to_precision
 from anchorline.export.functions import default_functions
-from anchorline.runtime.contract import CONTRACT_KEY
+from anchorline.runtime.contract import CONTRACT_KEY, NMS_CONVERGED
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError
 
 Outputs = dict[str, NDArray[np.generic]]
@@ -88,8 +88,8 @@ def test_without_plugins_it_detects_the_same_and_nothing_of_our_domain_remains(
     model = exported(neck, task)
     lowered = lower(model, target, "fixed-point", fixed_point_rounds=40, report_convergence=True)
     found = check_same(lowered, model)
-    assert found[CONVERGED].shape == (1,)
-    assert found[CONVERGED].all()
+    assert found[NMS_CONVERGED].shape == (1,)
+    assert found[NMS_CONVERGED].all()
     assert {domain for domain, _ in nodes_of(lowered)} == {""}
     assert [opset.domain for opset in lowered.opset_import] == [""]
     assert not lowered.functions
@@ -118,7 +118,7 @@ def test_too_few_rounds_and_too_small_a_limit_are_reported(
             fixed_point_limit=limit,
             report_convergence=True,
         )
-        assert run_onnx(lowered, scenes)[CONVERGED].tolist() == [converges], (rounds, limit)
+        assert run_onnx(lowered, scenes)[NMS_CONVERGED].tolist() == [converges], (rounds, limit)
 
 
 def test_for_onnxruntime_it_is_the_same_graph_without_functions(

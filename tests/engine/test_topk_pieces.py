@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
+import onnx.inliner
 import pytest
 from numpy.typing import NDArray
 
+from anchorline.engine.graph import constants
 from anchorline.engine.lowering import split_large_topk
 from anchorline.runtime.io.errors import ArtefactError
 
@@ -27,10 +29,9 @@ def topk_model(k: int, axis: int = 1, attributes: str = "largest = 1, sorted = 1
 
 def ks_of(model: onnx.ModelProto) -> list[int]:
     """The K of every TopK, in order."""
-    sizes = {
-        t.name: int(onnx.numpy_helper.to_array(t).reshape(-1)[0]) for t in model.graph.initializer if t.dims
-    }
-    return [sizes[node.input[1]] for node in model.graph.node if node.op_type == "TopK"]
+    graph = onnx.inliner.inline_local_functions(model).graph
+    values = constants(graph)
+    return [int(values[node.input[1]].item()) for node in graph.node if node.op_type == "TopK"]
 
 
 @pytest.mark.parametrize(("k", "most", "pieces"), [(10, 4, [4, 4, 2]), (8, 4, [4, 4]), (5, 4, [4, 1])])
