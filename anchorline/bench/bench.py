@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +22,7 @@ from anchorline.doctor.machine import find_cpu, installed_packages
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError
 from anchorline.runtime.io.files import atomic_path, atomic_write_text, write_json
 from anchorline.runtime.video.display import check_plot
+from anchorline.runtime.video.figures import stage_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,9 +54,8 @@ class BenchReport:
         lines = []
         for row in self.rows:
             fields = asdict(row)
-            stages = fields.pop("stages")
-            for stage in (*STAGES, TOTAL):
-                fields.update({f"{stage}_{q}_ms": f"{stages[stage][q]:.3f}" for q in QUANTITIES})
+            for stage, times in fields.pop("stages").items():
+                fields.update({f"{stage}_{quantity}_ms": f"{ms:.3f}" for quantity, ms in times.items()})
             lines.append({**fields, **self.machine})
         text = io.StringIO()
         writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
@@ -73,15 +75,7 @@ class BenchReport:
                 f"{row.open_s:.2f} s, first batch {row.first_ms:.1f} ms; peak memory {row.peak_mib:.0f} MiB, "
                 f"{row.base_mib:.0f} of them before the model"
             )
-            table = Table(title=title, caption=caption, min_width=72)
-            table.add_column("stage")
-            for quantity in QUANTITIES:
-                table.add_column(f"{quantity} ms", justify="right")
-            for stage in (*STAGES, TOTAL):
-                if stage == TOTAL:
-                    table.add_section()
-                table.add_row(stage, *(f"{row.stages[stage][q]:.2f}" for q in QUANTITIES))
-            grid.add_row(table)
+            grid.add_row(stage_table(row.stages, TOTAL, title=title, caption=caption, min_width=72))
         grid.add_row("; ".join(f"{name} {value}" for name, value in self.machine.items()))
         return grid
 
@@ -115,17 +109,13 @@ def bench(
             raise SettingsError(f"{name} is {value!r}; expected a whole number of at least {least}")
     if plot is not None:
         check_plot(plot, "picture")
+    pairs = list(itertools.product(map(str, models), providers))
     shown = None if source is None else str(source)
-    works = [
-        Work(str(model), shown, provider, batch, batches, warmup, threads, cpu_precision)
-        for model in models
-        for provider in providers
-    ]
     rows = []
-    for done, work in enumerate(works):
+    for done, (model, provider) in enumerate(pairs):
         if progress is not None:
-            progress(done, len(works))
-        rows.append(_measure(work))
+            progress(done, len(pairs))
+        rows.append(_measure(Work(model, shown, provider, batch, batches, warmup, threads, cpu_precision)))
     report = BenchReport(tuple(rows), machine())
     if json_file is not None:
         write_json(json_file, report.to_json())
@@ -138,14 +128,13 @@ def bench(
 
 def machine() -> dict[str, str]:
     """The processor, its usable cores and instructions, and the packages that decide the figures."""
-    cpu, packages = find_cpu(), installed_packages().versions
+    cpu, (packages, _) = find_cpu(), installed_packages()
     versions = ", ".join(f"{name} {packages[name]}" for name in _PACKAGES if name in packages)
-    python = ".".join(map(str, sys.version_info[:3]))
     return {
         "processor": cpu.name,
         "cores": str(cpu.cores),
         "instructions": " ".join(cpu.features),
-        "versions": f"python {python}, {versions}",
+        "versions": f"python {platform.python_version()}, {versions}",
     }
 
 

@@ -22,9 +22,9 @@ from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import AnchorlineError, DataError
 from anchorline.runtime.io.files import sha256_of
 from anchorline.runtime.io.images import find_images, is_video, read_image
+from anchorline.runtime.timing import DETECTOR_STAGES as STAGES
 from anchorline.runtime.video.reader import VideoReader
 
-STAGES = ("preprocess", "upload", "network", "download", "postprocess")
 TOTAL = "total"  # frames to boxes by the clock, what lies between the stages included
 PERCENTILES = (50, 90, 95, 99)
 QUANTITIES = (*(f"p{p}" for p in PERCENTILES), "max")
@@ -156,11 +156,9 @@ def forget_peak() -> None:
 
 def peak_memory() -> float:
     """The largest resident memory of this process, in MiB; 0 where the system does not say."""
-    try:
+    with contextlib.suppress(OSError, IndexError, ValueError):
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
-    except (OSError, IndexError, ValueError):
-        pass
     try:
         import resource
     except ImportError:  # Windows
@@ -169,16 +167,9 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def main() -> int:
-    """Do the work that stdin describes."""
+if __name__ == "__main__":
     try:
-        row = measure(Work(**json.load(sys.stdin)))
+        print(json.dumps(asdict(measure(Work(**json.load(sys.stdin))))))
     except AnchorlineError as error:
         print(error)
-        return 2
-    print(json.dumps(asdict(row)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        sys.exit(2)

@@ -7,7 +7,7 @@ import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from anchorline.doctor.conflicts import Finding
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
@@ -73,7 +73,14 @@ def read_artefact(path: Path) -> Artefact:
     if not path.exists():
         raise ArtefactError(f"{path}: no such file; check the name")
     if suffix == ".engine":
-        return _read_engine(path)
+        manifest = read_manifest(path)
+        capabilities = ", ".join(f"sm_{each}" for each in manifest.compute_capabilities)
+        details = {
+            "kind": f"engine of {FLAVOURS[manifest.flavour].title} {manifest.flavour_version}",
+            "compute capability": capabilities or "not stated",
+            "built from": name_and_sha256(manifest.raw.get("onnx"))[0] or "not stated",
+        }
+        return Artefact(path, "engine", manifest.contract, details, manifest)
     metadata: Mapping[str, Any]
     with input_errors(path):
         if suffix == ".onnx":
@@ -91,27 +98,12 @@ def read_artefact(path: Path) -> Artefact:
     return Artefact(path, "onnx" if suffix == ".onnx" else "checkpoint", contract, {"kind": kind})
 
 
-def _read_engine(path: Path) -> Artefact:
-    manifest = read_manifest(path)
-    capabilities = ", ".join(f"sm_{each}" for each in manifest.compute_capabilities)
-    details = {
-        "kind": f"engine of {FLAVOURS[manifest.flavour].title} {manifest.flavour_version}",
-        "compute capability": capabilities or "not stated",
-        "built from": source_of(manifest)[0] or "not stated",
-    }
-    return Artefact(path, "engine", manifest.contract, details, manifest)
-
-
-def source_of(manifest: EngineManifest) -> tuple[str, str]:
-    """Name and sha256 of the ONNX file that an engine was built from; empty where it is not stated."""
-    return _name_and_sha256(manifest.raw.get("onnx")) or ("", "")
-
-
-def _name_and_sha256(entry: Any) -> tuple[str, str] | None:
+def name_and_sha256(entry: Any) -> tuple[str, str]:
+    """What a manifest or record says of a file; empty where it is not stated."""
     match entry:
         case {"name": str(name), "sha256": str(sha256)}:
             return name, sha256
-    return None
+    return "", ""
 
 
 def _safetensors_metadata(path: Path) -> Mapping[str, Any]:
@@ -133,60 +125,44 @@ def _safetensors_metadata(path: Path) -> Mapping[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-# What stands around the graph of an ONNX file, without onnx and without the graph itself: only the outermost
-# level of the protobuf message ``ModelProto`` (onnx.proto3) is walked, which takes milliseconds at any size.
+def read_onnx_header(path: Path) -> tuple[str, int, dict[str, str]]:
+    """The producer, the opset of ONNX's own domain, and the ``metadata_props`` of an ONNX file.
 
-
-class OnnxHeader(NamedTuple):
-    """``opset`` is that of ONNX's own domain; ``metadata`` the file's ``metadata_props``."""
-
-    producer: str
-    opset: int
-    metadata: dict[str, str]
-
-
-def read_onnx_header(path: Path) -> OnnxHeader:
-    """The header of an ONNX file; raises ``ArtefactError`` for one that is none, empty or cut off."""
+    Without onnx, and without the graph: only the outermost level of ``ModelProto`` (onnx.proto3) is walked,
+    which takes milliseconds at any size. Raises ``ArtefactError`` for a file that is none, empty or cut off.
+    """
+    producer, opset, metadata, has_graph = "", 0, {}, False
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _parse(content)
+            for number, place in fields(content, "ONNX"):
+                has_graph |= number == _GRAPH
+                if number == _PRODUCER:
+                    producer = _text(content, place)
+                elif number in (_OPSET_IMPORT, _METADATA) and isinstance(place, slice):
+                    # OperatorSetIdProto is a domain and a version, StringStringEntryProto a key and a value.
+                    inner = dict(fields(content, "ONNX", place.start, place.stop))
+                    first, second = inner.get(1, 0), inner.get(2, 0)
+                    if number == _METADATA:
+                        metadata[_text(content, first)] = _text(content, second)
+                    elif _text(content, first) in ("", "ai.onnx") and isinstance(second, int):
+                        opset = second
+        if not has_graph or not opset:
+            raise ValueError("it has no graph")
     except ValueError as error:
         reason = "it is empty" if path.stat().st_size == 0 else error
         raise ArtefactError(
             f"{path}: not an ONNX file, or one that was cut off ({reason}); export or copy it again"
         ) from None
-
-
-def _parse(content: mmap.mmap) -> OnnxHeader:
-    producer, opset, metadata, has_graph = "", 0, {}, False
-    for number, place in fields(content, "ONNX"):
-        if number == _GRAPH:
-            has_graph = True
-        elif number == _PRODUCER:
-            producer = _text(content, place)
-        elif number in (_OPSET_IMPORT, _METADATA) and isinstance(place, slice):
-            # OperatorSetIdProto is a domain and a version, StringStringEntryProto a key and a value.
-            inner = dict(fields(content, "ONNX", place.start, place.stop))
-            first, second = inner.get(1, 0), inner.get(2, 0)
-            if number == _METADATA:
-                metadata[_text(content, first)] = _text(content, second)
-            elif _text(content, first) in ("", "ai.onnx") and isinstance(second, int):
-                opset = second
-    if not has_graph or not opset:
-        raise ValueError("it has no graph")
-    return OnnxHeader(producer, opset, metadata)
+    return producer, opset, metadata
 
 
 def _text(content: mmap.mmap, place: int | slice) -> str:
     return content[place].decode("utf-8", "replace") if isinstance(place, slice) else ""
 
 
-# Whether an artefact was verified: its sidecar ``<artefact>.verify.json``, as ``verify`` writes it.
-
-
 @dataclass(frozen=True)
 class Verification:
-    """``text`` says it in one line; ``reference`` names what it was compared with, where known."""
+    """``text`` says in one line what became of it; ``reference`` is what it was compared with, if known."""
 
     state: Literal["verified", "failed", "not executed", "stale", "damaged", "missing"]
     text: str
@@ -213,20 +189,22 @@ def read_verification(artefact: Path) -> Verification:
     except (OSError, ValueError, RecursionError) as error:
         return Verification("damaged", f"{sidecar.name} cannot be read ({error})")
     record = record if isinstance(record, dict) else {}
-    own, reference = _name_and_sha256(record.get("artefact")), _name_and_sha256(record.get("reference"))
+    own, own_digest = name_and_sha256(record.get("artefact"))
+    reference, digest = name_and_sha256(record.get("reference"))
     reason, passed, date = (record.get(key) for key in ("not_executed", "passed", "date"))
-    if own is None or (reason is None and not isinstance(passed, bool)):
+    if not own or (reason is None and not isinstance(passed, bool)):
         return Verification("damaged", f"{sidecar.name} is damaged: it names no artefact or no verdict")
     date = date if isinstance(date, str) else "an unknown date"
-    against, digest = reference or (None, "")
-    if own[1] != sha256_of(artefact):
-        return Verification("stale", f"not verified: it has changed since {date}", against)
-    beside = artefact.parent / Path(against or "").name
-    if beside.is_file() and sha256_of(beside) != digest:
-        return Verification("stale", f"not verified: {against} has changed since {date}", against)
-    if reason is not None:
-        return Verification("not executed", f"not verified on {date}: {reason}", against)
-    name = against or "its reference"
-    if passed:
-        return Verification("verified", f"agrees with {name}, verified on {date}", against)
-    return Verification("failed", f"differs from {name}, verified on {date}", against)
+    state: Literal["verified", "failed", "not executed", "stale"] = "stale"
+    beside = artefact.parent / Path(reference).name
+    if own_digest != sha256_of(artefact):
+        text = f"not verified: it has changed since {date}"
+    elif beside.is_file() and sha256_of(beside) != digest:
+        text = f"not verified: {reference} has changed since {date}"
+    elif reason is not None:
+        state, text = "not executed", f"not verified on {date}: {reason}"
+    elif passed:
+        state, text = "verified", f"agrees with {reference or 'its reference'}, verified on {date}"
+    else:
+        state, text = "failed", f"differs from {reference or 'its reference'}, verified on {date}"
+    return Verification(state, text, reference or None)

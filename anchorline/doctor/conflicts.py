@@ -38,7 +38,7 @@ class Finding:
 
 def find_conflicts(machine: Machine) -> list[Finding]:
     """All findings about a machine, problems first."""
-    checks = (_broken_imports, _installed_twice, _cuda_mixed, _driver, _tensorrt_parts, _half_a_pair)
+    checks = (_broken_imports, _installed_twice, _cuda_versions, _tensorrt_parts, _notes)
     found = [finding for check in checks for finding in check(machine)]
     return sorted(found, key=lambda each: each.level != "problem")
 
@@ -50,16 +50,15 @@ def _broken_imports(machine: Machine) -> Iterator[Finding]:
         ("onnxruntime", machine.onnxruntime, ONNXRUNTIMES),
     ):
         package = next(iter(_installed(machine, names)), None)
-        optional = package is None and state.error is None and module == "onnxruntime"
-        if state.version is not None or optional:
+        if state.version is not None or (module == "onnxruntime" and not (package or state.error)):
             continue
-        if package == "opencv-python" and ".so" in (state.error or ""):
+        if package is None:
+            remedy = f"pip install {'opencv-python-headless' if module == 'cv2' else module}"
+        elif package == "opencv-python" and ".so" in (state.error or ""):
             remedy = (
                 "it links display libraries that are not here: pip uninstall -y opencv-python, then "
                 "pip install opencv-python-headless"
             )
-        elif package is None:
-            remedy = f"pip install {'opencv-python-headless' if module == 'cv2' else module}"
         else:
             remedy = f"pip install --force-reinstall --no-deps {package}"
         reason = state.error or "there is no such module"
@@ -85,29 +84,36 @@ def _installed_twice(machine: Machine) -> Iterator[Finding]:
     if len(runtimes) > 1:
         for_gpu = machine.gpu.gpus or "onnxruntime" not in runtimes
         keep = next(name for name in runtimes if name != "onnxruntime") if for_gpu else "onnxruntime"
+        there = f"onnxruntime is installed {len(runtimes)} times: {_listed(machine, runtimes)}"
         yield Finding(
             "problem",
-            f"onnxruntime is installed {len(runtimes)} times: {_listed(machine, runtimes)}; they install the "
-            "same files, and the later one broke the earlier",
+            f"{there}; they install the same files, and the later one broke the earlier",
             f"pip uninstall -y {' '.join(runtimes)}, then pip install {keep}",
         )
 
 
-def _cuda_mixed(machine: Machine) -> Iterator[Finding]:
-    by_major, driver = cuda_packages(machine), machine.gpu.cuda
-    if len(by_major) < 2:
-        return
-    fitting = [major for major in by_major if driver is None or major <= driver[0]]
-    keep = max(fitting or by_major)
-    majors = sorted(by_major.items())
-    others = [name for major, names in majors if major != keep for name in names]
-    shown = "; ".join(f"CUDA {major}: {_listed(machine, names, most=4)}" for major, names in majors)
-    yield Finding(
-        "problem",
-        f"packages for different CUDA versions are installed ({shown})",
-        f"keep CUDA {keep}: pip uninstall -y {' '.join(others)}, then install what needs them in its "
-        f"build for CUDA {keep}",
-    )
+def _cuda_versions(machine: Machine) -> Iterator[Finding]:
+    by_major, gpu = cuda_packages(machine), machine.gpu
+    if len(by_major) > 1:
+        keep = max([major for major in by_major if gpu.cuda is None or major <= gpu.cuda[0]] or by_major)
+        majors = sorted(by_major.items())
+        others = [name for major, names in majors if major != keep for name in names]
+        shown = "; ".join(f"CUDA {major}: {_listed(machine, names, most=4)}" for major, names in majors)
+        yield Finding(
+            "problem",
+            f"packages for different CUDA versions are installed ({shown})",
+            f"keep CUDA {keep}: pip uninstall -y {' '.join(others)}, then install what needs them in its "
+            f"build for CUDA {keep}",
+        )
+    needed = min(by_major, default=0)
+    if gpu.gpus and gpu.cuda is not None and needed > gpu.cuda[0]:
+        yield Finding(
+            "problem",
+            f"the NVIDIA driver {gpu.driver or ''} runs CUDA up to {gpu.cuda[0]}.{gpu.cuda[1]}, but these "
+            f"packages are for CUDA {needed}: {_listed(machine, by_major[needed], most=4)}",
+            f"install a driver from {OLDEST_DRIVER.get(needed, 'a newer release')} on, or the packages' "
+            f"builds for CUDA {gpu.cuda[0]}",
+        )
 
 
 def cuda_packages(machine: Machine) -> dict[int, list[str]]:
@@ -127,41 +133,16 @@ def cuda_packages(machine: Machine) -> dict[int, list[str]]:
     return found
 
 
-def _driver(machine: Machine) -> Iterator[Finding]:
-    gpu, majors = machine.gpu, cuda_packages(machine)
-    if gpu.gpus and gpu.cuda is not None and majors and min(majors) > gpu.cuda[0]:
-        needed = min(majors)
-        yield Finding(
-            "problem",
-            f"the NVIDIA driver {gpu.driver or ''} runs CUDA up to {gpu.cuda[0]}.{gpu.cuda[1]}, but these "
-            f"packages are for CUDA {needed}: {_listed(machine, majors[needed], most=4)}",
-            f"install a driver from {OLDEST_DRIVER.get(needed, 'a newer release')} on, or the packages' "
-            f"builds for CUDA {gpu.cuda[0]}",
-        )
-    if gpu.fault is not None:
-        yield Finding(
-            "note",
-            f"the NVIDIA driver does not work: {gpu.fault}",
-            "to use the GPU, install the driver again and restart; in a container, start it with --gpus all "
-            "and the driver capabilities compute and utility",
-        )
-
-
 def _tensorrt_parts(machine: Machine) -> Iterator[Finding]:
     for flavour, module in (("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt_rtx")):
         parts = tensorrt_packages(machine, flavour)
+        there = _listed(machine, parts)
         if len({numbers(machine.packages[name])[:3] for name in parts}) > 1:
-            yield Finding(
-                "problem",
-                f"the parts of {flavour} have different versions: {_listed(machine, parts)}",
-                f"pip uninstall -y {' '.join(parts)}, then pip install {flavour}",
-            )
+            remedy = f"pip uninstall -y {' '.join(parts)}, then pip install {flavour}"
+            yield Finding("problem", f"the parts of {flavour} have different versions: {there}", remedy)
         if parts and not machine.importable.get(module, False):
-            yield Finding(
-                "problem",
-                f"{_listed(machine, parts)} is installed, but there is no module {module}",
-                f"pip install {flavour}=={machine.packages[parts[0]]}",
-            )
+            remedy = f"pip install {flavour}=={machine.packages[parts[0]]}"
+            yield Finding("problem", f"{there} is installed, but there is no module {module}", remedy)
 
 
 def tensorrt_packages(machine: Machine, flavour: str) -> list[str]:
@@ -170,7 +151,14 @@ def tensorrt_packages(machine: Machine, flavour: str) -> list[str]:
     return [name for name in sorted(machine.packages) if form.fullmatch(name)]
 
 
-def _half_a_pair(machine: Machine) -> Iterator[Finding]:
+def _notes(machine: Machine) -> Iterator[Finding]:
+    if machine.gpu.fault is not None:
+        yield Finding(
+            "note",
+            f"the NVIDIA driver does not work: {machine.gpu.fault}",
+            "to use the GPU, install the driver again and restart; in a container, start it with --gpus all "
+            "and the driver capabilities compute and utility",
+        )
     there = _installed(machine, ("cuda-bindings", "cuda-core"))
     if machine.gpu.gpus and len(there) == 1:
         missing = "cuda-core" if there == ["cuda-bindings"] else "cuda-bindings"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,21 +27,14 @@ SHOWN_PACKAGES = {
 
 
 @dataclass(frozen=True)
-class ArtefactReport:
-    """An artefact with what can run it here and whether it was verified."""
-
-    artefact: Artefact
-    runtimes: list[Runtime]
-    verification: Verification
-
-
-@dataclass(frozen=True)
 class DoctorReport:
-    """All facts and findings; ``artefact`` is None where none was given."""
+    """All facts and findings; of an artefact that was given also what runs it and whether it was verified."""
 
     machine: Machine
-    artefact: ArtefactReport | None
     findings: list[Finding]
+    artefact: Artefact | None = None
+    runtimes: Sequence[Runtime] = ()
+    verification: Verification | None = None
 
     @property
     def healthy(self) -> bool:
@@ -52,12 +45,10 @@ class DoctorReport:
         """Plain values for ``files.write_json``."""
         artefact, machine = None, asdict(self.machine)
         del machine["requirers"]
-        if self.artefact is not None:
-            artefact = {
-                **self.artefact.artefact.to_json(),
-                "runtimes": [asdict(runtime) for runtime in self.artefact.runtimes],
-                "verification": asdict(self.artefact.verification),
-            }
+        if self.artefact is not None and self.verification is not None:
+            runtimes = [asdict(runtime) for runtime in self.runtimes]
+            verification = asdict(self.verification)
+            artefact = {**self.artefact.to_json(), "runtimes": runtimes, "verification": verification}
         findings = [asdict(finding) for finding in self.findings]
         return {"healthy": self.healthy, "findings": findings, "artefact": artefact, "machine": machine}
 
@@ -69,15 +60,12 @@ class DoctorReport:
         table = Table(show_header=False, title="healthy" if self.healthy else "problems found")
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
-        sections: list[Iterable[tuple[str, str]]] = [_machine_rows(self.machine).items()]
-        if (about := self.artefact) is not None:
-            rows = {**about.artefact.rows(), "verified": about.verification.text}
-            runs = [
-                (each.name, f"{'runs it' if each.runs else 'no'}: {each.reason}") for each in about.runtimes
-            ]
-            sections = [rows.items(), runs, *sections]
+        rows: list[tuple[str, str]] = []
+        if self.artefact is not None and self.verification is not None:
+            rows = [*self.artefact.rows().items(), ("verified", self.verification.text)]
+        runs = [(each.name, f"{'runs it' if each.runs else 'no'}: {each.reason}") for each in self.runtimes]
         findings = [(each.level, f"{each.text}\n-> {each.remedy}") for each in self.findings]
-        for section in (*sections, findings):
+        for section in (rows, runs, _machine_rows(self.machine), findings):
             for name, value in section:
                 table.add_row(Text(name), Text(value))
             table.add_section()
@@ -91,27 +79,27 @@ def doctor(artefact: Path | None = None, machine: Machine | None = None) -> Doct
     NumPy or OpenCV is broken only the machine is examined, since the contract cannot be read there.
     """
     machine = machine or examine_machine()
-    report, findings = None, find_conflicts(machine)
-    if artefact is not None and machine.numpy.version is not None and machine.opencv.version is not None:
-        # Here and not above: these need the runtime, and that needs NumPy and OpenCV.
-        from anchorline.doctor.artefact import read_artefact, read_verification
-        from anchorline.doctor.runtimes import runtime_findings, runtimes_for
-
-        found = read_artefact(artefact)
-        report = ArtefactReport(found, runtimes_for(found, machine), read_verification(artefact))
-        more = runtime_findings(found, report.runtimes)
-        if (
-            found.kind != "checkpoint" or report.verification.state != "missing"
-        ):  # others are compared with it
-            more += report.verification.findings(artefact)
-        findings = sorted([*more, *findings], key=lambda each: each.level != "problem")
-    elif artefact is not None:
+    findings = find_conflicts(machine)
+    if artefact is None:
+        return DoctorReport(machine, findings)
+    if machine.numpy.version is None or machine.opencv.version is None:
         text = f"{artefact} was not examined, because that needs NumPy and OpenCV"
         findings.append(Finding("problem", text, "mend these first, then run anchorline doctor again"))
-    return DoctorReport(machine, report, findings)
+        return DoctorReport(machine, findings)
+    # Here and not above: these need the runtime, and that needs NumPy and OpenCV.
+    from anchorline.doctor.artefact import read_artefact, read_verification
+    from anchorline.doctor.runtimes import runtime_findings, runtimes_for
+
+    found = read_artefact(artefact)
+    runtimes, verification = runtimes_for(found, machine), read_verification(artefact)
+    more = runtime_findings(found, runtimes)
+    if found.kind != "checkpoint" or verification.state != "missing":  # others are compared with it
+        more += verification.findings(artefact)
+    findings = sorted([*more, *findings], key=lambda each: each.level != "problem")
+    return DoctorReport(machine, findings, found, runtimes, verification)
 
 
-def _machine_rows(machine: Machine) -> dict[str, str]:
+def _machine_rows(machine: Machine) -> Iterator[tuple[str, str]]:
     cpu, gpu, packages = machine.cpu, machine.gpu, machine.packages
     gpus = [
         f"{each.name} (sm_{each.compute_capability}"
@@ -121,17 +109,14 @@ def _machine_rows(machine: Machine) -> dict[str, str]:
     driver = gpu.driver or ("of unknown version" if gpu.cuda else "none")
     runs_cuda = f", runs CUDA up to {gpu.cuda[0]}.{gpu.cuda[1]}" if gpu.cuda else ""
     runtime = machine.onnxruntime.version
-    rows = {
-        "system": machine.system,
-        "Python": machine.python,
-        "CPU": ", ".join((cpu.name, f"{cpu.cores} cores", *cpu.features)),
-        "GPU": ", ".join(gpus) or "none",
-        "NVIDIA driver": f"{driver}{runs_cuda}",
-        "NumPy": machine.numpy.version or "missing",
-        "OpenCV": machine.opencv.version or "missing",
-        "onnxruntime": f"{runtime}: {', '.join(machine.providers)}" if runtime else "not installed",
-    }
+    yield "system", machine.system
+    yield "Python", machine.python
+    yield "CPU", ", ".join((cpu.name, f"{cpu.cores} cores", *cpu.features))
+    yield "GPU", ", ".join(gpus) or "none"
+    yield "NVIDIA driver", f"{driver}{runs_cuda}"
+    yield "NumPy", machine.numpy.version or "missing"
+    yield "OpenCV", machine.opencv.version or "missing"
+    yield "onnxruntime", f"{runtime}: {', '.join(machine.providers)}" if runtime else "not installed"
     for title, names in SHOWN_PACKAGES.items():
         there = [f"{name} {packages[name]}" for name in names if name in packages]
-        rows[title] = ", ".join(there) or "not installed"
-    return rows
+        yield title, ", ".join(there) or "not installed"

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 _REQUIREMENT_NAME = re.compile(r"[A-Za-z0-9._-]+")
 _QUERY = "name,compute_cap,memory.total,driver_version"
@@ -29,13 +29,6 @@ CPU_FEATURES = (
 )  # fmt: skip
 PROBED = ("cuda.bindings", "safetensors", "tensorrt", "tensorrt_rtx", "torch", "torchvision")
 """Modules whose presence is looked up without importing them."""
-
-
-class Packages(NamedTuple):
-    """``versions`` by normalised name (lower case, hyphens); ``requirers``: the packages that want one."""
-
-    versions: dict[str, str]
-    requirers: dict[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ class Imported:
 
 @dataclass(frozen=True)
 class Machine:
-    """``packages`` and ``requirers`` are those of ``Packages``; ``importable`` by module of ``PROBED``.
+    """``packages`` and ``requirers`` are of ``installed_packages``, ``importable`` by module of ``PROBED``.
 
     ``providers`` are onnxruntime's, ``onnxruntime_cuda`` the CUDA version it was built for ("" for none).
     """
@@ -99,8 +92,8 @@ class Machine:
 
 
 def examine_machine() -> Machine:
-    """Look at everything; under a second, since PyTorch and TensorRT are not imported."""
-    packages = installed_packages()
+    """All facts; in under a second, since PyTorch and TensorRT are not imported."""
+    packages, requirers = installed_packages()
     runtime, module = import_module("onnxruntime")
     providers: tuple[str, ...] = ()
     if module is not None:
@@ -112,8 +105,8 @@ def examine_machine() -> Machine:
         system=f"{platform.system()} {platform.release()}, {platform.machine()}",
         python=f"{platform.python_version()} ({platform.python_implementation()})",
         cpu=find_cpu(),
-        packages=packages.versions,
-        requirers=packages.requirers,
+        packages=packages,
+        requirers=requirers,
         importable={name: is_importable(name) for name in PROBED},
         numpy=import_module("numpy")[0],
         opencv=import_module("cv2")[0],
@@ -124,25 +117,25 @@ def examine_machine() -> Machine:
     )
 
 
-def installed_packages() -> Packages:
-    """The distributions on this interpreter's path, read from their metadata and never imported.
+def installed_packages() -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """The versions of the distributions on this interpreter's path, and the names of those that require each.
 
-    Of two with one name it is the first, as an import takes.
+    By normalised name; read from their metadata, never imported. Of two with one name it is the first, as an
+    import takes.
     """
     versions: dict[str, str] = {}
     requirers: dict[str, list[str]] = {}
     for distribution in importlib.metadata.distributions():
         metadata = distribution.metadata
-        raw_name, version = metadata["Name"], metadata["Version"]
-        if not raw_name or not version or normalised(raw_name) in versions:
+        name, version = normalised(metadata["Name"] or ""), metadata["Version"]
+        if not name or not version or name in versions:
             continue  # what a broken uninstall leaves behind has neither
-        name = normalised(raw_name)
         versions[name] = version
         for requirement in metadata.get_all("Requires-Dist") or []:
             wanted = _REQUIREMENT_NAME.match(requirement)
             if wanted and "extra ==" not in requirement:
                 requirers.setdefault(normalised(wanted.group()), []).append(name)
-    return Packages(versions, {name: tuple(sorted(each)) for name, each in requirers.items()})
+    return versions, {name: tuple(sorted(each)) for name, each in requirers.items()}
 
 
 def normalised(name: str) -> str:
@@ -178,17 +171,12 @@ def import_module(name: str) -> tuple[Imported, Any | None]:
 
 def find_cpu() -> Cpu:
     """Name, usable cores, and which of ``CPU_FEATURES`` the processor has (Linux only)."""
-    lines = read_cpuinfo().splitlines()
+    lines = read_or_empty("/proc/cpuinfo").splitlines()
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = (facts.get("flags") or facts.get("Features") or "").split()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     name = facts.get("model name") or platform.processor() or platform.machine()
     return Cpu(name, cores, tuple(feature for feature in CPU_FEATURES if feature in flags))
-
-
-def read_cpuinfo() -> str:
-    """What Linux says of the processor; nothing elsewhere."""
-    return _read_or_empty("/proc/cpuinfo")
 
 
 def find_gpus() -> GpuState:
@@ -216,7 +204,7 @@ def load_driver() -> Any | None:
 
 def kernel_driver_version() -> str | None:
     """The version of the kernel's NVIDIA module, or None where there is none."""
-    found = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", _read_or_empty("/proc/driver/nvidia/version"))
+    found = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", read_or_empty("/proc/driver/nvidia/version"))
     return found.group() if found else None
 
 
@@ -240,13 +228,12 @@ def query_nvidia_smi() -> tuple[int, str] | None:
 def _from_nvidia_smi() -> tuple[tuple[Gpu, ...], str | None, str | None]:
     """GPUs, driver version, and what it complained of."""
     code, text = query_nvidia_smi() or (0, "")
-    lines = text.splitlines()
     if "No devices were found" in text:
         return (), None, None
     if code != 0:
-        return (), None, lines[0] if lines else f"nvidia-smi ended with exit code {code}"
+        return (), None, text.partition("\n")[0] or f"nvidia-smi ended with exit code {code}"
     gpus, driver = [], None
-    for line in lines:
+    for line in text.splitlines():
         cells = [cell.strip() for cell in line.rsplit(",", 3)]
         if len(cells) == 4 and cells[1].replace(".", "").isdecimal():
             memory = int(cells[2]) if cells[2].isdecimal() else 0
@@ -276,8 +263,8 @@ def _from_driver(library: Any) -> tuple[tuple[Gpu, ...], str | None]:
     return tuple(gpus), None
 
 
-def _read_or_empty(path: str) -> str:
-    """A file of the kernel's; nothing where there is none."""
+def read_or_empty(path: str) -> str:
+    """A file of Linux's about itself; nothing where there is none."""
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:

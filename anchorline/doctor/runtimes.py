@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from anchorline.doctor.artefact import Artefact, source_of
+from anchorline.doctor.artefact import Artefact, name_and_sha256
 from anchorline.doctor.conflicts import Finding, tensorrt_packages
 from anchorline.doctor.machine import Machine, numbers
 from anchorline.runtime.backends.cpu_options import CpuOptions, adds_in_16_bits, has_native_bf16
@@ -46,7 +47,7 @@ def runtimes_for(artefact: Artefact, machine: Machine) -> list[Runtime]:
         onnx, is_own = _onnx_beside(artefact)
         if is_own:  # it runs on the CPU instead
             cpu = _onnxruntime("cpu", onnx, machine)
-            found.append(Runtime(f"{cpu.name}, with {onnx.name}", cpu.runs, cpu.reason))
+            found.append(replace(cpu, name=f"{cpu.name}, with {onnx.name}"))
         return found
     found = [
         _onnxruntime(name, artefact.path, machine)
@@ -85,7 +86,7 @@ def runtime_findings(artefact: Artefact, runtimes: list[Runtime]) -> list[Findin
 
 def _onnx_beside(artefact: Artefact) -> tuple[Path, bool]:
     """The ONNX file that an engine was built from, where it would lie, and whether it is still that one."""
-    name, sha256 = ("", "") if artefact.engine is None else source_of(artefact.engine)
+    name, sha256 = name_and_sha256(artefact.engine and artefact.engine.raw.get("onnx"))
     onnx = artefact.path.parent / Path(name).name
     return onnx, onnx.is_file() and sha256_of(onnx) == sha256
 
@@ -140,24 +141,21 @@ def _tensorrt(engine: EngineManifest, machine: Machine) -> Runtime:
         blockers.append(f"{title} is not installed: pip install '{package}=={wanted}.*'")
     if not have:
         blockers.append(_no_gpu(machine))
-    if not any(_fits(engine, here, each) for each in have or built or (0,)):
+    fits = False
+    for capability in have or built or (0,):
+        with contextlib.suppress(CannotRunHereError):
+            check_fit(engine, here or engine.flavour_version, capability, "")
+            fits = True
+    if not fits:
         target = f"{_capabilities(built)} with " if built else ""
         there = " and ".join(filter(None, (_capabilities(have), here and f"{title} {here}")))
+        source = name_and_sha256(engine.raw.get("onnx"))[0] or "its ONNX file"
         blockers.append(
             f"built for {target}{title} {engine.flavour_version}; this machine has {there}: "
-            f"build it again here from {source_of(engine)[0] or 'its ONNX file'}"
+            f"build it again here from {source}"
         )
     names = ", ".join(gpu.name for gpu in machine.gpu.gpus)
     return Runtime(title, not blockers, "; ".join(blockers) or f"{title} {here} on {names}")
-
-
-def _fits(engine: EngineManifest, version: str | None, capability: int) -> bool:
-    """Whether the engine runs on this release (None: on its own) and a GPU of this compute capability."""
-    try:
-        check_fit(engine, version or engine.flavour_version, capability, "")
-    except CannotRunHereError:
-        return False
-    return True
 
 
 def _capabilities(numbers: list[int] | tuple[int, ...]) -> str:

@@ -188,7 +188,7 @@ def test_without_nvidia_smi_nothing_is_run(tmp_path: Path, monkeypatch: pytest.M
 def test_the_cpu_features_that_matter(
     cpuinfo: str, name: str | None, features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "read_cpuinfo", lambda: cpuinfo)
+    monkeypatch.setattr(machine, "read_or_empty", lambda path: cpuinfo)
     cpu = find_cpu()
     assert cpu.features == features
     assert cpu.name == (name or platform.processor() or platform.machine())
@@ -196,11 +196,11 @@ def test_the_cpu_features_that_matter(
 
 
 def test_the_packages_are_those_of_this_interpreter() -> None:
-    found = installed_packages()
+    versions, requirers = installed_packages()
     for name in ("numpy", "onnxruntime", "rich", "opencv-python-headless"):
-        assert found.versions[name] == importlib.metadata.version(name)
-    assert "anchorline" in found.requirers["opencv-python-headless"]
-    assert "anchorline" not in found.requirers.get("torch", ())  # which only an extra wants
+        assert versions[name] == importlib.metadata.version(name)
+    assert "anchorline" in requirers["opencv-python-headless"]
+    assert "anchorline" not in requirers.get("torch", ())  # which only an extra wants
 
 
 def test_a_damaged_package_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def test_a_damaged_package_is_passed_over(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "METADATA").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
-    versions = installed_packages().versions
+    versions, _ = installed_packages()
     assert versions["whole-thing"] == "2.1"
     assert "half" not in versions
 

@@ -289,21 +289,28 @@ class DetectSummary:
 
         tables = Table.grid(padding=(0, 0))
         title = f"{self.frames} frames, {self.detections} detections, {self.fps:.1f} frames/s"
-        stages = Table(title=title, caption=f"provider {self.provider}, {self.precision}", min_width=48)
-        stages.add_column("stage")
-        for column in _PERCENTILES:
-            stages.add_column(f"{column} ms", justify="right")
-        for stage, times in self.stages.items():
-            stages.add_row(stage, *(f"{times[p]:.2f}" for p in _PERCENTILES))
-        if self.age:
-            stages.add_section()
-            stages.add_row("capture to result", *(f"{self.age[p]:.2f}" for p in _PERCENTILES))
-        tables.add_row(stages)
+        caption, total = f"provider {self.provider}, {self.precision}", "capture to result"
+        stages = {**self.stages, total: self.age} if self.age else self.stages
+        tables.add_row(stage_table(stages, total, title=title, caption=caption, min_width=48))
         if self.sources:
             table = source_table(self.sources)
             table.caption = "age: capture to result, in ms"
             tables.add_row(table)
         return tables
+
+
+def stage_table(stages: Mapping[str, Mapping[str, float]], total: str, **options: Any) -> Table:
+    """The milliseconds of each stage for ``rich``, with a line above the one called ``total``."""
+    from rich.table import Table
+
+    table = Table("stage", **options)
+    for quantity in next(iter(stages.values()), dict.fromkeys(_PERCENTILES, 0.0)):
+        table.add_column(f"{quantity} ms", justify="right")
+    for stage, times in stages.items():
+        if stage == total:
+            table.add_section()
+        table.add_row(stage, *(f"{milliseconds:.2f}" for milliseconds in times.values()))
+    return table
 
 
 def source_table(sources: Mapping[str, Mapping[str, Any]], states: Mapping[str, str] | None = None) -> Table:
