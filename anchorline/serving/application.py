@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import struct
+import time
 from collections.abc import AsyncIterator, Iterator
 from importlib.resources import files
 
@@ -56,7 +57,7 @@ class Pages:
         self._live, self._html = live, html
         routes = [
             Route("/", self._page),
-            Route("/feed", self._feed),
+            Route("/feed", self._stream),
             Route("/stream/{source:path}", self._stream),
             Route("/status", self._status),
             Route("/controls", self._controls, methods=["POST"]),
@@ -82,18 +83,13 @@ class Pages:
             answer["problems"] = problems
         return JSONResponse(answer, 503 if problems else 200)
 
-    async def _feed(self, request: Request) -> Response:
-        return self._stream_to(request, None)
-
     async def _stream(self, request: Request) -> Response:
-        asked, sources = request.path_params["source"], self._live.sources
-        by_place = {str(place): name for place, name in enumerate(sources)}
-        source = asked if asked in sources else by_place.get(asked)
-        if source is None:
-            return PlainTextResponse("There is no such source; /status names them.\n", 404)
-        return self._stream_to(request, source)
-
-    def _stream_to(self, request: Request, source: str | None) -> Response:
+        """The pictures of one source, by its name or place, or of all of them."""
+        source, sources = request.path_params.get("source"), self._live.sources
+        if source is not None and source not in sources:
+            source = {str(place): name for place, name in enumerate(sources)}.get(source)
+            if source is None:
+                return PlainTextResponse("There is no such source; /status names them.\n", 404)
         if len(self._live.viewers) >= MOST_VIEWERS:
             return PlainTextResponse("There are too many viewers.\n", 503, {"Retry-After": "10"})
         stream = LiveStream(self._live, source)
@@ -107,29 +103,20 @@ class Pages:
             return _refused(403, "expected a request of this server's own page")
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             return _refused(415, "expected the content type application/json")
+        body, pieces, until = bytearray(), request.stream(), time.monotonic() + _BODY_SECONDS
         try:
-            body = await asyncio.wait_for(_body(request), _BODY_SECONDS)
+            while piece := await asyncio.wait_for(anext(pieces, b""), until - time.monotonic()):
+                body += piece
+                if len(body) > _LONGEST_BODY:
+                    return _refused(413, f"expected a body of at most {_LONGEST_BODY} bytes")
+            self._live.change(json.loads(body))
         except asyncio.TimeoutError:
             return _refused(408, f"the body did not come within {_BODY_SECONDS:g} s")
-        if len(body) > _LONGEST_BODY:
-            return _refused(413, f"expected a body of at most {_LONGEST_BODY} bytes")
-        try:
-            self._live.change(json.loads(body))
         except SettingsError as error:
             return _refused(400, str(error))
         except (ValueError, RecursionError):
             return _refused(400, "expected JSON")
         return JSONResponse(self._live.controls())
-
-
-async def _body(request: Request) -> bytearray:
-    """The request's body, or where it is too long a beginning that is too long."""
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > _LONGEST_BODY:
-            break
-    return body
 
 
 def _refused(code: int, why: str) -> Response:

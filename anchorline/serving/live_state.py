@@ -173,7 +173,7 @@ class LiveState:
                 "problems": self.problems(),
                 "seconds": round(now - self._begun, 1),
                 "viewers": len(self.viewers),
-                "sources": [self._row(each, now, rates) for each in self.sources.values()],
+                "sources": [self._row(each, now, rates[each.name]) for each in self.sources.values()],
                 "controls": self.controls(),
                 "classes": [{"name": name, "count": n} for name, n in self._known_classes().items()],
             }
@@ -187,19 +187,17 @@ class LiveState:
             found.update(counts)
         return found
 
-    def _row(self, source: SourceFigures, now: float, rates: Mapping[str, Rates]) -> dict[str, Any]:
+    def _row(self, source: SourceFigures, now: float, rates: Rates) -> dict[str, Any]:
         """What the page shows of a source; ages in milliseconds, rates in frames a second."""
-        name = source.name
+        newest = self.newest.get(source.name)
+        counts = ("detections", "dropped", "reconnects", "stalls")
         return {
-            "name": name,
+            "name": source.name,
             "state": source.state,
-            "fps_in": round(rates[name].read, 2),
-            "fps": round(rates[name].answered, 2),
+            "fps_in": round(rates.read, 2),
+            "fps": round(rates.answered, 2),
             "age": {key: round(value, 1) for key, value in source.age().items()},
             "frames": source.frames_out,
-            "detections": source.detections,
-            "dropped": source.dropped,
-            "reconnects": source.reconnects,
-            "stalls": source.stalls,
-            "newest_s": round(now - self.newest[name], 3) if name in self.newest else None,
+            **{count: getattr(source, count) for count in counts},
+            "newest_s": None if newest is None else round(now - newest, 3),
         }
