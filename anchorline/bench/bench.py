@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anchorline.bench.work import QUANTITIES, STAGES, TOTAL, BenchRow, Work
+from anchorline.bench.work import QUANTITIES, TOTAL, BenchRow, Work
 from anchorline.doctor.machine import find_cpu, installed_packages
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError
 from anchorline.runtime.io.files import atomic_path, atomic_write_text, write_json
+from anchorline.runtime.timing import DETECTOR_STAGES
 from anchorline.runtime.video.display import check_plot
 from anchorline.runtime.video.figures import stage_table
 
@@ -173,7 +174,7 @@ def plot_bench(report: BenchReport, path: str | Path) -> None:
         above.bar_label(bars, fmt="%.1f", padding=3, fontsize=6)
     above.margins(x=0.08)
     starts = [0.0] * len(rows)
-    for stage, colour in zip(STAGES, _COLOURS, strict=True):
+    for stage, colour in zip(DETECTOR_STAGES, _COLOURS, strict=True):
         values = [row.stages[stage]["p50"] for row in rows]
         below.barh(places, values, left=starts, height=0.6, color=colour, label=stage)
         starts = [start + value for start, value in zip(starts, values, strict=True)]

@@ -22,7 +22,7 @@ from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import AnchorlineError, DataError
 from anchorline.runtime.io.files import sha256_of
 from anchorline.runtime.io.images import find_images, is_video, read_image
-from anchorline.runtime.timing import DETECTOR_STAGES as STAGES
+from anchorline.runtime.timing import DETECTOR_STAGES
 from anchorline.runtime.video.reader import VideoReader
 
 TOTAL = "total"  # frames to boxes by the clock, what lies between the stages included
@@ -84,7 +84,7 @@ def measure(work: Work) -> BenchRow:
     forget_peak()
     base = peak_memory()
     endless = cycle(frames)
-    seconds: dict[str, list[float]] = {stage: [] for stage in (*STAGES, TOTAL)}
+    seconds: dict[str, list[float]] = {stage: [] for stage in (*DETECTOR_STAGES, TOTAL)}
     found = 0
     start = time.perf_counter()
     with Detector(
@@ -101,7 +101,7 @@ def measure(work: Work) -> BenchRow:
                 first_ms = 1000.0 * took
             if number >= warmup:
                 seconds[TOTAL].append(took)
-                for stage in STAGES:
+                for stage in DETECTOR_STAGES:
                     seconds[stage].append(detector.timings[stage])
                 found += sum(map(len, detections))
         count = work.batch * work.batches

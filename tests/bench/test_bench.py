@@ -17,7 +17,6 @@ from anchorline.bench import work as work_module
 from anchorline.bench.bench import BenchError, bench
 from anchorline.bench.work import (
     QUANTITIES,
-    STAGES,
     TOTAL,
     Work,
     load_frames,
@@ -26,6 +25,7 @@ from anchorline.bench.work import (
     summarise,
 )
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, DataError, OutputError, SettingsError
+from anchorline.runtime.timing import DETECTOR_STAGES
 
 pytest.importorskip("onnxruntime")
 
@@ -67,7 +67,7 @@ def test_a_slow_call_is_not_hidden(bench_model, picture, monkeypatch):
         def batch(self, frames):
             seconds = next(self.durations)
             now[0] += seconds
-            self.timings = {**dict.fromkeys(STAGES, 0.0), "network": seconds / 2}
+            self.timings = {**dict.fromkeys(DETECTOR_STAGES, 0.0), "network": seconds / 2}
             return [[0] * 3 for _ in frames]
 
     now = [0.0]
@@ -101,7 +101,7 @@ def test_rows_files_and_picture(bench_model, picture, tmp_path):
     assert [row["model"] for row in rows] == ["tiny.onnx"] * 2
     for row in rows:
         assert (row["provider"], row["precision"], row["batch"], row["frames"]) == ("cpu", "fp32", 2, 6)
-        assert set(row["stages"]) == {*STAGES, TOTAL}
+        assert set(row["stages"]) == {*DETECTOR_STAGES, TOTAL}
         for times in row["stages"].values():
             assert times["p50"] <= times["p90"] <= times["p95"] <= times["p99"] <= times["max"]
         assert row["peak_mib"] >= row["base_mib"] > 0
