@@ -19,13 +19,7 @@ from anchorline.runtime.io.errors import DataError, SettingsError
 from anchorline.runtime.io.files import plain, sha256_of, write_json
 from anchorline.verify.compare import ComparisonSummary, Tolerance, compare_outputs, summarise, tolerance_for
 from anchorline.verify.detection_check import DetectionCheck, check_detections
-from anchorline.verify.stage_check import (
-    Frames,
-    LayerResult,
-    StageResult,
-    check_stages,
-    first_differing_layer,
-)
+from anchorline.verify.stage_check import LayerResult, StageResult, check_stages, first_differing_layer
 from anchorline.verify.stages import Subject
 from anchorline.verify.traps import Trap, TrapResult, largest_batch, run_traps, traps
 
@@ -181,15 +175,8 @@ def verify_subjects(
     if not len(dataset):
         raise DataError(f"{dataset.spec}: has no images; expected at least one to compare on")
     limits = tolerance or tolerance_for(ours.precision, theirs.precision)
-    stages, layer, elsewhere = None, None, []
     closed = [side.path.name for side in (reference, candidate) if side.stages is None]
-    if not closed:
-        batches = _stage_batches(dataset, single=1 in (ours.contract.max_batch, theirs.contract.max_batch))
-        stages = tuple(check_stages(reference, candidate, batches, limits))
-        if bisect and any(not stage.passed and stage.name != "preprocess" for stage in stages):
-            layer = first_differing_layer(reference, candidate, batches[-1], limits)
-        elsewhere = [side for side in (reference, candidate) if side.detector.provider in _GPU_PROVIDERS]
-        _release(reference, candidate)
+    stages, layer = (None, None) if closed else _look_inside(reference, candidate, dataset, limits, bisect)
     # Where each stage does the same with the same inputs, near-equal scores are left to rounding, and there
     # is room for proposals that changed places far upstream, and so for boxes that no excuse explains.
     sound = stages is not None and all(stage.passed for stage in stages)
@@ -201,23 +188,49 @@ def verify_subjects(
     chosen = [trap for trap in every if which_traps is None or trap.name in which_traps]
     runs = 2 * len(dataset)
     total = runs + len(chosen)
-    detections = check_detections(reference, candidate, dataset, limits, part_of(progress, 0, total), sound)
     return VerifyReport(
         reference=reference.identity(),
         candidate=candidate.identity(),
         data=dataset.spec,
         tolerance=dataclasses.asdict(limits),
-        detections=detections,
+        detections=check_detections(
+            reference, candidate, dataset, limits, part_of(progress, 0, total), order_ties=sound
+        ),
         traps=_run_traps(reference, candidate, chosen, limits, sound, part_of(progress, runs, total)),
         stages=stages,
         stages_note=f"{closed[0]} shows its outputs only; compared end to end" if closed else None,
         layer=layer,
         notes=tuple(
-            f"{side.path.name}: its stages ran on the CPU, its detections and traps on "
-            f"{side.detector.provider}"
-            for side in elsewhere
+            f"{side.path.name}: its stages ran on the CPU, its detections and traps on {each.provider}"
+            for side, each in ((reference, ours), (candidate, theirs))
+            if each.provider in _GPU_PROVIDERS and not closed
         ),
     )
+
+
+def _look_inside(
+    reference: Subject, candidate: Subject, dataset: Dataset, limits: Tolerance, bisect: bool
+) -> tuple[tuple[StageResult, ...], LayerResult | None]:
+    """Every stage, on one image alone, then, where both models take batches, on two together.
+
+    The second of them fills a part of the canvas only, so that what happens in the padding counts. Of a
+    single image, which may be all there is time for, the two together.
+    """
+    frames = [image.load() for image in dataset.images[:_STAGE_IMAGES]]
+    last = frames[-1]
+    left_half = np.ascontiguousarray(last[:, : max(1, last.shape[1] // 2)])
+    if 1 in (reference.detector.contract.max_batch, candidate.detector.contract.max_batch):
+        batches = [[frames[0]], [left_half]]
+    elif len(frames) == 1:
+        batches = [[frames[0], left_half]]
+    else:
+        batches = [[frames[0]], [frames[1], left_half]]
+    stages = tuple(check_stages(reference, candidate, batches, limits))
+    layer = None
+    if bisect and any(not stage.passed and stage.name != "preprocess" for stage in stages):
+        layer = first_differing_layer(reference, candidate, batches[-1], limits)
+    _release(reference, candidate)
+    return stages, layer
 
 
 def _run_traps(
@@ -255,22 +268,6 @@ def _run_traps(
 def _release(*sides: Subject) -> None:
     for side in sides:
         side.inside.release()
-
-
-def _stage_batches(dataset: Dataset, single: bool) -> list[Frames]:
-    """One image alone, then, where both models take batches, two of different shape together.
-
-    The second of them fills a part of the canvas only, so that what happens in the padding counts. Of a
-    single image, which may be all there is time for, the two together.
-    """
-    frames = [image.load() for image in dataset.images[:_STAGE_IMAGES]]
-    last = frames[-1]
-    left_half = np.ascontiguousarray(last[:, : max(1, last.shape[1] // 2)])
-    if single:
-        return [[frames[0]], [left_half]]
-    if len(frames) == 1:
-        return [[frames[0], left_half]]
-    return [[frames[0]], [frames[1], left_half]]
 
 
 # The record beside an artefact, ``<artefact>.verify.json``: what it was compared with, and the verdict. It is
