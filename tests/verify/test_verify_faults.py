@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import onnx
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -25,6 +26,11 @@ from anchorline.verify.verification import VerifyReport, verify_subjects
 Plant = Callable[[onnx.ModelProto], None]
 NAMES = ("cat", "dog", "bird")
 CONV = "backbone.body.6.conv.2"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
