@@ -71,10 +71,9 @@ def parse(text: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     try:
         for statement in ast.parse(text).body:
-            if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-                target = statement.targets[0]
-                if isinstance(target, ast.Name):
-                    values[target.id] = _value(statement.value, values)
+            match statement:
+                case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                    values[name] = _value(value, values)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # of hostile texts too
         return {}
     return values
@@ -82,26 +81,21 @@ def parse(text: str) -> dict[str, Any]:
 
 def _value(node: ast.expr, known: Mapping[str, Any]) -> Any:
     """The literal that ``node`` stands for, with names replaced by what was assigned to them before."""
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Name):
-        return known.get(node.id, _UNKNOWN)
-    if isinstance(node, ast.List | ast.Tuple):
-        return [_value(item, known) for item in node.elts]
-    if isinstance(node, ast.Dict):
-        return _merged(
-            [(k and _value(k, known), _value(v, known)) for k, v in zip(node.keys, node.values, strict=True)]
-        )
-    if (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == "dict"
-        and not node.args
-    ):
-        return _merged([(keyword.arg, _value(keyword.value, known)) for keyword in node.keywords])
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        value = _value(node.operand, known)
-        return -value if isinstance(value, int | float) else _UNKNOWN
+    match node:
+        case ast.Constant(value=value):
+            return value
+        case ast.Name(id=name):
+            return known.get(name, _UNKNOWN)
+        case ast.List(elts=items) | ast.Tuple(elts=items):
+            return [_value(item, known) for item in items]
+        case ast.Dict(keys=keys, values=values):
+            pairs = zip(keys, values, strict=True)
+            return _merged([(key and _value(key, known), _value(each, known)) for key, each in pairs])
+        case ast.Call(func=ast.Name(id="dict"), args=[], keywords=keywords):
+            return _merged([(keyword.arg, _value(keyword.value, known)) for keyword in keywords])
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            value = _value(operand, known)
+            return -value if isinstance(value, int | float) else _UNKNOWN
     return _UNKNOWN
 
 
