@@ -143,9 +143,6 @@ class StoredProposalDetector(TorchDetector):
         return vars(self.model.roi_heads(self.model.features(images, sizes), proposals, sizes))
 
 
-_LAYERS = (nn.Conv2d, nn.Linear)
-
-
 class TorchStages:
     """Runs a ``TorchDetector``'s network as a ``StageRunner`` (``verify/stages.py``).
 
@@ -156,9 +153,8 @@ class TorchStages:
     def __init__(self, detector: TorchDetector) -> None:
         self._detector = detector
         self.prepare = detector.prepare
-        self._names: dict[nn.Module, str] = {
-            module: name for name, module in detector.model.named_modules() if isinstance(module, _LAYERS)
-        }
+        modules = detector.model.named_modules()
+        self._names = {module: name for name, module in modules if isinstance(module, nn.Conv2d | nn.Linear)}
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -169,7 +169,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Matches candidates and draws up to ``size`` of each image, with the images' seeds and a ``stream``."""
+    """Matches candidates and draws up to ``size`` of each image.
+
+    The images' seeds decide where they have some, with another ``stream`` for each loss.
+    """
 
     matcher: Matcher
     size: int

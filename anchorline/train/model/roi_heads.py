@@ -10,18 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 
+from anchorline.train.model import boxes as box_ops
 from anchorline.train.model import ops
 from anchorline.train.model.assign import Matcher, Sampler, Samples, Targets
 from anchorline.train.model.backbones import build_last_stage
-from anchorline.train.model.boxes import BoxCoder, at_least, best_after_nms, clip_to_images, rows_at
 from anchorline.train.model.losses import roi_losses
 from anchorline.train.model.ops import mark
 from anchorline.train.model.roi_pooling import RoIMaxPooling, RoIPooling
 from anchorline.train.model.rpn import Proposals
 from anchorline.train.model.settings import ModelSettings
 from anchorline.train.settings import TrainingSettings
-
-ROI_STREAM = 2
 
 
 class BoxHead(nn.Module):
@@ -100,7 +98,7 @@ class RoIHeads(nn.Module):
                 if isinstance(layer, nn.Linear):
                     nn.init.normal_(layer.weight, std=s.box_init_std)
                     nn.init.zeros_(layer.bias)
-        self.coder = BoxCoder.of(s, s.box_weights, s.frame_scale)
+        self.coder = box_ops.BoxCoder.of(s, s.box_weights, s.frame_scale)
         self.score_threshold, self.nms_iou = s.score_threshold, s.nms_iou
         self.min_side, self.max_detections = s.box_min_side, s.max_detections
 
@@ -131,14 +129,14 @@ class RoIHeads(nn.Module):
         scores = torch.where(proposals.present[:, None, :], scores, torch.full_like(scores, ops.SUPPRESSED))
         # NMS wants falling scores; ordering the proposals of each class first moves the least data.
         scores, order = ops.ordered(scores)
-        by_class = rows_at(deltas[:, :, 1:].transpose(1, 2), order)
-        references = rows_at(proposals.boxes[:, None].expand(-1, scores.shape[1], -1, -1), order)
+        by_class = box_ops.rows_at(deltas[:, :, 1:].transpose(1, 2), order)
+        references = box_ops.rows_at(proposals.boxes[:, None].expand(-1, scores.shape[1], -1, -1), order)
         boxes = self.coder.decode(by_class, references)
-        boxes = clip_to_images(boxes, image_sizes, self.coder.last_pixel)
-        counts = at_least(boxes, self.min_side)
+        boxes = box_ops.clip_to_images(boxes, image_sizes, self.coder.last_pixel)
+        counts = box_ops.at_least(boxes, self.min_side)
         scores = torch.where(counts, scores, torch.full_like(scores, ops.SUPPRESSED))
         thresholds = self.nms_iou, self.score_threshold
-        boxes, best, index = best_after_nms(boxes, scores, *thresholds, self.max_detections)
+        boxes, best, index = box_ops.best_after_nms(boxes, scores, *thresholds, self.max_detections)
         found = best > ops.SUPPRESSED
         labels = torch.div(index, scores.shape[2], rounding_mode="floor").to(torch.int32)
         return DetectionBatch(
@@ -168,5 +166,5 @@ class RoIHeads(nn.Module):
         present = torch.cat((proposals.present, targets.present), dim=1)
         positive_iou = settings.roi_positive_iou
         matcher = Matcher(positive_iou, positive_iou, background_iou=settings.roi_background_iou)
-        sampler = Sampler(matcher, settings.roi_samples, settings.roi_positive_fraction, ROI_STREAM)
+        sampler = Sampler(matcher, settings.roi_samples, settings.roi_positive_fraction, stream=2)
         return sampler(boxes, targets, self.coder, present)

@@ -11,23 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anchorline.train.model import boxes as box_ops
 from anchorline.train.model import ops
 from anchorline.train.model.anchors import AnchorGenerator
 from anchorline.train.model.assign import Matcher, Sampler, Targets
-from anchorline.train.model.boxes import (
-    BoxCoder,
-    at_least,
-    best_after_nms,
-    clip_to_images,
-    inside_images,
-    rows_at,
-)
 from anchorline.train.model.losses import rpn_losses
 from anchorline.train.model.ops import mark
 from anchorline.train.model.settings import ModelSettings
 from anchorline.train.settings import TrainingSettings
-
-RPN_STREAM = 1
 
 
 class RPNHead(nn.Module):
@@ -107,7 +98,7 @@ class RPN(nn.Module):
         self.anchors = AnchorGenerator(
             s.canvas, s.anchor_sizes, s.aspect_ratios, s.anchor_style, true_strides
         )
-        self.coder = BoxCoder.of(s)
+        self.coder = box_ops.BoxCoder.of(s)
         self.pre_nms, self.post_nms, self.nms_iou = s.rpn_pre_nms, s.rpn_post_nms, s.rpn_nms_iou
         self.score_threshold, self.min_side = s.rpn_score_threshold, s.rpn_min_side * s.frame_scale
 
@@ -144,18 +135,18 @@ class RPN(nn.Module):
         for objectness, deltas, anchors in zip(*scored, strict=True):
             count = min(pre_nms, objectness.shape[1])
             logits, index = objectness.topk(count, dim=1)
-            boxes = self.coder.decode(rows_at(deltas, index), anchors[index])
+            boxes = self.coder.decode(box_ops.rows_at(deltas, index), anchors[index])
             boxes_of_level.append(F.pad(boxes, (0, 0, 0, slots - count)))
             scores_of_level.append(F.pad(logits.sigmoid(), (0, slots - count), value=ops.SUPPRESSED))
         boxes = torch.stack(boxes_of_level, dim=1)  # [B, L, slots, 4]
-        boxes = clip_to_images(boxes, image_sizes, self.coder.last_pixel)
+        boxes = box_ops.clip_to_images(boxes, image_sizes, self.coder.last_pixel)
         scores = torch.stack(scores_of_level, dim=1)
-        counts = at_least(boxes, self.min_side)
+        counts = box_ops.at_least(boxes, self.min_side)
         if self.score_threshold > 0:
             counts = counts & (scores >= self.score_threshold)
         scores = torch.where(counts, scores, torch.full_like(scores, ops.SUPPRESSED))
         # No threshold: a sigmoid that underflows to 0 is still a score.
-        boxes, scores, _ = best_after_nms(boxes, scores, self.nms_iou, ops.SUPPRESSED, post_nms)
+        boxes, scores, _ = box_ops.best_after_nms(boxes, scores, self.nms_iou, ops.SUPPRESSED, post_nms)
         return Proposals(boxes, scores)
 
     def losses(
@@ -168,14 +159,14 @@ class RPN(nn.Module):
         objectness, deltas = torch.cat([*scored.objectness], dim=1), torch.cat([*scored.deltas], dim=1)
         anchors = torch.cat([*scored.anchors])
         s = settings
-        inside = inside_images(anchors, image_sizes) if s.rpn_ignore_outside else None
+        inside = box_ops.inside_images(anchors, image_sizes) if s.rpn_ignore_outside else None
         matcher = Matcher(s.rpn_positive_iou, s.rpn_negative_iou, keep_best_of_each_box=True)
-        sampler = Sampler(matcher, s.rpn_samples, s.rpn_positive_fraction, RPN_STREAM)
+        sampler = Sampler(matcher, s.rpn_samples, s.rpn_positive_fraction, stream=1)
         samples = sampler(anchors[None], targets, self.coder, inside)
         divisors = (s.rpn_samples, len(anchors) // self.anchors_per_place)
         objectness_loss, box_loss = rpn_losses(
             objectness.gather(1, samples.index),
-            rows_at(deltas, samples.index),
+            box_ops.rows_at(deltas, samples.index),
             samples.labels > 0,
             samples.drawn,
             samples.deltas,
