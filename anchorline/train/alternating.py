@@ -34,8 +34,8 @@ from anchorline.train.loop.trainer import (
     PhaseConfig,
     Trainer,
     TrainResult,
-    check_trained_with,
-    describe_data,
+    check_record,
+    record_of,
     steps_of_epoch,
 )
 from anchorline.train.predict import load_rpn
@@ -137,11 +137,7 @@ def _store_proposals(step: PhaseConfig) -> None:
 
 
 def _note_finished(step: PhaseConfig) -> None:
-    record = {
-        "settings": json.loads(json.dumps(step.settings.to_dict())),
-        "data": describe_data(step.data),
-        "model_sha256": sha256_of(step.checkpoint),
-    }
+    record = {**record_of(step), "model_sha256": sha256_of(step.checkpoint)}
     if step.task == "proposals":
         record["proposals_sha256"] = sha256_of(_stored(step))
     write_json(step.folder / FINISHED, record)
@@ -153,33 +149,29 @@ def _is_finished(step: PhaseConfig) -> bool:
 
     Raises ``ArtefactError`` for a step of other settings or data, or a changed checkpoint.
     """
-    kept = from_main(lambda: _kept_proposals(step))
-    if kept is False:
-        _store_proposals(step)
-    return kept is not None
+    record = from_main(lambda: _read_finished(step))
+    if record is not None and step.task == "proposals":
+        stored = _stored(step)
+        wanted = record.get("proposals_sha256")
+        if not from_main(lambda: stored.is_file() and sha256_of(stored) == wanted):
+            _store_proposals(step)
+    return record is not None
 
 
-def _kept_proposals(step: PhaseConfig) -> bool | None:
-    """Whether the stored proposals are those of ``step``, if it has any; None where it was not finished."""
-    path, stored = step.folder / FINISHED, _stored(step)
+def _read_finished(step: PhaseConfig) -> dict[str, Any] | None:
+    path = step.folder / FINISHED
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        trained_with, data, model = record["settings"], record["data"], record["model_sha256"]
-        proposals = record.get("proposals_sha256")
-        check_trained_with(path, trained_with, step.settings)
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        check_record(path, record, step)
+        model = record["model_sha256"]
     except ArtefactError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtefactError(f"{path}: cannot be read ({error!r}); train without --resume") from None
-    if data != describe_data(step.data):
-        raise ArtefactError(
-            f"{path}: was trained on other data ({data}); resume with the same data, "
-            "or train without --resume"
-        )
     if not step.checkpoint.is_file() or sha256_of(step.checkpoint) != model:
         raise ArtefactError(
             f"{step.checkpoint}: is not the model that {step.name} has written; train without --resume"
         )
-    return step.task != "proposals" or (stored.is_file() and sha256_of(stored) == proposals)
+    return record

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anchorline.runtime.contract import CONTRACT_KEY, Contract, ResizeRule, Thresholds
-from anchorline.runtime.io.errors import AnchorlineError, ArtefactError
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, one_line
 from anchorline.runtime.io.files import atomic_path
 from anchorline.train.model.faster_rcnn import OUTPUTS, FasterRCNN
 from anchorline.train.model.settings import ModelSettings
@@ -96,16 +96,13 @@ def load_checkpoint(path: Path, canvas: tuple[int, int] | None = None) -> tuple[
         contract = dataclasses.replace(contract, canvas=canvas)
     try:
         model = FasterRCNN(settings, len(contract.names))
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        state = load_file(path)
         model.load_state_dict(state)
     except ArtefactError as error:
         raise ArtefactError(f"{path}: {error}") from None
     except (SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()
-        detail = " ".join(line.strip() for line in reason[:2])
         raise ArtefactError(
-            f"{path}: the weights do not fit the architecture in the header ({detail[:200]})"
+            f"{path}: the weights do not fit the architecture in the header ({one_line(error)[:200]})"
         ) from None
     not_finite = [name for name, tensor in state.items() if not torch.isfinite(tensor.float()).all()]
     if not_finite:

@@ -43,8 +43,8 @@ def adapt_first_convolution(body: nn.Module, settings: ModelSettings) -> None:
     """Change the first convolution of ``body`` from RGB with ImageNet's statistics to ``settings``' input.
 
     A convolution is linear: its input channels change places and scale, and what the mean changes goes
-    into its bias. Without a bias (a norm follows) the mean stays the network's own. The zero padding at the
-    edge of the canvas stands for the new mean then: of caffe's, less than a grey level from the old one.
+    into its bias. Without a bias (a norm follows) the mean stays the network's own; caffe's is less than a
+    grey level from it.
     """
     order, mean, std = settings.channel_order, settings.mean, settings.std
     if (order, mean, std) == ("rgb", IMAGENET_MEAN, IMAGENET_STD):
@@ -68,9 +68,8 @@ def load_pretrained(model: FasterRCNN, weights: Path | str, pretrained_input: st
     """Start ``model`` from the weights of a classification network: ``"imagenet"``, or a file.
 
     They fill the body, and the box head where the network has it: fc6 and fc7 (VGG-16, ZF), or the last
-    stage of a ResNet. The first convolution is then adapted from RGB with ImageNet's statistics to this
-    model's input; not with ``pretrained_input`` ``model``, for a file of a network with the same input.
-    Raises as ``load_imagenet_weights`` and ``load_backbone_weights`` do.
+    stage of a ResNet. The first convolution is then adapted to this model's input, but for a file with
+    ``pretrained_input`` "model". Raises as ``load_imagenet_weights`` and ``load_backbone_weights`` do.
     """
     settings, body = model.settings, model.backbone.body
     if weights == IMAGENET:
@@ -88,9 +87,9 @@ def load_pretrained(model: FasterRCNN, weights: Path | str, pretrained_input: st
 def load_imagenet_weights(body: Body, backbone: str) -> dict[str, Tensor]:
     """Fill ``body`` with torchvision's ImageNet weights of the network ``backbone``.
 
-    They are downloaded once into PyTorch's cache (``$TORCH_HOME``, else ``~/.cache/torch``): the first
-    version, from which torchvision's detectors start. Returns all weights of the network. Raises
-    ``SettingsError`` for a backbone without any, ``ArtefactError`` where they cannot be fetched or read.
+    They are downloaded once into PyTorch's cache: the first version, from which torchvision's detectors
+    start. Returns all weights of the network. Raises ``SettingsError`` for a backbone without any,
+    ``ArtefactError`` where they cannot be fetched or read.
     """
     weights = _torchvision_weights(backbone)
     if weights is None:
@@ -165,17 +164,17 @@ def _fill(body: Body | Res5Head, state: object, path: Path) -> None:
             f"{path}: {len(missing)} of {len(needed)} backbone tensors are missing, first {missing[0]!r}; "
             "expected ImageNet weights of the same network with torchvision's keys"
         )
-    wrong = [key for key in sorted(needed) if state[key].shape != wanted[key].shape]
-    if wrong:
-        raise ArtefactError(
-            f"{path}: {wrong[0]!r} has shape {list(state[wrong[0]].shape)}, expected "
-            f"{list(wanted[wrong[0]].shape)}; the weights belong to another network"
-        )
-    not_finite = [key for key in sorted(needed) if not torch.isfinite(state[key].float()).all()]
-    if not_finite:
-        raise ArtefactError(
-            f"{path}: tensor {not_finite[0]!r} holds values that are not finite; expected a sound checkpoint"
-        )
+    for key in sorted(needed):
+        found, expected = list(state[key].shape), list(wanted[key].shape)
+        if found != expected:
+            raise ArtefactError(
+                f"{path}: {key!r} has shape {found}, expected {expected}; "
+                "the weights belong to another network"
+            )
+        if not torch.isfinite(state[key]).all():
+            raise ArtefactError(
+                f"{path}: tensor {key!r} holds values that are not finite; expected a sound checkpoint"
+            )
     body.load_state_dict({key: state.get(key, wanted[key]) for key in wanted})
 
 
@@ -198,7 +197,6 @@ def _unreadable(path: Path, error: Exception, remedy: str) -> ArtefactError:
     return ArtefactError(f"{path}: cannot be read as weights ({reason_of(error)}); {remedy}")
 
 
-@torch.no_grad()
 def _fill_box_head(head: nn.Module, state: Mapping[str, Tensor], classifier: tuple[str, str] | None) -> None:
     """Copy the layers named ``classifier`` in ``state`` into fc6 and fc7 of a ``BoxHead`` of their shapes.
 
@@ -208,13 +206,15 @@ def _fill_box_head(head: nn.Module, state: Mapping[str, Tensor], classifier: tup
     """
     if classifier is None or not isinstance(head, BoxHead):
         return
-    own = (head.fc6.weight, head.fc6.bias, head.fc7.weight, head.fc7.bias)
-    given = [state.get(f"{name}.{kind}") for name in classifier for kind in ("weight", "bias")]
-    pairs = [
-        (mine, other)
-        for mine, other in zip(own, given, strict=True)
-        if other is not None and other.shape == mine.shape and torch.isfinite(other.float()).all()
-    ]
-    if len(pairs) == len(own):
-        for mine, other in pairs:
-            mine.copy_(other)
+    own, given = head.state_dict(), {}
+    for layer, name in zip(("fc6", "fc7"), classifier, strict=True):
+        for kind in ("weight", "bias"):
+            value = state.get(f"{name}.{kind}")
+            if (
+                value is None
+                or value.shape != own[f"{layer}.{kind}"].shape
+                or not torch.isfinite(value).all()
+            ):
+                return
+            given[f"{layer}.{kind}"] = value
+    head.load_state_dict(given)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision import tv_tensors
+from torchvision.ops import box_area
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -40,7 +41,7 @@ class RandomZoom(nn.Module):
         # Where the frame is the larger one, it begins above and to the left of the image.
         spare = (height - new_height, width - new_width)
         top, left = (int(torch.randint(min(0, each), max(0, each) + 1, ())) for each in spare)
-        area = _areas(target["boxes"])
+        area = box_area(target["boxes"])
         if factor < 1:
             margins = [-left, -top, new_width - width + left, new_height - height + top]
             image = F.pad(image, margins, fill=PAD_VALUE)
@@ -48,7 +49,7 @@ class RandomZoom(nn.Module):
         else:
             image = F.crop(image, top, left, new_height, new_width)
             boxes = F.clamp_bounding_boxes(F.crop(target["boxes"], top, left, new_height, new_width))
-        left_over, objects = _areas(boxes), target["labels"] >= 0
+        left_over, objects = box_area(boxes), target["labels"] >= 0
         keep = torch.where(objects, left_over >= LEAST_VISIBLE * area, left_over > 0)
         return image, _kept({**target, "boxes": boxes}, keep)
 
@@ -82,7 +83,7 @@ class Sanitize(nn.Module):
     def forward(self, image: tv_tensors.Image, target: dict[str, Any]) -> View:
         sound = F.sanitize_bounding_boxes(target["boxes"])[1]
         proposed = target["labels"] == PROPOSAL_LABEL
-        return image, _kept(target, torch.where(proposed, _areas(target["boxes"]) > 0, sound))
+        return image, _kept(target, torch.where(proposed, box_area(target["boxes"]) > 0, sound))
 
 
 def build_transforms(settings: TrainingSettings) -> v2.Compose:
@@ -110,8 +111,3 @@ def build_transforms(settings: TrainingSettings) -> v2.Compose:
 def _kept(target: dict[str, Any], keep: Tensor) -> dict[str, Any]:
     kept = {name: value[keep] for name, value in target.items()}
     return {**kept, "boxes": tv_tensors.wrap(kept["boxes"], like=target["boxes"])}
-
-
-def _areas(boxes: Tensor) -> Tensor:
-    plain = boxes.as_subclass(Tensor)
-    return (plain[:, 2] - plain[:, 0]) * (plain[:, 3] - plain[:, 1])

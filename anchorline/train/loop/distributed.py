@@ -98,7 +98,14 @@ def joined_processes(device: str = "auto") -> Iterator[None]:
         store = _store(mine)
     try:
         with _stop_signals(signal.SIG_DFL, ignored_too=False):
-            _join(store, mine, device)
+            # Objects and figures go through gloo on CUDA too, so that they need no room on the GPU.
+            backend = "gloo"
+            if _uses_cuda(device):
+                torch.cuda.set_device(own_cuda_device(device, mine))
+                backend = "cpu:gloo,cuda:nccl"
+            dist.init_process_group(
+                backend, store=store, rank=mine.rank, world_size=mine.processes, timeout=TIMEOUT
+            )
         _stop_wanted = False
         with _stop_signals(_want_stop, ignored_too=True):  # none leaves alone in mid-step
             yield
@@ -141,15 +148,6 @@ def _store(mine: Place) -> Store:
             f"({reason_of(error, 160)}); check MASTER_ADDR and the network between the machines"
         ) from None
     return PrefixStore(f"anchorline/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _join(store: Store, mine: Place, device: str) -> None:
-    # Objects and figures go through gloo on CUDA too, so that they need no room on the GPU.
-    backend = "gloo"
-    if _uses_cuda(device):
-        torch.cuda.set_device(own_cuda_device(device, mine))
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=store, rank=mine.rank, world_size=mine.processes, timeout=TIMEOUT)
 
 
 def _want_stop(*_: object) -> None:

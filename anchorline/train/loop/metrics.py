@@ -57,15 +57,8 @@ class MetricsFile:
         self.rows: list[dict[str, str]] = []
         self.board: SummaryWriter | None = None
 
-    def add_step(self, step: int, epoch: int, rate: float, losses: Mapping[str, float]) -> None:
-        """The losses of one step."""
-        self._add(step, epoch, {"lr": rate, **losses}, ".6g")
-
-    def add_validation(self, step: int, epoch: int, value: float) -> None:
-        """The accuracy after ``step``."""
-        self._add(step, epoch, {self.validation: value}, ".5f")
-
-    def _add(self, step: int, epoch: int, figures: Mapping[str, float], form: str) -> None:
+    def add(self, step: int, epoch: int, figures: Mapping[str, float], form: str = ".6g") -> None:
+        """The rate and the losses of a step, or the figure of a validation after it."""
         texts = {name: format(value, form) for name, value in figures.items()}
         self.rows.append({"step": str(step), "epoch": str(epoch), **texts})
         if self.board is not None:
@@ -115,14 +108,11 @@ class MetricsFile:
 
 @contextlib.contextmanager
 def training_progress() -> Iterator[Report]:
-    """Yield a function that shows one step; a bar on a terminal, a line now and then elsewhere."""
+    """Yield a function that shows one step: a bar on a terminal, elsewhere a line every half minute."""
     from rich import progress
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _LinePrinter()
-        return
     columns = (
         progress.TextColumn("epoch {task.fields[epoch]}"),
         progress.BarColumn(),
@@ -132,39 +122,27 @@ def training_progress() -> Iterator[Report]:
         progress.TextColumn("left"),
         progress.TimeRemainingColumn(),
     )
-    smoothed: dict[str, float] = {}
-    bar = progress.Progress(*columns, console=console)
+    bar = progress.Progress(*columns, console=console, disable=not console.is_terminal)
     task = bar.add_task("training", total=None, epoch=0, losses="")
+    smoothed: dict[str, float] = {}
+    started, next_line, before = time.monotonic(), 0.0, -1
 
     def show(report: StepReport) -> None:
+        nonlocal next_line, before
+        for name in set(smoothed) - set(report.losses):  # of another phase
+            del smoothed[name]
+        for name, value in report.losses.items():
+            smoothed[name] = SMOOTHING * smoothed.get(name, value) + (1 - SMOOTHING) * value
+        losses = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in smoothed.items())
+        losses += f" rate {report.rate:.2g}"
         bar.start()  # with the first step, so that what is said before stands above the bar
-        losses = _smooth(smoothed, report)
         bar.update(task, completed=report.step, total=report.steps, epoch=report.epoch + 1, losses=losses)
-
-    try:
-        yield show
-    finally:
-        bar.stop()
-
-
-class _LinePrinter:
-    """One line on stderr at the start, every half minute and at the end."""
-
-    def __init__(self) -> None:
-        self.smoothed: dict[str, float] = {}
-        self.started = time.monotonic()
-        self.first_step: int | None = None
-        self.next_line = 0.0
-
-    def __call__(self, report: StepReport) -> None:
-        if self.first_step is None:
-            self.first_step = report.step - 1
-        losses = _smooth(self.smoothed, report)
-        elapsed = time.monotonic() - self.started
-        if elapsed < self.next_line and report.step < report.steps:
+        before = report.step - 1 if before < 0 else before  # the steps of the run that this one resumes
+        elapsed = time.monotonic() - started
+        if console.is_terminal or (elapsed < next_line and report.step < report.steps):
             return
-        self.next_line = elapsed + SECONDS_BETWEEN_LINES
-        left = elapsed / (report.step - self.first_step) * (report.steps - report.step)
+        next_line = elapsed + SECONDS_BETWEEN_LINES
+        left = elapsed / (report.step - before) * (report.steps - report.step)
         print(
             f"step {report.step}/{report.steps} epoch {report.epoch + 1} {losses} "
             f"elapsed {elapsed:.0f} s, left {left:.0f} s",
@@ -172,12 +150,7 @@ class _LinePrinter:
             flush=True,
         )
 
-
-def _smooth(smoothed: dict[str, float], report: StepReport) -> str:
-    """Carry the ``smoothed`` losses on, and put them and the rate into words."""
-    for name in set(smoothed) - set(report.losses):  # of another phase
-        del smoothed[name]
-    for name, value in report.losses.items():
-        smoothed[name] = SMOOTHING * smoothed.get(name, value) + (1 - SMOOTHING) * value
-    losses = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in smoothed.items())
-    return f"{losses} rate {report.rate:.2g}"
+    try:
+        yield show
+    finally:
+        bar.stop()

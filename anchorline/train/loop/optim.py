@@ -105,12 +105,9 @@ class MovingAverage:
     def update(self, model: nn.Module) -> None:
         self.updates += 1
         weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averaged: list[Tensor] = []
-        current: list[Tensor] = []
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                averaged.append(self.state[name])
-                current.append(tensor)
-            else:
-                self.state[name].copy_(tensor)
+        pairs = [(self.state[name], tensor) for name, tensor in model.state_dict().items()]
+        for kept, now in pairs:
+            if not now.is_floating_point():
+                kept.copy_(now)
+        averaged, current = zip(*(pair for pair in pairs if pair[1].is_floating_point()), strict=True)
         torch._foreach_lerp_(averaged, current, weight)

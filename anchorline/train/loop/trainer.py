@@ -248,7 +248,7 @@ class Trainer:
                 everyone = tuple(id for part in distributed.gather(ids) for id in part)
                 raise self._error(str(error), self.step + 1, everyone) from None
             self.step += 1
-            self.metrics.add_step(self.step, self.epoch, rate, losses)
+            self.metrics.add(self.step, self.epoch, {"lr": rate, **losses})
             if phase.report is not None:
                 step, steps = phase.first_step + self.step, phase.all_steps or self.steps
                 phase.report(StepReport(step, steps, epoch, rate, losses, phase.name))
@@ -329,7 +329,7 @@ class Trainer:
         is_time = self.epoch == phase.epochs or (every and self.epoch % every == 0)
         if self.validation is not None and is_time:
             value = self._validate(self.validation)
-            self.metrics.add_validation(self.step, self.epoch, value)
+            self.metrics.add(self.step, self.epoch, {phase.metric: value}, ".5f")
             self.validations_since_best += 1
             if value > self.best:
                 self.best, self.validations_since_best = value, 0
@@ -364,8 +364,7 @@ class Trainer:
         # The progress stands inside the one file, so that a kill cannot leave two files that disagree.
         progress = {
             **{name: getattr(self, name) for name in COUNTERS},
-            "settings": self.settings.to_dict(),
-            "data": describe_data(self.phase.data),
+            **record_of(self.phase),
             "processes": distributed.process_count(),
         }
         state: dict[str, Any] = {name: each.state_dict() for name, each in self.stateful.items()}
@@ -387,18 +386,13 @@ class Trainer:
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             progress, state = json.loads(saved["progress"]), saved["state"]
-            trained_with = {table: dict(progress["settings"][table]) for table in ("model", "training")}
+            check_record(path, progress, self.phase)
+        except ArtefactError:
+            raise
         except Exception as error:  # torch.load raises many kinds for damaged files
             raise ArtefactError(
                 f"{path}: cannot be read ({reason_of(error)}); train without --resume"
             ) from None
-        check_trained_with(path, trained_with, self.settings)
-        data = describe_data(self.phase.data)
-        if progress.get("data") != data:
-            raise ArtefactError(
-                f"{folder}: was trained on other data ({progress.get('data')}, not {data}); "
-                "resume with the same data, or train without --resume"
-            )
         try:
             for name, each in self.stateful.items():
                 each.load_state_dict(state[name])
@@ -411,24 +405,21 @@ class Trainer:
             raise ArtefactError(
                 f"{folder}: does not fit this model ({reason_of(error)}); train without --resume"
             ) from None
-        self._check_processes(processes)
-        self.metrics.resume(self.step)
-
-    def _check_processes(self, before: int) -> None:
-        """Other processes than ``before`` may go on where their epochs have as many steps."""
+        # Other processes may go on where their epochs have as many steps.
         each, now = self.steps // self.phase.epochs, distributed.process_count()
         if self.step != self.epoch * each:
             raise ArtefactError(
-                f"{self.phase.folder / 'last'}: an epoch had {self.step // max(1, self.epoch)} steps with "
-                f"--nproc-per-node {before}, it would have {each} with {now}; resume with "
-                f"--nproc-per-node {before}, or train without --resume"
+                f"{folder}: an epoch had {self.step // max(1, self.epoch)} steps with --nproc-per-node "
+                f"{processes}, it would have {each} with {now}; resume with --nproc-per-node {processes}, "
+                "or train without --resume"
             )
-        if before != now and distributed.is_main():
+        if processes != now and distributed.is_main():
             print(
-                f"--nproc-per-node was {before} so far and is {now} now: the same images in the "
+                f"--nproc-per-node was {processes} so far and is {now} now: the same images in the "
                 "same steps, other rounding",
                 file=sys.stderr,
             )
+        self.metrics.resume(self.step)
 
 
 def steps_of_epoch(images: int, settings: Settings) -> int:
@@ -437,22 +428,28 @@ def steps_of_epoch(images: int, settings: Settings) -> int:
     return -(-batches // settings.training.accumulate)
 
 
-def describe_data(data: Dataset) -> dict[str, Any]:
-    """What a state says of its training data: resuming wants the same."""
-    return {"classes": list(data.names), "images": len(data)}
+def record_of(phase: PhaseConfig) -> dict[str, Any]:
+    """What a run writes down of its settings and data: resuming wants the same."""
+    data = {"classes": list(phase.data.names), "images": len(phase.data)}
+    return {"settings": phase.settings.to_dict(), "data": data}
 
 
-def check_trained_with(path: Path, trained_with: Mapping[str, Mapping[str, Any]], settings: Settings) -> None:
-    """Raise ``ArtefactError`` for the first of ``settings`` that was another one."""
-    wanted = json.loads(json.dumps(settings.to_dict()))
-    for table, values in wanted.items():
-        before = {RENAMED.get(name, name): value for name, value in trained_with[table].items()}
+def check_record(path: Path, record: Mapping[str, Any], phase: PhaseConfig) -> None:
+    """Raise ``ArtefactError`` where the ``record`` in ``path`` is of other settings or data."""
+    wanted = json.loads(json.dumps(record_of(phase)))  # JSON makes lists of tuples
+    for table, values in wanted["settings"].items():
+        before = {RENAMED.get(name, name): value for name, value in record["settings"][table].items()}
         for name, value in values.items():
             if before.get(name) != value:
                 raise ArtefactError(
                     f"{path}: was trained with {table}.{name} = {before.get(name)!r}, not {value!r}; "
                     "resume with the same settings, or train without --resume"
                 )
+    if record.get("data") != wanted["data"]:
+        raise ArtefactError(
+            f"{path}: was trained on other data ({record.get('data')}, not {wanted['data']}); "
+            "resume with the same data, or train without --resume"
+        )
 
 
 def check_finite(values: Mapping[str, float]) -> None:

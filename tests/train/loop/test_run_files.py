@@ -30,8 +30,8 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def test_metrics_have_a_row_a_step_and_a_row_a_validation(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.csv")
-    metrics.add_step(1, 0, 0.001, LOSSES)
-    metrics.add_validation(1, 1, 0.5)
+    metrics.add(1, 0, {"lr": 0.001, **LOSSES})
+    metrics.add(1, 1, {"map50": 0.5}, ".5f")
     metrics.flush()
     step, validation = rows(metrics.path)
     assert tuple(step) == COLUMNS
@@ -44,13 +44,13 @@ def test_resumed_metrics_end_at_the_step_and_go_on(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     first = MetricsFile(path)
     for step in range(1, 6):
-        first.add_step(step, 0, 0.1, {**LOSSES, "loss": float(step)})
+        first.add(step, 0, {"lr": 0.1, **LOSSES, "loss": float(step)})
         if step == 3:
-            first.add_validation(3, 1, 0.25)
+            first.add(3, 1, {"map50": 0.25}, ".5f")
     first.flush()
     second = MetricsFile(path)
     second.resume(3)
-    second.add_step(4, 1, 0.1, {**LOSSES, "loss": 40.0})
+    second.add(4, 1, {"lr": 0.1, **LOSSES, "loss": 40.0})
     second.flush()
     assert [(row["step"], row["loss"]) for row in rows(path)] == [
         ("1", "1"),

@@ -75,7 +75,7 @@ def test_a_new_run_in_the_same_folder_hides_the_old_one(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
         metrics = MetricsFile(tmp_path / "metrics.csv")
         metrics.open_board()
-        metrics.add_validation(1, 1, value)
+        metrics.add(1, 1, {"map50": value}, ".5f")
         metrics.close()
     assert read_events(tmp_path / "tensorboard") == {"map50": [(1, 2.0)]}
 
