@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -82,10 +83,11 @@ def build_engine(
     batch = options.resolve_batch(check_exported(model, str(onnx_path)))
     toolkit = load_toolkit(options)
     identity = build_identity(sha256_of(onnx_path), options, batch, toolkit, samples)
-    key = options_hash(identity)
-    earlier = _earlier_build(out, key)
-    if earlier is not None and not force:
-        return BuildResult(out, earlier, False, "not built again: the same model, options and versions")
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    with contextlib.suppress(ArtefactError):  # no earlier engine, or none that is whole
+        earlier = read_manifest(out)
+        if earlier.options_hash == key and not force:
+            return BuildResult(out, earlier, False, "not built again: the same model, options and versions")
 
     with atomic_path(manifest_path(out)) as manifest_file, atomic_path(out) as engine_file:
         started = time.perf_counter()
@@ -160,19 +162,3 @@ def build_identity(
         "kernels": {op.name: source_hash(op.source) for op in PLUGINS},
         "samples_sha256": digest.hexdigest() if samples else None,
     }
-
-
-def options_hash(identity: dict[str, Any]) -> str:
-    """The sha256 of everything that decides what is built: equal parts, equal engine."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _earlier_build(out: Path, key: str) -> EngineManifest | None:
-    """The manifest at ``out`` when engine and manifest are whole and come from the same build."""
-    if not out.is_file() or not manifest_path(out).is_file():
-        return None
-    try:
-        manifest = read_manifest(out)
-    except ArtefactError:
-        return None
-    return manifest if manifest.options_hash == key else None

@@ -57,23 +57,21 @@ from anchorline.engine.options import Precision
 from anchorline.runtime.contract import CONTRACT_KEY, DOMAIN
 from anchorline.runtime.io.errors import SettingsError
 
-_CONVOLUTIONS = {"Conv", "ConvTranspose"}
-_FULLY_CONNECTED = {"Gemm", "MatMul"}
+# Which inputs multiply: weights and scales, not biases or bounds, whose small values nothing depends on.
+_WEIGHTS = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (0, 1), "MatMul": (0, 1)}  # of layers
+_FACTORS = {**_WEIGHTS, "Mul": (0, 1), "QuantizeLinear": (1,), "DequantizeLinear": (1,)}
 _TO_FLOAT = "DequantizeLinear"
 # Averages (pooling, ReduceMean) are not here: their sums of many terms are kept in float32.
-_BETWEEN = {
-    "Add", "Clip", "Concat", "Flatten", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "MaxPool", "Mul",
-    "Pad", "Relu", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
-    "QuantizeLinear", "DequantizeLinear",
+_BETWEEN = {(DOMAIN, "RoIAlign"), (DOMAIN, "RoIPool")} | {
+    ("", operator) for operator in (
+        "Add", "Clip", "Concat", "Flatten", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "MaxPool",
+        "Mul", "Pad", "Relu", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
+        "QuantizeLinear", "DequantizeLinear",
+    )
 }  # fmt: skip
 # Inputs whose type is their own whatever the node computes in: Resize's region and scales, and the
 # coordinates of RoIs, which in half precision are a quarter of a cell off on a large map.
 _OWN_TYPE = {("", "Resize"): (1, 2), (DOMAIN, "RoIAlign"): (1,), (DOMAIN, "RoIPool"): (1,)}
-# Which inputs multiply: weights and scales, not biases or bounds, whose small values nothing depends on.
-_FACTORS = {
-    **dict.fromkeys(("Conv", "ConvTranspose", "QuantizeLinear", "DequantizeLinear"), (1,)),
-    **dict.fromkeys(("Gemm", "MatMul", "Mul"), (0, 1)),
-}
 # They read a shape, whatever the type.
 _TYPELESS = ("Shape", "Size")
 _DEFAULT_EPSILON = 1e-5  # of BatchNormalization
@@ -125,9 +123,14 @@ def fp16_nodes(
     and its DequantizeLinear pass on what the two are between, and a DequantizeLinear before a layer has
     the layer's precision: with a cast between the two TensorRT would not take integers for the layer.
     """
-    weights = {n.output[0] for n in graph.node if n.op_type == _TO_FLOAT and n.input[0] in constant}
-    layers = {n.output[0] for n in graph.node if _is_layer(n, {*constant, *weights})}
-    between = {node.output[0] for node in graph.node if _is_between(node)}
+    known = {n.output[0] for n in graph.node if n.op_type == _TO_FLOAT and n.input[0] in constant}
+    known.update(constant)
+    layers = {
+        node.output[0]
+        for node in graph.node
+        if not node.domain and any(node.input[place] in known for place in _WEIGHTS.get(node.op_type, ()))
+    }
+    between = {node.output[0] for node in graph.node if (node.domain, node.op_type) in _BETWEEN}
     after: set[str] = set()  # tensors that a layer produces, or nodes between from such tensors
     for node in graph.node:
         key = node.output[0]
@@ -167,20 +170,6 @@ def half_inputs(node: onnx.NodeProto, types: dict[str, int]) -> list[str]:
 def half_outputs(node: onnx.NodeProto, types: dict[str, int]) -> list[str]:
     """The float outputs."""
     return [name for name in node.output if types.get(name) == FLOAT]
-
-
-def _is_layer(node: onnx.NodeProto, constant: Collection[str]) -> bool:
-    if node.domain:
-        return False
-    if node.op_type in _CONVOLUTIONS:
-        return node.input[1] in constant
-    return node.op_type in _FULLY_CONNECTED and any(name in constant for name in node.input[:2])
-
-
-def _is_between(node: onnx.NodeProto) -> bool:
-    if node.domain == DOMAIN:
-        return node.op_type in ("RoIAlign", "RoIPool")
-    return not node.domain and node.op_type in _BETWEEN
 
 
 def write_half(model: onnx.ModelProto, half: Collection[str], types: dict[str, int]) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import re
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from anchorline.runtime.io.files import atomic_write_bytes
 from anchorline.runtime.tensorrt.library import FLAVOURS, captured_log, load_tensorrt, tensorrt_logger
 from anchorline.runtime.tensorrt.plugins import register_plugins
 
-_NOT_A_CAPABILITY = ("NONE", "CURRENT")
 # Alone by NVIDIA's advice (TensorRT for RTX, support matrix): in an engine with others it costs speed, and
 # several times the activation memory.
 _TURING = 75
@@ -86,10 +84,18 @@ def load_toolkit(options: BuildOptions) -> Toolkit:
     """
     trt = load_tensorrt(options.target)
     register_plugins(trt)
-    if options.target == "tensorrt-rtx":
-        return Toolkit(options.target, trt, _rtx_capabilities(trt, options.compute_capabilities), None)
-    name, capability = current_gpu()
-    return Toolkit(options.target, trt, (capability,), name)
+    if options.target == "tensorrt":
+        gpu, capability = current_gpu()
+        return Toolkit(options.target, trt, (capability,), gpu)
+    known = sorted(int(name[2:]) for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
+    for number in options.compute_capabilities:
+        if number not in known:
+            raise SettingsError(
+                f"compute capability is {number}; TensorRT for RTX {trt.__version__} builds for "
+                f"{', '.join(map(str, known))}"
+            )
+    default = (number for number in known if number != _TURING)
+    return Toolkit(options.target, trt, tuple(sorted(set(options.compute_capabilities) or default)), None)
 
 
 def current_gpu() -> tuple[str, int]:
@@ -108,18 +114,6 @@ def current_gpu() -> tuple[str, int]:
             f"TensorRT needs an NVIDIA GPU to build, and none can be used here ({reason}); build on the "
             "machine that will run the engine, or with --for tensorrt-rtx"
         ) from None
-
-
-def _rtx_capabilities(trt: Any, asked: tuple[int, ...]) -> tuple[int, ...]:
-    members = trt.ComputeCapability.__members__
-    known = sorted(int(name.removeprefix("SM")) for name in members if name not in _NOT_A_CAPABILITY)
-    for number in asked:
-        if number not in known:
-            raise SettingsError(
-                f"compute capability is {number}; TensorRT for RTX {trt.__version__} builds for "
-                f"{', '.join(map(str, known))}"
-            )
-    return tuple(sorted(set(asked))) or tuple(number for number in known if number != _TURING)
 
 
 # Weights and shape arithmetic: hundreds of layers that do no work.
@@ -232,14 +226,19 @@ def serialise(
             profile.set_shape(tensor.name, *((size, *tuple(tensor.shape)[1:]) for size in batch))
         config.add_optimization_profile(profile)
     cache_file = None if timing_cache is None else _load_timing_cache(toolkit, config, timing_cache)
-    cancelled = threading.Event()
-    failures: list[BaseException] = []
-    config.progress_monitor = monitor = _monitor(toolkit.trt, progress, cancelled, failures)
-    with captured_log() as records:
-        plan = _run(lambda: builder.build_serialized_network(network, config), cancelled)
-    del monitor  # until here TensorRT has held no reference of its own
-    if failures:
-        raise failures[0]
+    monitor = config.progress_monitor = _monitor(toolkit.trt, progress)
+    # In a thread of its own, so that this one hears Ctrl-C at once and can pass it on.
+    with captured_log() as records, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(builder.build_serialized_network, network, config)
+        try:
+            while not concurrent.futures.wait([running], timeout=_WAKE_S).done:
+                pass  # Windows delivers a Ctrl-C only between two waits
+        except BaseException:
+            monitor.cancelled = True  # leaving the block waits for the thread
+            raise
+    if monitor.failure is not None:
+        raise monitor.failure
+    plan = running.result()
     texts = [(record.levelname, " ".join(record.getMessage().split())) for record in records]
     if plan is None:
         reason = next((text for level, text in reversed(texts) if level == "ERROR"), "no reason given")
@@ -251,23 +250,11 @@ def serialise(
     return Plan(bytes(plan), int(found[-1]) if found else None, _readable(warnings))
 
 
-def _run(build: Callable[[], Any], cancelled: threading.Event) -> Any:
-    """Build in a thread of its own, so that this one hears Ctrl-C at once and can pass it on."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        running = pool.submit(build)
-        try:
-            while not concurrent.futures.wait([running], timeout=_WAKE_S).done:
-                pass  # Windows delivers a Ctrl-C only between two waits
-            return running.result()
-        except BaseException:
-            cancelled.set()  # leaving the block waits for the thread
-            raise
+def _monitor(trt: Any, progress: Progress | None) -> Any:
+    """TensorRT's progress monitor, which calls ``progress``.
 
-
-def _monitor(
-    trt: Any, progress: Progress | None, cancelled: threading.Event, failures: list[BaseException]
-) -> Any:
-    """TensorRT's progress monitor. An error of ``progress`` ends the build and is kept in ``failures``."""
+    An error of that ends the build and is kept as ``failure``; so does setting ``cancelled``.
+    """
 
     class Monitor(trt.IProgressMonitor):
         """Phases have steps, some of which stand for whole phases of their own."""
@@ -276,6 +263,8 @@ def _monitor(
             trt.IProgressMonitor.__init__(self)
             self.phases: dict[str, _Phase] = {}
             self.reached = 0.0  # it never falls
+            self.cancelled = False
+            self.failure: BaseException | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.phases[phase_name] = _Phase(parent_phase, max(num_steps, 1))
@@ -287,17 +276,15 @@ def _monitor(
             """False ends the build."""
             if phase_name in self.phases:
                 self.phases[phase_name].done = step + 1
-            for name, phase in self.phases.items():
-                if phase.parent not in self.phases:  # the first root
-                    self.reached = max(self.reached, self.fraction(name))
-                    break
+            roots = [name for name, phase in self.phases.items() if phase.parent not in self.phases]
+            if roots:
+                self.reached = max(self.reached, self.fraction(roots[0]))
             try:
                 if progress is not None:
                     progress(int(self.reached * _STEPS), _STEPS)
             except BaseException as error:
-                failures.append(error)
-                cancelled.set()
-            return not cancelled.is_set()
+                self.failure, self.cancelled = error, True
+            return not self.cancelled
 
         def fraction(self, name: str) -> float:
             inside = [self.fraction(child) for child, phase in self.phases.items() if phase.parent == name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from anchorline.engine import build as builder
 from anchorline.engine import toolkit as flavours
-from anchorline.engine.build import build_engine, build_identity, options_hash
+from anchorline.engine.build import build_engine, build_identity
 from anchorline.engine.lowering import lower
 from anchorline.engine.options import BuildOptions
 from anchorline.runtime.io.errors import SettingsError
@@ -100,7 +101,8 @@ def test_compatibility_options_are_set(tensorrt: Any) -> None:
 def test_another_gpu_or_version_is_another_build(tensorrt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def key() -> str:
         options = BuildOptions()
-        return options_hash(build_identity("0" * 64, options, (1, 1, 1), flavours.load_toolkit(options), ()))
+        identity = build_identity("0" * 64, options, (1, 1, 1), flavours.load_toolkit(options), ())
+        return json.dumps(identity)
 
     first = key()
     assert key() == first
