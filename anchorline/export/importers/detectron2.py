@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from anchorline.export.importers.checkpoint_files import CheckpointFile
-from anchorline.export.importers.library import Architecture, Description, Library, State, side_of
+from anchorline.export.importers.library import (
+    MSRA,
+    RESNET_FPN,
+    Architecture,
+    Description,
+    Library,
+    State,
+    side_of,
+)
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import ArtefactError
 from anchorline.train.model.anchors import unrounded_base_anchors
@@ -25,22 +33,7 @@ _ANCHORS = "proposal_generator.anchor_generator.cell_anchors."
 
 
 def _architectures() -> dict[str, Architecture]:
-    fpn = ModelSettings(
-        backbone="resnet50",
-        neck="fpn",
-        bottleneck_stride="1x1",
-        anchor_style="unrounded",
-        rpn_pre_nms=1000,
-        rpn_post_nms=1000,
-        rpn_min_side=0.0,
-        roi_sampling=0,
-        roi_aligned=True,
-        roi_level_rule="detectron2",
-        box_min_side=0.0,
-        channel_order="bgr",
-        mean=(103.53, 116.28, 123.675),
-        std=(1.0, 1.0, 1.0),
-    )
+    fpn = dataclasses.replace(RESNET_FPN, roi_level_rule="detectron2", **MSRA)
     one_map = dataclasses.replace(fpn, neck="dc5", anchor_sizes=_ALL_SIZES, rpn_pre_nms=6000)
     c4 = dataclasses.replace(one_map, neck="single", box_head="res5", roi_size=14)
     x101 = dataclasses.replace(

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,26 @@ _POOLED_STRIDE = {"single": 16, "dc5": 32}  # of the body's map that RoIs are po
 _STEP_COUNTER = "num_batches_tracked"  # no result depends on it, and frozen batch norms have none
 _SHOWN = 3
 _BACKGROUND = ("__background__", "background")
+
+
+# What Detectron2 and MMDetection have in common, and what is otherwise on MSRA's weights, caffe's.
+RESNET_FPN = ModelSettings(
+    backbone="resnet50",
+    neck="fpn",
+    anchor_style="unrounded",
+    rpn_pre_nms=1000,
+    rpn_post_nms=1000,
+    rpn_min_side=0.0,
+    roi_sampling=0,
+    roi_aligned=True,
+    box_min_side=0.0,
+)
+MSRA: dict[str, Any] = {
+    "bottleneck_stride": "1x1",
+    "channel_order": "bgr",
+    "mean": (103.53, 116.28, 123.675),
+    "std": (1.0, 1.0, 1.0),
+}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from typing import Any
 
 from anchorline.export.importers.checkpoint_files import CheckpointFile
 from anchorline.export.importers.library import (
+    MSRA,
+    RESNET_FPN,
     Architecture,
     Description,
     Library,
@@ -22,7 +24,6 @@ from anchorline.export.importers.library import (
 )
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
-from anchorline.train.model.settings import ModelSettings
 
 # The configuration that MMDetection writes into its checkpoints, read as data: a Python text never run.
 #
@@ -245,39 +246,16 @@ def _sides(values: dict[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-_RESIZE = ResizeRule(800, 1333, rounding="nearest")
+_PYTORCH = dataclasses.replace(RESNET_FPN, roi_level_rule="mmdetection", clamp_deltas_below=True)
+_STYLES = {"": _PYTORCH, "_caffe": dataclasses.replace(_PYTORCH, **MSRA)}
 
-
-def _architectures() -> dict[str, Architecture]:
-    pytorch = ModelSettings(
-        backbone="resnet50",
-        neck="fpn",
-        anchor_style="unrounded",
-        clamp_deltas_below=True,
-        rpn_pre_nms=1000,
-        rpn_post_nms=1000,
-        rpn_min_side=0.0,
-        roi_sampling=0,
-        roi_aligned=True,
-        roi_level_rule="mmdetection",
-        box_min_side=0.0,
+ARCHITECTURES = {
+    f"mmdet_r{depth}{style}_fpn": Architecture(
+        dataclasses.replace(settings, backbone=f"resnet{depth}"), ResizeRule(800, 1333, rounding="nearest")
     )
-    caffe = dataclasses.replace(
-        pytorch,
-        bottleneck_stride="1x1",
-        channel_order="bgr",
-        mean=(103.53, 116.28, 123.675),
-        std=(1.0, 1.0, 1.0),
-    )
-    found = {}
-    for depth in ("50", "101"):
-        for style, settings in (("", pytorch), ("_caffe", caffe)):
-            of_depth = dataclasses.replace(settings, backbone=f"resnet{depth}")
-            found[f"mmdet_r{depth}{style}_fpn"] = Architecture(of_depth, _RESIZE)
-    return found
-
-
-ARCHITECTURES = _architectures()
+    for depth in ("50", "101")
+    for style, settings in _STYLES.items()
+}
 """The architectures of ``configs/faster_rcnn/faster-rcnn_r{50,101}{,-caffe}_fpn_*_coco.py``."""
 
 
