@@ -41,38 +41,27 @@ if TYPE_CHECKING:
 
 # Where each name lives. It is loaded when it is first used: the command needs the options and errors at once,
 # and NumPy and OpenCV only where a verb works with frames.
-_MODULES = {
-    "AnchorlineError": "io.errors",
-    "ArtefactError": "io.errors",
-    "Contract": "contract",
-    "DataError": "io.errors",
-    "DetectOptions": "video.options",
-    "DetectSummary": "video.figures",
-    "Detections": "detections",
-    "Detector": "detector",
-    "Filters": "video.options",
-    "FrameError": "io.errors",
-    "GpuError": "io.errors",
-    "GpuOptions": "tensorrt.cuda",
-    "LatestFrame": "video.sinks",
-    "Nv12": "canvas",
-    "ObjectTracker": "video.tracks",
-    "OutputError": "io.errors",
-    "ParityError": "io.errors",
-    "Result": "video.frames",
-    "SettingsError": "io.errors",
-    "Source": "video.source",
-    "TrackOptions": "video.options",
-    "TrainingError": "io.errors",
-    "VideoPipeline": "video.pipeline",
-    "VideoReader": "video.reader",
-    "VideoWriter": "video.writer",
-    "detect": "video.pipeline",
-    "draw": "drawing",
-    "find_images": "io.images",
-    "read_image": "io.images",
-    "write_image": "io.images",
+_NAMES = {
+    "canvas": "Nv12",
+    "contract": "Contract",
+    "detections": "Detections",
+    "detector": "Detector",
+    "drawing": "draw",
+    "io.errors": "AnchorlineError ArtefactError DataError FrameError GpuError OutputError ParityError "
+    "SettingsError TrainingError",
+    "io.images": "find_images read_image write_image",
+    "tensorrt.cuda": "GpuOptions",
+    "video.figures": "DetectSummary",
+    "video.frames": "Result",
+    "video.options": "DetectOptions Filters TrackOptions",
+    "video.pipeline": "VideoPipeline detect",
+    "video.reader": "VideoReader",
+    "video.sinks": "LatestFrame",
+    "video.source": "Source",
+    "video.tracks": "ObjectTracker",
+    "video.writer": "VideoWriter",
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = list(_MODULES)
 
 

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -44,6 +43,9 @@ class Detector:
     ``contract.thresholds.score``) are returned. ``threads`` bounds the CPU threads, ``workers`` the calls
     that run at once (on a GPU each takes memory of its own). ``cpu_precision`` and ``tuning`` are those of
     ``CpuOptions``: the arithmetic on a processor, and latency or throughput. ``gpu`` says how a GPU is used.
+
+    ``contract`` is what the model promises (task, class names, canvas, thresholds, origin), ``provider`` what
+    the network runs on, such as ``"cpu"``, and ``precision`` its arithmetic, such as ``"fp32"``.
     Raises ``ArtefactError``, ``SettingsError`` and ``GpuError``.
     """
 
@@ -62,10 +64,12 @@ class Detector:
         _check_count("workers", workers)
         cpu = CpuOptions(threads, cpu_precision, tuning)
         self._backend = open_backend(Path(model), provider, cpu, gpu or GpuOptions())
+        self.contract = self._backend.contract
+        self.provider, self.precision = self._backend.provider, self._backend.precision
         try:
-            _check_tensors(Path(model), self._backend.contract)
+            _check_tensors(Path(model), self.contract)
             # Detections below this are dropped; 0 where all that the graph lets through are returned.
-            self.score_threshold = _choose_threshold(score_threshold, self._backend.contract)
+            self.score_threshold = _choose_threshold(score_threshold, self.contract)
         except BaseException:
             self._backend.close()
             raise
@@ -76,21 +80,6 @@ class Detector:
         # How many threads may usefully call at once; a video pipeline has as many for files. Alone OpenVINO's
         # throughput mode uses half of the cores: one call for each of two streams.
         self.concurrent_calls = 2 if tuning == "throughput" and self.provider == "openvino" else 1
-
-    @property
-    def contract(self) -> Contract:
-        """What the model promises: task, class names, canvas, thresholds, origin."""
-        return self._backend.contract
-
-    @property
-    def provider(self) -> str:
-        """What the network runs on, such as ``"cpu"``."""
-        return self._backend.provider
-
-    @property
-    def precision(self) -> str:
-        """The network's arithmetic, such as ``"fp32"``."""
-        return self._backend.precision
 
     @property
     def timings(self) -> dict[str, float]:
@@ -162,8 +151,7 @@ class Detector:
             while pending:
                 yield from self._oldest(pending)
         except BaseException as error:
-            if not lanes.in_fork:
-                lanes.note(error)
+            lanes.note(error)
             raise
         finally:
             while pending and not lanes.in_fork:
@@ -180,10 +168,10 @@ class Detector:
         return found
 
     def _collect(self, lane: Lane, timings: dict[str, float]) -> list[Detections]:
-        result = lane.collect()
+        outputs, placements, stages = lane.collect()
         start = time.perf_counter()
-        found = to_detections(result.outputs, result.placements, self.contract, self.score_threshold)
-        for stage, seconds in result.timings.items():
+        found = to_detections(outputs, placements, self.contract, self.score_threshold)
+        for stage, seconds in stages.items():
             timings[stage] += seconds
         timings["postprocess"] += time.perf_counter() - start
         return found
@@ -191,24 +179,21 @@ class Detector:
     def _checked(self, frames: Sequence[Frame]) -> list[Frame]:
         for index, frame in enumerate(frames):
             try:
-                self._check_frame(frame)
+                if is_device_frame(frame):
+                    if not self._backend.device_frames:
+                        raise FrameError(
+                            f"the frame lies on a GPU, but this model runs on {self.provider}; copy the "
+                            "frame to the host, or run an engine"
+                        )
+                elif isinstance(frame, Nv12):
+                    frame_size(frame)
+                else:
+                    check_frame(frame)
             except FrameError as error:
                 if len(frames) == 1:
                     raise
                 raise FrameError(f"frame {index} of the batch: {error}") from None
         return list(frames)
-
-    def _check_frame(self, frame: Frame) -> None:
-        if is_device_frame(frame):
-            if not self._backend.device_frames:
-                raise FrameError(
-                    f"the frame lies on a GPU, but this model runs on {self.provider}; copy the frame to the "
-                    "host, or run an engine"
-                )
-        elif isinstance(frame, Nv12):
-            frame_size(frame)
-        else:
-            check_frame(frame)
 
     def close(self) -> None:
         """Release the model, once the calls of other threads have ended. Safe to call twice."""
@@ -223,9 +208,7 @@ class Detector:
     def __enter__(self) -> Detector:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self.close()
 
 

@@ -16,7 +16,7 @@ from anchorline.runtime.backends import onnxruntime as onnxruntime_backend
 from anchorline.runtime.backends import openvino as openvino_backend
 from anchorline.runtime.backends import selection as opening
 from anchorline.runtime.backends.cpu_options import CpuOptions
-from anchorline.runtime.backends.openvino import CompiledCache, has_openvino
+from anchorline.runtime.backends.openvino import has_openvino, load_network, store_network
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import ArtefactError, FrameError, SettingsError
 from anchorline.runtime.video.pipeline import VideoPipeline
@@ -159,7 +159,7 @@ def test_a_damaged_entry_is_made_again_and_said_once(model_path, cache, caplog, 
         opened()
     assert len([r for r in caplog.records if "made again" in r.message]) == 1
     if damage != "folder":
-        assert CompiledCache(entry.parent).load(entry) is not None
+        assert load_network(entry) is not None
 
 
 @needs_openvino
@@ -328,21 +328,18 @@ def test_cores_by_affinity_siblings_quota_and_openmp(tmp_path, monkeypatch):
 
 
 def test_the_cache_stays_within_its_limit(tmp_path, contract):
-    from anchorline.runtime.backends.openvino import Entry
-
-    cache = CompiledCache(tmp_path / "new", limit=20_000)
-    paths = [cache.path({"model": str(number)}) for number in range(4)]
+    paths = [tmp_path / "new" / f"{number}.network" for number in range(4)]
     for path in paths[:3]:
-        cache.store(path, Entry(contract, bytes(5000)))
+        store_network(path, contract, bytes(5000), limit=20_000)
     for age, path in zip((30, 20, 10), paths[:3], strict=True):
         stamp = path.stat().st_mtime - age
         cpu_options.os.utime(path, (stamp, stamp))
-    assert cache.load(paths[0]) == Entry(contract, bytes(5000))  # so it is the newest now
-    cache.store(paths[3], Entry(contract, bytes(5000)))
+    assert load_network(paths[0]) == (contract, bytes(5000))  # so it is the newest now
+    store_network(paths[3], contract, bytes(5000), limit=20_000)
     assert [path.is_file() for path in paths] == [True, False, True, True]
-    cache.store(paths[1], Entry(contract, bytes(30_000)))  # larger than all together
+    store_network(paths[1], contract, bytes(30_000), limit=20_000)  # larger than all together
     assert not paths[1].is_file()
-    assert cache.load(paths[1]) is None
+    assert load_network(paths[1]) is None
 
 
 def _file(path: Path, content: bytes) -> Path:

@@ -6,8 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -22,15 +21,7 @@ if TYPE_CHECKING:
 
 Lane: TypeAlias = "HostLane | TensorRTLane"
 Arrays = dict[str, NDArray[np.generic]]  # by the contract's names
-
-
-@dataclass(frozen=True)
-class LaneResult:
-    """The network's ``outputs`` by name, no views of the lane's buffers; seconds by stage."""
-
-    outputs: Mapping[str, NDArray[np.generic]]
-    placements: list[Placement]
-    timings: dict[str, float]
+LaneResult = tuple[Arrays, list[Placement], dict[str, float]]  # the outputs, and seconds by stage
 
 
 class HostLane:
@@ -71,11 +62,11 @@ class HostLane:
         self._pending = placements, seconds
 
     def collect(self) -> LaneResult:
-        """Wait for the batch that was submitted."""
+        """Wait for the batch that was submitted; the outputs are no views of the lane's buffers."""
         assert self._pending is not None
         placements, seconds = self._pending
         outputs, timings = self.wait()
-        return LaneResult(outputs, placements, {"preprocess": seconds, **timings})
+        return outputs, placements, {"preprocess": seconds, **timings}
 
     def drain(self) -> None:
         """Wait for whatever was submitted, and forget it."""
@@ -96,7 +87,7 @@ class LanePool:
     def __init__(self, create: Callable[[], Lane], workers: int, name: str) -> None:
         self._create, self._workers, self._name = create, workers, name
         self._permits = threading.BoundedSemaphore(workers)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._idle: list[Lane] = []
         self._all: list[Lane] = []
         self._closed = False
@@ -126,7 +117,7 @@ class LanePool:
             try:
                 lane = self._create()
             except GpuError as error:
-                self._note(error)
+                self.note(error)
                 raise
             self._all.append(lane)
             return lane
@@ -135,7 +126,7 @@ class LanePool:
         """After an ``error`` the lane's state is not known, so it is dropped; a refused frame or argument
         did not get that far."""
         with self._lock:
-            self._note(error)
+            self.note(error)
             if lane not in self._all:  # the pool was closed meanwhile
                 return
             if error is None or isinstance(error, (FrameError, SettingsError)):
@@ -153,10 +144,11 @@ class LanePool:
         else:
             self.give_back(lane)
 
-    def note(self, error: BaseException) -> None:
+    def note(self, error: BaseException | None) -> None:
         """Remember an error that loses the GPU, after which no lane is lent any more."""
-        with self._lock:
-            self._note(error)
+        if getattr(error, "sticky", False):
+            with self._lock:
+                self._failure = self._failure or str(error)
 
     @property
     def in_fork(self) -> bool:
@@ -196,7 +188,3 @@ class LanePool:
         for lane in lanes:
             lane.close()
         return True
-
-    def _note(self, error: BaseException | None) -> None:
-        if isinstance(error, GpuError) and getattr(error, "sticky", False):
-            self._failure = self._failure or str(error)

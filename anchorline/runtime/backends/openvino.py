@@ -16,9 +16,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +30,6 @@ from anchorline.runtime.io.files import atomic_path, cache_folder, sha256_of
 
 LIMIT_BYTES = 2 << 30  # of the compiled networks on disk
 _TELEMETRY = "openvino_telemetry"
-_LONGEST_HEADER = 1 << 24
 _SUFFIX = ".network"
 _CACHE_FORMAT = "2"
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -77,7 +75,7 @@ def core() -> Any:
 class OpenVINOBackend:
     """A network in an ONNX file that carries its contract; for any number of threads.
 
-    Compiled networks are kept on disk (``CompiledCache``). Raises ``ArtefactError`` for a file that
+    Compiled networks are kept on disk (``store_network``). Raises ``ArtefactError`` for a file that
     is missing, damaged, no ONNX, without contract or at odds with it, or that OpenVINO cannot compile, and
     ``SettingsError`` where OpenVINO is not installed or the processor has no bf16 and it is asked for.
     """
@@ -96,7 +94,7 @@ class OpenVINOBackend:
                 "pip install 'anchorline[openvino]', or use the provider cpu"
             ) from error
         self._network: Any
-        self.contract, self._network = _open(self.path, options or CpuOptions(), CompiledCache())
+        self.contract, self._network = _open(self.path, options or CpuOptions())
         if self.contract.needs_vnni and adds_in_16_bits():
             raise ArtefactError(
                 f"{self.path}: its 8-bit weights need VNNI, which this processor has not; quantise the float "
@@ -167,8 +165,11 @@ class OpenVINOLane(HostLane):
         return ArtefactError(f"{self._path}: OpenVINO cannot run it ({reason}); use the provider cpu")
 
 
-def _open(path: Path, options: CpuOptions, cache: CompiledCache) -> tuple[Contract, Any]:
-    """The contract and the compiled network, from the cache where it has it."""
+def _open(path: Path, options: CpuOptions) -> tuple[Contract, Any]:
+    """The contract and the compiled network, kept on disk so that a model opens at once the second time.
+
+    The file's name is the hash of everything that decides the network, so it never goes stale.
+    """
     # The contract's precision is known after the first look only, so the wish is part of the key.
     wish = network_precision(options.precision, "fp32")
     settings = {
@@ -184,36 +185,26 @@ def _open(path: Path, options: CpuOptions, cache: CompiledCache) -> tuple[Contra
         "precision": wish,
         **settings,
     }
-    entry_path = cache.path(facts)
-    found = _from_cache(path, entry_path, settings, cache)
-    if found is not None:
-        network_precision(options.precision, found[0].precision)
-        return found
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    kept_at = cache_folder() / "networks" / f"{key[:40]}{_SUFFIX}"
+    try:
+        if kept := load_network(kept_at):
+            contract, network = kept[0], core().import_model(kept[1], "CPU", settings)
+            network_precision(options.precision, contract.precision)
+            return contract, network
+    except (ArtefactError, RuntimeError) as error:
+        if kept_at not in _said:
+            _said.add(kept_at)
+            reason = str(error).strip().splitlines()[-1]
+            log.warning("%s: the kept network %s is damaged (%s); made again", path, kept_at, reason)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         inlined = Path(folder) / "inlined.onnx"
         contract = write_inlined(path, inlined)
         precision = network_precision(options.precision, contract.precision)
         network = _compile(path, inlined, {**settings, "INFERENCE_PRECISION_HINT": _HINTS[precision]})
     exported = network.export_model()
-    payload = exported if isinstance(exported, bytes) else bytes(exported.read())
-    cache.store(entry_path, Entry(contract, payload))
+    store_network(kept_at, contract, exported if isinstance(exported, bytes) else bytes(exported.read()))
     return contract, network
-
-
-def _from_cache(
-    path: Path, entry_path: Path, settings: dict[str, str], cache: CompiledCache
-) -> tuple[Contract, Any] | None:
-    try:
-        entry = cache.load(entry_path)
-        if entry is None:
-            return None
-        return entry.contract, core().import_model(entry.payload, "CPU", settings)
-    except (ArtefactError, RuntimeError) as error:
-        if entry_path not in _said:
-            _said.add(entry_path)
-            reason = str(error).strip().splitlines()[-1]
-            log.warning("%s: the kept network %s is damaged (%s); made again", path, entry_path, reason)
-        return None
 
 
 def _compile(path: Path, inlined: Path, settings: dict[str, str]) -> Any:
@@ -240,69 +231,52 @@ def _keep_coordinates(model: Any) -> None:
         model.add_outputs(rois)
 
 
-class Entry(NamedTuple):
-    """A compiled network and the contract of the model it was made from."""
+def load_network(path: Path) -> tuple[Contract, bytes] | None:
+    """The contract and the payload that ``store_network`` kept, None where there is no such file.
 
-    contract: Contract
-    payload: bytes
-
-
-class CompiledCache:
-    """Compiled networks on disk, so that a model opens at once the second time; at most ``limit`` bytes.
-
-    An entry is a file: one line of JSON with the contract and the payload's SHA-256, then the payload. It is
-    named by the hash of everything that decides it (model, versions, settings), so it never goes stale; the
-    ones that were not used for longest make room.
+    ``ArtefactError`` where it cannot be used.
     """
+    try:
+        with path.open("rb") as file:
+            header, payload = file.readline(), file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ArtefactError(error.strerror or str(error)) from error
+    try:
+        fields = json.loads(header)
+        contract = Contract.from_json(fields["contract"], where=str(path))
+        whole = hashlib.sha256(payload).hexdigest() == fields["sha256"]
+    except (ValueError, KeyError, TypeError) as error:  # an ArtefactError is a ValueError
+        raise ArtefactError("its header cannot be read") from error
+    if not whole:
+        raise ArtefactError("its contents have changed")
+    with contextlib.suppress(OSError):
+        os.utime(path)  # used just now
+    return contract, payload
 
-    def __init__(self, folder: Path | None = None, limit: int = LIMIT_BYTES) -> None:
-        self._folder, self._limit = folder or cache_folder() / "networks", limit
 
-    def path(self, facts: Mapping[str, str]) -> Path:
-        """The file for a network that these facts decide."""
-        key = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
-        return self._folder / f"{key[:40]}{_SUFFIX}"
+def store_network(path: Path, contract: Contract, payload: bytes, limit: int = LIMIT_BYTES) -> None:
+    """Keep a compiled network as a line of JSON, with the contract and its SHA-256, and the payload.
 
-    def load(self, path: Path) -> Entry | None:
-        """The entry, None where there is none; ``ArtefactError`` for one that cannot be used."""
-        try:
-            with path.open("rb") as file:
-                header = file.readline(_LONGEST_HEADER)
-                payload = file.read()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise ArtefactError(error.strerror or str(error)) from error
-        try:
-            fields = json.loads(header)
-            contract = Contract.from_json(fields["contract"], where=str(path))
-            whole = hashlib.sha256(payload).hexdigest() == fields["sha256"]
-        except (ValueError, KeyError, TypeError) as error:  # an ArtefactError is a ValueError
-            raise ArtefactError("its header cannot be read") from error
-        if not whole:
-            raise ArtefactError("its contents have changed")
-        with contextlib.suppress(OSError):
-            os.utime(path)  # used just now
-        return Entry(contract, payload)
-
-    def store(self, path: Path, entry: Entry) -> None:
-        """Keep ``entry`` and make room. Where that cannot be, the log says so and all goes on without."""
-        if len(entry.payload) > self._limit:
-            return
-        sha256 = hashlib.sha256(entry.payload).hexdigest()
-        header = json.dumps({"contract": entry.contract.to_json(), "sha256": sha256})
-        try:
-            with atomic_path(path) as temporary, temporary.open("wb") as file:
-                file.write(header.encode() + b"\n")
-                file.write(entry.payload)
-        except AnchorlineError as error:
-            log.info("the compiled network is not kept: %s", error)
-            return
-        with contextlib.suppress(OSError):
-            found = [(each.stat(), each) for each in self._folder.glob(f"*{_SUFFIX}")]
-            total = sum(stat.st_size for stat, _ in found)
-            for stat, old in sorted(found, key=lambda each: each[0].st_mtime):
-                if total <= self._limit:
-                    break
-                old.unlink(missing_ok=True)
-                total -= stat.st_size
+    Those in its folder that were not used for longest make room, down to ``limit`` bytes. Where it cannot be
+    kept, the log says so and all goes on without.
+    """
+    if len(payload) > limit:
+        return
+    header = {"contract": contract.to_json(), "sha256": hashlib.sha256(payload).hexdigest()}
+    try:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            file.write(json.dumps(header).encode() + b"\n")
+            file.write(payload)
+    except AnchorlineError as error:
+        log.info("the compiled network is not kept: %s", error)
+        return
+    with contextlib.suppress(OSError):
+        found = [(each.stat(), each) for each in path.parent.glob(f"*{_SUFFIX}")]
+        total = sum(stat.st_size for stat, _ in found)
+        for stat, old in sorted(found, key=lambda each: each[0].st_mtime):
+            if total <= limit:
+                break
+            old.unlink(missing_ok=True)
+            total -= stat.st_size

@@ -34,34 +34,21 @@ def ffmpeg_lines() -> Iterator[list[str]]:
         except OSError:  # there is no stderr
             yield lines
             return
-        with _scratch_file() as scratch:
-            os.dup2(scratch, _STDERR)
+        # In memory where the system has that, so that a full disk does no harm.
+        memory = os.memfd_create("anchorline-native-log") if hasattr(os, "memfd_create") else None
+        with tempfile.TemporaryFile() if memory is None else open(memory, "rb") as scratch:
+            os.dup2(scratch.fileno(), _STDERR)
             try:
                 yield lines
             finally:
                 os.dup2(saved, _STDERR)
                 os.close(saved)
-                length = os.lseek(scratch, 0, os.SEEK_CUR)
-                os.lseek(scratch, 0, os.SEEK_SET)
-                text = os.read(scratch, length)
+                scratch.seek(0)
+                text = scratch.read()
                 lines += [line.decode("utf-8", "replace").strip() for line in _FFMPEG.findall(text)]
                 if rest := _FFMPEG.sub(b"", text):
                     with contextlib.suppress(OSError):
                         os.write(_STDERR, rest)
-
-
-@contextlib.contextmanager
-def _scratch_file() -> Iterator[int]:
-    """A file descriptor in memory where the system has that, so that a full disk does no harm."""
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("anchorline-native-log")
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
-    else:
-        with tempfile.TemporaryFile() as file:
-            yield file.fileno()
 
 
 @contextlib.contextmanager

@@ -28,24 +28,11 @@ PER_THREAD_STREAM = 2  # CU_STREAM_PER_THREAD: the calling thread's default stre
 OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 
 # After one of these the context is lost and every later call in it fails (CUDA driver API, CUresult).
-_STICKY = {
-    "CUDA_ERROR_ASSERT",
-    "CUDA_ERROR_CONTAINED",
-    "CUDA_ERROR_CONTEXT_IS_DESTROYED",
-    "CUDA_ERROR_ECC_UNCORRECTABLE",
-    "CUDA_ERROR_EXTERNAL_DEVICE",
-    "CUDA_ERROR_HARDWARE_STACK_ERROR",
-    "CUDA_ERROR_ILLEGAL_ADDRESS",
-    "CUDA_ERROR_ILLEGAL_INSTRUCTION",
-    "CUDA_ERROR_INVALID_ADDRESS_SPACE",
-    "CUDA_ERROR_INVALID_PC",
-    "CUDA_ERROR_LAUNCH_FAILED",
-    "CUDA_ERROR_LAUNCH_TIMEOUT",
-    "CUDA_ERROR_MISALIGNED_ADDRESS",
-    "CUDA_ERROR_MPS_CLIENT_TERMINATED",
-    "CUDA_ERROR_NVLINK_UNCORRECTABLE",
-    "CUDA_ERROR_TENSOR_MEMORY_LEAK",
-}
+_STICKY = (
+    "ASSERT CONTAINED CONTEXT_IS_DESTROYED ECC_UNCORRECTABLE EXTERNAL_DEVICE HARDWARE_STACK_ERROR "
+    "ILLEGAL_ADDRESS ILLEGAL_INSTRUCTION INVALID_ADDRESS_SPACE INVALID_PC LAUNCH_FAILED LAUNCH_TIMEOUT "
+    "MISALIGNED_ADDRESS MPS_CLIENT_TERMINATED NVLINK_UNCORRECTABLE TENSOR_MEMORY_LEAK"
+)
 _NO_DEVICE_NAMES = ("CUDA_ERROR_NO_DEVICE", "CUDA_ERROR_INVALID_DEVICE", "CUDA_ERROR_STUB_LIBRARY")
 _PINNED_FLAGS = 0  # cuMemHostAlloc: readable from the device as well, by unified addressing
 _MIB = 1 << 20
@@ -100,7 +87,7 @@ class CudaError(GpuError):
 
     def __init__(self, doing: str, name: str, text: str = "", remedy: str = "", sticky: bool = False) -> None:
         self.name = name
-        self.sticky = sticky or name in _STICKY
+        self.sticky = sticky or name.removeprefix("CUDA_ERROR_") in _STICKY.split()
         if self.sticky:
             remedy = "the GPU's context is lost: nothing more runs on it, start the process again"
         elif name == OUT_OF_MEMORY and not remedy:  # in another call than for device memory
@@ -150,13 +137,11 @@ def call_driver(driver: Any, function: str, *arguments: Any, doing: str) -> Any:
 
 def compute_capability(driver: Any, device: Any) -> int:
     """A device's compute capability as one number, 86 for 8.6."""
-    attributes = driver.CUdevice_attribute
+    names = (f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{part}" for part in ("MAJOR", "MINOR"))
+    attributes = (getattr(driver.CUdevice_attribute, name) for name in names)
     major, minor = (
         int(call_driver(driver, "cuDeviceGetAttribute", attribute, device, doing="asking the GPU"))
-        for attribute in (
-            attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-            attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-        )
+        for attribute in attributes
     )
     return 10 * major + minor
 

@@ -17,7 +17,6 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +95,6 @@ class TensorRTBackend:
         self._cuda.close()
 
 
-@dataclass(frozen=True)
-class _Running:
-    """What was submitted and not yet collected; ``frames`` keeps device frames alive meanwhile."""
-
-    placements: list[Placement]
-    stream: int
-    frames: Any
-
-
 class TensorRTLane:
     """The methods are those of ``HostLane``. To be made and closed with the CUDA context current or not."""
 
@@ -117,7 +107,8 @@ class TensorRTLane:
         self._graphs = cuda if self._graph and isinstance(cuda, BindingsCuda) and not engine.is_rtx else None
         self._copy_in_graph = self._graphs is not None and not options.timings
         self._slots: dict[int, InferenceSlot] = {}
-        self._running: _Running | None = None
+        # What was submitted and not yet collected: placements, stream, and the frames, kept alive meanwhile.
+        self._running: tuple[list[Placement], int, Any] | None = None
         self._lock = threading.Lock()
         self._closed = self._failed = self._said_unconverged = False
         with cuda.current(), contextlib.ExitStack() as resources:
@@ -152,28 +143,27 @@ class TensorRTLane:
             ]
             batch = max(len(frames), self._lowest)
             slot = self._slot(batch)
-            self._running = _Running(placements, run_on, (frames, device_frames))
+            self._running = placements, run_on, (frames, device_frames)
             self._clock.mark(run_on, "preprocess")
             self._fill(frames, device_frames, placements, batch, run_on)
             self._run(slot, run_on)
 
     def collect(self) -> LaneResult:
         with self._at_work():
-            running = self._running
-            assert running is not None
-            self._cuda.synchronize(running.stream)
+            assert self._running is not None
+            placements, stream, _ = self._running
+            self._cuda.synchronize(stream)
             self._running = None
             timings = self._clock.finish()
             self._check_converged()
-            count = len(running.placements)
             # Copies: the buffers may be freed or filled at any time.
-            outputs = {name: values[:count].copy() for name, values in self._buffers.outputs.items()}
-            return LaneResult(outputs, running.placements, timings)
+            outputs = {n: values[: len(placements)].copy() for n, values in self._buffers.outputs.items()}
+            return outputs, placements, timings
 
     def drain(self) -> None:
         with self._at_work():
             if self._running is not None:
-                self._cuda.synchronize(self._running.stream)
+                self._cuda.synchronize(self._running[1])
                 self._running = None
 
     def close(self) -> None:
@@ -183,7 +173,7 @@ class TensorRTLane:
             self._closed = True
             with contextlib.suppress(CudaError), self._cuda.current():
                 # Nothing may be freed that the GPU still works with.
-                for stream in {self._stream, self._running.stream if self._running else self._stream}:
+                for stream in {self._stream, self._running[1] if self._running else self._stream}:
                     with contextlib.suppress(CudaError):
                         self._cuda.synchronize(stream)
                 self._resources.close()

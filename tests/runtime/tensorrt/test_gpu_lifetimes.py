@@ -34,10 +34,10 @@ def test_results_outlive_the_lane_they_came_from(detector: Detector) -> None:
     """A stream holds no permit: another thread may close the detector while its results are unpacked."""
     lane = detector._backend.create_lane()
     lane.submit([FRAME])
-    result = lane.collect()
-    kept = {name: values.copy() for name, values in result.outputs.items()}
+    outputs, _, _ = lane.collect()
+    kept = {name: values.copy() for name, values in outputs.items()}
     lane.close()
-    for name, values in result.outputs.items():
+    for name, values in outputs.items():
         np.testing.assert_array_equal(values, kept[name])
 
 
