@@ -34,14 +34,13 @@ class HostLane:
     def __init__(self, contract: Contract, provider: str) -> None:
         self._contract, self._provider = contract, provider
         self._preprocess = Preprocessor(contract)
-        self._pending: tuple[list[Placement], float] | None = None
+        self._pending: tuple[list[Placement], Arrays, float] | None = None
 
     def start(self, inputs: Arrays) -> None:
-        """Hand the network its inputs, which stay as they are until ``wait`` has returned."""
-        raise NotImplementedError
+        """Hand the network its inputs, where it runs while the caller goes on."""
 
-    def wait(self) -> tuple[Arrays, dict[str, float]]:
-        """Its outputs, and the seconds of upload, network and download."""
+    def wait(self, inputs: Arrays) -> tuple[Arrays, dict[str, float]]:
+        """Its outputs for these inputs, and the seconds of upload, network and download."""
         raise NotImplementedError
 
     def entered(self) -> contextlib.AbstractContextManager[None]:
@@ -58,14 +57,15 @@ class HostLane:
         start = time.perf_counter()
         images, image_sizes, placements = self._preprocess(frames)
         seconds = time.perf_counter() - start
-        self.start(dict(zip(self._contract.inputs, (images, image_sizes), strict=True)))
-        self._pending = placements, seconds
+        inputs: Arrays = dict(zip(self._contract.inputs, (images, image_sizes), strict=True))
+        self.start(inputs)
+        self._pending = placements, inputs, seconds
 
     def collect(self) -> LaneResult:
         """Wait for the batch that was submitted; the outputs are no views of the lane's buffers."""
         assert self._pending is not None
-        placements, seconds = self._pending
-        outputs, timings = self.wait()
+        placements, inputs, seconds = self._pending
+        outputs, timings = self.wait(inputs)
         return outputs, placements, {"preprocess": seconds, **timings}
 
     def drain(self) -> None:

@@ -135,17 +135,9 @@ class OnnxRuntimeLane(HostLane):
     def __init__(self, backend: OnnxRuntimeBackend) -> None:
         super().__init__(backend.contract, backend.provider)
         self._backend = backend
-        self._inputs: Arrays = {}
 
-    def start(self, inputs: Arrays) -> None:
-        self._inputs = inputs
-
-    def wait(self) -> tuple[Arrays, dict[str, float]]:
-        return self._backend.infer(self._inputs)
-
-    def drain(self) -> None:
-        super().drain()
-        self._inputs = {}
+    def wait(self, inputs: Arrays) -> tuple[Arrays, dict[str, float]]:
+        return self._backend.infer(inputs)
 
 
 class BoundNetwork:

@@ -137,7 +137,7 @@ class OpenVINOLane(HostLane):
             raise self._failure(error) from error
         self._running = True
 
-    def wait(self) -> tuple[Arrays, dict[str, float]]:
+    def wait(self, inputs: Arrays) -> tuple[Arrays, dict[str, float]]:
         ended_before = self._request.wait_for(0)  # then the clock here says nothing, and OpenVINO's does
         self._running = False
         try:

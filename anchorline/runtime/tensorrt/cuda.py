@@ -433,43 +433,37 @@ class PyCuda:
         if getattr(self._inside, "yes", False):
             yield
             return
-        with self._errors("entering the GPU's context"):
-            self._context.push()
+        self._call(self._context.push, doing="entering the GPU's context")
         self._inside.yes = True
         try:
             yield
         finally:
             self._inside.yes = False
-            with self._errors("leaving the GPU's context"):
-                self._context.pop()
+            self._call(self._context.pop, doing="leaving the GPU's context")
 
     def memory_info(self) -> tuple[int, int]:
-        with self._errors("asking for free memory"):
-            free, total = self._pycuda.mem_get_info()
+        free, total = self._call(self._pycuda.mem_get_info, doing="asking for free memory")
         return int(free), int(total)
 
     def allocate(self, size: int, what: str, remedy: str) -> int:
         try:
-            with self._errors(f"allocating {what}"):
-                block = self._pycuda.mem_alloc(size)
+            block = self._call(self._pycuda.mem_alloc, size, doing=f"allocating {what}")
         except OutOfDeviceMemoryError:
             raise OutOfDeviceMemoryError(size, self.memory_info()[0], what, remedy) from None
         self._memory[int(block)] = block
         return int(block)
 
     def free(self, address: int) -> None:
-        with self._errors("freeing device memory"):
-            self._memory.pop(address).free()
+        self._call(self._memory.pop(address).free, doing="freeing device memory")
 
     def allocate_pinned(self, size: int) -> PinnedBuffer:
-        with self._errors(f"allocating {size} bytes of pinned host memory"):
-            array = self._pycuda.pagelocked_empty(size, np.uint8)
+        doing = f"allocating {size} bytes of pinned host memory"
+        array = self._call(self._pycuda.pagelocked_empty, size, np.uint8, doing=doing)
         self._pinned[array.ctypes.data] = array
         return PinnedBuffer(array.ctypes.data, array)
 
     def free_pinned(self, buffer: PinnedBuffer) -> None:
-        with self._errors("freeing pinned host memory"):
-            self._pinned.pop(buffer.address).base.free()
+        self._call(self._pinned.pop(buffer.address).base.free, doing="freeing pinned host memory")
 
     def device_of(self, address: int) -> int | None:
         """This GPU or unknown: pycuda does not tell other devices."""
@@ -480,8 +474,7 @@ class PyCuda:
         return self.device
 
     def create_stream(self) -> int:
-        with self._errors("creating a stream"):
-            made = self._pycuda.Stream()
+        made = self._call(self._pycuda.Stream, doing="creating a stream")
         self._streams[int(made.handle)] = made
         return int(made.handle)
 
@@ -501,53 +494,46 @@ class PyCuda:
         raise SettingsError(f"stream is {stream!r}; with cuda='pycuda' expected a pycuda.driver.Stream")
 
     def synchronize(self, stream: int) -> None:
-        with self._errors("waiting for the GPU"):
-            waited = self._stream(stream)
-            if waited is None:
-                self._pycuda.Context.synchronize()
-            else:
-                waited.synchronize()
+        waited = self._stream(stream) or self._pycuda.Context
+        self._call(waited.synchronize, doing="waiting for the GPU")
 
     def copy_in(self, target: int, source: PinnedBuffer, size: int, stream: int) -> None:
-        with self._errors("copying to the GPU"):
-            self._pycuda.memcpy_htod_async(target, source.array[:size], self._stream(stream))
+        given = (target, source.array[:size], self._stream(stream))
+        self._call(self._pycuda.memcpy_htod_async, *given, doing="copying to the GPU")
 
     def copy_out(self, target: PinnedBuffer, source: int, size: int, stream: int) -> None:
-        with self._errors("copying from the GPU"):
-            self._pycuda.memcpy_dtoh_async(target.array[:size], source, self._stream(stream))
+        given = (target.array[:size], source, self._stream(stream))
+        self._call(self._pycuda.memcpy_dtoh_async, *given, doing="copying from the GPU")
 
     def create_event(self, timing: bool = False) -> int:
         flags = self._pycuda.event_flags
-        number = next(self._numbers)
-        with self._errors("creating an event"):
-            self._events[number] = self._pycuda.Event(flags.DEFAULT if timing else flags.DISABLE_TIMING)
+        number, flag = next(self._numbers), flags.DEFAULT if timing else flags.DISABLE_TIMING
+        self._events[number] = self._call(self._pycuda.Event, flag, doing="creating an event")
         return number
 
     def destroy_event(self, event: int) -> None:
         del self._events[event]
 
     def record(self, event: int, stream: int) -> None:
-        with self._errors("recording an event"):
-            self._events[event].record(self._stream(stream))
+        self._call(self._events[event].record, self._stream(stream), doing="recording an event")
 
     def wait(self, stream: int, event: int) -> None:
-        with self._errors("waiting for an event"):
-            waiting = self._stream(stream)
-            if waiting is None:  # pycuda's default stream has no object that could wait
-                self._events[event].synchronize()
-            else:
-                waiting.wait_for_event(self._events[event])
+        waiting = self._stream(stream)
+        if waiting is None:  # pycuda's default stream has no object that could wait
+            self._call(self._events[event].synchronize, doing="waiting for an event")
+        else:
+            self._call(waiting.wait_for_event, self._events[event], doing="waiting for an event")
 
     def seconds_between(self, start: int, end: int) -> float:
-        with self._errors("reading an event's time"):
-            return float(self._events[start].time_till(self._events[end])) / 1000.0
+        times = self._events[start], self._events[end]
+        return float(self._call(times[0].time_till, times[1], doing="reading an event's time")) / 1000.0
 
     def load_kernel(self, source: str, kernel: str) -> Any:
-        with self._loading, self._errors(f"loading {kernel}"):
+        with self._loading:
             if source not in self._modules:
-                code = image(source, self.compute_capability)
-                self._modules[source] = self._pycuda.module_from_buffer(code)
-            return self._modules[source].get_function(kernel)
+                code, load = image(source, self.compute_capability), self._pycuda.module_from_buffer
+                self._modules[source] = self._call(load, code, doing=f"loading {kernel}")
+            return self._call(self._modules[source].get_function, kernel, doing=f"loading {kernel}")
 
     def launch(
         self, kernel: Any, grid: tuple[int, int, int], threads: int, arguments: Sequence[Any], stream: int
@@ -559,8 +545,8 @@ class PyCuda:
             else np.dtype(type(argument)).type(argument.value)
             for argument in arguments
         ]
-        with self._errors("launching a kernel"):
-            kernel(*values, grid=grid, block=(threads, 1, 1), stream=self._stream(stream))
+        how = {"grid": grid, "block": (threads, 1, 1), "stream": self._stream(stream)}
+        self._call(kernel, *values, **how, doing="launching a kernel")
 
     def close(self) -> None:
         if self._context is None:
@@ -586,10 +572,9 @@ class PyCuda:
             )
         return found
 
-    @contextlib.contextmanager
-    def _errors(self, doing: str) -> Iterator[None]:
+    def _call(self, function: Callable[..., Any], *arguments: Any, doing: str, **named: Any) -> Any:
         try:
-            yield
+            return function(*arguments, **named)
         except self._pycuda.MemoryError:
             raise OutOfDeviceMemoryError(0, None, doing, "close other programs on the GPU") from None
         except self._pycuda.Error as error:

@@ -54,17 +54,9 @@ class DeviceFrame:
     owner: Any
 
 
-@dataclass(frozen=True)
-class _Array:
-    """What a library tells of an array: ``strides`` in bytes of uint8; pinned memory is of no ``device``."""
-
-    address: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: str
-    device: int | None
-    stream: int | None
-    owner: Any
+# What a library tells of an array: its address, shape, strides in bytes of uint8, and type, and the frame's
+# device (pinned memory is of none), stream and owner.
+_Array = tuple[int, tuple[int, ...], tuple[int, ...], str, int | None, int | None, Any]
 
 
 def is_device_frame(frame: object) -> bool:
@@ -78,20 +70,18 @@ def is_device_frame(frame: object) -> bool:
 def read_device_frame(frame: Any, stream: int) -> DeviceFrame:
     """Where ``frame`` lies, for work to be queued on ``stream``; ``FrameError`` for what is no frame."""
     pixels = frame.pixels if isinstance(frame, Nv12) else frame
-    array = _read_dlpack(pixels, stream) if _speaks_dlpack(pixels) else _read_interface(pixels)
-    shape = array.shape
+    read = _read_dlpack(pixels, stream) if _speaks_dlpack(pixels) else _read_interface(pixels)
+    address, shape, steps, dtype, device, ready_on, owner = read
     # A side of 1 has no next one, so libraries write any step there; rows and pixels are never nearer.
-    strides = [
-        dense if side == 1 else step
-        for side, step, dense in zip(shape, array.strides, _dense(shape), strict=True)
-    ]
+    tight_steps = _dense(shape)
+    strides = [d if side == 1 else s for side, s, d in zip(shape, steps, tight_steps, strict=True)]
     if isinstance(frame, Nv12):
-        height, width = nv12_size(shape, array.dtype)
+        height, width = nv12_size(shape, dtype)
         tight = strides[1] == 1 and strides[0] >= width
-        expectation, chroma = NV12_EXPECTATION, array.address + height * strides[0]
+        expectation, chroma = NV12_EXPECTATION, address + height * strides[0]
     else:
-        if array.dtype != "uint8" or len(shape) != 3 or shape[2] != 3 or 0 in shape:
-            raise FrameError(f"{_BGR}, got {array.dtype} {list(shape)}; convert it on the GPU first")
+        if dtype != "uint8" or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+            raise FrameError(f"{_BGR}, got {dtype} {list(shape)}; convert it on the GPU first")
         height, width = shape[:2]
         tight = strides[1:] == [3, 1] and strides[0] >= 3 * width
         expectation, chroma = _BGR, 0
@@ -100,9 +90,7 @@ def read_device_frame(frame: Any, stream: int) -> DeviceFrame:
             f"{expectation} with pixels side by side and rows in order, got strides {strides} bytes; "
             "make it contiguous first"
         )
-    return DeviceFrame(
-        array.address, chroma, strides[0], (height, width), array.device, array.stream, array.owner
-    )
+    return DeviceFrame(address, chroma, strides[0], (height, width), device, ready_on, owner)
 
 
 def _read_interface(pixels: Any) -> _Array:
@@ -127,7 +115,7 @@ def _read_interface(pixels: Any) -> _Array:
             f"the frame's __cuda_array_interface__ says stream {ready_on}, which is ambiguous; expected None "
             "(ready), 1 (legacy default), 2 (the thread's default) or a stream's handle"
         )
-    return _Array(address, shape, steps, str(dtype), None, ready_on, pixels)
+    return address, shape, steps, str(dtype), None, ready_on, pixels
 
 
 def _dense(shape: tuple[int, ...], step: int = 1) -> tuple[int, ...]:
@@ -196,7 +184,7 @@ def _read_dlpack(tensor: Any, stream: int) -> _Array:
         dtype += f"x{found.lanes}"
     start = int(found.data or 0) + int(found.byte_offset)
     device = None if found.device_type == _CUDA_HOST else int(found.device_id)
-    return _Array(start, shape, strides, dtype, device, None, capsule)
+    return start, shape, strides, dtype, device, None, capsule
 
 
 def _tensor_in(capsule: Any) -> _Tensor:
