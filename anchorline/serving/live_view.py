@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import h11
@@ -113,9 +112,7 @@ class LiveView:
         self._live.painter.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._live.close()
         self._server.should_exit = True
         self._thread.join()
@@ -241,9 +238,10 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Also cuts the connections of who does not read, for which uvicorn would wait and then complain."""
-        asyncio.get_running_loop().call_later(_LEAVE_SECONDS, self._abort_all)
-        await super().shutdown(sockets)
 
-    def _abort_all(self) -> None:
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()
+        def abort_all() -> None:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+
+        asyncio.get_running_loop().call_later(_LEAVE_SECONDS, abort_all)
+        await super().shutdown(sockets)

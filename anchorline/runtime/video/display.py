@@ -20,7 +20,6 @@ from anchorline.runtime.video.source import Source
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from anchorline.runtime.video.frames import Result
     from anchorline.runtime.video.pipeline import VideoPipeline
@@ -43,8 +42,19 @@ def displayed(pipeline: VideoPipeline) -> Iterator[Result]:
         bar = Progress(TextColumn("detect"), *columns, console=console)
         task = bar.add_task("detect", total=total)
         is_alone = total is not None and len(pipeline.sources) == 1
-        shown = Group(bar) if is_alone else Group(bar, _LiveTable(pipeline.figures))
-        with Live(shown, console=console, refresh_per_second=_REFRESHES):
+        recent, sources = RecentRates(pipeline.figures), pipeline.figures.sources
+
+        def shown() -> Group:
+            if is_alone:
+                return Group(bar)
+            rates = recent.now()
+            rows = {
+                name: {**each.snapshot(), "fps_in": rates[name].read, "fps_out": rates[name].answered}
+                for name, each in sources.items()
+            }
+            return Group(bar, source_table(rows, {name: each.state for name, each in sources.items()}))
+
+        with Live(console=console, refresh_per_second=_REFRESHES, get_renderable=shown):
             for result in pipeline:
                 bar.advance(task)
                 yield result
@@ -68,22 +78,6 @@ def _count_frames(sources: Sequence[Source]) -> int | None:
                 return None
             total += -(-count // source.stride)
     return total
-
-
-class _LiveTable:
-    """The sources' figures as a table that is made anew each time it is shown."""
-
-    def __init__(self, figures: Figures) -> None:
-        self._figures = figures
-        self._recent = RecentRates(figures)
-
-    def __rich__(self) -> Table:
-        recent, sources = self._recent.now(), self._figures.sources
-        rows = {
-            name: {**each.snapshot(), "fps_in": recent[name].read, "fps_out": recent[name].answered}
-            for name, each in sources.items()
-        }
-        return source_table(rows, {name: each.state for name, each in sources.items()})
 
 
 @contextlib.contextmanager

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from anchorline.runtime.detections import Detections
@@ -15,7 +15,7 @@ from anchorline.runtime.io.errors import DataError
 from anchorline.runtime.video.figures import Figures
 from anchorline.runtime.video.frames import Result, Stream
 from anchorline.runtime.video.options import DetectOptions, Policy
-from anchorline.runtime.video.reader import IterableReader, Reader, open_file, open_stream
+from anchorline.runtime.video.reader import AvReader, IterableReader, Reader, StreamReader, open_file
 from anchorline.runtime.video.source import Item, Source
 
 FIRST_PAUSE = 0.5  # seconds before a lost source is opened again; doubled each time, up to
@@ -25,14 +25,14 @@ _NEARLY = 0.9
 _NOTHING = Detections.empty()
 
 
+@dataclass(eq=False)
 class SourceQueue:
     """The frames of one source that wait for the detector. The intake's lock guards it."""
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self.frames: deque[Result] = deque()
-        self.dropped = 0
-        self.ended = False
+    policy: Policy
+    frames: deque[Result] = field(default_factory=deque)
+    dropped: int = 0
+    ended: bool = False
 
 
 class Intake:
@@ -88,11 +88,10 @@ class Intake:
                 frames = self._pick()
                 if frames:  # another worker may have been faster
                     break
-            number = self._taken
             self._taken += 1
             self._under_way += len(frames)
             self._changed.notify_all()
-            return number, frames
+            return self._taken - 1, frames
 
     def done(self) -> None:
         """A frame has left the pipeline."""
@@ -165,42 +164,49 @@ class Feed:
 
     def run(self) -> None:
         """Read until the source ends or the pipeline stops. Raises what nobody expected."""
-        source, where, options = self._source, self._source.where, self._options
+        source, where = self._source, self._source.where
         try:
-            if source.items:
-                for item in source.items:
-                    self._read_file(functools.partial(open_file, item, options.decoder), item)
-            elif not isinstance(where, str | int | Path):
+            if not source.items and not isinstance(where, str | int | Path):
                 self._pump(IterableReader(where))
-            elif source.live:
-                self._read_live(where if isinstance(where, int) else str(where))
+            elif source.live and not source.items:
+                self._read_live()
             else:
-                name = source.describe()
-                self._read_file(lambda: open_stream(str(where), options.decoder, options.stall, name, False))
+                for item in source.items or (None,):
+                    self._read_once(item)
         finally:
             self._figures.state = "ended"
             self._intake.end(self._queue)
 
-    def _read_file(self, opening: Callable[[], Reader], item: Item | None = None) -> None:
+    def _open(self, item: Item | None = None) -> Reader:
+        """The reader of a file, or of the camera or URL that the source is."""
+        if item is not None:
+            return open_file(item, self._options.decoder)
+        where = self._source.where if isinstance(self._source.where, int) else str(self._source.where)
+        stall, name, live = self._options.stall, self._source.describe(), bool(self._source.live)
+        if self._options.decoder == "pyav" and isinstance(where, str):
+            return AvReader(where, stall, name, live)
+        return StreamReader(where, stall, name, live)
+
+    def _read_once(self, item: Item | None) -> None:
         if self._intake.stopped.is_set():
             return
         start = time.perf_counter()
         try:
-            reader = opening()
+            reader = self._open(item)
             # Opening an image decodes it; opening a video is no frame's share.
             opened = time.perf_counter() - start if item and not item.is_video else 0.0
             self._pump(reader, item, opened)
         except DataError as error:
             self._figures.unreadable(error)
 
-    def _read_live(self, where: str | int) -> None:
+    def _read_live(self) -> None:
         figures, options, stopped = self._figures, self._options, self._intake.stopped
         began, pause = time.monotonic(), FIRST_PAUSE
         while not stopped.is_set():
             before, error = self._delivered, None
             try:
                 figures.asked()
-                reader = open_stream(where, options.decoder, options.stall, self._source.describe())
+                reader = self._open()
                 if before:
                     figures.reconnected()
                 self._pump(reader)

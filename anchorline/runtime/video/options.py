@@ -139,7 +139,7 @@ class Filters:
                 raise SettingsError(
                     f"region {region!r}; expected at least three corners (x, y) as fractions from 0 to 1"
                 )
-        _check_fields(self)
+        check_fields(self)
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise ``SettingsError`` for a class that a model with these class names does not know."""
@@ -190,7 +190,7 @@ class TrackOptions:
     by_class: bool = True
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        check_fields(self)
         if not is_number(self.lost_seconds) or not 0.0 < self.lost_seconds < math.inf:
             raise SettingsError(f"lost_seconds is {self.lost_seconds!r}; expected seconds above 0")
 
@@ -253,7 +253,7 @@ class DetectOptions:
     report: str | Path | None = None
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        check_fields(self)
         if not isinstance(self.track, bool | TrackOptions):
             raise SettingsError(f"track is {self.track!r}; expected True, False or TrackOptions")
         if self.trails and not self.track:
@@ -288,7 +288,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_fields(options: Filters | TrackOptions | DetectOptions) -> None:
+def check_fields(options: object) -> None:
     """Raise ``SettingsError`` for a word that is none of the field's type, or a number beyond its bounds."""
     for name, (hint, about) in option_fields(type(options)).items():
         value, kinds = getattr(options, name), (hint, *get_args(hint))

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import Queue
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -81,7 +81,7 @@ class VideoPipeline:
         self.options = options = options or DetectOptions()
         self.sources = plan(sources, options.save, policy=options.policy, stride=options.stride)
         items = [item for source in self.sources for item in source.items]
-        wanted = [*(source.target for source in self.sources), *(item.target for item in items)]
+        wanted = [source.target for source in self.sources] + [item.target for item in items]
         targets = [target for target in wanted if target is not None]
         check_outputs([options.jsonl, options.report], [*(item.path for item in items), *targets])
         options.filters.check_names(getattr(getattr(detector, "contract", None), "names", ()))
@@ -144,9 +144,7 @@ class VideoPipeline:
         self._in_block = True
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._started:
             self._finish(None if error is None else GeneratorExit())  # an end like any other of the loop
         self._finished = True
@@ -365,10 +363,8 @@ class VideoPipeline:
 
     def _nothing_read(self) -> Exception | None:
         """The first source's complaint, where no source gave a single frame."""
-        if self.figures.frames():
-            return None
-        errors = [each.first_error for each in self.figures.sources.values()]
-        return next((error for error in errors if error is not None), None)
+        errors = [each.first_error for each in self.figures.sources.values() if each.first_error]
+        return errors[0] if errors and not self.figures.frames() else None
 
 
 def detect(
@@ -378,7 +374,7 @@ def detect(
     *,
     progress: bool = True,
     live: LiveSink | None = None,
-    conclude: Callable[[DetectSummary], object] | None = None,
+    conclude: Callable[[DetectSummary], object] = lambda summary: None,
 ) -> DetectSummary:
     """Detect in every frame of ``sources``: images, folders of images, videos, cameras, streams.
 
@@ -397,12 +393,10 @@ def detect(
         for _ in displayed(pipeline) if progress else pipeline:
             pass
     except (KeyboardInterrupt, SystemExit):
-        if conclude is not None:
-            conclude(pipeline.summary())
+        conclude(pipeline.summary())
         raise
     summary = pipeline.summary()
-    if conclude is not None:
-        conclude(summary)
+    conclude(summary)
     return summary
 
 

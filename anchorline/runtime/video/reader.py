@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, TypeVar
 
 import cv2
@@ -58,29 +58,15 @@ class Reader:
     def __enter__(self: R) -> R:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
-
-
-class ImageReader(Reader):
-    """An image file as a stream of one frame."""
-
-    fps = 1.0
-
-    def __init__(self, path: Path) -> None:
-        self._image = read_image(path)
-
-    def __iter__(self) -> Iterator[tuple[int, float, Pixels]]:
-        yield 0, 0.0, self._image
 
 
 class IterableReader(Reader):
     """Frames that the caller's own code delivers; the time counts from the first one."""
 
-    def __init__(self, frames: Iterable[Pixels]) -> None:
-        self._frames = iter(frames)
+    def __init__(self, frames: Iterable[Pixels], fps: float = FALLBACK_FPS) -> None:
+        self._frames, self.fps = iter(frames), fps
 
     def __iter__(self) -> Iterator[tuple[int, float, Pixels]]:
         start: float | None = None
@@ -108,6 +94,7 @@ class _PacketReader(Reader):
         self._delivered = 0
         self._lost = 0  # frames in between that could not be decoded
         self._damaged: list[int] = []  # near these frames
+        self._notes: list[str] = []  # further warnings
         self._ended = False
 
     def _next(self) -> Timed | None:
@@ -133,25 +120,21 @@ class _PacketReader(Reader):
     @property
     def warnings(self) -> list[str]:
         """What is wrong with the part read so far, one line each."""
-        found = []
-        promised = self.frame_count
-        if self._ended and not self._live and promised is not None and self._delivered < promised:
-            if self._is_counted:
-                found.append(
-                    f"{self._name}: {self._delivered} of the {promised} frames that its header promises "
-                    "could be read; the video is cut off or damaged"
-                )
-            else:
-                found.append(
-                    f"{self._name}: {self._delivered} frames could be read, where its length and rate make "
-                    f"{promised}; the video is cut off or damaged, or its rate varies"
-                )
+        found, name, count, promised = [], self._name, self._delivered, self.frame_count
+        if self._ended and not self._live and promised is not None and count < promised:
+            found.append(
+                f"{name}: {count} of the {promised} frames that its header promises could be read; the video "
+                "is cut off or damaged"
+                if self._is_counted
+                else f"{name}: {count} frames could be read, where its length and rate make {promised}; the "
+                "video is cut off or damaged, or its rate varies"
+            )
         if self._damaged:
             found.append(
-                f"{self._name}: damaged frames: {len(self._damaged)}, the first near frame "
-                f"{self._damaged[0]}; the picture may be wrong there"
+                f"{name}: damaged frames: {len(self._damaged)}, the first near frame {self._damaged[0]}; the "
+                "picture may be wrong there"
             )
-        return found
+        return [*found, *self._notes]
 
 
 class StreamReader(_PacketReader):
@@ -180,11 +163,13 @@ class StreamReader(_PacketReader):
         self._read_header()
         self._begin("opens but delivers no frame; check the address and that the camera is on")
 
-    def _read_header(self) -> None:
+    def _read_header(self) -> bool:
+        """Set ``frame_count`` and ``fps``; whether the latter is stated."""
         count, fps = self._capture.get(cv2.CAP_PROP_FRAME_COUNT), self._capture.get(cv2.CAP_PROP_FPS)
         self.frame_count = int(count) if 0 < count < 2**40 else None
-        self._fps_is_stated = math.isfinite(fps) and 0 < fps <= MAX_FPS
-        self.fps = float(fps) if self._fps_is_stated else FALLBACK_FPS
+        is_stated = 0 < fps <= MAX_FPS
+        self.fps = float(fps) if is_stated else FALLBACK_FPS
+        return is_stated
 
     def close(self) -> None:
         """Let go of the file, the camera or the connection. Safe to call twice."""
@@ -229,7 +214,6 @@ class VideoReader(StreamReader):
         with input_errors(path, "expected a video", DataError), self.path.open("rb") as file:
             if not file.read(1):
                 raise DataError(f"{path}: the file is empty, expected a video; copy or download it again")
-        self._resized_from: int | None = None
         self._capture = cv2.VideoCapture()
         with quiet_opencv(), ffmpeg_lines() as messages:
             # One decoding thread: FFmpeg then reports damage during the very grab that meets it.
@@ -241,29 +225,24 @@ class VideoReader(StreamReader):
                 f"{self.path}: cannot be read as a video{reason}; the file may be cut off or no video"
             )
         self._capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
-        self._read_header()
+        if not self._read_header():
+            self._notes.append(f"{path}: states no usable frame rate; {FALLBACK_FPS:g} frames/s are assumed")
         self._is_counted = self.path.suffix.lower() in _COUNTED
         self._begin("no frame of this video can be decoded; it may be damaged or empty")
 
     def __iter__(self) -> Iterator[tuple[int, float, Pixels]]:
+        is_resized = False
         for index, time_s, frame in super().__iter__():
             if frame.shape[:2] != self.size:
-                self._resized_from = index if self._resized_from is None else self._resized_from
-                frame = np.asarray(cv2.resize(frame, (self.size[1], self.size[0])), np.uint8)
+                height, width = self.size
+                frame = np.asarray(cv2.resize(frame, (width, height)), np.uint8)
+                if not is_resized:
+                    self._notes.append(
+                        f"{self.path}: the picture size changes at frame {index}; frames from there on are "
+                        f"resized to {width}x{height}"
+                    )
+                is_resized = True
             yield index, time_s, frame
-
-    @property
-    def warnings(self) -> list[str]:
-        """What is wrong with the part of the video read so far, one line each."""
-        found = super().warnings
-        if self._resized_from is not None:
-            found.append(
-                f"{self.path}: the picture size changes at frame {self._resized_from}; frames from there on "
-                f"are resized to {self.size[1]}x{self.size[0]}"
-            )
-        if not self._fps_is_stated:
-            found.append(f"{self.path}: states no usable frame rate; {FALLBACK_FPS:g} frames/s are assumed")
-        return found
 
     def _next(self) -> Timed | None:
         """Grab until a frame comes: past a damaged stretch a decoder may find its feet again."""
@@ -369,12 +348,5 @@ def import_pyav() -> ModuleType:
 def open_file(item: Item, decoder: Decoder) -> Reader:
     """The reader of an image or video file."""
     if not item.is_video:
-        return ImageReader(item.path)
+        return IterableReader([read_image(item.path)], fps=1.0)
     return AvReader(item.path) if decoder == "pyav" else VideoReader(item.path)
-
-
-def open_stream(where: str | int, decoder: Decoder, stall: float, name: str, live: bool = True) -> Reader:
-    """The reader of a camera or a URL, which gives up when nothing comes for ``stall`` seconds."""
-    if decoder == "pyav" and isinstance(where, str):
-        return AvReader(where, stall, name, live)
-    return StreamReader(where, stall, name, live)

@@ -147,8 +147,8 @@ class AnnotatedFiles:
         held = self._open.get(stream.source)
         if held is None or not _goes_on(*held, stream):
             self._finish(stream.source)
-            held = (stream, open_writer(self._next_part(stream.target), stream.size, stream.fps))
-            self._open[stream.source] = held
+            writer = open_writer(self._next_part(stream.target), stream.size, stream.fps)
+            held = self._open[stream.source] = (stream, writer)
         held[1].write(result.annotated, result.time_s)
 
     def close(self) -> None:
@@ -217,5 +217,4 @@ class LatestFrame:
     def close(self) -> None:
         """The last results stay to be asked for."""
 
-    def abandon(self) -> None:
-        """The last results stay to be asked for."""
+    abandon = close

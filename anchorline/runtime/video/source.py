@@ -8,7 +8,7 @@ import re
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from anchorline.runtime.io.errors import DataError, OutputError, SettingsError
 from anchorline.runtime.io.files import is_stream
 from anchorline.runtime.io.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_images, is_image, is_video
-from anchorline.runtime.video.options import Policy
+from anchorline.runtime.video.options import Option, Policy, check_fields
 
 _LAST_WEBCAM = 99  # OpenCV takes hundreds for the ways to reach a camera
 _LONGEST_NUMBER = 10  # digits; Python refuses to read thousands
@@ -50,16 +50,13 @@ class Source:
     where: str | int | Path | Iterable[NDArray[np.uint8]]
     name: str = ""
     live: bool | None = None
-    policy: Policy | None = None
-    stride: int = 1
+    policy: Annotated[Policy | None, Option()] = None
+    stride: Annotated[int, Option(low=1)] = 1
     items: tuple[Item, ...] = ()  # the files on this machine, which `plan` finds
     target: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.policy is not None and self.policy not in get_args(Policy):
-            raise SettingsError(f"policy is {self.policy!r}; expected one of {', '.join(get_args(Policy))}")
-        if isinstance(self.stride, bool) or not isinstance(self.stride, int) or self.stride < 1:
-            raise SettingsError(f"stride is {self.stride!r}; expected a whole number of at least 1")
+        check_fields(self)
         if isinstance(self.where, int) and not 0 <= self.where <= _LAST_WEBCAM:
             raise SettingsError(f"webcam {self.where}; expected a number from 0 to {_LAST_WEBCAM}")
         live = isinstance(self.where, int)
