@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, cast
 
 from anchorline.runtime.backends.cpu_options import usable_cores
-from anchorline.runtime.io.errors import AnchorlineError, SettingsError
+from anchorline.runtime.io.errors import AnchorlineError, SettingsError, one_line
 
 LOCAL, AUTO = "local", "auto"
 _ADDRESS = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):(?P<port>\d{1,5})")
@@ -102,7 +102,15 @@ def _import_ray(address: str) -> Any:
 
 
 def _join(ray: Any, address: str, cores: int) -> None:
-    _check_reachable(address)
+    if parts := _ADDRESS.fullmatch(address):
+        try:
+            place = (parts["host"].strip("[]"), int(parts["port"]))
+            socket.create_connection(place, timeout=_REACH_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise ClusterError(
+                f"--ray {address}: nobody answers there ({error}); "
+                "give the address that ray start has printed"
+            ) from None
     settings: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
         settings |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _OBJECT_STORE}
@@ -117,26 +125,14 @@ def _join(ray: Any, address: str, cores: int) -> None:
             ray.init(**settings)
     except ConnectionError as error:
         text = "; start one with ray start --head, or take --ray local" if address == AUTO else ""
-        raise ClusterError(f"--ray {address}: no cluster is to be reached ({in_line(error)}){text}") from None
+        raise ClusterError(
+            f"--ray {address}: no cluster is to be reached ({one_line(error)}){text}"
+        ) from None
     except Exception as error:  # Ray raises many kinds, RuntimeError for another version of itself
-        raise ClusterError(f"--ray {address}: the cluster cannot be joined ({in_line(error)})") from error
+        raise ClusterError(f"--ray {address}: the cluster cannot be joined ({one_line(error)})") from error
     finally:
         if threading.current_thread() is threading.main_thread():  # Ray puts its own in the place of ours
             signal.signal(signal.SIGTERM, handler)
-
-
-def _check_reachable(address: str) -> None:
-    parts = _ADDRESS.fullmatch(address)
-    if parts is None:
-        return
-    try:
-        place = (parts["host"].strip("[]"), int(parts["port"]))
-        with socket.create_connection(place, timeout=_REACH_SECONDS):
-            pass
-    except (OSError, OverflowError) as error:
-        raise ClusterError(
-            f"--ray {address}: nobody answers there ({error}); give the address that ray start has printed"
-        ) from None
 
 
 class _WithoutRay:
@@ -155,18 +151,12 @@ class _WithoutRay:
         return getattr(self._real, name)
 
 
-def in_line(error: BaseException) -> str:
-    """An error's text without its line ends."""
-    return " ".join(str(error).split())
-
-
 def why_dead(error: BaseException) -> str:
     """Ray's page about a dead actor as a few words."""
     text = str(error)
     if "OutOfMemoryError" in text or "running low on memory" in text:  # all pages muse about the OOM killer
         return "out of memory"
-    raised = _ERROR_LINE.findall(text)
-    if raised:
+    if raised := _ERROR_LINE.findall(text):
         return str(raised[-1]).strip()
     if "node" in text.lower() and "died" in text and "worker process has died" not in text:
         return "its machine is lost"

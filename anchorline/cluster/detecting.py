@@ -14,10 +14,10 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,19 +27,20 @@ from anchorline.cluster.connecting import (
     ClusterError,
     check_address,
     connected,
-    in_line,
     share_out,
     why_dead,
 )
 from anchorline.cluster.outputs import Outputs
-from anchorline.cluster.summary import ClusterSummary, Progress, WorkerState
-from anchorline.cluster.worker import DetectionWorker, Job, NotHere, Piece, WorkItem, model_files
-from anchorline.runtime.io.errors import AnchorlineError, DataError, SettingsError
+from anchorline.cluster.worker import DetectionWorker, Job, NotHere, Piece, WorkerState, WorkItem, model_files
+from anchorline.runtime.io.errors import AnchorlineError, DataError, SettingsError, one_line
 from anchorline.runtime.timing import StageTimes
 from anchorline.runtime.video.figures import DetectSummary
 from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.pipeline import TERMINATED, signals_as_exit
 from anchorline.runtime.video.source import Item, check_outputs, parse_source, plan
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _IMAGES = 16  # of an item: some seconds of work, which is what a lost machine costs
 _TRIES = 3
@@ -53,6 +54,86 @@ _FAILURES_IN_VAIN = 12
 
 
 log = logging.getLogger("anchorline.cluster")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, in files; ``frames`` counts what was computed, ``failed`` the files given up."""
+
+    files: int
+    answered: int
+    failed: int
+    frames: int
+    retries: int
+    workers: tuple[WorkerState, ...]
+
+    def describe(self) -> str:
+        """What is done and who works, for people."""
+        if not self.workers:
+            return "waiting for workers"
+        busy = sum(bool(worker.doing) for worker in self.workers)
+        machines = len({worker.node for worker in self.workers})
+        where = "one machine" if machines == 1 else f"{machines} machines"
+        text = (
+            f"{self.answered + self.failed} of {self.files} files, {self.frames} frames, "
+            f"{busy} of {len(self.workers)} workers busy on {where}"
+        )
+        if self.retries or self.failed:
+            text += f", {self.retries} retries, {self.failed} failed"
+        return text
+
+
+@dataclass(frozen=True)
+class ClusterSummary:
+    """``detect`` holds the figures of a local run: ``fps`` is over all workers, from the first ready one
+    on; ``stages`` are those of every frame that was worked on.
+
+    Of ``files`` files ``answered`` have their lines or a warning; ``failed`` has a line for each of the
+    others that was given up. ``retries`` counts tries beyond the first. ``nodes`` holds each machine's
+    ``{"workers", "files", "frames", "provider", "precision"}``.
+    """
+
+    detect: DetectSummary
+    files: int
+    answered: int
+    failed: tuple[str, ...] = ()
+    retries: int = 0
+    nodes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was wrong with files and machines, a line each."""
+        return self.detect.warnings
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for ``files.write_json``: those of the local run, and the cluster's."""
+        return {
+            **self.detect.to_json(),
+            "files": self.files,
+            "answered": self.answered,
+            "failed": list(self.failed),
+            "retries": self.retries,
+            "nodes": {name: dict(figures) for name, figures in self.nodes.items()},
+        }
+
+    def render(self) -> Table:
+        """The closing tables, one below the other, for ``rich``'s console."""
+        from rich.table import Table
+
+        nodes = Table(
+            caption=f"{self.answered} of {self.files} files answered, {len(self.failed)} failed, "
+            f"{self.retries} tried again"
+        )
+        nodes.add_column("machine", overflow="fold")
+        columns = ("workers", "files", "frames", "provider", "precision")
+        for column in columns:
+            nodes.add_column(column, justify="right", no_wrap=True)
+        for name, figures in self.nodes.items():
+            nodes.add_row(name, *(str(figures[column]) for column in columns))
+        tables = Table.grid(padding=(0, 0))
+        tables.add_row(self.detect.render())
+        tables.add_row(nodes)
+        return tables
 
 
 def detect_on_cluster(
@@ -82,7 +163,16 @@ def detect_on_cluster(
     ``ClusterError``; what can be checked before is checked before a cluster is started.
     """
     options = options or DetectOptions()
-    _check_settings(options, workers=workers, images_per_item=images_per_item, tries=tries)
+    for name, value in (
+        ("--policy latest", options.policy == "latest"),
+        ("--pictures", options.report),
+        ("--track", options.track),
+    ):
+        if value:
+            raise SettingsError(f"{name} does not go with --ray, which answers files; leave out one of them")
+    for name, count in (("workers", workers), ("images_per_item", images_per_item), ("tries", tries)):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise SettingsError(f"{name} is {count!r}; expected a whole number of at least 1")
     files = plan_files(sources, options.save, options.stride)
     targets = [file.target for file in files if file.target]
     check_outputs([options.jsonl], [model, *(file.path for file in files), *targets])
@@ -114,26 +204,10 @@ def detect_on_cluster(
         return summary
 
 
-def _check_settings(options: DetectOptions, **counts: int | None) -> None:
-    """Raise ``SettingsError`` for what a cluster does not do, and for numbers that are none."""
-    others = {
-        "--policy latest": options.policy == "latest",
-        "--pictures": options.report,
-        "--track": options.track,
-        "--trails": options.trails,
-    }
-    for name, value in others.items():
-        if value:
-            raise SettingsError(f"{name} does not go with --ray, which answers files; leave out one of them")
-    for name, count in counts.items():
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise SettingsError(f"{name} is {count!r}; expected a whole number of at least 1")
-
-
 def plan_files(sources: Sequence[str | Path], save: str | Path | None, stride: int) -> list[Item]:
     """The files in the order of the local run, each with the place of its annotated copy.
 
-    Raises ``SettingsError`` for what is no file, and the errors of ``sources.plan_items``.
+    Raises ``SettingsError`` for what is no file, and the errors of ``source.plan``.
     """
     for given in sources:
         source = parse_source(given)
@@ -296,10 +370,9 @@ class _Run:
                 if is_ours and worker.answer is None:
                     self._refusals.append(cause)
                     return
-                reason = in_line(cause) if is_ours else f"{type(cause).__name__}: {in_line(cause)}"
-                told = f"{reason} ({worker.describe()})"
-                if isinstance(cause, NotHere):
-                    told = "changed while it was read"
+                reason = one_line(cause) if is_ours else f"{type(cause).__name__}: {one_line(cause)}"
+                is_changed = isinstance(cause, NotHere)
+                told = "changed while it was read" if is_changed else f"{reason} ({worker.describe()})"
             except (self.ray.exceptions.RayError, TimeoutError) as error:
                 reason = str(error) if isinstance(error, TimeoutError) else why_dead(error)
                 told = f"{worker.describe()} died: {reason}"
@@ -312,17 +385,15 @@ class _Run:
 
     def _open(self, worker: _Worker) -> _Steps:
         """Let it open its detector, for which it may have to wait for its resources first."""
-        call = worker.actor.open.remote()
-        yield call, math.inf
-        worker.state = self.ray.get(call)
-        if worker.state is None:  # the model is not there: it is put into the object store once
-            self._contents = self._contents or [
-                self.ray.put(np.fromfile(path, np.uint8)) for path in self.job.model
-            ]
-            call = worker.actor.open.remote(*self._contents)
+        contents: list[Any] = []
+        while worker.state is None:
+            call = worker.actor.open.remote(*contents)
             yield call, math.inf
             worker.state = self.ray.get(call)
-        assert worker.state is not None
+            if worker.state is None:  # the model is not there: it is put into the object store once
+                self._contents = contents = self._contents or [
+                    self.ray.put(np.fromfile(path, np.uint8)) for path in self.job.model
+                ]
         self._opened.append(worker.state)
         self._begun = self._begun or time.monotonic()
 
@@ -334,26 +405,22 @@ class _Run:
             return
         assert worker.state is not None
         worker.answer = answer = _Answer(item, worker.state)
-        method = worker.actor.answer.options(
-            num_returns="streaming", _generator_backpressure_num_objects=_AHEAD
-        )
-        pieces = method.remote(item)
+        streamed = {"num_returns": "streaming", "_generator_backpressure_num_objects": _AHEAD}
+        pieces = worker.actor.answer.options(**streamed).remote(item)
         yield pieces, self.silence
         while (call := next(pieces, None)) is not None:
-            self._add(answer, self.ray.get(call))
+            piece: Piece = self.ray.get(call)
+            self.outputs.add(item, piece.lines)
+            answer.frames += len(piece.times)
+            answer.detections += piece.detections
+            answer.warnings, answer.unreadable = piece.warnings, piece.unreadable
+            self._computed += len(piece.times)
+            for times in piece.times:
+                self._stages.add_all(times)
             yield pieces, self.silence
         worker.answer = None
         self.outputs.answered(item)
         self._answers[item.first] = answer
-
-    def _add(self, answer: _Answer, piece: Piece) -> None:
-        self.outputs.add(answer.item, piece.lines)
-        answer.frames += len(piece.times)
-        answer.detections += piece.detections
-        answer.warnings, answer.unreadable = piece.warnings, piece.unreadable
-        self._computed += len(piece.times)
-        for times in piece.times:
-            self._stages.add_all(times)
 
     def _put_back(self, items: Iterable[WorkItem]) -> None:
         for item in items:
@@ -431,12 +498,12 @@ class _Run:
             for key in ("provider", "precision")
         )
         detect = DetectSummary(
-            frames=frames,
-            fps=frames / self._seconds if self._seconds > 0 else 0.0,
-            stages=self._stages.percentiles(),
-            detections=sum(answer.detections for answer in answers),
-            provider=providers,
-            precision=precisions,
+            frames,
+            frames / self._seconds if self._seconds > 0 else 0.0,
+            self._stages.percentiles(),
+            sum(answer.detections for answer in answers),
+            providers,
+            precisions,
             warnings=tuple(warnings),
         )
         return ClusterSummary(

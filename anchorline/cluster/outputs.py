@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from anchorline.cluster.worker import WorkItem
 from anchorline.runtime.io.files import discard, is_stream, output_errors
@@ -17,18 +16,19 @@ from anchorline.runtime.video.sinks import JsonLines
 from anchorline.runtime.video.source import Item, copy_targets, next_name
 
 
-class Outputs:
+class Outputs(contextlib.ExitStack):
     """The lines and annotated copies of ``files``, whose items are answered in any order.
 
     Lines that come before their turn wait in files beside the output, not in memory; ``jsonl`` is as for
     ``JsonLines``, and None keeps no lines. Workers write copies into the hidden folder ``copies`` beside
     the targets (None where there are none), and each gets its name, whole, when its item is answered.
 
-    A context manager, which completes the lines with what there is (files without an answer are left
-    out), or drops them after an error. Raises ``OutputError``.
+    Leaving it completes the lines with what there is (files without an answer are left out), or drops
+    them after an error. Raises ``OutputError``.
     """
 
     def __init__(self, files: Sequence[Item], jsonl: str | Path | None) -> None:
+        super().__init__()
         self._targets = [file.target for file in files]
         self._taken = {target for target in self._targets if target is not None}
         self._next = 0
@@ -47,7 +47,8 @@ class Outputs:
                 self._parts = undo.enter_context(
                     _hidden_folder(place if beside else Path(tempfile.gettempdir()))
                 )
-            self._undo = undo.pop_all()
+                undo.push(self._finish)
+            self.push(undo.pop_all())
 
     def add(self, item: WorkItem, lines: bytes | bytearray) -> None:
         """Whole lines of an item that is worked on."""
@@ -89,17 +90,11 @@ class Outputs:
             self._next += self._waiting.pop(first)
             self._write(first)
 
-    def __enter__(self) -> Outputs:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._undo:
-            if self._sink is not None and kind is None:
-                for first in sorted(self._waiting):
-                    self._write(first)
-                self._sink.close()
+    def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._sink is not None and kind is None:
+            for first in sorted(self._waiting):
+                self._write(first)
+            self._sink.close()
 
     def _write(self, first: int) -> None:
         """Its turn has come."""

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline import __version__
-from anchorline.cluster.summary import WorkerState
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, DataError, OutputError, SettingsError
 from anchorline.runtime.io.files import atomic_path, cache_folder, output_errors, sha256_of
@@ -40,12 +39,22 @@ class NotHere(DataError):
 
 
 @dataclass(frozen=True)
+class WorkerState:
+    """A worker whose detector is open, by machine and process; ``doing`` is empty while it waits."""
+
+    node: str
+    pid: int
+    provider: str
+    precision: str
+    doing: str = ""
+
+
+@dataclass(frozen=True)
 class Job:
     """What all items of a run have in common.
 
-    ``folder`` is where the command was called, which relative names start from. ``model`` holds the SHA-256
-    of the model's files by their absolute paths there, the one to open first. The ``jsonl`` of the
-    ``options`` tells whether lines are wanted; ``copies`` is the folder of ``Outputs.copies``.
+    ``folder`` is where the command was called. ``model`` holds the SHA-256 of the model's files by their
+    absolute paths there, the one to open first. ``copies`` is the folder of ``Outputs.copies``.
     """
 
     version: str
@@ -72,10 +81,8 @@ class WorkItem:
 
     def split(self) -> list[WorkItem]:
         """One item for each file."""
-        return [
-            WorkItem(self.first + index, (path,), self.is_video, tries=self.tries)
-            for index, path in enumerate(self.paths)
-        ]
+        places = enumerate(self.paths, self.first)
+        return [WorkItem(place, (path,), self.is_video, tries=self.tries) for place, path in places]
 
     def measured(self) -> WorkItem:
         """The same with the sizes that the files have now."""
@@ -115,10 +122,8 @@ class Piece:
 
 
 class DetectionWorker:
-    """``open``, then ``answer`` for each item.
-
-    The lines and warnings are those of the local run by construction: each item goes through
-    ``VideoPipeline`` under the names that the command was given, in the folder it was called in.
+    """``open``, then ``answer`` for each item, with the lines and warnings of the local run: each goes
+    through ``VideoPipeline`` under the names that the command was given, in the folder it was called in.
     """
 
     def __init__(self, job: Job) -> None:
@@ -130,42 +135,35 @@ class DetectionWorker:
 
         Raises ``AnchorlineError`` where this machine cannot take part.
         """
+        job, options, node = self._job, self._job.options, platform.node()
         try:
-            return self._open(contents)
+            if job.version != __version__:
+                raise SettingsError(
+                    f"anchorline {__version__} is installed there, and the command is {job.version}; install "
+                    "the same version on all machines"
+                )
+            with contextlib.suppress(OSError):  # then no relative name is found, and that is told
+                os.chdir(job.folder)
+            # The folder's name is random: where there is one, it is the one that the command has made.
+            if job.copies is not None and not (job.copies.is_dir() and os.access(job.copies, os.W_OK)):
+                raise OutputError(
+                    f"{job.copies.parent}: copies are saved in a folder that all machines of the cluster "
+                    f"share and may write to, and {node} does not; choose one, or leave out --save"
+                )
+            model = find_model(job.model, contents)
+            if model is None:
+                return None
+            if options.threads is not None:
+                cv2.setNumThreads(options.threads)
+            self._detector = detector = options.open_detector(model)
+            options.filters.check_names(detector.contract.names)
+            batch_size(options, detector, 1)
         except AnchorlineError as error:
-            raise type(error)(f"{platform.node()}: {error}") from None
-
-    def _open(self, contents: Sequence[NDArray[np.uint8]]) -> WorkerState | None:
-        job, options = self._job, self._job.options
-        if job.version != __version__:
-            raise SettingsError(
-                f"anchorline {__version__} is installed there, and the command is {job.version}; install "
-                "the same version on all machines"
-            )
-        with contextlib.suppress(OSError):  # then no relative name is found, and that is told
-            os.chdir(job.folder)
-        # The folder's name is random: where there is one, it is the one that the command has made.
-        if job.copies is not None and not (job.copies.is_dir() and os.access(job.copies, os.W_OK)):
-            raise OutputError(
-                f"{job.copies.parent}: copies are saved in a folder that all machines of the cluster share "
-                f"and may write to, and {platform.node()} does not; choose one, or leave out --save"
-            )
-        model = find_model(job.model, contents)
-        if model is None:
-            return None
-        if options.threads is not None:
-            cv2.setNumThreads(options.threads)
-        detector = options.open_detector(model)
-        options.filters.check_names(detector.contract.names)
-        batch_size(options, detector, 1)
-        self._detector = detector
-        return WorkerState(platform.node(), os.getpid(), detector.provider, detector.precision)
+            raise type(error)(f"{node}: {error}") from None
+        return WorkerState(node, os.getpid(), detector.provider, detector.precision)
 
     def answer(self, item: WorkItem) -> Iterator[Piece]:
-        """The item's answer in pieces, which bound the memory of all who hold them; raises ``NotHere``.
-
-        The next one is computed when it is asked for, but for what the pipeline reads ahead.
-        """
+        """The item's answer in pieces, which bound the memory of all who hold them; raises ``NotHere``."""
         for path, size in zip(item.paths, item.sizes, strict=True):
             if size is not None and _size(path) != size:
                 raise NotHere(
@@ -228,29 +226,26 @@ def model_files(model: str | Path) -> dict[str, str]:
 def find_model(files: Mapping[str, str], contents: Sequence[NDArray[np.uint8]] = ()) -> Path | None:
     """Where the model can be opened on this machine, or None where its files' ``contents`` are needed.
 
-    All files lie in one folder, since an engine looks for the others beside it: the model's own, if it has
-    the same ones here, or one in the cache, which gets the contents. Raises ``OutputError``, and
-    ``ArtefactError`` where they are not what was announced.
+    All files lie in one folder, since an engine looks for the others beside it: the model's own, or one in
+    the cache, which gets the contents. Raises ``OutputError``, and ``ArtefactError`` for other contents.
     """
-    own = [Path(path) for path in files]
-    if all(map(_has_hash, own, files.values())):
-        return own[0]
-    folder = cache_folder() / "models" / files[str(own[0])][:_KEPT_DIGITS]
-    cached = [folder / path.name for path in own]
-    for path, sha256, content in zip(cached, files.values(), contents, strict=False):
-        if not _has_hash(path, sha256):
-            with atomic_path(path) as temporary:
-                content.tofile(temporary)
-    missing = [
-        path for path, there in zip(own, map(_has_hash, cached, files.values()), strict=True) if not there
-    ]
-    if missing and contents:
-        raise ArtefactError(f"{missing[0]}: changed while the run began; start it again when it is complete")
-    return None if missing else cached[0]
+    own, wanted = [Path(path) for path in files], list(files.values())
 
-
-def _has_hash(path: Path, sha256: str) -> bool:
-    try:
-        return sha256_of(path) == sha256
-    except ArtefactError:
+    def has_hash(path: Path, sha256: str) -> bool:
+        with contextlib.suppress(ArtefactError):
+            return sha256_of(path) == sha256
         return False
+
+    folder = cache_folder() / "models" / wanted[0][:_KEPT_DIGITS]
+    cached = [folder / path.name for path in own]
+    for place in (own, cached):
+        if all(map(has_hash, place, wanted)):
+            return place[0]
+    if not contents:
+        return None
+    for path, kept, sha256, content in zip(own, cached, wanted, contents, strict=True):
+        with atomic_path(kept) as temporary:
+            content.tofile(temporary)
+        if not has_hash(kept, sha256):
+            raise ArtefactError(f"{path}: changed while the run began; start it again when it is complete")
+    return cached[0]

@@ -122,7 +122,7 @@ print(ray.util.get_node_ip_address())
 
 def test_nobody_answers():
     with pytest.raises(ClusterError, match=r"--ray 127\.0\.0\.1:9: nobody answers there"):
-        connecting._check_reachable("127.0.0.1:9")
+        connecting._join(None, "127.0.0.1:9", 1)
 
 
 def test_what_ray_prints_stays_out_of_the_results(capsys):
