@@ -99,9 +99,7 @@ def build_engine(
         plan = serialise(toolkit, builder, network, options, batch, timing_cache, progress)
         seconds = time.perf_counter() - started
         warnings = (*deviations(model, options.target), *plan.warnings)
-        contract = check_exported(lowered)
-        stated = contract.precision if contract.precision == "int8" else precision.precision
-        contract = dataclasses.replace(contract, precision=stated, max_batch=batch[2])
+        contract = dataclasses.replace(check_exported(lowered), max_batch=batch[2])
         plugins = sorted({node.op_type for node in lowered.graph.node if node.domain == DOMAIN})
         manifest = {
             "contract": json.loads(contract.to_json()),

@@ -22,6 +22,7 @@ from anchorline.engine.graph import (
     fresh_name,
     insert_after,
     read_model,
+    refill,
     tensor_names,
 )
 from anchorline.runtime.backends.onnxruntime import open_for_checks
@@ -45,12 +46,10 @@ _LONGEST = 300  # characters of onnxruntime's reasons
 Sample = Mapping[str, NDArray[np.generic]]
 
 
-def network_inputs(
-    frames: Iterable[NDArray[np.uint8]], contract: Contract
-) -> list[dict[str, NDArray[np.generic]]]:
+def network_inputs(frames: Iterable[NDArray[np.uint8]], contract: Contract) -> list[Sample]:
     """Each frame (BGR uint8 [H, W, 3], any size) laid onto the canvas, as a batch of one by input name."""
     preprocess = Preprocessor(contract)
-    samples = []
+    samples: list[Sample] = []
     for frame in frames:
         images, image_sizes, _ = preprocess([check_frame(frame)])
         # The preprocessor uses its batch again.
@@ -58,9 +57,7 @@ def network_inputs(
     return samples
 
 
-def sample_inputs(
-    model: Path, sources: Sequence[str | Path], count: int = SAMPLES
-) -> list[dict[str, NDArray[np.generic]]]:
+def sample_inputs(model: Path, sources: Sequence[str | Path], count: int = SAMPLES) -> list[Sample]:
     """``count`` images at even distances out of ``sources`` (images, folders, a video), for ``model``."""
     contract = check_exported(read_model(model), str(model))
     images = images_or_video(sources, contract.names).images
@@ -105,21 +102,10 @@ def largest_activations(
         ]
         results += three
     insert_after(graph, reductions)
-    del graph.output[:]
-    graph.output.extend(helper.make_tensor_value_info(result, FLOAT, []) for result in results)
-    session = _session(observed)
-    found = np.array([_run(session, results, sample, index) for index, sample in enumerate(samples)])
-    found = found.reshape(len(samples), len(names), 3)
-    magnitudes = np.abs(found[..., :2]).max(axis=2)
-    # The maxima pass over NaN; the sum does not.
-    magnitudes[~np.isfinite(found).all(axis=2)] = np.inf
-    return dict(zip(names, magnitudes.max(axis=0).tolist(), strict=True))
-
-
-def _session(model: onnx.ModelProto) -> Any:
+    refill(graph.output, (helper.make_tensor_value_info(result, FLOAT, []) for result in results))
     try:
         # In the order of the graph and without an arena: a third of the memory.
-        return open_for_checks(model.SerializeToString(), arena=False, in_order=True)
+        session = open_for_checks(observed.SerializeToString(), arena=False, in_order=True)
     except ImportError as error:
         raise SettingsError(
             f"checking activations on samples needs onnxruntime ({error}); pip install 'anchorline[cpu]', "
@@ -130,19 +116,25 @@ def _session(model: onnx.ModelProto) -> Any:
             f"onnxruntime cannot load the model to check its activations ({one_line(error)[:_LONGEST]}); "
             "samples need the exported file, not one lowered for TensorRT"
         ) from error
+    values = [_run(session, results, sample, f"sample {index}") for index, sample in enumerate(samples)]
+    found = np.array(values).reshape(len(samples), len(names), 3)
+    magnitudes = np.abs(found[..., :2]).max(axis=2)
+    # The maxima pass over NaN; the sum does not.
+    magnitudes[~np.isfinite(found).all(axis=2)] = np.inf
+    return dict(zip(names, magnitudes.max(axis=0).tolist(), strict=True))
 
 
-def _run(session: Any, outputs: list[str], sample: Sample, index: int) -> list[NDArray[np.generic]]:
+def _run(session: Any, outputs: list[str], sample: Sample, which: str) -> list[NDArray[np.generic]]:
     wanted = [tensor.name for tensor in session.get_inputs()]
     if set(wanted) != set(sample):
         raise SettingsError(
-            f"sample {index} has the tensors {', '.join(sample) or 'none'}; expected {', '.join(wanted)}"
+            f"{which} has the tensors {', '.join(sample) or 'none'}; expected {', '.join(wanted)}"
         )
     try:
         return list(session.run(outputs, dict(sample)))
     except Exception as error:
         raise SettingsError(
-            f"sample {index} does not fit the model ({one_line(error)[:_LONGEST]}); "
+            f"{which} does not fit the model ({one_line(error)[:_LONGEST]}); "
             "expected inputs as the contract says"
         ) from error
 
@@ -173,8 +165,7 @@ def simulate_half(model: onnx.ModelProto) -> onnx.ModelProto:
                 continue
             exact, rounded = fresh_name(f"{name}_exact", used), fresh_name(f"{name}_rounded", used)
             if node.op_type == "Cast":  # the rounding follows as a node of its own
-                del node.attribute[:]
-                node.attribute.append(helper.make_attribute("to", FLOAT))
+                refill(node.attribute, [helper.make_attribute("to", FLOAT)])
             node.output[place] = exact
             rounding[exact] = [
                 helper.make_node("Cast", [exact], [rounded], to=HALF),

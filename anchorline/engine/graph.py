@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -116,11 +116,11 @@ def element_types(model: onnx.ModelProto) -> dict[str, int]:
     return {name: value.elem_type for name, value in known_values(model).items()}
 
 
-def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
-    """Make ``nodes``, in topological order, the nodes of ``graph``."""
-    copies = copy.deepcopy(list(nodes))  # they may be nodes of the graph itself
-    del graph.node[:]
-    graph.node.extend(copies)
+def refill(field: Any, items: Iterable[Any]) -> None:
+    """Let a repeated field of a message hold ``items``, which may be some of its own."""
+    kept = list(items)
+    del field[:]
+    field.extend(kept)
 
 
 def insert_after(graph: onnx.GraphProto, following: Mapping[str, Sequence[onnx.NodeProto]]) -> None:
@@ -132,7 +132,7 @@ def insert_after(graph: onnx.GraphProto, following: Mapping[str, Sequence[onnx.N
         nodes.append(node)
         for name in node.output:
             nodes += following.get(name, ())
-    replace_nodes(graph, nodes)
+    refill(graph.node, nodes)
 
 
 def cast_node(source: str, result: str, kind: int) -> onnx.NodeProto:
@@ -142,20 +142,14 @@ def cast_node(source: str, result: str, kind: int) -> onnx.NodeProto:
 
 def forget(graph: onnx.GraphProto, names: Collection[str]) -> None:
     """Drop what is noted of the types of these tensors."""
-    notes = [value for value in graph.value_info if value.name not in names]
-    del graph.value_info[:]
-    graph.value_info.extend(notes)
+    refill(graph.value_info, (value for value in graph.value_info if value.name not in names))
 
 
 def drop_unused_constants(graph: onnx.GraphProto) -> None:
     """Remove constants that nothing reads, and what is noted of tensors that no longer exist."""
     read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    initializers = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(initializers)
-    replace_nodes(
-        graph, [node for node in graph.node if node.op_type != "Constant" or node.output[0] in read]
-    )
+    refill(graph.initializer, (tensor for tensor in graph.initializer if tensor.name in read))
+    refill(graph.node, (n for n in graph.node if n.op_type != "Constant" or n.output[0] in read))
     exists = {name for node in graph.node for name in node.output}
     forget(graph, {value.name for value in graph.value_info} - exists)
 

@@ -37,6 +37,7 @@ from anchorline.engine.graph import (
     fresh_name,
     insert_after,
     known_values,
+    refill,
     state_opset,
     tensor_names,
 )
@@ -110,10 +111,9 @@ def deviations(model: onnx.ModelProto, target: str) -> tuple[str, ...]:
 
 
 def _check_settings(target: str, nms: str, rounds: int, limit: int | None, report: bool) -> None:
-    if target not in TARGETS:
-        raise SettingsError(f"target is {target!r}; expected one of {', '.join(TARGETS)}")
-    if nms not in get_args(NmsForm):
-        raise SettingsError(f"nms is {nms!r}; expected one of {', '.join(get_args(NmsForm))}")
+    for name, value, choices in (("target", target, TARGETS), ("nms", nms, get_args(NmsForm))):
+        if value not in choices:
+            raise SettingsError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
     if target == "onnxruntime" and nms == "fixed-point":
         raise SettingsError(
             "nms is 'fixed-point', which takes seconds and gigabytes in onnxruntime; leave it out"
@@ -165,8 +165,7 @@ def _resolve(
         if node.op_type in plugins:
             # TensorRT >= 10.15 prefers a plugin only where the node names its namespace and version.
             attributes |= {"plugin_namespace": DOMAIN, "plugin_version": str(OP_VERSION)}
-            del node.attribute[:]
-            node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+            refill(node.attribute, (helper.make_attribute(key, value) for key, value in attributes.items()))
         elif node.op_type == "BatchedNMS":
             body = fixed_point_nms(
                 name,
@@ -199,9 +198,7 @@ def _resolve(
             _use_body(model, node, body)
         elif node.op_type == "RoIPool":
             raise ArtefactError("RoIPool runs as a plugin only in TensorRT; build with the plugins")
-    functions = [f for f in model.functions if not (f.domain == DOMAIN and f.name in plugins)]
-    del model.functions[:]
-    model.functions.extend(functions)
+    refill(model.functions, (f for f in model.functions if f.domain != DOMAIN or f.name not in plugins))
     return unsettled
 
 
@@ -270,9 +267,7 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
     state_opset(model, version)  # bodies are written for the exported file's
     inlined = onnx.inliner.inline_local_functions(model)
     used = {node.domain for node in inlined.graph.node} | {""}
-    opsets = [opset for opset in inlined.opset_import if opset.domain in used]
-    del inlined.opset_import[:]
-    inlined.opset_import.extend(opsets)
+    refill(inlined.opset_import, (opset for opset in inlined.opset_import if opset.domain in used))
     assert {o.domain: o.version for o in inlined.opset_import}[""] == version
     return inlined
 

@@ -49,7 +49,7 @@ from anchorline.engine.graph import (
     forget,
     fresh_name,
     insert_after,
-    replace_nodes,
+    refill,
     state_opset,
     tensor_names,
 )
@@ -108,7 +108,7 @@ def fold_batch_norm(model: onnx.ModelProto) -> int:
         conv.input[1:] = names
         conv.output[0] = norm.output[0]
         folded.append(norm)
-    replace_nodes(graph, [node for node in graph.node if node not in folded])
+    refill(graph.node, (node for node in graph.node if node not in folded))
     drop_unused_constants(graph)
     return len(folded)
 
@@ -182,38 +182,38 @@ def write_half(model: onnx.ModelProto, half: Collection[str], types: dict[str, i
     """
     graph = model.graph
     values, used = constants(graph), tensor_names(graph)
-    made: dict[str, None] = {}  # tensors that a half node produces: no float32 form by itself
-    read: dict[str, None] = {}  # tensors that one reads
-    float_too = {value.name for value in graph.output}
+    chosen = [node for node in graph.node if node.output[0] in half]
+    made = dict.fromkeys(name for node in chosen for name in half_outputs(node, types))
+    read = dict.fromkeys(name for node in chosen for name in half_inputs(node, types))
+    in_float = {value.name for value in graph.output} | (read.keys() - made.keys())
     for node in graph.node:
         if node.output[0] in half:
             places = half_places(node, types)
-            made.update(dict.fromkeys(half_outputs(node, types)))
-            read.update(dict.fromkeys(node.input[place] for place in places))
-            float_too.update(name for place, name in enumerate(node.input) if place not in places)
+            in_float.update(name for place, name in enumerate(node.input) if place not in places)
         elif node.op_type not in _TYPELESS:
-            float_too.update(node.input)
-    alone = [name for name in made if name not in float_too]
-    names = {name: fresh_name(f"{name}_half", used) for name in {**made, **read} if name not in alone}
+            in_float.update(node.input)
+    names = {
+        name: fresh_name(f"{name}_half", used) if name in in_float else name for name in {**made, **read}
+    }
     casts = {}
     for name, half_name in names.items():
-        if name in made:
+        if name in made and name in in_float:
             casts[half_name] = [cast_node(half_name, name, FLOAT)]
         elif name in values:
             graph.initializer.append(numpy_helper.from_array(values[name].astype(np.float16), half_name))
-        else:
+        elif name in in_float:
             casts[name] = [cast_node(name, half_name, HALF)]
     for node in graph.node:
         if node.output[0] in half:
             for place in half_places(node, types):
-                node.input[place] = names.get(node.input[place], node.input[place])
+                node.input[place] = names[node.input[place]]
             node.output[:] = [names.get(name, name) for name in node.output]
         elif node.op_type in _TYPELESS and node.input[0] in made:
-            node.input[0] = names.get(node.input[0], node.input[0])
+            node.input[0] = names[node.input[0]]
     insert_after(graph, casts)
-    forget(graph, alone)
+    forget(graph, names.keys() - in_float)
     drop_unused_constants(graph)
-    return {**names, **dict(zip(alone, alone, strict=True))}
+    return names
 
 
 @dataclass(frozen=True)

@@ -48,15 +48,12 @@ class Toolkit:
         """A builder, or ``AnchorlineError`` with TensorRT's own reason."""
         with captured_log() as records:
             try:
-                builder = self.trt.Builder(tensorrt_logger(self.name))
+                return self.trt.Builder(tensorrt_logger(self.name))
             except TypeError:  # how the bindings say that there is none
-                builder = None
-        if builder is None:
-            reason = records[-1].getMessage() if records else "no reason given"
-            raise AnchorlineError(
-                f"{self.title} {self.version} could not start ({reason}); see anchorline doctor"
-            )
-        return builder
+                reason = records[-1].getMessage() if records else "no reason given"
+        raise AnchorlineError(
+            f"{self.title} {self.version} could not start ({reason}); see anchorline doctor"
+        ) from None
 
     def create_config(self, builder: Any, options: BuildOptions) -> Any:
         """The builder's settings, without profiles, progress and timing cache."""
@@ -135,8 +132,7 @@ def layer_report(network: Any) -> list[dict[str, Any]]:
             shape = [int(side) for side in output.shape]
         except ValueError:  # the bindings refuse to list axes of unknown number
             shape = None
-        kind = output.dtype.name
-        precision = _TYPES.get(kind, kind.lower())
+        precision = _TYPES.get(output.dtype.name, output.dtype.name.lower())
         rows.append({"name": layer.name, "type": layer.type.name, "precision": precision, "shape": shape})
     return rows
 
@@ -167,8 +163,7 @@ def parse(toolkit: Toolkit, builder: Any, model: onnx.ModelProto, batch: Batch) 
         reason = (told or [record.getMessage() for record in records] or ["no reason given"])[0]
         raise ArtefactError(f"{toolkit.title} {toolkit.version} cannot parse the graph: {reason}")
     if batch[0] == batch[2]:
-        for index in range(network.num_inputs):
-            tensor = network.get_input(index)
+        for tensor in map(network.get_input, range(network.num_inputs)):
             tensor.shape = (batch[0], *tuple(tensor.shape)[1:])
     return network
 
@@ -250,6 +245,13 @@ def serialise(
     return Plan(bytes(plan), int(found[-1]) if found else None, _readable(warnings))
 
 
+@dataclass
+class _Phase:
+    parent: str | None
+    steps: int
+    done: int = 0
+
+
 def _monitor(trt: Any, progress: Progress | None) -> Any:
     """TensorRT's progress monitor, which calls ``progress``.
 
@@ -294,13 +296,6 @@ def _monitor(trt: Any, progress: Progress | None) -> Any:
     return Monitor()
 
 
-@dataclass
-class _Phase:
-    parent: str | None
-    steps: int
-    done: int = 0
-
-
 def _load_timing_cache(toolkit: Toolkit, config: Any, folder: Path) -> Path:
     """Give ``config`` the timings of earlier builds on this GPU with this version; returns their file."""
     if toolkit.gpu is None:
@@ -310,15 +305,15 @@ def _load_timing_cache(toolkit: Toolkit, config: Any, folder: Path) -> Path:
     gpu = re.sub(r"[^A-Za-z0-9]+", "-", toolkit.gpu)
     file = folder / f"{toolkit.name}-{toolkit.version}-{gpu}.cache"
     content = file.read_bytes() if file.is_file() else b""
-    cache = config.create_timing_cache(content)
-    if not config.set_timing_cache(cache, ignore_mismatch=False):
+    if not config.set_timing_cache(config.create_timing_cache(content), ignore_mismatch=False):
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     return file
 
 
 def _readable(warnings: Sequence[str]) -> tuple[str, ...]:
     """Each warning once, with how often it came."""
-    counts = Counter(warnings)
-    lines = [text if count == 1 else f"{text} ({count} times)" for text, count in counts.items()]
-    rest = len(lines) - _MOST_WARNINGS
-    return (*lines[:_MOST_WARNINGS], *([f"... and {rest} more"] if rest > 0 else []))
+    counts = Counter(warnings).items()
+    lines = [text if count == 1 else f"{text} ({count} times)" for text, count in counts]
+    if len(lines) > _MOST_WARNINGS:
+        lines[_MOST_WARNINGS:] = [f"... and {len(lines) - _MOST_WARNINGS} more"]
+    return tuple(lines)
