@@ -39,10 +39,11 @@ class Durations:
     """Any number of durations in seconds, in bounded memory.
 
     Percentiles are exact for the first 8192 durations; from then on all of them are counted in
-    bins 1 % wide.
+    bins 1 % wide. Safe to be filled and asked by several threads.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._exact: list[float] = []
         self._bins: NDArray[np.int64] | None = None
         self._by_bound = [0] * (len(HISTOGRAM_BOUNDS) + 1)
@@ -53,28 +54,31 @@ class Durations:
 
     def add(self, seconds: float) -> None:
         """Note one duration."""
-        self._by_bound[bisect.bisect_left(HISTOGRAM_BOUNDS, seconds)] += 1
-        self._seconds += seconds
-        self._exact.append(seconds)
-        if len(self._exact) >= _EXACT:
-            self._bins = self._counts()
-            self._exact = []
+        with self._lock:
+            self._by_bound[bisect.bisect_left(HISTOGRAM_BOUNDS, seconds)] += 1
+            self._seconds += seconds
+            self._exact.append(seconds)
+            if len(self._exact) >= _EXACT:
+                self._bins = self._counts()
+                self._exact = []
 
     def percentiles(self) -> dict[str, float]:
         """``{"p50", "p95", "p99"}`` in milliseconds; empty where nothing was noted."""
-        if not len(self):
-            return {}
-        if self._bins is None:
-            found = np.percentile(self._exact, PERCENTILES)
-        else:
-            cumulated = np.cumsum(self._counts())
-            index = np.searchsorted(cumulated, np.array(PERCENTILES) / 100.0 * cumulated[-1])
-            found = _SHORTEST * _BIN_RATIO ** (index + 0.5)
+        with self._lock:
+            if not len(self):
+                return {}
+            if self._bins is None:
+                found = np.percentile(self._exact, PERCENTILES)
+            else:
+                cumulated = np.cumsum(self._counts())
+                index = np.searchsorted(cumulated, np.array(PERCENTILES) / 100.0 * cumulated[-1])
+                found = _SHORTEST * _BIN_RATIO ** (index + 0.5)
         return {f"p{p}": 1000.0 * seconds for p, seconds in zip(PERCENTILES, found.tolist(), strict=True)}
 
     def histogram(self) -> Histogram:
         """All durations, counted by their length; never less than before."""
-        return Histogram(tuple(itertools.accumulate(self._by_bound)), self._seconds)
+        with self._lock:
+            return Histogram(tuple(itertools.accumulate(self._by_bound)), self._seconds)
 
     def _counts(self) -> NDArray[np.int64]:
         """The bins with the durations that are still kept one by one."""
@@ -84,21 +88,16 @@ class Durations:
 
 
 class StageTimes:
-    """Durations by stage, in seconds. The stages' names are those of ``STAGES``, in that order.
-
-    Safe to be filled by several threads.
-    """
+    """Durations by stage, in seconds. The stages' names are those of ``STAGES``, in that order."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._durations = {stage: Durations() for stage in STAGES}
 
     def add(self, stage: str, seconds: float) -> None:
         """Note one duration."""
         if stage not in self._durations:
             raise SettingsError(f"unknown stage {stage!r}; expected one of {', '.join(STAGES)}")
-        with self._lock:
-            self._durations[stage].add(seconds)
+        self._durations[stage].add(seconds)
 
     def add_all(self, timings: Mapping[str, float]) -> None:
         """Note one duration for each stage of ``timings``, such as ``Detector.timings``."""
@@ -114,11 +113,9 @@ class StageTimes:
 
     def percentiles(self) -> dict[str, dict[str, float]]:
         """``{stage: {"p50", "p95", "p99"}}`` in milliseconds, for the stages that were seen."""
-        with self._lock:
-            found = {stage: durations.percentiles() for stage, durations in self._durations.items()}
+        found = {stage: durations.percentiles() for stage, durations in self._durations.items()}
         return {stage: times for stage, times in found.items() if times}
 
     def histograms(self) -> dict[str, Histogram]:
         """The durations of each stage that was seen, counted by their length."""
-        with self._lock:
-            return {stage: each.histogram() for stage, each in self._durations.items() if len(each)}
+        return {stage: each.histogram() for stage, each in self._durations.items() if len(each)}

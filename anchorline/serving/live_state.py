@@ -196,7 +196,7 @@ class LiveState:
             "state": source.state,
             "fps_in": round(rates.read, 2),
             "fps": round(rates.answered, 2),
-            "age": {key: round(value, 1) for key, value in source.age().items()},
+            "age": {key: round(value, 1) for key, value in source.age.percentiles().items()},
             "frames": source.frames_out,
             **{count: getattr(source, count) for count in counts},
             "newest_s": None if newest is None else round(now - newest, 3),

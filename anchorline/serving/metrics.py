@@ -67,7 +67,7 @@ class RunCollector(Collector):
         yield self._detections()
         stages = pipeline.figures.stages.histograms()
         yield _histograms("stage", "Time of each stage, over all sources.", "stage", stages)
-        ages = {source: each.age_histogram() for source, each in live.sources.items()}
+        ages = {source: each.age.histogram() for source, each in live.sources.items()}
         yield _histograms("result_age", "From capture to the caller.", "source", ages)
 
     def _detections(self) -> Metric:

@@ -143,7 +143,7 @@ def plot_latency(figures: Figures, path: str | Path) -> None:
     above.set(ylim=(0, None), xlabel="seconds since the start (dotted: lost or stalled, dashed: back)")
     above.set_ylabel("highest age, capture to result (ms)")
     above.grid(alpha=0.3)
-    rows = {**figures.stages.percentiles(), "capture to result": figures.age()}
+    rows = {**figures.stages.percentiles(), "capture to result": figures.age.percentiles()}
     rows = {name: times for name, times in rows.items() if times}
     for place, (percentile, shade) in enumerate(zip(PERCENTILES, _SHADES, strict=True)):
         values = [times[f"p{percentile}"] for times in rows.values()]

@@ -11,7 +11,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anchorline.runtime.io.errors import DataError
-from anchorline.runtime.timing import Durations, Histogram, StageTimes
+from anchorline.runtime.timing import Durations, StageTimes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,7 +45,7 @@ class SourceFigures:
         self.events: list[tuple[float, str]] = []
         self.queue: SourceQueue | None = None
         self.start = self._last_came = time.monotonic()
-        self._age = Durations()
+        self.age = Durations()  # of the results
         self._lock = threading.Lock()
         self._first_came: float | None = None
         self._first_left: float | None = None
@@ -80,7 +80,7 @@ class SourceFigures:
             self._last_left = now
             self.frames_out += 1
             self.detections += detections
-            self._age.add(age)
+            self.age.add(age)
             self.ages.append((now - self.start, age))
             if len(self.ages) == 2 * _TRACE_LENGTH:  # of each two the higher one stays, however long it runs
                 self.ages = [
@@ -136,7 +136,6 @@ class SourceFigures:
 
     def snapshot(self) -> dict[str, Any]:
         """The figures as plain values; times in milliseconds, rates in frames a second."""
-        stages = self.stages.percentiles()
         with self._lock:
             return {
                 "frames_in": self.frames_in,
@@ -146,19 +145,9 @@ class SourceFigures:
                 "dropped": self.dropped,
                 "reconnects": self.reconnects,
                 "stalls": self.stalls,
-                "age": self._age.percentiles(),
-                "stages": stages,
+                "age": self.age.percentiles(),
+                "stages": self.stages.percentiles(),
             }
-
-    def age(self) -> dict[str, float]:
-        """Percentiles of the ages of the results, in milliseconds; empty before the first."""
-        with self._lock:
-            return self._age.percentiles()
-
-    def age_histogram(self) -> Histogram:
-        """The ages of the results, counted by their length."""
-        with self._lock:
-            return self._age.histogram()
 
     def _event(self, kind: str) -> None:
         if len(self.events) < _TRACE_LENGTH:
@@ -180,8 +169,7 @@ class Figures:
         self.start = time.monotonic()
         self.stages = StageTimes()
         self.sources = {name: SourceFigures(name, live) for name, live in sources.items()}
-        self._ages = Durations()
-        self._lock = threading.Lock()
+        self.age = Durations()  # of all results
 
     def begin(self) -> None:
         """The pipeline starts now."""
@@ -197,17 +185,11 @@ class Figures:
     def left(self, source: str, age: float, detections: int) -> None:
         """A result reached the caller."""
         self.sources[source].left(age, detections)
-        with self._lock:
-            self._ages.add(age)
+        self.age.add(age)
 
     def anything_came(self) -> bool:
         """Whether any source has delivered a frame."""
         return any(each.frames_in for each in self.sources.values())
-
-    def age(self) -> dict[str, float]:
-        """Percentiles of the ages of all results, in milliseconds."""
-        with self._lock:
-            return self._ages.percentiles()
 
     def frames(self) -> int:
         """Results so far."""
@@ -225,7 +207,7 @@ class Figures:
             precision=str(getattr(detector, "precision", "unknown")),
             dropped=sum(source.dropped for source in each),
             reconnects=sum(source.reconnects for source in each),
-            age=self.age(),
+            age=self.age.percentiles(),
             sources={source.name: source.snapshot() for source in each},
             warnings=tuple(line for source in each for line in source.warnings),
         )
@@ -239,26 +221,24 @@ class Rates(NamedTuple):
 
 
 class RecentRates:
-    """How fast frames came and went in about the last second. Safe to be asked by several threads."""
+    """How fast frames came and went in about the last second. To be asked by one thread at a time."""
 
     def __init__(self, figures: Figures) -> None:
         self._figures = figures
-        self._lock = threading.Lock()
         self._last = time.monotonic()
         self._counts = dict.fromkeys(figures.sources, (0, 0))
         self._rates = dict.fromkeys(figures.sources, Rates())
 
     def now(self) -> dict[str, Rates]:
         """Each source's rates, taken anew where the last ones are a second old."""
-        with self._lock:
-            seconds = time.monotonic() - self._last
-            if seconds >= _SPAN:
-                for name, source in self._figures.sources.items():
-                    read, answered = self._counts[name]
-                    self._counts[name] = counts = (source.frames_in, source.frames_out)
-                    self._rates[name] = Rates((counts[0] - read) / seconds, (counts[1] - answered) / seconds)
-                self._last += seconds
-            return dict(self._rates)
+        seconds = time.monotonic() - self._last
+        if seconds >= _SPAN:
+            for name, source in self._figures.sources.items():
+                read, answered = self._counts[name]
+                self._counts[name] = counts = (source.frames_in, source.frames_out)
+                self._rates[name] = Rates((counts[0] - read) / seconds, (counts[1] - answered) / seconds)
+            self._last += seconds
+        return dict(self._rates)
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,7 @@ class Intake:
             if queue.policy == "latest" and not self.stopped.is_set():
                 queue.dropped += len(queue.frames)
                 queue.frames.clear()
-            while len(queue.frames) >= self._depth and not self.stopped.is_set():
-                self._changed.wait()
+            self._changed.wait_for(lambda: len(queue.frames) < self._depth or self.stopped.is_set())
             if self.stopped.is_set():
                 return False
             queue.frames.append(frame)
@@ -84,7 +83,8 @@ class Intake:
                 self._changed.wait_for(lambda: self.aborted or self._over() or self._can_take())
                 if self.aborted or self._over():
                     return None
-                self._wait_for_company()
+                # Until the batch is full, nobody is left who could fill it, or the time is up.
+                self._changed.wait_for(lambda: not (self._can_take() and self._may_grow()), self._max_wait)
                 frames = self._pick()
                 if frames:  # another worker may have been faster
                     break
@@ -121,15 +121,6 @@ class Intake:
 
     def _over(self) -> bool:
         return all(queue.ended and not queue.frames for queue in self.queues)
-
-    def _wait_for_company(self) -> None:
-        """Wait until the batch is full, nobody is left who could fill it, or the time is up."""
-        until = time.monotonic() + self._max_wait
-        while not self.aborted and self._can_take() and self._may_grow():
-            left = until - time.monotonic()
-            if left <= 0:
-                return
-            self._changed.wait(left)
 
     def _may_grow(self) -> bool:
         waiting = sum(len(queue.frames) for queue in self.queues)

@@ -65,11 +65,6 @@ def parse_min_scores(texts: Iterable[str]) -> dict[str, float]:
     return found
 
 
-def parse_regions(texts: Iterable[str]) -> tuple[Polygon, ...]:
-    """See ``parse_region``."""
-    return tuple(map(parse_region, texts))
-
-
 def parse_region(text: str) -> Polygon:
     """``"0,0.5 1,0.5 1,1 0,1"`` as a polygon; four numbers ``"x1,y1,x2,y2"`` are a rectangle."""
     complaint = f"region {text!r}; expected fractions of the frame, x1,y1,x2,y2 or x,y x,y x,y ..."
@@ -122,7 +117,7 @@ class Filters:
             "Keep boxes whose centre lies in it, in fractions of the frame; may be repeated.",
             flag="--region",
             metavar="X1,Y1,X2,Y2|X,Y X,Y X,Y",
-            parse=parse_regions,
+            parse=lambda texts: tuple(map(parse_region, texts)),
         ),
     ] = ()
     max_detections: Annotated[int | None, Option("Keep the best N of a frame.", low=1)] = None
@@ -301,14 +296,11 @@ def check_fields(options: object) -> None:
         if low is None:
             continue
         if int in kinds:
-            fits, wanted = isinstance(value, int), f"a whole number of at least {low}"
+            wanted = f"a whole number of at least {low}"
         elif high is not None:
-            fits, wanted = True, f"a number from {low:g} to {high:g}"
+            wanted = f"a number from {low:g} to {high:g}"
         else:
-            fits, wanted = True, f"seconds from {low:g}"
-        if (
-            not fits
-            or not is_number(value)
-            or not low <= value <= (sys.float_info.max if high is None else high)
-        ):
+            wanted = f"seconds from {low:g}"
+        fits = is_number(value) and (isinstance(value, int) or int not in kinds)
+        if not fits or not low <= value <= (sys.float_info.max if high is None else high):
             raise SettingsError(f"{name} is {value!r}; expected {wanted}")

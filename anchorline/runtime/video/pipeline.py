@@ -378,9 +378,8 @@ def detect(
 ) -> DetectSummary:
     """Detect in every frame of ``sources``: images, folders of images, videos, cameras, streams.
 
-    ``options.save`` receives annotated copies (see ``source.plan``; a camera's is an mp4 of its name),
-    ``options.jsonl`` one line per frame: ``{"source", "frame", "time_s", "size": [h, w], "detections":
-    [...]}``. ``progress`` shows live figures on stderr, ``live`` in a browser
+    ``options.save`` receives annotated copies (see ``source.plan``), ``options.jsonl`` lines (see
+    ``sinks.JsonLines``). ``progress`` shows live figures on stderr, ``live`` in a browser
     (``anchorline.serving.live_view``). A source that cannot be read is a warning in the summary
     while others can; with none left its ``DataError`` is raised. On Ctrl-C, SIGTERM and SIGHUP the files are
     finished with the frames so far, and ``KeyboardInterrupt`` or ``SystemExit`` goes on; ``conclude``

@@ -93,9 +93,9 @@ class Source:
         return self.name
 
 
-def parse_source(text: str | Path) -> Source:
+def parse_source(text: str | Path | int) -> Source:
     """A source as the command line names it: ``clip.mp4``, ``0``, ``rtsp://...``, ``cam1=...``."""
-    if isinstance(text, Path) or text == "" or os.path.exists(text):
+    if not isinstance(text, str) or text == "" or os.path.exists(text):
         return Source(text)
     named = _NAMED.fullmatch(text)
     name, where = named.groups() if named else ("", text)
@@ -122,7 +122,10 @@ def plan(
     ``OutputError`` and ``SettingsError`` where ``save`` does not go with the sources, and
     ``SettingsError`` where two of them share a name.
     """
-    given = [each if isinstance(each, Source) else _parse(each, policy, stride) for each in sources]
+    given = [
+        each if isinstance(each, Source) else replace(parse_source(each), policy=policy, stride=stride)
+        for each in sources
+    ]
     if not given:
         raise SettingsError("no sources given; name an image, a folder of images or a video")
     found = [_files(Path(str(each.where))) if each.is_path else [] for each in given]
@@ -130,7 +133,9 @@ def plan(
     names = _names(others)
     paths = [path for files in found for path in files]
     single = len(given) == 1 and (bool(others) or not Path(str(given[0].where)).is_dir())
-    targets = copy_targets([*paths, *map(_place, names)], None if save is None else Path(save), single)
+    # A stand-in for the file that a camera does not have, where no file can be.
+    places = [Path(os.devnull) / (re.sub(r"[^\w.-]", "_", name) + ".mp4") for name in names]
+    targets = copy_targets([*paths, *places], None if save is None else Path(save), single)
     items = iter([Item(path, is_video(path), target) for path, target in zip(paths, targets, strict=False)])
     named = iter(zip(names, targets[len(paths) :], strict=True))
     unnamed = [str(Path(str(each.where))) for each in given if each.is_path and not each.name]
@@ -181,11 +186,6 @@ def is_stdout(path: str | Path | None) -> bool:
     return str(path) in ("-", "/dev/stdout")
 
 
-def _parse(given: str | Path | int, policy: Policy | None, stride: int) -> Source:
-    source = Source(given) if isinstance(given, int) else parse_source(given)
-    return Source(source.where, source.name, source.live, policy, stride)
-
-
 def _files(source: Path) -> list[Path]:
     """The file, or the images of the folder."""
     if not os.path.exists(source):  # unlike Path.exists, also False for a name that is too long
@@ -212,11 +212,6 @@ def _names(sources: Sequence[Source]) -> list[str]:
         taken.add(name)
         names.append(name)
     return names
-
-
-def _place(name: str) -> Path:
-    """A stand-in for the file that a camera does not have, where no file can be."""
-    return Path(os.devnull) / (re.sub(r"[^\w.-]", "_", name) + ".mp4")
 
 
 def copy_targets(paths: Sequence[Path], save: Path | None, single: bool) -> Sequence[Path | None]:
