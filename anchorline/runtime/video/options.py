@@ -65,6 +65,11 @@ def parse_min_scores(texts: Iterable[str]) -> dict[str, float]:
     return found
 
 
+def parse_regions(texts: Iterable[str]) -> tuple[Polygon, ...]:
+    """See ``parse_region``."""
+    return tuple(map(parse_region, texts))
+
+
 def parse_region(text: str) -> Polygon:
     """``"0,0.5 1,0.5 1,1 0,1"`` as a polygon; four numbers ``"x1,y1,x2,y2"`` are a rectangle."""
     complaint = f"region {text!r}; expected fractions of the frame, x1,y1,x2,y2 or x,y x,y x,y ..."
@@ -117,7 +122,7 @@ class Filters:
             "Keep boxes whose centre lies in it, in fractions of the frame; may be repeated.",
             flag="--region",
             metavar="X1,Y1,X2,Y2|X,Y X,Y X,Y",
-            parse=lambda texts: tuple(map(parse_region, texts)),
+            parse=parse_regions,
         ),
     ] = ()
     max_detections: Annotated[int | None, Option("Keep the best N of a frame.", low=1)] = None
