@@ -14,8 +14,8 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
+from anchorline.engine.graph import constants
 from anchorline.engine.lowering import MOST, deviations, lower
 from anchorline.export.functions import default_functions
 from anchorline.export.onnx_export import export_onnx
@@ -109,8 +109,8 @@ def rows_in_pytorch(model: FasterRCNN, images: NDArray[np.uint8]) -> NDArray[np.
 
 
 def largest_topk(proto: onnx.ModelProto) -> int:
-    constants = {each.name: numpy_helper.to_array(each) for each in proto.graph.initializer}
-    return max(int(constants[n.input[1]].max()) for n in proto.graph.node if n.op_type == "TopK")
+    values = constants(proto.graph)
+    return max(int(values[n.input[1]].max()) for n in proto.graph.node if n.op_type == "TopK")
 
 
 @pytest.mark.parametrize("kind", ["c4", *(pytest.param(k, marks=pytest.mark.slow) for k in ("dc5", "fpn"))])
