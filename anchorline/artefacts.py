@@ -9,9 +9,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from anchorline.data.dataset import load_datasets
 from anchorline.data.proposals import SelectiveSearch, read_proposals, write_proposals
 from anchorline.data.synthetic import generate_scene
@@ -177,7 +174,7 @@ def _open_in_torchvision(path: Path, task: str) -> Subject:
     return Subject(path, TorchvisionDetector.of(*load_checkpoint(path)))
 
 
-def verify_engine(model: Path, engine: Path, images: Sequence[NDArray[np.uint8]] = ()) -> str:
+def verify_engine(model: Path, engine: Path) -> str:
     """Compare a new ``engine`` with the ONNX ``model`` it was built from, and record it; says how it went.
 
     Where this machine cannot run it, that is recorded and said, and is no failure. An engine that differs
@@ -190,9 +187,7 @@ def verify_engine(model: Path, engine: Path, images: Sequence[NDArray[np.uint8]]
         write_not_executed(engine, reason, model)
         return f"not verified: {reason}"
     with theirs, onnx_subject(model, "cpu") as ours:
-        names = ours.detector.contract.names
-        dataset = from_frames("the given images", names, images) if images else scenes(names)
-        report = verify_subjects(ours, theirs, dataset)
+        report = verify_subjects(ours, theirs, scenes(ours.detector.contract.names))
     return _record_or_remove(report, f"the engine and {model.name}", engine, manifest_path(engine))
 
 

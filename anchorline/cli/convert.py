@@ -13,6 +13,10 @@ from anchorline.console import progress_bar, show_report, warn
 from anchorline.engine.options import BuildOptions
 from anchorline.runtime.io.errors import SettingsError
 
+CanvasOption = Annotated[
+    str | None, typer.Option(metavar="HxW", help="Another network input size, multiples of 32.")
+]
+
 
 def import_(
     checkpoint: Annotated[
@@ -41,9 +45,7 @@ def import_(
     classes_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The same, one a line or a JSON list.")
     ] = None,
-    canvas: Annotated[
-        str | None, typer.Option(metavar="HxW", help="Another network input size, multiples of 32.")
-    ] = None,
+    canvas: CanvasOption = None,
     resize: Annotated[
         str | None, typer.Option(metavar="MINxMAX", help="The model's min_size and max_size, as 800x1333.")
     ] = None,
@@ -100,9 +102,7 @@ def export(
         Literal["detections", "proposals"] | None,
         typer.Option(help="The whole model, or the RPN alone (default: what the checkpoint holds)."),
     ] = None,
-    canvas: Annotated[
-        str | None, typer.Option(metavar="HxW", help="Another network input size, multiples of 32.")
-    ] = None,
+    canvas: CanvasOption = None,
     frame: Annotated[
         str | None, typer.Option(metavar="WxH", help="Trim the canvas to what a camera's frames fill.")
     ] = None,

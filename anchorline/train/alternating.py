@@ -75,7 +75,11 @@ def train_alternating(
             if step.task == "proposals":
                 _store_proposals(step)
             if is_main():
-                _note_finished(step)
+                record = {**record_of(step), "model_sha256": sha256_of(step.checkpoint)}
+                if step.task == "proposals":
+                    record["proposals_sha256"] = sha256_of(_stored(step))
+                write_json(step.folder / FINISHED, record)
+                state.unlink(missing_ok=True)  # as large as the model three times
             wait_for_all()
         except KeyboardInterrupt:
             return replace(result, interrupted=True)
@@ -134,14 +138,6 @@ def _store_proposals(step: PhaseConfig) -> None:
     else:
         deque(found, maxlen=0)  # takes part, and keeps nothing
     wait_for_all()
-
-
-def _note_finished(step: PhaseConfig) -> None:
-    record = {**record_of(step), "model_sha256": sha256_of(step.checkpoint)}
-    if step.task == "proposals":
-        record["proposals_sha256"] = sha256_of(_stored(step))
-    write_json(step.folder / FINISHED, record)
-    (step.folder / "last" / STATE_FILE).unlink(missing_ok=True)  # as large as the model three times
 
 
 def _is_finished(step: PhaseConfig) -> bool:

@@ -69,23 +69,19 @@ def build_schedule(optimiser: torch.optim.Optimizer, settings: TrainingSettings,
     """Linear warm-up, then ``settings.lr_schedule`` over ``steps`` steps in all."""
 
     def factor(step: int) -> float:
+        progress = min(1.0, step / max(1, steps))
         if settings.lr_schedule == "one-cycle":
-            return _one_cycle(step / max(1, steps))
+            # Up along a cosine for the first share, down to zero for the rest (Smith and Topin, 2018).
+            if progress < RISING:
+                return FIRST_RATE + (1 - FIRST_RATE) * 0.5 * (1 - math.cos(math.pi * progress / RISING))
+            return 0.5 * (1 + math.cos(math.pi * (progress - RISING) / (1 - RISING)))
         done = min(1.0, step / settings.warmup_steps) if settings.warmup_steps else 1.0
         warmup = settings.warmup_factor + (1 - settings.warmup_factor) * done
-        progress = min(1.0, step / max(1, steps))
         if settings.lr_schedule == "step":
             return warmup * 0.1 ** sum(progress >= milestone for milestone in settings.milestones)
         return warmup * 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimiser, factor)
-
-
-def _one_cycle(progress: float) -> float:
-    """Up along a cosine for the first ``RISING`` share, down to zero for the rest (Smith and Topin, 2018)."""
-    if progress < RISING:
-        return FIRST_RATE + (1 - FIRST_RATE) * 0.5 * (1 - math.cos(math.pi * progress / RISING))
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - RISING) / (1 - RISING))))
 
 
 class MovingAverage:

@@ -57,7 +57,21 @@ def train(
     with joined_processes(device):
         check_data(data, validation)
         check_processes(data, settings.training.batch, process_count())
-        check_proposals(regime, proposals, validation is not None, validation_proposals)
+        if regime == "fast-rcnn" and proposals is None:
+            raise SettingsError(
+                "schedule 'fast-rcnn' trains on stored proposals and none are given; expected --proposals "
+                "FILE, as anchorline proposals writes it"
+            )
+        if regime != "fast-rcnn" and (proposals is not None or validation_proposals is not None):
+            raise SettingsError(
+                f"stored proposals are given, and schedule {regime!r} makes its own; "
+                "expected them with --schedule fast-rcnn only"
+            )
+        if validation_proposals is not None and validation is None:
+            raise SettingsError(
+                f"{validation_proposals}: proposals for validation are given without validation data; "
+                "expected --val SPEC with --val-proposals"
+            )
         phase = PhaseConfig(
             settings=settings,
             data=data,
@@ -91,27 +105,6 @@ def check_data(data: Dataset, validation: Dataset | None) -> None:
         raise DataError(
             f"{validation.spec}: has the class {unknown[0]!r}, {data.spec} has only "
             f"{', '.join(data.names)}; validate with data of the trained classes"
-        )
-
-
-def check_proposals(
-    regime: str, proposals: Path | None, validates: bool, validation_proposals: Path | None
-) -> None:
-    """Raise ``SettingsError`` unless files of stored proposals are given where the schedule uses them."""
-    if regime == "fast-rcnn" and proposals is None:
-        raise SettingsError(
-            "schedule 'fast-rcnn' trains on stored proposals and none are given; expected --proposals FILE, "
-            "as anchorline proposals writes it"
-        )
-    if regime != "fast-rcnn" and (proposals is not None or validation_proposals is not None):
-        raise SettingsError(
-            f"stored proposals are given, and schedule {regime!r} makes its own; "
-            "expected them with --schedule fast-rcnn only"
-        )
-    if validation_proposals is not None and not validates:
-        raise SettingsError(
-            f"{validation_proposals}: proposals for validation are given without validation data; "
-            "expected --val SPEC with --val-proposals"
         )
 
 
