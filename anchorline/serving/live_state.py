@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.runtime.video.figures import Rates, RecentRates, SourceFigures
+from anchorline.runtime.video.figures import RecentRates, SourceFigures
 from anchorline.runtime.video.frames import Result
 from anchorline.runtime.video.pipeline import VideoPipeline
 from anchorline.serving.painting import Painter, Shown
@@ -187,15 +187,15 @@ class LiveState:
             found.update(counts)
         return found
 
-    def _row(self, source: SourceFigures, now: float, rates: Rates) -> dict[str, Any]:
+    def _row(self, source: SourceFigures, now: float, rates: tuple[float, float]) -> dict[str, Any]:
         """What the page shows of a source; ages in milliseconds, rates in frames a second."""
         newest = self.newest.get(source.name)
         counts = ("detections", "dropped", "reconnects", "stalls")
         return {
             "name": source.name,
             "state": source.state,
-            "fps_in": round(rates.read, 2),
-            "fps": round(rates.answered, 2),
+            "fps_in": round(rates[0], 2),
+            "fps": round(rates[1], 2),
             "age": {key: round(value, 1) for key, value in source.age.percentiles().items()},
             "frames": source.frames_out,
             **{count: getattr(source, count) for count in counts},

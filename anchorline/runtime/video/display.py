@@ -47,10 +47,9 @@ def displayed(pipeline: VideoPipeline) -> Iterator[Result]:
         def shown() -> Group:
             if is_alone:
                 return Group(bar)
-            rates = recent.now()
             rows = {
-                name: {**each.snapshot(), "fps_in": rates[name].read, "fps_out": rates[name].answered}
-                for name, each in sources.items()
+                name: {**sources[name].snapshot(), "fps_in": read, "fps_out": answered}
+                for name, (read, answered) in recent.now().items()
             }
             return Group(bar, source_table(rows, {name: each.state for name, each in sources.items()}))
 
@@ -123,7 +122,6 @@ def plot_latency(figures: Figures, path: str | Path) -> None:
     The upper panel shows the highest age in each span of time, so that no peak is hidden, with marks
     where a source was lost, stalled or came back; the lower one the stages in milliseconds.
     """
-    check_plot(path, "report")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 8.5), layout="constrained")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from anchorline.runtime.io.errors import DataError
 from anchorline.runtime.timing import Durations, StageTimes
@@ -213,13 +213,6 @@ class Figures:
         )
 
 
-class Rates(NamedTuple):
-    """Frames a second that a source delivered, and that were answered."""
-
-    read: float = 0.0
-    answered: float = 0.0
-
-
 class RecentRates:
     """How fast frames came and went in about the last second. To be asked by one thread at a time."""
 
@@ -227,16 +220,16 @@ class RecentRates:
         self._figures = figures
         self._last = time.monotonic()
         self._counts = dict.fromkeys(figures.sources, (0, 0))
-        self._rates = dict.fromkeys(figures.sources, Rates())
+        self._rates = dict.fromkeys(figures.sources, (0.0, 0.0))
 
-    def now(self) -> dict[str, Rates]:
-        """Each source's rates, taken anew where the last ones are a second old."""
+    def now(self) -> dict[str, tuple[float, float]]:
+        """Frames a second that each source delivered, and that were answered: anew once a second."""
         seconds = time.monotonic() - self._last
         if seconds >= _SPAN:
             for name, source in self._figures.sources.items():
                 read, answered = self._counts[name]
                 self._counts[name] = counts = (source.frames_in, source.frames_out)
-                self._rates[name] = Rates((counts[0] - read) / seconds, (counts[1] - answered) / seconds)
+                self._rates[name] = (counts[0] - read) / seconds, (counts[1] - answered) / seconds
             self._last += seconds
         return dict(self._rates)
 

@@ -153,14 +153,9 @@ class AnnotatedFiles:
 
     def close(self) -> None:
         """Finish all files; where one cannot be, the others still are."""
-        first: OutputError | None = None
-        for source in list(self._open):
-            try:
-                self._finish(source)
-            except OutputError as error:
-                first = first or error
-        if first is not None:
-            raise first
+        with contextlib.ExitStack() as stack:  # which raises the error of the one that was added first
+            for source in list(self._open):
+                stack.callback(self._finish, source)
 
     def abandon(self) -> None:
         """Drop the files that are not complete."""

@@ -28,6 +28,6 @@ def test_rates_are_those_of_the_time_since_they_were_asked_for_last(clock):
     assert recent.now() == {"a": (20.0, pytest.approx(20 / 1.5)), "b": (0.0, 0.0)}
     source.frames_in = 31
     clock.now += 0.5
-    assert recent.now()["a"].read == 20.0  # those of before
+    assert recent.now()["a"][0] == 20.0  # those of before
     clock.now += 0.5
     assert recent.now()["a"] == (1.0, 0.0)
