@@ -250,7 +250,7 @@ class DetectSummary:
     reconnects: int = 0
     age: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``files.write_json``."""
