@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from anchorline.data.boxes import as_number
 from anchorline.data.dataset import Dataset, class_index, image_size, labelled_image, list_names, read_lines
-from anchorline.runtime.io.errors import DataError, SettingsError
+from anchorline.runtime.io.errors import DataError, SettingsError, one_line
 from anchorline.runtime.io.images import is_image
 
 WITHOUT_IMAGE = "label file without an image"
@@ -193,8 +193,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); expected YAML") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: broken YAML ({reason}); expected the class names as names") from None
+        raise DataError(
+            f"{path}: broken YAML ({one_line(error)}); expected the class names as names"
+        ) from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected YAML with the class names as names, got no mapping")
     return content

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from anchorline.runtime.backends.cpu_options import cpu_facts
+
 _REQUIREMENT_NAME = re.compile(r"[A-Za-z0-9._-]+")
 _QUERY = "name,compute_cap,memory.total,driver_version"
 _QUERY_SECONDS = 20  # a driver that is not kept loaded takes several to answer
@@ -171,8 +173,7 @@ def import_module(name: str) -> tuple[Imported, Any | None]:
 
 def find_cpu() -> Cpu:
     """Name, usable cores, and which of ``CPU_FEATURES`` the processor has (Linux only)."""
-    lines = read_or_empty("/proc/cpuinfo").splitlines()
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    facts = cpu_facts()
     flags = (facts.get("flags") or facts.get("Features") or "").split()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     name = facts.get("model name") or platform.processor() or platform.machine()

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from anchorline.export.integer_graph import Layer, Range
 from anchorline.runtime.backends.onnxruntime import open_for_checks
-from anchorline.runtime.io.errors import ArtefactError, DataError, SettingsError
+from anchorline.runtime.io.errors import ArtefactError, DataError, SettingsError, one_line
 from anchorline.verify.stages import opened_up, stage_of
 
 METHODS = ("minmax", "percentile", "mse")
@@ -57,7 +57,7 @@ def measure_ranges(
         try:
             values = session.run(None, dict(inputs))
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)[:300]
             raise ArtefactError(
                 f"calibration image {number}: onnxruntime cannot run the model on it ({reason}); compare the "
                 "model with what it was exported from with anchorline verify"

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -35,14 +35,6 @@ _WIDEST = 1024  # taps of all rows in one product, so that a matrix stays small 
 _STRIP = 32  # rows at a time, so that what lies between two steps stays in the processor's cache
 _BGR = "Expected a frame as uint8 BGR array of shape [H, W, 3]"
 NV12_EXPECTATION = "Expected an NV12 frame as uint8 of shape [H * 3 / 2, W] with even H and W"
-
-
-class _Block(NamedTuple):
-    """Some rows of the result: ``weights`` [2 * rows, inputs], all high halves before all low ones."""
-
-    outputs: slice
-    inputs: slice
-    weights: NDArray[np.floating]
 
 
 def resize_antialiased(
@@ -74,23 +66,23 @@ def _resize_rows(rows: NDArray[np.uint8], out: NDArray[np.uint8] | NDArray[np.fl
     exactly, and nothing is rounded but where Pillow rounds.
     """
     flat = rows.reshape(len(rows), -1)
-    for block in _blocks(len(rows), len(out)):
-        sums = block.weights @ flat[block.inputs].astype(block.weights.dtype)
-        high, low = np.split(sums, 2)
+    for outputs, inputs, weights in _blocks(len(rows), len(out)):
+        high, low = np.split(weights @ flat[inputs].astype(weights.dtype), 2)
         # (high * 2**11 + low + half) >> 22, where everything in between is a whole number below 2**24.
         low *= 2.0**-_HALF
         high += np.floor(low, out=low)
         high += 2.0 ** (_HALF - 1)
         high *= 2.0**-_HALF
         np.floor(high, out=high)
-        if block.weights.dtype == np.float64:  # thousands of weights, each rounded up, may exceed white
+        if weights.dtype == np.float64:  # thousands of weights, each rounded up, may exceed white
             np.minimum(high, 255, out=high)
-        np.copyto(out[block.outputs], high.reshape(-1, *out.shape[1:]), casting="unsafe")
+        np.copyto(out[outputs], high.reshape(-1, *out.shape[1:]), casting="unsafe")
 
 
 @functools.lru_cache(maxsize=32)
-def _blocks(source: int, target: int) -> tuple[_Block, ...]:
-    """The products that make ``target`` rows of ``source`` ones."""
+def _blocks(source: int, target: int) -> tuple[tuple[slice, slice, NDArray[np.floating]], ...]:
+    """The products that make ``target`` rows of ``source`` ones: outputs, inputs, and their weights
+    [2 * outputs, inputs], all high halves before all low ones."""
     first, weights = _weights(source, target)
     taps = weights.shape[1]
     dtype = np.float32 if taps <= _FLOAT32_TAPS else np.float64
@@ -104,7 +96,7 @@ def _blocks(source: int, target: int) -> tuple[_Block, ...]:
         np.put_along_axis(matrix, columns, weights[outputs], axis=1)
         matrix = matrix[:, : stop - start]  # beyond the last pixel all weights are 0
         halves = np.concatenate((matrix >> _HALF, matrix & (2**_HALF - 1)))
-        blocks.append(_Block(outputs, slice(int(start), int(stop)), halves.astype(dtype)))
+        blocks.append((outputs, slice(int(start), int(stop)), halves.astype(dtype)))
     return tuple(blocks)
 
 

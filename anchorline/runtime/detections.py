@@ -52,9 +52,23 @@ class Detections:
         }
         for name, value in converted.items():
             object.__setattr__(self, name, value)
-        self._check_boxes()
-        for name, lowest in (("scores", None), ("labels", 0), ("track_ids", NO_TRACK)):
-            self._check_column(name, lowest)
+        if boxes.ndim != 2 or boxes.shape[1] != 4:
+            raise DataError(f"Expected boxes of shape [N, 4], got {list(boxes.shape)}")
+        reversed_boxes = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
+        if reversed_boxes.any():
+            index = int(reversed_boxes.argmax())
+            raise DataError(
+                f"Expected boxes as x1, y1, x2, y2 with x2 >= x1 and y2 >= y1, "
+                f"got {boxes[index].tolist()} at index {index}"
+            )
+        for name, lowest in (("scores", -np.inf), ("labels", 0), ("track_ids", NO_TRACK)):
+            values = getattr(self, name)
+            if values is not None and values.shape != (len(self),):
+                raise DataError(
+                    f"Expected {name} of shape [{len(self)}], one for each box, got {list(values.shape)}"
+                )
+            if values is not None and len(values) and values.min() < lowest:
+                raise DataError(f"Expected {name} of at least {lowest}, got {int(values.min())}")
         names, ids = self.class_names, self.category_ids
         if names and len(self) and self.labels.max() >= len(names):
             raise DataError(
@@ -62,28 +76,6 @@ class Detections:
             )
         if ids is not None and len(ids) != len(names):
             raise DataError(f"Expected {len(names)} category ids, one for each class name, got {len(ids)}")
-
-    def _check_boxes(self) -> None:
-        if self.boxes.ndim != 2 or self.boxes.shape[1] != 4:
-            raise DataError(f"Expected boxes of shape [N, 4], got {list(self.boxes.shape)}")
-        reversed_boxes = (self.boxes[:, 2:] < self.boxes[:, :2]).any(axis=1)
-        if reversed_boxes.any():
-            index = int(reversed_boxes.argmax())
-            raise DataError(
-                f"Expected boxes as x1, y1, x2, y2 with x2 >= x1 and y2 >= y1, "
-                f"got {self.boxes[index].tolist()} at index {index}"
-            )
-
-    def _check_column(self, name: str, lowest: int | None) -> None:
-        values = getattr(self, name)
-        if values is None:
-            return
-        if values.shape != (len(self),):
-            raise DataError(
-                f"Expected {name} of shape [{len(self)}], one for each box, got {list(values.shape)}"
-            )
-        if lowest is not None and len(values) and values.min() < lowest:
-            raise DataError(f"Expected {name} of at least {lowest}, got {int(values.min())}")
 
     @classmethod
     def empty(

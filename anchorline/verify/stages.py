@@ -20,7 +20,7 @@ from anchorline.runtime.canvas import Placement
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.io.errors import ArtefactError
+from anchorline.runtime.io.errors import ArtefactError, one_line
 from anchorline.runtime.io.files import sha256_of
 
 # From pixels to detections. ``preprocess`` (frame to canvas) is outside the graph, ``detections`` are
@@ -188,7 +188,7 @@ class OnnxStages:
                 self._sessions[key] = session
             values = session.run(list(wanted), arrays)
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)[:300]
             raise ArtefactError(f"{self._path}: onnxruntime cannot run its stages ({reason})") from error
         return dict(zip(wanted, values, strict=True))
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anchorline.doctor import machine
 from anchorline.doctor import machine as gpu
 from anchorline.doctor.machine import (
     Gpu,
@@ -31,6 +30,7 @@ from anchorline.doctor.machine import (
     normalised,
     numbers,
 )
+from anchorline.runtime.backends import cpu_options
 
 SMI = "NVIDIA GeForce RTX 3090, 8.6, 24576, 580.95.05\nNVIDIA H200, 9.0, 143771, 580.95.05\n"
 
@@ -186,9 +186,10 @@ def test_without_nvidia_smi_nothing_is_run(tmp_path: Path, monkeypatch: pytest.M
     ],
 )
 def test_the_cpu_features_that_matter(
-    cpuinfo: str, name: str | None, features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    cpuinfo: str, name: str | None, features: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "read_or_empty", lambda path: cpuinfo)
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(cpu_options, "_CPUINFO", tmp_path / "cpuinfo")
     cpu = find_cpu()
     assert cpu.features == features
     assert cpu.name == (name or platform.processor() or platform.machine())

@@ -130,13 +130,13 @@ def test_any_memory_layout(view) -> None:
 @settings(deadline=None)
 def test_the_halves_of_the_weights_are_exact(source: int, target: int) -> None:
     """The promise behind float32: whole numbers, whose sums with grey levels stay below 2**24."""
-    for block in _blocks(source, target):
-        high, low = np.split(block.weights.astype(np.float64), 2)
+    for _, _, weights in _blocks(source, target):
+        high, low = np.split(weights.astype(np.float64), 2)
         assert (high == np.floor(high)).all()
         assert (low == np.floor(low)).all()
         assert ((low >= 0) & (low < 2**11)).all()
         total = (high * 2**11 + low).sum(axis=1)
-        np.testing.assert_allclose(total, 2**22, atol=block.weights.shape[1])
-        if block.weights.dtype == np.float32:
+        np.testing.assert_allclose(total, 2**22, atol=weights.shape[1])
+        if weights.dtype == np.float32:
             assert 255 * high.sum(axis=1).max() + 2**10 + 255 < 2**24
             assert 255 * low.sum(axis=1).max() < 2**24

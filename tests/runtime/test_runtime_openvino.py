@@ -279,7 +279,7 @@ def test_processors_that_add_in_16_bits(tmp_path, monkeypatch, system, machine, 
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor : 0\nflags\t\t: {flags}\n")
     monkeypatch.setattr(cpu_options, "_CPUINFO", cpuinfo)
-    monkeypatch.setattr(cpu_options.sys, "platform", system)
+    monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(cpu_options.platform, "machine", lambda: machine)
     assert cpu_options.adds_in_16_bits() is adds
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -85,7 +84,7 @@ def _siblings(cpu: int) -> str:
 
 def has_native_bf16() -> bool:
     """Whether the processor multiplies bfloat16 natively; False where that cannot be found out."""
-    return not _BF16_FLAGS.isdisjoint(_flags())
+    return not _BF16_FLAGS.isdisjoint(cpu_facts().get("flags", "").split())
 
 
 def adds_in_16_bits() -> bool:
@@ -93,18 +92,16 @@ def adds_in_16_bits() -> bool:
 
     True for an x86 processor of which that cannot be found out.
     """
-    return platform.machine().lower() in _X86 and _VNNI_FLAGS.isdisjoint(_flags())
+    return platform.machine().lower() in _X86 and _VNNI_FLAGS.isdisjoint(cpu_facts().get("flags", "").split())
 
 
-def _flags() -> list[str]:
-    """The processor's instruction sets as Linux names them; none elsewhere."""
-    if not sys.platform.startswith("linux"):
-        return []
+def cpu_facts() -> dict[str, str]:
+    """What Linux says of the processor, such as its ``flags``; nothing elsewhere."""
     try:
-        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
+        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return []
-    return next((line for line in text.splitlines() if line.startswith("flags")), "").split()
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def network_precision(wanted: str, model: str) -> str:
