@@ -49,6 +49,6 @@ def reason_of(error: BaseException, longest: int = 120) -> str:
     return lines[0][:longest] if lines else type(error).__name__
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """An error's text without line ends, for the reason inside a message."""
     return " ".join(str(error).split())

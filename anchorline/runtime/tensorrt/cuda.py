@@ -12,7 +12,7 @@ import ctypes
 import importlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.io.errors import GpuError, SettingsError, one_line
-from anchorline.runtime.tensorrt.kernels import image
+from anchorline.runtime.tensorrt.kernels import Launch, image
 
 CUDA_PACKAGES = ("cuda-bindings", "pycuda")
 LEGACY_STREAM = 1  # CU_STREAM_LEGACY: the default stream, which other blocking streams wait for
@@ -133,6 +133,15 @@ def call_driver(driver: Any, function: str, *arguments: Any, doing: str) -> Any:
             doing, str(getattr(code, "name", code)), text.decode() if not int(told) and text else ""
         )
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def launch_kernel(driver: Any, kernel: Any, item: Launch, stream: int, doing: str) -> None:
+    """Queue ``item`` on ``stream``, its kernel loaded as ``kernel``."""
+    # ctypes reads a null pointer as None, which cuda-bindings do not take.
+    values = tuple(0 if argument.value is None else argument.value for argument in item.arguments)
+    types = tuple(type(argument) for argument in item.arguments)
+    given = (kernel, *item.grid, item.threads, 1, 1, 0, stream, (values, types), 0)
+    call_driver(driver, "cuLaunchKernel", *given, doing=doing)
 
 
 def compute_capability(driver: Any, device: Any) -> int:
@@ -354,15 +363,9 @@ class BindingsCuda:
         found = self._call("cuLibraryGetKernel", library, kernel.encode(), doing=f"finding {kernel}")
         return self._call("cuKernelGetFunction", found, doing=f"loading {kernel}")  # else at the first launch
 
-    def launch(
-        self, kernel: Any, grid: tuple[int, int, int], threads: int, arguments: Sequence[Any], stream: int
-    ) -> None:
-        """Queue a kernel; ``arguments`` are ctypes values."""
-        # ctypes reads a null pointer as None, which cuda-bindings do not take.
-        values = tuple(0 if argument.value is None else argument.value for argument in arguments)
-        types = tuple(type(argument) for argument in arguments)
-        given = (kernel, *grid, threads, 1, 1, 0, stream, (values, types), 0)
-        self._call("cuLaunchKernel", *given, doing="launching a kernel")
+    def launch(self, kernel: Any, item: Launch, stream: int) -> None:
+        """Queue ``item``, whose kernel was loaded as ``kernel``."""
+        launch_kernel(self._driver, kernel, item, stream, doing="launching a kernel")
 
     def close(self) -> None:
         """Let go of the context. Safe to call twice."""
@@ -535,17 +538,15 @@ class PyCuda:
                 self._modules[source] = self._call(load, code, doing=f"loading {kernel}")
             return self._call(self._modules[source].get_function, kernel, doing=f"loading {kernel}")
 
-    def launch(
-        self, kernel: Any, grid: tuple[int, int, int], threads: int, arguments: Sequence[Any], stream: int
-    ) -> None:
+    def launch(self, kernel: Any, item: Launch, stream: int) -> None:
         # As NumPy numbers, which pycuda packs with their size.
         values = [
             np.uintp(argument.value or 0)
             if isinstance(argument, ctypes.c_void_p)
             else np.dtype(type(argument)).type(argument.value)
-            for argument in arguments
+            for argument in item.arguments
         ]
-        how = {"grid": grid, "block": (threads, 1, 1), "stream": self._stream(stream)}
+        how = {"grid": item.grid, "block": (item.threads, 1, 1), "stream": self._stream(stream)}
         self._call(kernel, *values, **how, doing="launching a kernel")
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -171,7 +172,17 @@ def _read_dlpack(tensor: Any, stream: int) -> _Array:
             capsule = tensor.__dlpack__(stream=asked, max_version=(_MAJOR, 0))
         except TypeError:  # from before there were versions
             capsule = tensor.__dlpack__(stream=asked)
-        found = _tensor_in(capsule)
+        if _is_named(capsule, b"dltensor_versioned"):
+            address = _pointer_of(capsule, b"dltensor_versioned")
+            major = ctypes.c_uint32.from_address(address).value
+            if major != _MAJOR:
+                raise ValueError(f"version {major} of DLPack; versions 0 and {_MAJOR} are known")
+            address += _VERSIONED_BYTES
+        else:
+            address = _pointer_of(capsule, b"dltensor")
+        found = _Tensor.from_address(address)
+        if found.device_type not in _READABLE:
+            raise ValueError(f"it lies on a device of type {found.device_type}")
     except Exception as error:
         raise FrameError(
             f"a {type(tensor).__name__} cannot be read through DLPack ({one_line(error)}); hand over a plain "
@@ -185,22 +196,6 @@ def _read_dlpack(tensor: Any, stream: int) -> _Array:
     start = int(found.data or 0) + int(found.byte_offset)
     device = None if found.device_type == _CUDA_HOST else int(found.device_id)
     return start, shape, strides, dtype, device, None, capsule
-
-
-def _tensor_in(capsule: Any) -> _Tensor:
-    """The ``DLTensor`` of a capsule of either version; ``ValueError`` for others."""
-    if _is_named(capsule, b"dltensor_versioned"):
-        address = _pointer_of(capsule, b"dltensor_versioned")
-        major = ctypes.c_uint32.from_address(address).value
-        if major != _MAJOR:
-            raise ValueError(f"version {major} of DLPack; versions 0 and {_MAJOR} are known")
-        address += _VERSIONED_BYTES
-    else:
-        address = _pointer_of(capsule, b"dltensor")
-    found = _Tensor.from_address(address)
-    if found.device_type not in _READABLE:
-        raise ValueError(f"it lies on a device of type {found.device_type}")
-    return found
 
 
 # Onto the canvas.
@@ -255,7 +250,7 @@ class FrameIntake:
     def __init__(self, cuda: Cuda, contract: Contract) -> None:
         self._cuda, self._contract = cuda, contract
         self._staging: dict[int, tuple[PinnedBuffer, int]] = {}
-        self._devices: dict[int, int | None] = {}
+        self._device_of = functools.lru_cache(_REMEMBERED)(cuda.device_of)
         self._event: int | None = None
         self._kernels: dict[str, Any] = {}
 
@@ -311,7 +306,7 @@ class FrameIntake:
         item = canvas_launch(frame, placement, self._contract, canvas, image_size)
         if item.kernel not in self._kernels:
             self._kernels[item.kernel] = self._cuda.load_kernel(item.source, item.kernel)
-        self._cuda.launch(self._kernels[item.kernel], item.grid, item.threads, item.arguments, stream)
+        self._cuda.launch(self._kernels[item.kernel], item, stream)
 
     def close(self) -> None:
         """Free the staging memory."""
@@ -343,13 +338,7 @@ class FrameIntake:
             self._cuda.free_pinned(pinned)
 
     def _check_device(self, frame: DeviceFrame) -> None:
-        device = frame.device
-        if device is None:
-            if frame.address not in self._devices:
-                if len(self._devices) >= _REMEMBERED:
-                    self._devices.clear()
-                self._devices[frame.address] = self._cuda.device_of(frame.address)
-            device = self._devices[frame.address]
+        device = self._device_of(frame.address) if frame.device is None else frame.device
         if device is None:
             raise FrameError("Expected a device frame, got one whose address CUDA does not know")
         if device != self._cuda.device:

@@ -125,7 +125,7 @@ class ErrorLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._count += 1
-        self._errors.append((self._count, " ".join(record.getMessage().split())))
+        self._errors.append((self._count, one_line(record.getMessage())))
 
     def mark(self) -> int:
         """A point in the log, for ``reason``."""
@@ -154,12 +154,8 @@ log.addHandler(errors)
 def captured_log() -> Iterator[list[logging.LogRecord]]:
     """Collect what TensorRT logs inside the block, from INFO on."""
     records: list[logging.LogRecord] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            records.append(record)
-
-    handler, level = Collector(logging.INFO), log.level
+    handler, level = logging.Handler(logging.INFO), log.level
+    handler.emit = records.append  # type: ignore[assignment, method-assign]
     log.addHandler(handler)
     log.setLevel(min(level or logging.INFO, logging.INFO))
     try:

@@ -29,7 +29,8 @@ class CannotRunHereError(GpuError):
 class EngineManifest:
     """What the manifest says; ``raw`` is all of it.
 
-    ``compute_capabilities`` are numbers such as 86; ``batch`` is (smallest, best, largest).
+    ``compute_capabilities`` are numbers such as 86; ``batch`` is (smallest, best, largest); ``options`` are
+    what the engine was built with, empty where the manifest does not say.
     """
 
     path: Path
@@ -41,13 +42,8 @@ class EngineManifest:
     batch: tuple[int, int, int]
     engine_sha256: str
     options_hash: str
+    options: dict[str, Any]
     raw: dict[str, Any]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the engine was built with; empty where the manifest does not say."""
-        told = self.raw.get("options")
-        return told if isinstance(told, dict) else {}
 
 
 def manifest_path(engine: Path) -> Path:
@@ -84,6 +80,7 @@ def read_manifest(engine: Path, *, check_engine: bool = True) -> EngineManifest:
             batch=(low, best, high),
             engine_sha256=str(raw["engine"]["sha256"]),
             options_hash=str(raw["options_hash"]),
+            options=raw["options"] if isinstance(raw.get("options"), dict) else {},
             raw=raw,
         )
     except ArtefactError:

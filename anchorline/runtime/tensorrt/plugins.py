@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.contract import DOMAIN, OP_VERSION
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError
-from anchorline.runtime.tensorrt.cuda import call_driver, compute_capability
+from anchorline.runtime.tensorrt.cuda import call_driver, compute_capability, launch_kernel
 from anchorline.runtime.tensorrt.kernels import Launch, image
 
 PLUGIN_NAMESPACE, PLUGIN_VERSION = DOMAIN, str(OP_VERSION)
@@ -177,10 +177,7 @@ def launch(launches: Iterable[Launch], stream: int) -> None:
     for item in launches:
         # The driver takes a kernel of a library for a function.
         handle = driver.CUfunction(int(_kernel(item.source, item.kernel, _current_device())))
-        values = tuple(argument.value for argument in item.arguments)
-        types = tuple(type(argument) for argument in item.arguments)
-        given = (handle, *item.grid, item.threads, 1, 1, 0, stream, (values, types), 0)
-        _call("cuLaunchKernel", *given, doing=f"launching {item.kernel}")
+        launch_kernel(driver, handle, item, stream, doing=f"launching {item.kernel}")
 
 
 def preload(source: str, kernels: Iterable[str]) -> None:
