@@ -41,12 +41,10 @@ class CpuOptions:
         threads = self.threads
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise SettingsError(f"threads is {threads!r}; expected a whole number of at least 1, or None")
-        if self.precision not in PRECISIONS:
-            raise SettingsError(
-                f"cpu_precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}"
-            )
-        if self.tuning not in TUNINGS:
-            raise SettingsError(f"tuning is {self.tuning!r}; expected one of {', '.join(TUNINGS)}")
+        given = ("cpu_precision", self.precision, PRECISIONS), ("tuning", self.tuning, TUNINGS)
+        for name, value, choices in given:
+            if value not in choices:
+                raise SettingsError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
 
     @property
     def thread_count(self) -> int:

@@ -88,9 +88,9 @@ def output_errors(path: str | Path) -> Iterator[None]:
     except AnchorlineError:
         raise
     except OSError as error:
-        reason = error.strerror or str(error)
         raise OutputError(
-            f"{path}: cannot be written ({reason}); free space or choose another place for the output"
+            f"{path}: cannot be written ({error.strerror or error}); free space or choose another place for "
+            "the output"
         ) from error
 
 
@@ -112,8 +112,7 @@ def input_errors(
 
 def cache_folder() -> Path:
     """Where Anchorline keeps what it can make again."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "anchorline"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anchorline"
 
 
 def atomic_write_bytes(path: str | Path, content: bytes) -> None:

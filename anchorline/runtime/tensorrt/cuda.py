@@ -35,7 +35,6 @@ _STICKY = (
 )
 _NO_DEVICE_NAMES = ("CUDA_ERROR_NO_DEVICE", "CUDA_ERROR_INVALID_DEVICE", "CUDA_ERROR_STUB_LIBRARY")
 _PINNED_FLAGS = 0  # cuMemHostAlloc: readable from the device as well, by unified addressing
-_MIB = 1 << 20
 
 # pycuda tells a failure by its text alone; these are of errors that lose the context. Those it has no
 # text for, such as an illegal address, are too young for it, and nearly all of them do.
@@ -100,8 +99,8 @@ class OutOfDeviceMemoryError(CudaError):
     """Device memory that was not to be had; says how much was wanted and how much is free."""
 
     def __init__(self, wanted: int, free: int | None, what: str, remedy: str) -> None:
-        there = "" if free is None else f", {free / _MIB:.1f} MiB are free"
-        text = f"{what} needs {wanted / _MIB:.1f} MiB{there}"
+        there = "" if free is None else f", {free / 2**20:.1f} MiB are free"
+        text = f"{what} needs {wanted / 2**20:.1f} MiB{there}"
         super().__init__("allocating device memory", OUT_OF_MEMORY, text, remedy)
 
 

@@ -227,15 +227,12 @@ def canvas_launch(
         ctypes.c_void_p(frame.address),
         ctypes.c_void_p(frame.chroma),
         ctypes.c_longlong(frame.pitch),
-        ctypes.c_int(frame.size[0]),
-        ctypes.c_int(frame.size[1]),
+        *map(ctypes.c_int, frame.size),
         ctypes.c_void_p(canvas),
         ctypes.c_int(width),
         ctypes.c_void_p(image_size),
-        ctypes.c_int(placement.valid[0]),
-        ctypes.c_int(placement.valid[1]),
-        ctypes.c_double(steps[0]),
-        ctypes.c_double(steps[1]),
+        *map(ctypes.c_int, placement.valid),
+        *map(ctypes.c_double, steps),
     )
     kernel = f"{'nv12' if frame.chroma else 'bgr'}_to_{contract.input_dtype}"
     return Launch(SOURCE, kernel, (-(-width // _THREADS), height, 1), _THREADS, arguments)
@@ -267,7 +264,14 @@ class FrameIntake:
         found = [read_device_frame(frame, stream) if is_device_frame(frame) else None for frame in frames]
         there = [frame for frame in found if frame is not None]
         for frame in there:
-            self._check_device(frame)
+            device = self._device_of(frame.address) if frame.device is None else frame.device
+            if device is None:
+                raise FrameError("Expected a device frame, got one whose address CUDA does not know")
+            if device != self._cuda.device:
+                raise FrameError(
+                    f"Expected a device frame on GPU {self._cuda.device}, got one on GPU {device}; copy it "
+                    f"there, or open the detector with device={device}"
+                )
         origins = {frame.stream for frame in there}
         if follow and named is None and len(origins) == 1:
             (only,) = origins
@@ -336,13 +340,3 @@ class FrameIntake:
             pinned, address = self._staging.pop(index)
             self._cuda.free(address)
             self._cuda.free_pinned(pinned)
-
-    def _check_device(self, frame: DeviceFrame) -> None:
-        device = self._device_of(frame.address) if frame.device is None else frame.device
-        if device is None:
-            raise FrameError("Expected a device frame, got one whose address CUDA does not know")
-        if device != self._cuda.device:
-            raise FrameError(
-                f"Expected a device frame on GPU {self._cuda.device}, got one on GPU {device}; copy it "
-                f"there, or open the detector with device={device}"
-            )

@@ -155,7 +155,14 @@ class TensorRTLane:
             self._cuda.synchronize(stream)
             self._running = None
             timings = self._clock.finish()
-            self._check_converged()
+            converged = self._buffers.outputs.get(NMS_CONVERGED)
+            if converged is not None and not converged[0] and not self._said_unconverged:
+                self._said_unconverged = True
+                log.warning(
+                    "%s: the fixed-point NMS was not finished after its rounds, duplicates may be left; "
+                    "build the engine with --nms plugin for scenes with long rows of overlapping objects",
+                    self._engine.path,
+                )
             # Copies: the buffers may be freed or filled at any time.
             outputs = {n: values[: len(placements)].copy() for n, values in self._buffers.outputs.items()}
             return outputs, placements, timings
@@ -261,18 +268,6 @@ class TensorRTLane:
             self._clock.mark(stream, "download")
             self._buffers.copy_out(stream)
         self._clock.mark(stream, "end")
-
-    def _check_converged(self) -> None:
-        """Say once, where a fixed-point NMS ran out of rounds."""
-        converged = self._buffers.outputs.get(NMS_CONVERGED)
-        if converged is None or converged[0] or self._said_unconverged:
-            return
-        self._said_unconverged = True
-        log.warning(
-            "%s: the fixed-point NMS was not finished after its rounds, duplicates may be left; build the "
-            "engine with --nms plugin for scenes with long rows of overlapping objects",
-            self._engine.path,
-        )
 
     def _destroy_slots(self) -> None:
         """Graphs first, then the contexts they were captured from."""
