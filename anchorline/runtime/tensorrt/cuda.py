@@ -181,7 +181,17 @@ class BindingsCuda:
         self._driver = load_driver()
         self.device = device
         self._context = 0
-        self._handle = self._open(device)
+        try:
+            self._call("cuInit", 0, doing="starting")
+            self._handle = self._call("cuDeviceGet", device, doing=f"opening GPU {device}")
+        except CudaError as error:
+            if error.name in _NO_DEVICE_NAMES:
+                raise NoGpuError(f"there is no GPU {device} here ({error.name})") from None
+            raise NoGpuError(
+                f"the GPU's driver does not start ({error.name}); see anchorline doctor"
+            ) from None
+        except Exception as error:  # how cuda-bindings say that libcuda is missing differs by version
+            raise NoGpuError(f"there is no NVIDIA driver here ({one_line(error)})") from None
         self.device_name = device_name(self._driver, self._handle)
         self.compute_capability = compute_capability(self._driver, self._handle)  # 86 for 8.6
         self._context = int(
@@ -191,19 +201,6 @@ class BindingsCuda:
         self._loading = threading.Lock()  # lanes are made by many threads; each source is loaded once
         # .yes while this thread is in a block of ``current``; .kept once it had no context and kept ours
         self._inside = threading.local()
-
-    def _open(self, device: int) -> Any:
-        try:
-            self._call("cuInit", 0, doing="starting")
-            return self._call("cuDeviceGet", device, doing=f"opening GPU {device}")
-        except CudaError as error:
-            if error.name in _NO_DEVICE_NAMES:
-                raise NoGpuError(f"there is no GPU {device} here ({error.name})") from None
-            raise NoGpuError(
-                f"the GPU's driver does not start ({error.name}); see anchorline doctor"
-            ) from None
-        except Exception as error:  # how cuda-bindings say that libcuda is missing differs by version
-            raise NoGpuError(f"there is no NVIDIA driver here ({one_line(error)})") from None
 
     def _call(self, function: str, *arguments: Any, doing: str) -> Any:
         return call_driver(self._driver, function, *arguments, doing=doing)
