@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from anchorline.engine.graph import (
 from anchorline.runtime.backends.onnxruntime import open_for_checks
 from anchorline.runtime.canvas import Preprocessor, check_frame
 from anchorline.runtime.contract import Contract
-from anchorline.runtime.io.errors import ArtefactError, SettingsError, one_line
+from anchorline.runtime.io.errors import ArtefactError, SettingsError
 
 # float16 ends at 65504, its smallest normal number is 6.1e-5, and below that digits are lost one by
 # one. onnxruntime's CPU provider computes float16 in float32 and shows neither; hence magnitudes are
@@ -41,7 +42,6 @@ MARGIN = 2.0
 # rounding a normal number costs 0.0005 at most.
 WORST_ROUNDING = 0.01
 SAMPLES = 4  # each costs two passes of the network on the CPU
-_LONGEST = 300  # characters of onnxruntime's reasons
 
 Sample = Mapping[str, NDArray[np.generic]]
 
@@ -113,7 +113,7 @@ def largest_activations(
         ) from error
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         raise ArtefactError(
-            f"onnxruntime cannot load the model to check its activations ({one_line(error)[:_LONGEST]}); "
+            f"onnxruntime cannot load the model to check its activations ({_reason(error)}); "
             "samples need the exported file, not one lowered for TensorRT"
         ) from error
     values = [_run(session, results, sample, f"sample {index}") for index, sample in enumerate(samples)]
@@ -134,9 +134,12 @@ def _run(session: Any, outputs: list[str], sample: Sample, which: str) -> list[N
         return list(session.run(outputs, dict(sample)))
     except Exception as error:
         raise SettingsError(
-            f"{which} does not fit the model ({one_line(error)[:_LONGEST]}); "
-            "expected inputs as the contract says"
+            f"{which} does not fit the model ({_reason(error)}); expected inputs as the contract says"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return textwrap.shorten(str(error), 300, placeholder="...")
 
 
 # A float32 graph that shows what half precision does: every weight and activation is really rounded.
