@@ -139,9 +139,9 @@ def test_it_refuses_another_version(job):
 
 def test_a_batch_that_the_model_does_not_take(job, monkeypatch):
     class Small(Detector):
-        @property
-        def contract(self):
-            return replace(super().contract, max_batch=2)
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.contract = replace(self.contract, max_batch=2)
 
     monkeypatch.setattr("anchorline.runtime.detector.Detector", Small)
     with pytest.raises(SettingsError, match="at most 2 frames"):
