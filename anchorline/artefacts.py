@@ -9,10 +9,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from anchorline.data.dataset import load_datasets
+from anchorline.data.dataset import from_frames, images_or_video, load_datasets
 from anchorline.data.proposals import SelectiveSearch, read_proposals, write_proposals
-from anchorline.data.synthetic import generate_scene
-from anchorline.data.unlabelled import from_frames, images_or_video, scenes
+from anchorline.data.synthetic import generate_scene, scenes
 from anchorline.evaluation.evaluation import Detect, Progress, run_detector
 from anchorline.runtime.backends.selection import exact_provider
 from anchorline.runtime.canvas import padded, place

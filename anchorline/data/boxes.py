@@ -8,17 +8,12 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
-REVERSED = "reversed"
-ZERO_AREA = "zero area"
-OUTSIDE = "outside the image"
-
-FARTHEST_PIXEL = 1e9
-"""Annotated coordinates beyond this are damage, not boxes."""
+_FARTHEST_PIXEL = 1e9  # annotated coordinates beyond this are damage, not boxes
 
 
 def is_coordinate(value: object) -> bool:
     """Whether a value read from a file is a number that can be a place in an image, in pixels."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FARTHEST_PIXEL
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _FARTHEST_PIXEL
 
 
 def as_number(text: str | None) -> float:
@@ -67,6 +62,6 @@ def clip_labelled_boxes(
     empty = ~backwards & (sides == empty_side).any(axis=1)
     outside = ~backwards & ~empty & (clipped[:, 2:] <= clipped[:, :2]).any(axis=1)
     kept = ~(backwards | empty | outside)
-    counts = {REVERSED: int(backwards.sum()), ZERO_AREA: int(empty.sum()), OUTSIDE: int(outside.sum())}
-    dropped: Counter[str] = Counter({reason: count for reason, count in counts.items() if count})
+    reasons = {"reversed": backwards, "zero area": empty, "outside the image": outside}
+    dropped = Counter({reason: int(mask.sum()) for reason, mask in reasons.items() if mask.any()})
     return clipped[kept].astype(np.float32), kept, dropped

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from anchorline.data.dataset import Dataset, class_index, image_size, labelled_i
 from anchorline.runtime.io.errors import DataError
 
 Record = dict[str, Any]
+Value = TypeVar("Value", int, str)
 
 
 def load_coco(folder: Path, annotations: Path, names: Sequence[str] | None = None, spec: str = "") -> Dataset:
@@ -34,24 +35,35 @@ def load_coco(folder: Path, annotations: Path, names: Sequence[str] | None = Non
     used = sorted({each["category_id"] for records in objects.values() for each in records})
     names = list(categories.values()) if names is None else names
     index = class_index(names, [categories[id] for id in used], str(annotations))
+    paths = [
+        folder / _field(record, "file_name", str, f"{annotations}: image {number}")
+        for number, record in enumerate(content["images"], start=1)
+    ]
+    absent = [path for path in paths if not path.is_file()]
+    if absent:
+        raise DataError(
+            f"{annotations}: lists {len(paths)} images and {len(absent)} are not in {folder}, the first is "
+            f"{absent[0].name!r}; restore them or take them out of the file"
+        )
     dropped: Counter[str] = Counter()
     images = []
-    for record, path in _image_paths(content, folder, annotations):
+    for record, path in zip(content["images"], paths, strict=True):
         own = objects[record["id"]]
-        raw = np.array([each["bbox"] for each in own], dtype=np.float64).reshape(-1, 4)
+        boxes = np.array([each["bbox"] for each in own], dtype=np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
         size: Any = record.get("height"), record.get("width")
         if not all(isinstance(side, int) and side > 0 for side in size):
             size = image_size(path)
-        corners = np.concatenate([raw[:, :2], raw[:, :2] + raw[:, 2:]], axis=1)
         labels = [index[categories[each["category_id"]]] for each in own]
         crowd = [bool(each.get("iscrowd", 0)) for each in own]
-        images.append(labelled_image(str(record["id"]), path, size, corners, labels, dropped, crowd=crowd))
+        images.append(labelled_image(str(record["id"]), path, size, boxes, labels, dropped, crowd=crowd))
     id_of = {name: id for id, name in categories.items()}
     ids = tuple(id_of[name] for name in names) if set(names) <= set(id_of) else None
     return Dataset(spec, tuple(names), tuple(images), ids, dropped)
 
 
 def _read_json(path: Path) -> Record:
+    """The file's lists of images, annotations and categories, not yet checked one by one."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -69,8 +81,8 @@ def _read_json(path: Path) -> Record:
             raise DataError(
                 f"{path}: has no list {key!r}; expected COCO's images, annotations and categories"
             )
-    if not content["images"]:
-        raise DataError(f"{path}: lists no images; expected at least one")
+        if not content[key] and key != "annotations":
+            raise DataError(f"{path}: lists no {key}; expected at least one")
     return content
 
 
@@ -79,28 +91,25 @@ def _read_categories(content: Record, path: Path) -> dict[int, str]:
     categories: dict[int, str] = {}
     for number, record in enumerate(content["categories"], start=1):
         where = f"{path}: category {number}"
-        id, name = _whole(record, "id", where), _text(record, "name", where)
+        id, name = _field(record, "id", int, where), _field(record, "name", str, where)
         if id in categories or name in categories.values():
             raise DataError(f"{where}: id {id} or name {name!r} stands twice; expected each once")
         categories[id] = name
-    if not categories:
-        raise DataError(f"{path}: lists no categories; expected at least one")
     return dict(sorted(categories.items()))
 
 
 def _objects_by_image(content: Record, categories: dict[int, str], path: Path) -> dict[int, list[Record]]:
     """The annotations of each image id, checked."""
-    image_ids: set[int] = set()
+    objects: dict[int, list[Record]] = {}
     for number, record in enumerate(content["images"], start=1):
-        id = _whole(record, "id", f"{path}: image {number}")
-        if id in image_ids:
+        id = _field(record, "id", int, f"{path}: image {number}")
+        if id in objects:
             raise DataError(f"{path}: image id {id} stands twice; expected each image once")
-        image_ids.add(id)
-    objects: dict[int, list[Record]] = defaultdict(list)
+        objects[id] = []
     for number, record in enumerate(content["annotations"], start=1):
         where = f"{path}: annotation {number}"
-        image_id, category_id = (_whole(record, key, where) for key in ("image_id", "category_id"))
-        if image_id not in image_ids:
+        image_id, category_id = (_field(record, key, int, where) for key in ("image_id", "category_id"))
+        if image_id not in objects:
             raise DataError(
                 f"{where}: image_id {image_id} is not among the images; take it out or add the image"
             )
@@ -113,29 +122,10 @@ def _objects_by_image(content: Record, categories: dict[int, str], path: Path) -
     return objects
 
 
-def _image_paths(content: Record, folder: Path, annotations: Path) -> list[tuple[Record, Path]]:
-    """The image records with their files; one ``DataError`` that counts all that are absent."""
-    pairs = []
-    for number, record in enumerate(content["images"], start=1):
-        pairs.append((record, folder / _text(record, "file_name", f"{annotations}: image {number}")))
-    absent = [path for _, path in pairs if not path.is_file()]
-    if absent:
-        raise DataError(
-            f"{annotations}: lists {len(pairs)} images and {len(absent)} are not in {folder}, the first is "
-            f"{absent[0].name!r}; restore them or take them out of the file"
-        )
-    return pairs
-
-
-def _whole(record: Any, key: str, where: str) -> int:
+def _field(record: Any, key: str, kind: type[Value], where: str) -> Value:
+    """A record's whole number or name."""
     value = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise DataError(f"{where}: {key} is {value!r}; expected a whole number")
-    return value
-
-
-def _text(record: Any, key: str, where: str) -> str:
-    value = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: {key} is {value!r}; expected a name")
+    if not isinstance(value, kind) or isinstance(value, bool) or not str(value).strip():
+        expected = "a whole number" if kind is int else "a name"
+        raise DataError(f"{where}: {key} is {value!r}; expected {expected}")
     return value

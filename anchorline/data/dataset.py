@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import struct
+import os.path
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,17 +15,20 @@ from numpy.typing import NDArray
 
 from anchorline.data.boxes import clip_labelled_boxes
 from anchorline.runtime.io.errors import DataError
-from anchorline.runtime.io.images import read_image
+from anchorline.runtime.io.images import find_images, is_video, read_image
+from anchorline.runtime.video.reader import VideoReader
 
 FORMS = "voc:DIR@split, coco:IMAGES,ANNOTATIONS.json, yolo:DIR@split or synthetic:N"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+VIDEO_FRAMES = 50
+"""How many frames of a video make a data set."""
 
 _SHOWN_NAMES = 12
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Start-of-frame markers carry the size; C4, C8 and CC in that range are tables and extensions.
 _JPEG_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_JPEG_START_OF_SCAN = 0xDA
-_JPEG_EXIF = 0xE1
+_JPEG_EXIF, _JPEG_START_OF_SCAN = 0xE1, 0xDA
 
 Names = Sequence[str] | None
 
@@ -125,7 +128,7 @@ def load_dataset(spec: str, names: Names = None) -> Dataset:
         folder, _, annotations = rest.rpartition(",")
         if not folder or not annotations:
             raise DataError(f"data {spec!r}: expected coco:IMAGES,ANNOTATIONS.json")
-        return load_coco(_path(folder), _path(annotations), names, spec)
+        return load_coco(_at_home(folder), _at_home(annotations), names, spec)
     folder, _, split = rest.rpartition("@")
     if not folder or not split:
         usual = "trainval" if scheme == "voc" else "train"
@@ -135,46 +138,89 @@ def load_dataset(spec: str, names: Names = None) -> Dataset:
     if scheme == "voc":
         from anchorline.data.voc import load_voc
 
-        return load_voc(_path(folder), split, names, spec)
+        return load_voc(_at_home(folder), split, names, spec)
     from anchorline.data.yolo import load_yolo
 
-    return load_yolo(_path(folder), split, names, spec)
+    return load_yolo(_at_home(folder), split, names, spec)
 
 
 def load_datasets(specs: Sequence[str], names: Names = None) -> Dataset:
-    """Open several specs as one data set: images one after another, the union of the names in order."""
-    if not specs:
-        raise DataError(f"no data given; expected {FORMS}")
-    datasets = [load_dataset(spec, names) for spec in specs]
-    return datasets[0] if len(datasets) == 1 else concatenate(datasets)
-
-
-def concatenate(datasets: Sequence[Dataset]) -> Dataset:
-    """Data sets one after another; labels are moved to the union of the names.
+    """Open several specs as one data set: images one after another, the union of the names in order.
 
     COCO category ids are kept where all sets have them and agree.
     """
-    names = tuple(dict.fromkeys(name for dataset in datasets for name in dataset.names))
+    if not specs:
+        raise DataError(f"no data given; expected {FORMS}")
+    datasets = [load_dataset(spec, names) for spec in specs]
+    if len(datasets) == 1:
+        return datasets[0]
+    union = tuple(dict.fromkeys(name for dataset in datasets for name in dataset.names))
     pairs = {pair for each in datasets for pair in zip(each.names, each.category_ids or (), strict=False)}
     id_of = dict(pairs)
     unique = len(pairs) == len(id_of) == len(set(id_of.values()))
     agree = unique and all(dataset.category_ids is not None for dataset in datasets)
     return Dataset(
         spec=" ".join(dataset.spec for dataset in datasets),
-        names=names,
-        images=tuple(image for dataset in datasets for image in dataset.with_names(names)),
-        category_ids=tuple(id_of[name] for name in names) if agree else None,
+        names=union,
+        images=tuple(image for dataset in datasets for image in dataset.with_names(union)),
+        category_ids=tuple(id_of[name] for name in union) if agree else None,
         dropped=sum((dataset.dropped for dataset in datasets), Counter()),
         unlabelled=sum(dataset.unlabelled for dataset in datasets),
     )
 
 
-def _path(text: str) -> Path:
+def _at_home(text: str) -> Path:
     """The path with ``~`` as the home folder, which a shell leaves in the middle of a word."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:  # no such user
-        return Path(text)
+    return Path(os.path.expanduser(text))
+
+
+# Images without labels, to compare artefacts on.
+
+
+def from_frames(spec: str, names: tuple[str, ...], frames: Sequence[NDArray[np.uint8]]) -> Dataset:
+    """Frames (uint8 BGR [H, W, 3]) in memory, named by their number."""
+    images = [_frame_image(f"image {number}", frame) for number, frame in enumerate(frames, start=1)]
+    return Dataset(spec, names, tuple(images))
+
+
+def images_or_video(sources: Sequence[str | Path], names: tuple[str, ...]) -> Dataset:
+    """Image files, folders of images, or videos, of which up to ``VIDEO_FRAMES`` frames are taken.
+
+    Raises ``DataError`` for what is missing or unreadable.
+    """
+    images: list[LabelledImage] = []
+    for source in map(Path, sources):
+        if not source.exists():
+            raise DataError(f"{source}: no such file or folder; give an image, a folder of images or a video")
+        if is_video(source):
+            images += _video_frames(source)
+            continue
+        for path in find_images(source):
+            images.append(labelled_image(path.name, path, image_size(path), np.zeros((0, 4)), []))
+    spec = ", ".join(map(str, sources))
+    if not images:
+        raise DataError(f"{spec}: holds no image; expected at least one")
+    return Dataset(spec, names, tuple(images))
+
+
+def _video_frames(path: Path) -> list[LabelledImage]:
+    """Frames at even distances over the whole video."""
+    kept: list[LabelledImage] = []
+    step = 1
+    with VideoReader(path) as reader:
+        for index, _, frame in reader:
+            if index % step:
+                continue
+            kept.append(_frame_image(f"{path.name} frame {index}", frame))
+            if len(kept) > VIDEO_FRAMES:  # longer than thought: keep every other frame from here on
+                kept, step = kept[::2], step * 2
+    return kept[:VIDEO_FRAMES]
+
+
+def _frame_image(name: str, frame: NDArray[np.uint8]) -> LabelledImage:
+    none = np.zeros(0, np.bool_)
+    boxes, labels = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+    return LabelledImage(name, frame.shape[:2], boxes, labels, none, none, partial(np.copy, frame))
 
 
 # What the readers of the formats share.
@@ -201,7 +247,7 @@ def labelled_image(
     size: tuple[int, int],
     boxes: NDArray[np.float64],
     labels: Sequence[int],
-    dropped: Counter[str],
+    dropped: Counter[str] | None = None,
     *,
     difficult: Sequence[bool] = (),
     crowd: Sequence[bool] = (),
@@ -213,12 +259,11 @@ def labelled_image(
     given where none is set.
     """
     clipped, kept, reasons = clip_labelled_boxes(boxes, size, empty_side)
-    dropped.update(reasons)
-    none = np.zeros(len(boxes), dtype=np.bool_)
-    flags = [np.array(each, dtype=np.bool_) if len(each) else none for each in (difficult, crowd)]
+    if dropped is not None:
+        dropped.update(reasons)
     own = np.array(labels, dtype=np.int64)[kept]
-    load = partial(load_image, path, size)
-    return LabelledImage(id, size, clipped, own, flags[0][kept], flags[1][kept], load)
+    flags = [np.array(each or [False] * len(boxes), dtype=np.bool_)[kept] for each in (difficult, crowd)]
+    return LabelledImage(id, size, clipped, own, flags[0], flags[1], partial(load_image, path, size))
 
 
 def read_lines(path: Path, expected: str) -> list[str]:
@@ -237,10 +282,9 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     try:
         with path.open("rb") as file:
-            head = file.read(65536)
+            size = _size_in_header(file.read(65536))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; expected a readable image") from None
-    size = _png_size(head) if head.startswith(_PNG_SIGNATURE) else _jpeg_size(head)
     if size is None or min(size) < 1:
         height, width = read_image(path).shape[:2]
         return height, width
@@ -259,29 +303,21 @@ def load_image(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
     return image
 
 
-def _png_size(head: bytes) -> tuple[int, int] | None:
-    if b"eXIf" in head or len(head) < 24 or head[12:16] != b"IHDR":
-        return None
-    width, height = struct.unpack(">II", head[16:24])
-    return height, width
+def _size_in_header(head: bytes) -> tuple[int, int] | None:
+    """The size that a PNG or a JPEG begins with; None for EXIF, damage or another format."""
 
+    def number(start: int, end: int) -> int:
+        return int.from_bytes(head[start:end], "big")
 
-def _jpeg_size(head: bytes) -> tuple[int, int] | None:
-    """Walk the JPEG segments to the start of frame; None for EXIF, damage or another format."""
-    if not head.startswith(b"\xff\xd8"):
-        return None
-    at = 2
-    while at + 9 <= len(head):
-        if head[at] != 0xFF:
-            return None
+    if head.startswith(_PNG_SIGNATURE):
+        whole = b"eXIf" not in head and len(head) >= 24 and head[12:16] == b"IHDR"
+        return (number(20, 24), number(16, 20)) if whole else None
+    at = 2 if head.startswith(b"\xff\xd8") else len(head)
+    while at + 9 <= len(head) and head[at] == 0xFF:  # a JPEG's segments up to the start of frame
         marker = head[at + 1]
-        if marker == 0xFF:  # fill byte before a marker
-            at += 1
-            continue
         if marker in (_JPEG_EXIF, _JPEG_START_OF_SCAN):
-            return None
+            break
         if marker in _JPEG_START_OF_FRAME:
-            height, width = struct.unpack(">HH", head[at + 5 : at + 9])
-            return height, width
-        at += 2 + int(struct.unpack(">H", head[at + 2 : at + 4])[0])
+            return number(at + 5, at + 7), number(at + 7, at + 9)
+        at += 1 if marker == 0xFF else 2 + number(at + 2, at + 4)  # 0xFF: a fill byte before a marker
     return None

@@ -22,14 +22,12 @@ from numpy.typing import NDArray
 from anchorline.data.dataset import Dataset
 from anchorline.runtime.canvas import PROPOSAL_NAMES
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.io.errors import DataError, SettingsError
+from anchorline.runtime.io.errors import DataError, SettingsError, reason_of
 from anchorline.runtime.io.files import atomic_path
 
-BOX_DECIMALS = 2
-SCORE_DECIMALS = 5
-LEAST_SIDE = 2  # pixels of the image; OpenCV's selective search also finds single rows of pixels
+_BOX_DECIMALS, _SCORE_DECIMALS = 2, 5
+_LEAST_SIDE = 2  # pixels of the image; OpenCV's selective search also finds single rows of pixels
 _EDGE = 0.01  # pixels that rounding may move a box past the image's edge
-
 _REMEDY = "write it again with anchorline proposals"
 
 
@@ -59,8 +57,8 @@ def write_proposals(path: Path, data: Dataset, proposals: Iterable[Detections]) 
             record = {
                 "id": image.id,
                 "size": [int(side) for side in image.size],
-                "boxes": [[round(v, BOX_DECIMALS) for v in box] for box in found.boxes[order].tolist()],
-                "scores": [round(score, SCORE_DECIMALS) for score in found.scores[order].tolist()],
+                "boxes": [[round(v, _BOX_DECIMALS) for v in box] for box in found.boxes[order].tolist()],
+                "scores": [round(score, _SCORE_DECIMALS) for score in found.scores[order].tolist()],
             }
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -107,8 +105,8 @@ def _read_lines(path: Path) -> list[ImageProposals]:
                 try:
                     found.append(_checked(json.loads(line)))
                 except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-                    text = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-                    reason = text.splitlines()[0][:120]
+                    missing = isinstance(error, KeyError)
+                    reason = f"{error.args[0]!r} is missing" if missing else reason_of(error)
                     raise DataError(
                         f"{path}: line {number} holds no proposals ({reason}); {_REMEDY}"
                     ) from None
@@ -159,18 +157,17 @@ class SelectiveSearch:
 
     def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:
         """Proposals of each BGR frame [H, W, 3], boxes in its pixels."""
-        return [self._search(frame) for frame in frames]
-
-    def _search(self, frame: NDArray[np.uint8]) -> Detections:
+        results = []
         segmentation = cv2.ximgproc.segmentation  # type: ignore[attr-defined]
-        search = segmentation.createSelectiveSearchSegmentation()
-        search.setBaseImage(frame)
-        search.switchToSelectiveSearchFast()
-        found = np.asarray(search.process(), np.float32).reshape(-1, 4)  # x, y, width, height
-        found = found[(found[:, 2:] >= LEAST_SIDE).all(axis=1)][: self.count]
-        boxes = np.concatenate([found[:, :2], found[:, :2] + found[:, 2:]], axis=1)
-        height, width = frame.shape[:2]
-        boxes = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
-        scores = (1.0 - np.arange(len(boxes)) / self.count).astype(np.float32)
-        labels = np.zeros(len(boxes), np.int64)
-        return Detections(boxes, scores, labels, PROPOSAL_NAMES, size=(height, width))
+        for frame in frames:
+            search = segmentation.createSelectiveSearchSegmentation()
+            search.setBaseImage(frame)
+            search.switchToSelectiveSearchFast()
+            boxes = np.asarray(search.process(), np.float32).reshape(-1, 4)  # x, y, width, height
+            boxes = boxes[(boxes[:, 2:] >= _LEAST_SIDE).all(axis=1)][: self.count]
+            boxes[:, 2:] += boxes[:, :2]
+            height, width = frame.shape[:2]
+            boxes = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
+            scores = (1.0 - np.arange(len(boxes)) / self.count).astype(np.float32)
+            results.append(ImageProposals("", (height, width), boxes, scores).to_detections())
+        return results

@@ -64,6 +64,9 @@ class Bin:
     high: float
     count: int
 
+    def to_json(self) -> dict[str, Any]:
+        return {"from": self.low, "to": self.high, "count": self.count}
+
 
 @dataclass(frozen=True)
 class DataSummary:
@@ -72,52 +75,26 @@ class DataSummary:
     ``empty_images`` have no box; ``unlabelled_images`` are those of them without a label file.
     ``sides`` and ``aspects`` are histograms, see ``SIDE_EDGES`` and ``ASPECT_EDGES``. ``imbalance`` is
     the count of the most frequent class over that of the rarest one that occurs; None without boxes.
-    ``dropped`` counts what was left out, by reason.
+    ``absent_classes`` have not a single box. ``dropped`` counts what was left out, by reason.
     """
 
     spec: str
     images: int
     empty_images: int
     unlabelled_images: int
+    boxes: int
     per_class: dict[str, ClassCounts]
     sizes: dict[str, int]
     sides: tuple[Bin, ...]
     aspects: tuple[Bin, ...]
     imbalance: float | None
+    absent_classes: list[str]
     dropped: dict[str, int]
-
-    @property
-    def boxes(self) -> int:
-        return sum(each.boxes for each in self.per_class.values())
-
-    @property
-    def absent_classes(self) -> list[str]:
-        """Names without a single box."""
-        return [name for name, each in self.per_class.items() if not each.boxes]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the open end of a histogram is None."""
-        side_histogram, aspect_histogram = (
-            [{"from": bar.low, "to": bar.high, "count": bar.count} for bar in bars]
-            for bars in (self.sides, self.aspects)
-        )
-        figures: dict[str, Any] = plain(
-            {
-                "data": self.spec,
-                "images": self.images,
-                "empty_images": self.empty_images,
-                "unlabelled_images": self.unlabelled_images,
-                "boxes": self.boxes,
-                "per_class": self.per_class,
-                "sizes": self.sizes,
-                "side_histogram": side_histogram,
-                "aspect_histogram": aspect_histogram,
-                "imbalance": self.imbalance,
-                "absent_classes": self.absent_classes,
-                "dropped": self.dropped,
-            }
-        )
-        return figures
+        names = {"spec": "data", "sides": "side_histogram", "aspects": "aspect_histogram"}
+        return {names.get(name, name): plain(value) for name, value in vars(self).items()}
 
     def render(self) -> Table:
         """The classes, the two histograms, and a line of remarks, for rich's console."""
@@ -135,19 +112,27 @@ class DataSummary:
             classes.add_row(escape(name), *map(str, row))
         layout = Table.grid(padding=(0, 0, 1, 0))
         layout.add_row(classes)
-        layout.add_row(_histogram_table("size of objects, pixels", self.sides))
-        layout.add_row(_histogram_table("height / width", self.aspects))
-        for remark in self.remarks():
+        for title, bins in (("size of objects, pixels", self.sides), ("height / width", self.aspects)):
+            table = Table(title=title, title_justify="left")
+            for column in ("from", "to", "boxes"):
+                table.add_column(column, justify="right")
+            table.add_column("", min_width=_BAR_LENGTH)
+            most = max(1, *(bar.count for bar in bins))
+            for bar in bins:
+                high = "" if math.isinf(bar.high) else f"{bar.high:.3g}"
+                length = math.ceil(_BAR_LENGTH * bar.count / most)
+                table.add_row(f"{bar.low:.3g}", high, str(bar.count), "█" * length)
+            layout.add_row(table)
+        for remark in self._remarks():
             layout.add_row(escape(remark))
         return layout
 
-    def remarks(self) -> list[str]:
+    def _remarks(self) -> list[str]:
         """What deserves attention, a sentence each."""
         remarks = []
         if self.empty_images:
-            without = (
-                f", {self.unlabelled_images} of them without a label file" if self.unlabelled_images else ""
-            )
+            unlabelled = self.unlabelled_images
+            without = f", {unlabelled} of them without a label file" if unlabelled else ""
             remarks.append(f"{self.empty_images} images without objects{without}")
         if self.imbalance is not None and len(self.per_class) > 1:
             remarks.append(f"the most frequent class has {self.imbalance:.1f} times the boxes of the rarest")
@@ -180,35 +165,21 @@ def summarise_data(dataset: Dataset) -> DataSummary:
         )
     counts = [each.boxes for each in per_class.values() if each.boxes]
     sides = boxes[:, 2:] - boxes[:, :2]
+    histograms = []
+    for values, edges in ((np.sqrt(areas), SIDE_EDGES), (sides[:, 1] / sides[:, 0], ASPECT_EDGES)):
+        bars = zip(edges[:-1], edges[1:], np.histogram(values, edges)[0].tolist(), strict=True)
+        histograms.append(tuple(Bin(*bar) for bar in bars))
     return DataSummary(
         spec=dataset.spec,
         images=len(dataset),
         empty_images=len(dataset) - len(np.unique(owners)),
         unlabelled_images=dataset.unlabelled,
+        boxes=len(boxes),
         per_class=per_class,
         sizes=size_class_counts(areas),
-        sides=_histogram(np.sqrt(areas), SIDE_EDGES),
-        aspects=_histogram(sides[:, 1] / sides[:, 0], ASPECT_EDGES),
+        sides=histograms[0],
+        aspects=histograms[1],
         imbalance=max(counts) / min(counts) if counts else None,
+        absent_classes=[name for name, each in per_class.items() if not each.boxes],
         dropped=dict(dataset.dropped),
     )
-
-
-def _histogram(values: NDArray[np.float64], edges: tuple[float, ...]) -> tuple[Bin, ...]:
-    counts = np.histogram(values, edges)[0].tolist()
-    return tuple(Bin(*bar) for bar in zip(edges[:-1], edges[1:], counts, strict=True))
-
-
-def _histogram_table(title: str, bins: tuple[Bin, ...]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for column in ("from", "to", "boxes"):
-        table.add_column(column, justify="right")
-    table.add_column("", min_width=_BAR_LENGTH)
-    most = max(1, *(each.count for each in bins))
-    for each in bins:
-        high = "" if math.isinf(each.high) else f"{each.high:.3g}"
-        length = math.ceil(_BAR_LENGTH * each.count / most)
-        table.add_row(f"{each.low:.3g}", high, str(each.count), "█" * length)
-    return table

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.data.boxes import clip_labelled_boxes
-from anchorline.data.dataset import Dataset, LabelledImage
+from anchorline.data.dataset import Dataset, LabelledImage, from_frames
 from anchorline.runtime.io.errors import SettingsError
 
 CLASS_NAMES = ("arrow", "cross", "heart", "ring", "star")
@@ -30,6 +30,9 @@ TEXTURE_SIDE = 64
 RADIUS_RANGE = (0.055, 0.18)
 
 _SCENE_STREAM, _POSED_STREAM = 1, 2
+_VARIED_SEED = 7
+# Sizes that fill a canvas, that leave most of it empty, and extreme shapes.
+_VARIED_SIZES = ((240, 320), (480, 640), (64, 512), (512, 64), (100, 100), (360, 203), (33, 47), (600, 900))
 _PLACING_TRIES = 12
 _FRACTION_BITS = 4
 _SAMPLES = 2  # masks are drawn at twice the size and averaged down
@@ -213,7 +216,7 @@ class Shape:
     """What is laid into a scene, before it has a place or a surface.
 
     ``label`` is the object class or ``NO_OBJECT``; ``contours`` lie in the unit circle; ``stretch``
-    is the ratio of width to height and ``shear`` the slant.
+    is the ratio of width to height, ``shear`` the slant.
     """
 
     label: int
@@ -289,18 +292,15 @@ def paint(image: Image, placed: Placed, texture: Image, shadow: tuple[float, flo
 
 def visible_fractions(layers: Sequence[Placed], size: tuple[int, int]) -> list[float]:
     """The share of each shape that shows; parts outside the image are hidden, later layers lie on top."""
-    owner = np.full(size, -1, np.int16)
-    windows = [_window(placed, size, 0) for placed in layers]
-    for index, (placed, window) in enumerate(zip(layers, windows, strict=True)):
+    owner = np.zeros(size, np.int16)  # of each pixel: 0 is none, 1 the first layer
+    for number, placed in enumerate(layers, start=1):
+        window = _window(placed, size, 0)
         if window is not None:
             left, top, right, bottom = window
-            owner[top:bottom, left:right][_mask(placed, window) > 127] = index
-    fractions = []
-    for index, (placed, window) in enumerate(zip(layers, windows, strict=True)):
-        left, top, right, bottom = window or (0, 0, 0, 0)
-        visible = np.count_nonzero(owner[top:bottom, left:right] == index)
-        fractions.append(min(1.0, visible / max(enclosed_area(placed.contours), 1e-6)))
-    return fractions
+            owner[top:bottom, left:right][_mask(placed, window) > 127] = number
+    pixels = np.bincount(owner.ravel(), minlength=len(layers) + 1).tolist()[1:]
+    areas = [max(enclosed_area(placed.contours), 1e-6) for placed in layers]
+    return [min(1.0, shown / area) for shown, area in zip(pixels, areas, strict=True)]
 
 
 def _window(placed: Placed, size: tuple[int, int], margin: int) -> tuple[int, int, int, int] | None:
@@ -358,12 +358,23 @@ def synthetic_dataset(
     """``count`` scenes of a seed; the ground truth is worked out now, pixels are drawn when loaded."""
     images = []
     for index in range(count):
-        _, _, boxes, labels = _lay_out(seed, size, index)
-        plain = np.zeros(len(labels), dtype=np.bool_)
+        *_, boxes, labels = _lay_out(seed, size, index)
+        plain, id = np.zeros(len(labels), dtype=np.bool_), f"scene-{seed}-{index:06d}"
         load = partial(_scene_pixels, seed, size, index)
-        id = f"scene-{seed}-{index:06d}"
-        images.append(LabelledImage(id, size, boxes, labels, plain, plain.copy(), load))
+        images.append(LabelledImage(id, size, boxes, labels, plain, plain, load))
     return Dataset(spec or f"synthetic:{count}@{seed}", CLASS_NAMES, tuple(images))
+
+
+def scenes(names: tuple[str, ...], count: int = len(_VARIED_SIZES)) -> Dataset:
+    """Scenes of varied sizes without labels: a model of any classes can look at them."""
+    frames = []
+    for index in range(count):
+        height, width = _VARIED_SIZES[index % len(_VARIED_SIZES)]
+        # Sides too small for the generator are cut out of a larger scene.
+        size = max(height, SMALLEST_SIDE), max(width, SMALLEST_SIDE)
+        scene = generate_scene(_VARIED_SEED, size, index)[0]
+        frames.append(np.ascontiguousarray(scene[:height, :width]))
+    return from_frames(f"{count} generated scenes", names, frames)
 
 
 def _scene_pixels(seed: int, size: tuple[int, int], index: int) -> NDArray[np.uint8]:
@@ -400,7 +411,7 @@ def _lay_out(
     shown = visible_fractions(layers, size)
     kept = [p for p, share in zip(layers, shown, strict=True) if p.label == NO_OBJECT or share >= MIN_VISIBLE]
     objects = [placed for placed in kept if placed.label != NO_OBJECT]
-    whole = np.array([placed.box for placed in objects], dtype=np.float64).reshape(-1, 4)
+    whole = np.array([placed.box for placed in objects]).reshape(-1, 4)
     boxes, inside, _ = clip_labelled_boxes(whole, size)
     return rng, kept, boxes, np.array([placed.label for placed in objects], dtype=np.int64)[inside]
 

@@ -22,9 +22,8 @@ from anchorline.data.synthetic import CLASS_NAMES, MIN_VISIBLE, NO_OBJECT, SCENE
 from anchorline.runtime.io.errors import SettingsError
 from anchorline.runtime.video.writer import VideoWriter
 
-OBJECT_SLOTS = len(CLASS_NAMES)  # each round of tracks shows every class once
-DISTRACTOR_SLOTS = 3
-
+_OBJECT_SLOTS = len(CLASS_NAMES)  # each round of tracks shows every class once
+_DISTRACTOR_SLOTS = 3
 _SCENE_STREAM, _DECK_STREAM, _FRAME_STREAM = 2, 3, 4
 _SWAY = 6.0  # pixels the camera moves each way, in an image 240 high
 _NOISE, _BLUR = 4.0, 0.4
@@ -65,11 +64,10 @@ def synthetic_video_dataset(seed: int, frames: int, size: tuple[int, int] = SCEN
     video = _video(seed, size, frames)
     images = []
     for index in range(frames):
-        truth = video.truth(index)
+        truth, id = video.truth(index), f"video-{seed}-{index:06d}"
         difficult = truth.visible < MIN_VISIBLE
-        load = partial(_video_pixels, seed, size, index)
-        id = f"video-{seed}-{index:06d}"
         crowd = np.zeros_like(difficult)
+        load = partial(_video_pixels, seed, size, index)
         images.append(LabelledImage(id, size, truth.boxes, truth.labels, difficult, crowd, load))
     return Dataset(f"synthetic video of {frames} frames, seed {seed}", CLASS_NAMES, tuple(images))
 
@@ -133,13 +131,14 @@ class SyntheticVideo:
         rng = np.random.Generator(np.random.PCG64([_SCENE_STREAM, seed]))
         self._sway = _SWAY * min(size) / 240
         self._margin = int(np.ceil(self._sway)) + 1
-        self._background = synthetic.background(rng, (size[0] + 2 * self._margin, size[1] + 2 * self._margin))
+        height, width = (side + 2 * self._margin for side in size)
+        self._background = synthetic.background(rng, (height, width))
         self._colours = synthetic.mean_colours(self._background, cells=3)
         self._light = synthetic.light_field(rng, size)
         self._shadow = (rng.uniform(-3.0, 3.0), rng.uniform(1.0, 3.0))
         self._phases = rng.uniform(0, 2 * np.pi, 2)
         self._rng = rng
-        self._slots: list[list[_Track]] = [[] for _ in range(OBJECT_SLOTS + DISTRACTOR_SLOTS)]
+        self._slots: list[list[_Track]] = [[] for _ in range(_OBJECT_SLOTS + _DISTRACTOR_SLOTS)]
 
     def frame(self, index: int) -> NDArray[np.uint8]:
         """The picture of frame ``index``, uint8 BGR [H, W, 3]."""
@@ -185,9 +184,9 @@ class SyntheticVideo:
     def _next_track(self, slot: int) -> _Track:
         """A new shape, on the way (of several drawn) that runs into the others least."""
         rounds, label = len(self._slots[slot]), NO_OBJECT
-        if slot < OBJECT_SLOTS:  # classes are dealt like cards: every round of tracks shows each class once
+        if slot < _OBJECT_SLOTS:  # classes are dealt like cards: every round of tracks shows each class once
             deck = np.random.Generator(np.random.PCG64([_DECK_STREAM, self.seed, rounds]))
-            label = int(deck.permutation(OBJECT_SLOTS)[slot])
+            label = int(deck.permutation(_OBJECT_SLOTS)[slot])
         shape = synthetic.random_shape(self._rng, label)
         texture = synthetic.surface_texture(self._rng, synthetic.contrasting_colour(self._rng, self._colours))
         start = self._slots[slot][-1].last if rounds else None

@@ -10,7 +10,6 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,17 +28,6 @@ from anchorline.runtime.io.errors import DataError
 
 # A class's own split (cat_train.txt) adds -1, 0 or 1 after the image id.
 _CLASS_FLAG = re.compile(r"\s+(-1|0|1)$")
-# xmin = xmax in the file becomes a side of 1 pixel.
-_EMPTY_SIDE = 1.0
-
-
-@dataclass(frozen=True)
-class _Annotation:
-    """One XML file: class names, VOC boxes [N, 4] as continuous edges, and difficult flags."""
-
-    names: tuple[str, ...]
-    boxes: NDArray[np.float64]
-    difficult: tuple[bool, ...]
 
 
 def load_voc(folder: Path, split: str, names: Sequence[str] | None = None, spec: str = "") -> Dataset:
@@ -53,7 +41,7 @@ def load_voc(folder: Path, split: str, names: Sequence[str] | None = None, spec:
     files = _find_files(folder, split)
     annotations = {id: _read_annotation(xml) for id, _, xml in files}
     if names is None:
-        names = sorted({name for annotation in annotations.values() for name in annotation.names})
+        names = sorted({name for found, *_ in annotations.values() for name in found})
         if not names:
             raise DataError(
                 f"{spec}: no image of the split has an object; expected at least one labelled object"
@@ -61,15 +49,13 @@ def load_voc(folder: Path, split: str, names: Sequence[str] | None = None, spec:
     dropped: Counter[str] = Counter()
     images = []
     for id, path, xml in files:
-        annotation = annotations[id]
-        index = class_index(names, annotation.names, str(xml))
-        labels = [index[name] for name in annotation.names]
+        found, boxes, difficult = annotations[id]
+        index = class_index(names, found, str(xml))
+        labels = [index[name] for name in found]
         size = image_size(path)  # the image's own: <size> is often absent, zero or swapped
-        flags = annotation.difficult
+        # xmin = xmax in the file becomes a side of 1 pixel, so that is what an empty box has.
         images.append(
-            labelled_image(
-                id, path, size, annotation.boxes, labels, dropped, difficult=flags, empty_side=_EMPTY_SIDE
-            )
+            labelled_image(id, path, size, boxes, labels, dropped, difficult=difficult, empty_side=1.0)
         )
     return Dataset(spec, tuple(names), tuple(images), dropped=dropped)
 
@@ -96,28 +82,28 @@ def _find_files(folder: Path, split: str) -> list[tuple[str, Path, Path]]:
     if not ids:
         raise DataError(f"{path}: the split is empty; expected one image id a line")
     by_name = {p.name.lower(): p for p in sorted((folder / "JPEGImages").iterdir())}
-    images = {
-        id: next((by_name[n] for s in IMAGE_SUFFIXES if (n := (id + s).lower()) in by_name), None)
-        for id in ids
-    }
-    xmls = {id: folder / "Annotations" / f"{id}.xml" for id in ids}
+    files = []
+    for id in ids:
+        image = next((by_name[n] for s in IMAGE_SUFFIXES if (n := (id + s).lower()) in by_name), None)
+        files.append((id, image, folder / "Annotations" / f"{id}.xml"))
     listing = f"{folder}: split {split!r} lists {len(ids)} images and"
-    absent = [id for id in ids if images[id] is None]
+    absent = [id for id, image, _ in files if image is None]
     if absent:
         raise DataError(
             f"{listing} {len(absent)} are not in JPEGImages, the first is {absent[0]!r}; "
             "restore them as .jpg, .jpeg or .png, or take them out of the split"
         )
-    unlabelled = [id for id in ids if not xmls[id].is_file()]
+    unlabelled = [id for id, _, xml in files if not xml.is_file()]
     if unlabelled:
         raise DataError(
             f"{listing} {len(unlabelled)} have no annotation, the first is {unlabelled[0]!r}; "
             f"add Annotations/{unlabelled[0]}.xml or take it out of the split"
         )
-    return [(id, image, xmls[id]) for id in ids if (image := images[id]) is not None]
+    return [(id, image, xml) for id, image, xml in files if image is not None]
 
 
-def _read_annotation(path: Path) -> _Annotation:
+def _read_annotation(path: Path) -> tuple[list[str], NDArray[np.float64], list[bool]]:
+    """One XML file: class names, boxes [N, 4] as continuous edges, and difficult flags."""
     try:
         root = ElementTree.fromstring(path.read_bytes())
     except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
@@ -140,4 +126,4 @@ def _read_annotation(path: Path) -> _Annotation:
         boxes.append(corners)
         difficult.append((element.findtext("difficult") or "0").strip() in ("1", "true", "True"))
     edges = np.array(boxes, dtype=np.float64).reshape(-1, 4) - [1, 1, 0, 0]
-    return _Annotation(tuple(names), edges, tuple(difficult))
+    return names, edges, difficult

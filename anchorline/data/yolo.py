@@ -114,15 +114,18 @@ def _read_labels(path: Path, config: YoloConfig) -> tuple[list[int], NDArray[np.
     classes, boxes = [], []
     for number, line in enumerate(read_lines(path, "one object"), start=1):
         if line.strip():
-            index, box = _read_object(line.split(), config, f"{path}: line {number}")
+            index, values = _read_object(line.split(), config, f"{path}: line {number}")
+            points = np.array(values).reshape(-1, 2)
+            low, high = points.min(axis=0), points.max(axis=0)
+            if len(values) == _BOX_VALUES:  # the centre and the size
+                low, high = points[0] - points[1] / 2, points[0] + points[1] / 2
             classes.append(index)
-            boxes.append(box)
+            boxes.append([*low, *high])
     return classes, np.array(boxes, dtype=np.float64).reshape(-1, 4)
 
 
-def _read_object(
-    fields: list[str], config: YoloConfig, where: str
-) -> tuple[int, tuple[float, float, float, float]]:
+def _read_object(fields: list[str], config: YoloConfig, where: str) -> tuple[int, list[float]]:
+    """The class index and the numbers behind it, of a box or a polygon."""
     values = []
     for text in fields[1:]:
         values.append(as_number(text))
@@ -130,8 +133,7 @@ def _read_object(
             raise DataError(f"{where}: {text!r} is no fraction of the image; expected 0 to 1, not pixels")
     if config.keypoints:
         values = values[:_BOX_VALUES]
-    polygon = len(values) >= _SMALLEST_POLYGON and len(values) % 2 == 0
-    if len(values) != _BOX_VALUES and not polygon:
+    if len(values) != _BOX_VALUES and (len(values) < _SMALLEST_POLYGON or len(values) % 2):
         raise DataError(
             f"{where} has {len(fields)} values; expected class, centre x, centre y, width, height, "
             "or class and the x, y of at least 3 corners"
@@ -142,11 +144,7 @@ def _read_object(
             f"{where}: class {fields[0]!r}; expected a whole number from 0 to {count - 1}, the names being "
             f"{list_names(config.names)}"
         )
-    if polygon:
-        xs, ys = values[0::2], values[1::2]
-        return int(index), (min(xs), min(ys), max(xs), max(ys))
-    x, y, width, height = values
-    return int(index), (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+    return int(index), values
 
 
 # The class names: ``names`` in the data's YAML file, or the lines of ``classes.txt``.
@@ -164,9 +162,13 @@ def read_yolo_config(folder: Path) -> YoloConfig:
     if len(found) > 1:
         listed = ", ".join(path.name for path, _ in found)
         raise DataError(f"{folder}: class names stand in {listed}; rename the right file to data.yaml")
-    if found:
-        path, content = found[0]
-        return YoloConfig(_yaml_names(content, path), "kpt_shape" in content)
+    for path, content in found:
+        names = _check_names(content["names"], path)
+        if content.get("nc", str(len(names))) != str(len(names)):
+            raise DataError(
+                f"{path}: nc is {content['nc']!r} and names has {len(names)}; correct the wrong one"
+            )
+        return YoloConfig(names, "kpt_shape" in content)
     for path in (folder / name for name in _CLASS_FILES):
         if path.is_file():
             lines = [line.strip() for line in read_lines(path, "one class name")]
@@ -201,8 +203,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _yaml_names(content: dict[str, Any], path: Path) -> tuple[str, ...]:
-    names = content["names"]
+def _check_names(names: Any, path: Path) -> tuple[str, ...]:
+    """The class names in order, from a list or a mapping."""
     if isinstance(names, dict):
         indices = [str(index) for index in range(len(names))]
         if set(names) != set(indices):
@@ -212,14 +214,6 @@ def _yaml_names(content: dict[str, Any], path: Path) -> tuple[str, ...]:
         names = [names[index] for index in indices]
     if not isinstance(names, list):
         raise DataError(f"{path}: names is {names!r}; expected a list, or a mapping from 0, 1, ... to names")
-    checked = _check_names(names, path)
-    count = content.get("nc")
-    if count is not None and count != str(len(checked)):
-        raise DataError(f"{path}: nc is {count!r} and names has {len(checked)}; correct the wrong one")
-    return checked
-
-
-def _check_names(names: list[Any], path: Path) -> tuple[str, ...]:
     if not names:
         raise DataError(f"{path}: holds no class names; expected at least one")
     for index, name in enumerate(names):

@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from anchorline.data.unlabelled import images_or_video
+from anchorline.data.dataset import images_or_video
 from anchorline.engine.graph import (
     FLOAT,
     HALF,

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from anchorline import __version__
-from anchorline.data.unlabelled import from_frames, scenes
+from anchorline.data.dataset import from_frames
+from anchorline.data.synthetic import scenes
 from anchorline.export.functions import OPSET, attach_functions
 from anchorline.runtime.canvas import padded, place
 from anchorline.runtime.contract import CANVAS_KEY, CONTRACT_KEY, TASKS, Contract

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from anchorline import __version__
-from anchorline.data.dataset import FORMS, Dataset, LabelledImage, load_datasets
-from anchorline.data.unlabelled import images_or_video
+from anchorline.data.dataset import FORMS, Dataset, LabelledImage, images_or_video, load_datasets
 from anchorline.evaluation.evaluation import (
     PROPOSAL_COUNTS,
     Detect,

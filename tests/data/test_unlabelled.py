@@ -8,11 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from anchorline.data.unlabelled import (
-    from_frames,
-    images_or_video,
-    scenes,
-)
+from anchorline.data.dataset import from_frames, images_or_video
+from anchorline.data.synthetic import scenes
 from anchorline.runtime.io.errors import DataError
 
 

@@ -17,8 +17,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from anchorline.data.synthetic import CLASS_NAMES, synthetic_dataset
-from anchorline.data.unlabelled import scenes
+from anchorline.data.synthetic import CLASS_NAMES, scenes, synthetic_dataset
 from anchorline.evaluation.evaluation import evaluate, evaluate_proposals
 from anchorline.export import onnx_export as exporting
 from anchorline.export.onnx_export import ExportResult, export_onnx

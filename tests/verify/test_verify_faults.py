@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from anchorline.data.unlabelled import scenes
+from anchorline.data.synthetic import scenes
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.io.errors import ArtefactError
 from anchorline.train.checkpoint import contract_of, save_checkpoint

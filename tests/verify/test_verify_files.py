@@ -301,7 +301,7 @@ def test_a_record_that_cannot_be_written_takes_nothing_from_the_verdict(
 
 
 def test_a_video_is_sampled_over_its_whole_length(tmp_path: Path) -> None:
-    from anchorline.data.unlabelled import VIDEO_FRAMES, images_or_video
+    from anchorline.data.dataset import VIDEO_FRAMES, images_or_video
 
     path = tmp_path / "long.avi"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 25, (64, 48))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from anchorline.data.unlabelled import from_frames
+from anchorline.data.dataset import from_frames
 from anchorline.runtime.canvas import Preprocessor
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections

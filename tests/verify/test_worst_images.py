@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from anchorline.data.unlabelled import from_frames
+from anchorline.data.dataset import from_frames
 from anchorline.evaluation.pictures import PANEL
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import OutputError
