@@ -6,7 +6,6 @@ ONNX file and an engine go through the same code.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +18,7 @@ from anchorline.data.boxes import box_areas, iou_matrix
 from anchorline.data.dataset import Dataset, LabelledImage, list_names
 from anchorline.data.proposals import read_proposals
 from anchorline.data.summary import SIZE_CLASSES, in_size_class
-from anchorline.evaluation.metrics import (
-    CocoFigures,
-    PrecisionRecall,
-    coco_figures,
-    mean_of_known,
-    voc_curves,
-)
+from anchorline.evaluation.metrics import PrecisionRecall, coco_figures, mean_of_known, voc_curves
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import DataError, SettingsError
 from anchorline.runtime.io.files import plain
@@ -116,8 +109,7 @@ class EvaluationReport:
     def to_json(self) -> dict[str, Any]:
         """The plain dict that ``anchorline evaluate --json`` writes; NaN becomes None."""
         skipped = ("curves", "detections")
-        names = [field.name for field in dataclasses.fields(self) if field.name not in skipped]
-        return {name: plain(getattr(self, name)) for name in names}
+        return {name: plain(value) for name, value in vars(self).items() if name not in skipped}
 
     def rows(self) -> list[tuple[str, list[float]]]:
         """Of each class, then the mean: objects, AP50, VOC07, AP, and by size objects, AP50, AP."""
@@ -165,45 +157,50 @@ def evaluate(
     detections and of the data set are matched by name: a class of the data that the detector does
     not know is a ``DataError``, detections of a class the data does not have are left out.
     """
-    found = [to_dataset_labels(each, dataset) for each in run_detector(detect, dataset, batch, progress)]
-    return report_detections(found, dataset, provider, precision)
+    return report_detections(
+        list(run_detector(detect, dataset, batch, progress)), dataset, provider, precision
+    )
 
 
 def report_detections(
     detections: Sequence[Detections], dataset: Dataset, provider: str, precision: str = "fp32"
 ) -> EvaluationReport:
-    """The report for detections whose labels index ``dataset.names`` (see ``to_dataset_labels``)."""
-    curves = voc_curves(dataset.images, detections, len(dataset.names))
-    coco = coco_figures(dataset.images, detections, len(dataset.names))
-    per_class = {
-        name: ClassReport(curve.area, curve.eleven_point, ap, curve.objects)
-        for name, curve, ap in zip(dataset.names, curves, coco["all"].ap, strict=True)
-    }
+    """The report for a detector's own results on the data set; raises ``DataError`` as ``evaluate`` does."""
+    names = dataset.names
+    found = tuple(_to_dataset_labels(each, dataset) for each in detections)
+    curves = voc_curves(dataset.images, found, len(names))
+    coco = coco_figures(dataset.images, found, len(names))
+    per_size = {}
+    for size in SIZE_CLASSES:
+        counts = np.zeros(len(names), dtype=np.int64)  # objects of each class that are to be found
+        for image in dataset:
+            counted = in_size_class(box_areas(image.boxes), size) & ~image.ignored
+            counts += np.bincount(image.labels[counted], minlength=len(names))
+        figures = map(SizeFigures, coco[size].ap50, coco[size].ap, counts.tolist())
+        per_size[size] = SizeReport(
+            map50=mean_of_known(coco[size].ap50),
+            map=mean_of_known(coco[size].ap),
+            objects=int(counts.sum()),
+            per_class=dict(zip(names, figures, strict=True)),
+        )
     return EvaluationReport(
-        map50=mean_of_known([each.ap50 for each in per_class.values()]),
-        voc07=mean_of_known([each.voc07 for each in per_class.values()]),
-        map=mean_of_known([each.ap for each in per_class.values()]),
-        per_class=per_class,
-        per_size={size: _size_report(size, coco[size], dataset) for size in SIZE_CLASSES},
+        map50=mean_of_known([each.area for each in curves]),
+        voc07=mean_of_known([each.eleven_point for each in curves]),
+        map=mean_of_known(coco["all"].ap),
+        per_class={
+            name: ClassReport(curve.area, curve.eleven_point, ap, curve.objects)
+            for name, curve, ap in zip(names, curves, coco["all"].ap, strict=True)
+        },
+        per_size=per_size,
         images=len(dataset),
         provider=provider,
         precision=precision,
-        curves=dict(zip(dataset.names, curves, strict=True)),
-        detections=tuple(detections),
+        curves=dict(zip(names, curves, strict=True)),
+        detections=found,
     )
 
 
-def _size_report(size: str, coco: CocoFigures, dataset: Dataset) -> SizeReport:
-    counts = np.zeros(len(dataset.names), dtype=np.int64)  # objects of each class that are to be found
-    for image in dataset:
-        counted = in_size_class(box_areas(image.boxes), size) & ~image.ignored
-        counts += np.bincount(image.labels[counted], minlength=len(counts))
-    figures = map(SizeFigures, coco.ap50, coco.ap, counts.tolist())
-    per_class = dict(zip(dataset.names, figures, strict=True))
-    return SizeReport(mean_of_known(coco.ap50), mean_of_known(coco.ap), int(counts.sum()), per_class)
-
-
-def to_dataset_labels(detections: Detections, dataset: Dataset) -> Detections:
+def _to_dataset_labels(detections: Detections, dataset: Dataset) -> Detections:
     """The same detections with the data set's labels; those of foreign classes are left out."""
     names = detections.class_names or dataset.names
     for name in dataset.names:
@@ -212,14 +209,13 @@ def to_dataset_labels(detections: Detections, dataset: Dataset) -> Detections:
                 f"{dataset.spec}: the data has the class {name!r}, the model knows only {list_names(names)}; "
                 "evaluate it on data of its own classes"
             )
-    index = {name: label for label, name in enumerate(dataset.names)}
-    to_dataset = np.array([index.get(name, -1) for name in names], dtype=np.int64)
     if len(detections) and int(detections.labels.max()) >= len(names):
         raise DataError(
             f"a detection has label {int(detections.labels.max())} and no class names; "
             f"expected a label below {len(names)}, the number of classes in {dataset.spec}"
         )
-    labels = to_dataset[detections.labels]
+    index = {name: label for label, name in enumerate(dataset.names)}
+    labels = np.array([index.get(name, -1) for name in names], dtype=np.int64)[detections.labels]
     known = labels >= 0
     return Detections(detections.boxes[known], detections.scores[known], labels[known], dataset.names)
 
@@ -232,12 +228,12 @@ class ProposalReport:
     ar: float
     objects: int
     images: int
-    provider: str = ""
-    precision: str = ""
+    provider: str
+    precision: str
 
     def to_json(self) -> dict[str, Any]:
         """``{"recall": {"100": {"0.5": ...}}, "ar", ...}``; None where there is no object."""
-        return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {name: plain(value) for name, value in vars(self).items()}
 
     def render(self) -> Table:
         """A rich table: recall by number of proposals (rows) and IoU (columns)."""
@@ -265,18 +261,22 @@ def evaluate_proposals(
     precision: str = "",
 ) -> ProposalReport:
     """Run a model that delivers proposals over the data set and report its recall."""
-    report = proposal_recall(dataset.images, list(run_detector(propose, dataset, batch, progress)))
-    return dataclasses.replace(report, provider=provider, precision=precision)
+    found = list(run_detector(propose, dataset, batch, progress))
+    return proposal_recall(dataset.images, found, provider=provider, precision=precision)
 
 
 def evaluate_stored(path: Path, dataset: Dataset) -> ProposalReport:
     """The recall of the stored proposals in ``path`` on the data set; raises ``DataError``."""
     stored = [each.to_detections() for each in read_proposals(path, dataset)]
-    return dataclasses.replace(proposal_recall(dataset.images, stored), provider="stored proposals")
+    return proposal_recall(dataset.images, stored, provider="stored proposals")
 
 
 def proposal_recall(
-    images: Sequence[LabelledImage], proposals: Sequence[Detections], counts: Sequence[int] = PROPOSAL_COUNTS
+    images: Sequence[LabelledImage],
+    proposals: Sequence[Detections],
+    counts: Sequence[int] = PROPOSAL_COUNTS,
+    provider: str = "",
+    precision: str = "",
 ) -> ProposalReport:
     """The share of objects that some proposal covers, whatever its class.
 
@@ -302,4 +302,4 @@ def proposal_recall(
         for column, count in enumerate(counts)
     }
     ar = float(np.mean(list(recall[max(counts)].values())))
-    return ProposalReport(recall, ar, objects=len(best), images=len(images))
+    return ProposalReport(recall, ar, len(best), len(images), provider, precision)

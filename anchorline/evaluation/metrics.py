@@ -25,7 +25,6 @@ from anchorline.runtime.io.errors import SettingsError
 Backend = Literal["faster-coco-eval", "pycocotools"]
 
 BACKGROUND = "background"
-
 _FALSE_POSITIVE, _TRUE_POSITIVE, _IGNORED = 0, 1, 2
 
 
@@ -79,17 +78,11 @@ def voc_curves(
     """
     curves = []
     for label in range(num_classes):
+        boxes = [image.boxes[image.labels == label] for image in images]
+        ignored = [image.ignored[image.labels == label] for image in images]
         found = [each[each.labels == label] for each in detections]
-        truth = [image.labels == label for image in images]
-        curves.append(
-            average_precision(
-                [image.boxes[of_class] for image, of_class in zip(images, truth, strict=True)],
-                [image.ignored[of_class] for image, of_class in zip(images, truth, strict=True)],
-                [each.boxes for each in found],
-                [each.scores for each in found],
-                iou_threshold,
-            )
-        )
+        found_boxes, scores = [each.boxes for each in found], [each.scores for each in found]
+        curves.append(average_precision(boxes, ignored, found_boxes, scores, iou_threshold))
     return curves
 
 
@@ -108,10 +101,8 @@ def average_precision(
     """
     objects = int(sum((~ignored).sum() for ignored in truth_ignored))
     every_score = np.concatenate([np.zeros(0), *(np.asarray(each, dtype=np.float64) for each in scores)])
-    outcomes = [
-        _outcomes(*image, iou_threshold)
-        for image in zip(truth_boxes, truth_ignored, boxes, scores, strict=True)
-    ]
+    of_images = zip(truth_boxes, truth_ignored, boxes, scores, strict=True)
+    outcomes = [_outcomes(*image, iou_threshold) for image in of_images]
     every_outcome = np.concatenate([np.zeros(0, dtype=np.int64), *outcomes])
     ranked = np.argsort(-every_score, kind="stable")
     ranked = ranked[every_outcome[ranked] != _IGNORED]
@@ -119,15 +110,13 @@ def average_precision(
     precision = hits / np.arange(1, len(ranked) + 1)
     if not objects:
         nothing = np.full(len(ranked), np.nan)
-        return PrecisionRecall(nothing, precision, every_score[ranked], 0, float("nan"), float("nan"))
+        return PrecisionRecall(nothing, precision, every_score[ranked], 0, np.nan, np.nan)
     recall = hits / objects
     # The area under the curve after precision is made to fall monotonically.
     envelope = np.maximum.accumulate(np.append(precision, 0.0)[::-1])[::-1]
     area = np.sum(np.diff(np.concatenate([[0.0], recall, [1.0]])) * envelope)
     best = [precision[10 * hits >= tenth * objects].max(initial=0.0) for tenth in range(11)]
-    return PrecisionRecall(
-        recall, precision, every_score[ranked], objects, area=float(area), eleven_point=float(np.mean(best))
-    )
+    return PrecisionRecall(recall, precision, every_score[ranked], objects, float(area), float(np.mean(best)))
 
 
 def _outcomes(

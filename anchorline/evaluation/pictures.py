@@ -17,7 +17,13 @@ from numpy.typing import NDArray
 
 from anchorline.data.dataset import Dataset
 from anchorline.evaluation.evaluation import EvaluationReport, ProposalReport
-from anchorline.evaluation.metrics import BACKGROUND, ConfusionMatrix, confusion_matrix, match_image
+from anchorline.evaluation.metrics import (
+    BACKGROUND,
+    ConfusionMatrix,
+    ImageMatches,
+    confusion_matrix,
+    match_image,
+)
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.drawing import draw
 from anchorline.runtime.io.errors import DataError, SettingsError
@@ -31,6 +37,9 @@ if TYPE_CHECKING:
 
 PANEL = (360, 480)
 """Height and width in pixels of one of the two pictures of an image that are shown beside each other."""
+_PAIR_GAP = 4
+PAIR = (PANEL[0], 2 * PANEL[1] + _PAIR_GAP)
+"""Of what ``draw_pair`` makes."""
 
 _SMOOTHING = 25  # steps over which the drawn loss is averaged
 _LEGEND_INSIDE = 8  # classes; more would cover the curves
@@ -39,7 +48,6 @@ _LEGEND_ROWS = 32
 _TITLE_HEIGHT = 22
 _GAP = 6
 _PAPER = 255
-_PAIR_GAP = 4
 _GREY = (110, 110, 110)  # visible on light and on dark images
 _SHOWN_COUNTS = (50, 100, 300, 1000)
 _SHOWN_IOUS = (0.5, 0.7, 0.9)
@@ -56,7 +64,7 @@ def plot_pr_curves(report: EvaluationReport, path: str | Path) -> None:
     """Precision over recall at IoU 0.5, one line for each class, as a PNG, SVG or PDF by the suffix."""
     classes = len(report.curves)
     columns = -(-classes // _LEGEND_ROWS) if _LEGEND_INSIDE < classes <= _LEGEND_OUTSIDE else 0
-    figure, axes = new_figure(6.4 + 1.7 * columns, 5.2)
+    figure, (axes,) = new_figure(6.4 + 1.7 * columns, 5.2)
     for name, curve in report.curves.items():
         if curve.objects:
             recall = np.concatenate([[0.0][: len(curve.recall)], curve.recall])  # none without detections
@@ -78,7 +86,7 @@ def plot_loss_curve(csv_path: str | Path, path: str | Path) -> None:
     rows (column ``map50``) may stand between training rows. Raises ``DataError`` for another file.
     """
     columns = _read_columns(Path(csv_path))
-    figure, axes = new_figure(7.2, 4.6)
+    figure, (axes,) = new_figure(7.2, 4.6)
     for name in sorted(name for name in columns if name == "loss" or name.startswith("loss_")):
         steps, values = columns[name]
         total = name == "loss"
@@ -159,38 +167,24 @@ def draw_pair(pixels: Pixels, left: Panel, right: Panel) -> Pixels:
     """An image (uint8 BGR [H, W, 3]) twice beside each other, each time with its panel's boxes."""
     # Drawn on when it is small, so that lines and letters have the sheet's size and not the image's.
     small, scale = _fit(pixels, PANEL)
-    gap = np.full((len(small), _PAIR_GAP, 3), _PAPER, np.uint8)
-    pictures = [_draw_panel(small.copy(), scale, panel) for panel in (left, right)]
-    return np.concatenate([pictures[0], gap, pictures[1]], axis=1)
+    pictures = []
+    for panel in (left, right):
+        picture = small.copy()
+        outlines = [(panel.quiet, _GREY, 1)]
+        outlines += [(each.boxes, colour, 2) for each, colour in panel.marked if colour is not None]
+        for boxes, colour, thickness in outlines:
+            for x1, y1, x2, y2 in np.round(boxes * scale).astype(int).tolist():
+                cv2.rectangle(picture, (x1, y1), (x2 - 1, y2 - 1), colour, thickness)
+        for each, own_colour in panel.marked:
+            scaled = Detections(each.boxes * scale, each.scores, each.labels, each.class_names)
+            picture = draw(picture, scaled, scores=panel.scores, colour=own_colour)
+        pictures += [picture, np.full((len(small), _PAIR_GAP, 3), _PAPER, np.uint8)]
+    return np.concatenate(pictures[:3], axis=1)
 
 
-def pair_sheet(pairs: Sequence[Pixels], titles: Sequence[str], path: str | Path, columns: int) -> None:
-    """Write what ``draw_pair`` made, with titles, as one picture."""
-    contact_sheet(pairs, path, columns, titles, cell=(PANEL[0], 2 * PANEL[1] + _PAIR_GAP))
-
-
-def _draw_panel(picture: Pixels, scale: float, panel: Panel) -> Pixels:
-    def outline(boxes: NDArray[np.float32], colour: Colour, thickness: int) -> None:
-        for box in np.round(boxes * scale).astype(int).tolist():
-            cv2.rectangle(picture, (box[0], box[1]), (box[2] - 1, box[3] - 1), colour, thickness)
-
-    outline(panel.quiet, _GREY, 1)
-    for each, colour in panel.marked:
-        if colour is not None:
-            outline(each.boxes, colour, 2)
-        scaled = Detections(each.boxes * scale, each.scores, each.labels, each.class_names)
-        picture = draw(picture, scaled, scores=panel.scores, colour=colour)
-    return picture
-
-
-def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure with one plot, its size in inches."""
-    figure, (axes,) = new_figures(width, height, 1)
-    return figure, axes
-
-
-def new_figures(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
-    """A figure with plots side by side, without pyplot's global state, so that it needs no display."""
+def new_figure(width: float, height: float, count: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure (size in inches) with ``count`` plots side by side, without pyplot's global state, so that it
+    needs no display."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -244,7 +238,7 @@ def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def plot_recall(report: ProposalReport, path: str | Path) -> None:
     """Recall over IoU (the paper's figure 4), and over the number of proposals."""
-    figure, (over_iou, over_count) = new_figures(11.0, 4.8, 2)
+    figure, (over_iou, over_count) = new_figure(11.0, 4.8, 2)
     counts = [count for count in _SHOWN_COUNTS if count in report.recall] or list(report.recall)
     for drawn, count in enumerate(counts):
         by_iou = report.recall[count]
@@ -280,7 +274,7 @@ def plot_class_table(report: EvaluationReport, path: str | Path) -> None:
         texts.append(["-" if np.isnan(v) else f"{v:.0f}" if count else f"{v:.3f}" for v, count in pairs])
         shares = [0.0 if count or np.isnan(v) else v for v, count in pairs]
         colours.append([tuple(1.0 - share * (1.0 - _GOOD)) for share in shares])
-    figure, axes = new_figure(2.2 + 0.75 * len(columns), 1.1 + 0.3 * len(rows))
+    figure, (axes,) = new_figure(2.2 + 0.75 * len(columns), 1.1 + 0.3 * len(rows))
     axes.set_axis_off()
     table = axes.table(
         cellText=texts,
@@ -309,7 +303,7 @@ def plot_confusion(confusion: ConfusionMatrix, path: str | Path) -> None:
     totals = confusion.counts.sum(axis=1, keepdims=True)
     shares = confusion.counts / np.maximum(totals, 1)
     side = 2.6 + min(0.6 * len(names), 14.0)
-    figure, axes = new_figure(side + 1.6, side)
+    figure, (axes,) = new_figure(side + 1.6, side)
     axes.grid(False)
     picture = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
     places = range(len(names))
@@ -338,25 +332,32 @@ class ImageErrors:
 
     index: int
     id: str
-    missed: int
-    false_positives: int
+    matches: ImageMatches
+
+    @property
+    def missed(self) -> int:
+        return len(self.matches.missed)
+
+    @property
+    def false_positives(self) -> int:
+        return len(self.matches.false_positives)
 
     def to_json(self) -> dict[str, Any]:
         return {"image": self.id, "missed": self.missed, "false_positives": self.false_positives}
 
 
 def rank_images(
-    dataset: Dataset, detections: Sequence[Detections], min_score: float = 0.5, iou_threshold: float = 0.5
+    dataset: Dataset, detections: Sequence[Detections], min_score: float = 0.5
 ) -> list[ImageErrors]:
     """All images, those with the most errors first; detections count from ``min_score`` on.
 
     ``detections``, one for each image, have labels that index ``dataset.names``. Difficult and crowd
     objects count neither way.
     """
-    errors = []
-    for index, (image, found) in enumerate(zip(dataset, detections, strict=True)):
-        matches = match_image(image, found, min_score, iou_threshold)
-        errors.append(ImageErrors(index, image.id, len(matches.missed), len(matches.false_positives)))
+    errors = [
+        ImageErrors(index, image.id, match_image(image, found, min_score))
+        for index, (image, found) in enumerate(zip(dataset, detections, strict=True))
+    ]
     return sorted(errors, key=lambda each: -(each.missed + each.false_positives))
 
 
@@ -366,18 +367,16 @@ def worst_images_sheet(
     path: str | Path,
     count: int = 12,
     min_score: float = 0.5,
-    iou_threshold: float = 0.5,
 ) -> list[ImageErrors]:
     """Write the ``count`` worst images side by side: ground truth left, detections right.
 
     Only errors carry a label and their class's colour: missed objects left, false detections right.
     What was found is drawn in grey. Returns the images shown.
     """
-    worst = rank_images(dataset, detections, min_score, iou_threshold)[:count]
+    worst = rank_images(dataset, detections, min_score)[:count]
     pairs, titles = [], []
     for each in worst:
-        image, found = dataset.images[each.index], detections[each.index]
-        matches = match_image(image, found, min_score, iou_threshold)
+        image, found, matches = dataset.images[each.index], detections[each.index], each.matches
         truth = Detections(image.boxes, np.ones(len(image.boxes), np.float32), image.labels, dataset.names)
         named = Detections(found.boxes, found.scores, found.labels, dataset.names)
         hit = np.setdiff1d(np.arange(len(truth)), matches.missed)
@@ -385,7 +384,7 @@ def worst_images_sheet(
         right = Panel(named.boxes[matches.pairs[:, 0]], [(named[matches.false_positives], None)])
         pairs.append(draw_pair(image.load(), left, right))
         titles.append(f"{each.id}: {each.missed} missed (left), {each.false_positives} false (right)")
-    pair_sheet(pairs, titles, path, columns=2)
+    contact_sheet(pairs, path, 2, titles, PAIR)
     return worst
 
 

@@ -27,7 +27,6 @@ from anchorline.evaluation.evaluation import (
     proposal_recall,
     report_detections,
     run_detector,
-    to_dataset_labels,
 )
 from anchorline.export.calibration import METHODS, Sensitivity, measure_ranges, measure_sensitivity
 from anchorline.export.integer_graph import (
@@ -328,8 +327,7 @@ class LossMeter:
     def _figure(self, results: Sequence[Detections]) -> float:
         if self._contract.task == "proposals":
             return proposal_recall(self._dataset.images, results).recall[max(PROPOSAL_COUNTS)][0.5]
-        own = [to_dataset_labels(each, self._dataset) for each in results]
-        return report_detections(own, self._dataset, "").map50
+        return report_detections(results, self._dataset, "").map50
 
     def _agreement(self, results: Sequence[Detections]) -> float:
         each = compare_outputs(

@@ -17,10 +17,9 @@ from anchorline.evaluation.evaluation import (
     part_of,
     report_detections,
     run_detector,
-    to_dataset_labels,
 )
 from anchorline.evaluation.metrics import mean_of_known
-from anchorline.evaluation.pictures import Panel, draw_pair, pair_sheet
+from anchorline.evaluation.pictures import PAIR, Panel, contact_sheet, draw_pair
 from anchorline.runtime.canvas import PROPOSAL_NAMES
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import ArtefactError
@@ -125,7 +124,7 @@ class DetectionCheck:
                 f"(yellow); boxes to {one.max_box_error:.2g} px, scores to {one.max_score_error:.2g}"
             )
         if pairs:
-            pair_sheet(pairs, titles, path, columns=1)
+            contact_sheet(pairs, path, 1, titles, PAIR)
         return [row[0] for row in rows[:count]]
 
     def _per_class(self) -> dict[str, dict[str, int]]:
@@ -205,10 +204,7 @@ def _confident_loss(
 def _accuracy(
     dataset: Dataset, ours: Sequence[Detections], theirs: Sequence[Detections]
 ) -> dict[str, Accuracy]:
-    a, b = (
-        report_detections([to_dataset_labels(each, dataset) for each in side], dataset, "")
-        for side in (ours, theirs)
-    )
+    a, b = (report_detections(side, dataset, "") for side in (ours, theirs))
     recalls = [mean_of_known([curve.reached for curve in side.curves.values()]) for side in (a, b)]
     found = {"mean": Accuracy((a.map50, b.map50), (recalls[0], recalls[1]))}
     for name in dataset.names:

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from anchorline.evaluation.pictures import new_figure, new_figures, save_figure
+from anchorline.evaluation.pictures import new_figure, save_figure
 
 SHOWN = ("50", "100", "300", "1000")  # proposals
 Curves = Mapping[str, Sequence[Mapping[str, Mapping[str, float | None]]]]
@@ -15,7 +15,7 @@ Curves = Mapping[str, Sequence[Mapping[str, Mapping[str, float | None]]]]
 
 def plot_recall(curves: Curves, path: Path) -> None:
     """Recall over IoU: a panel for each number of proposals, for each source the mean line of its seeds."""
-    figure, panels = new_figures(3.1 * len(SHOWN), 3.4, len(SHOWN))
+    figure, panels = new_figure(3.1 * len(SHOWN), 3.4, len(SHOWN))
     for axes, count in zip(panels, SHOWN, strict=True):
         for name, seeds in curves.items():
             ious = list(seeds[0][count])
@@ -32,7 +32,7 @@ def plot_recall(curves: Curves, path: Path) -> None:
 
 def plot_proposals(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """VOC07 mAP over the number of test proposals, a line for each ablation, with the range of its seeds."""
-    figure, axes = new_figure(5.6, 4.0)
+    figure, (axes,) = new_figure(5.6, 4.0)
     chosen = [row for row in rows if row["experiment"] == "proposals" and row["voc07"] not in ("", None)]
     for name in dict.fromkeys(row["variant"] for row in chosen):
         points: dict[int, list[float]] = {}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from anchorline.data.dataset import Dataset
-from anchorline.evaluation.evaluation import Detect, report_detections, run_detector, to_dataset_labels
+from anchorline.evaluation.evaluation import Detect, report_detections, run_detector
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import SettingsError, TrainingError, reason_of
 
@@ -303,7 +303,7 @@ def run_shared(detect: Detect, data: Dataset, batch: int) -> Iterator[Detections
 
 def shared_map50(detect: Detect, data: Dataset, batch: int, provider: str) -> float:
     """The mAP50 of ``evaluate``, from detections that all processes share in."""
-    found = [to_dataset_labels(each, data) for each in run_shared(detect, data, batch)]
+    found = list(run_shared(detect, data, batch))
     return from_main(lambda: report_detections(found, data, provider).map50)
 
 
