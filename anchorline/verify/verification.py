@@ -19,8 +19,13 @@ from anchorline.runtime.io.errors import DataError, SettingsError
 from anchorline.runtime.io.files import plain, sha256_of, write_json
 from anchorline.verify.compare import ComparisonSummary, Tolerance, compare_outputs, summarise, tolerance_for
 from anchorline.verify.detection_check import DetectionCheck, check_detections
-from anchorline.verify.stage_check import LayerResult, StageResult, check_stages, first_differing_layer
-from anchorline.verify.stages import Subject
+from anchorline.verify.stages import (
+    LayerResult,
+    StageResult,
+    Subject,
+    check_stages,
+    first_differing_layer,
+)
 from anchorline.verify.traps import Trap, TrapResult, largest_batch, run_traps, traps
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.files import sha256_of
 from anchorline.verify.compare import compare_detections, summarise
 from anchorline.verify.detection_check import Accuracy, DetectionCheck
-from anchorline.verify.stage_check import LayerResult, StageResult
+from anchorline.verify.stages import LayerResult, StageResult
 from anchorline.verify.traps import TrapResult
 from anchorline.verify.verification import VerifyReport, record_path, write_not_executed, write_record
 
