@@ -35,10 +35,10 @@ SURE_SCORE = 0.9
 class Tolerance:
     """How far two artefacts of one precision may be apart; docs/verify.md says where the limits come from."""
 
-    stage_rms: (
-        float  # what one stage adds, given the reference's inputs: root mean square by that of the stage
-    )
-    stage_peak: float  # and the largest difference by the largest magnitude
+    # What one stage adds, given the reference's inputs: the root mean square by that of the stage, and the
+    # largest difference by the largest magnitude.
+    stage_rms: float
+    stage_peak: float
     box_px: float  # of a matched pair of detections, in canvas pixels
     score: float
     tie_iou: float  # how near to the NMS threshold an overlap counts as undecided
@@ -62,7 +62,7 @@ TOLERANCES = {
 def tolerance_for(*precisions: str) -> Tolerance:
     """The tolerance of the least exact of ``precisions``; an unknown one counts as int8."""
     order = list(TOLERANCES)
-    return TOLERANCES[max((p if p in order else order[-1] for p in precisions), key=order.index)]
+    return TOLERANCES[max((p if p in order else "int8" for p in precisions), key=order.index)]
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,6 @@ class Cuts:
     max_detections: int | None = None
     tie_iou: float = 1e-3  # how near to nms_iou an overlap counts as undecided
     order_ties: bool = False
-
-
-DEFAULT_CUTS = Cuts()
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +205,7 @@ def cuts_of(contract: Contract, tolerance: Tolerance, task: str | None = None) -
 
 
 def compare_detections(
-    reference: Detections, candidate: Detections, cuts: Cuts = DEFAULT_CUTS, **changes: Any
+    reference: Detections, candidate: Detections, cuts: Cuts | None = None, **changes: Any
 ) -> Comparison:
     """Match the candidate's detections one to one with the reference's of the same class and compare.
 
@@ -216,7 +213,7 @@ def compare_detections(
     and score pair up first. Classes are compared by name, by label where one side has no names.
     ``changes`` are fields of ``cuts``, as in ``nms_iou=0.5``.
     """
-    cuts = dataclasses.replace(cuts, **changes)
+    cuts = dataclasses.replace(cuts or Cuts(), **changes)
     ours, theirs = _with_common_labels(reference, candidate)
     pairs = _match(ours, theirs, cuts.box_tolerance_px)
     own, other = ours.boxes[pairs[:, 0]], theirs.boxes[pairs[:, 1]]
@@ -287,12 +284,9 @@ def compare_outputs(
         kept = found[found.scores >= least_score]
         return dataclasses.replace(kept, boxes=boxes_to_canvas(kept.boxes, placement), size=contract.canvas)
 
-    return [
-        compare_detections(
-            on_canvas(ours), on_canvas(theirs), cuts, score_threshold=threshold, order_ties=order_ties
-        )
-        for ours, theirs in zip(references, candidates, strict=True)
-    ]
+    cuts = dataclasses.replace(cuts, score_threshold=threshold, order_ties=order_ties)
+    pairs = zip(references, candidates, strict=True)
+    return [compare_detections(on_canvas(ours), on_canvas(theirs), cuts) for ours, theirs in pairs]
 
 
 def summarise(

@@ -80,22 +80,12 @@ class DetectionCheck:
         return f"{self.summary.brief()}; {reason}" if reason else self.summary.brief()
 
     def to_json(self) -> dict[str, Any]:
-        errors = {}
+        figures = {**self.summary.to_json(), "passed": self.passed}
         for key, name in (("box_error_px", "box_errors"), ("score_error", "score_errors")):
             each = [getattr(one.aligned, name) for one in self.comparisons]
-            every = np.concatenate([np.zeros(0, np.float32), *each])
-            errors[key] = {
-                label: float(np.percentile(every, percent)) if len(every) else 0.0
-                for label, percent in _PERCENTILES.items()
-            }
-        return {
-            **self.summary.to_json(),
-            "passed": self.passed,
-            **errors,
-            "per_class": self._per_class(),
-            "accuracy": self.accuracy,
-            "loss": self.loss,
-        }
+            every = np.concatenate([*each, np.zeros(0 if any(map(len, each)) else 1, np.float32)])
+            figures[key] = {name: float(np.percentile(every, p)) for name, p in _PERCENTILES.items()}
+        return {**figures, "per_class": self._per_class(), "accuracy": self.accuracy, "loss": self.loss}
 
     def write_worst(self, dataset: Dataset, path: Path, count: int = WORST_IMAGES) -> list[str]:
         """Write the ``count`` images that differ most side by side, the reference left, the worst first.
@@ -131,17 +121,12 @@ class DetectionCheck:
         kinds = ("matched", "differing", "missed", "extra")
         counts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(kinds, 0))
         for ours, theirs, one in zip(self.reference, self.candidate, self.comparisons, strict=True):
-            found, own = one.aligned, np.array(ours.names)
-            differing = found.pairs[found.differing, 0]
-            names = (
-                own[found.pairs[:, 0]],
-                own[differing],
-                own[found.missed],
-                np.array(theirs.names)[found.extra],
-            )
-            for kind, each in zip(kinds, names, strict=True):
-                for name in each.tolist():
-                    counts[name][kind] += 1
+            found = one.aligned
+            matched, differing = found.pairs[:, 0], found.pairs[found.differing, 0]
+            for kind, indices in zip(kinds, (matched, differing, found.missed, found.extra), strict=True):
+                side = theirs if kind == "extra" else ours
+                for index in indices:
+                    counts[side.names[index]][kind] += 1
         return dict(counts)
 
 
@@ -175,53 +160,44 @@ def check_detections(
     each = compare_outputs(ours, theirs, contract, tolerance, order_ties=order_ties)
     image_names = tuple(image.id for image in dataset)
     loss, accuracy = failures[0] if failures else None, None
-    # Classes meet by name, whatever their order.
-    other_names = sorted(set(contract.names) ^ set(candidate.detector.contract.names))
-    if loss is None and other_names and contract.task == "detections":
-        loss = f"the class names differ: only one side has {list_names(other_names)}"
-    if loss is None and dataset.has_labels and contract.task == "detections":
-        accuracy = _accuracy(dataset, ours, theirs)
-    loss = loss or _confident_loss(each, ours, theirs, tolerance)
-    if loss is None and accuracy is not None:
-        loss = _accuracy_loss(accuracy["mean"], tolerance)
+    if loss is None and contract.task == "detections":
+        # Classes meet by name, whatever their order.
+        other_names = sorted(set(contract.names) ^ set(candidate.detector.contract.names))
+        if other_names:
+            loss = f"the class names differ: only one side has {list_names(other_names)}"
+        elif dataset.has_labels:
+            accuracy = _accuracy(dataset, ours, theirs)
+    # Of the detections that an application would act on some may differ.
+    wrong = sum(
+        int((one.aligned.wrong_scores(*sides) >= _CONFIDENT).sum())
+        for one, *sides in zip(each, ours, theirs, strict=True)
+    )
+    confident = sum(int((one.scores >= _CONFIDENT).sum()) for one in ours)
+    if loss is None and wrong > round((1.0 - tolerance.confident) * confident):
+        loss = f"{wrong} of {confident} detections with a score of at least {_CONFIDENT} are not alike"
+    if accuracy is not None:
+        mean = accuracy["mean"]
+        for label, (before, after), limit in (
+            ("mAP50", mean.ap50, tolerance.map50_drop),
+            ("recall", mean.recall, tolerance.recall_drop),
+        ):
+            if loss is None and before - after > limit:  # a gain is no loss
+                loss = f"{label} falls from {before:.4f} to {after:.4f}"
     summary = summarise(each, tolerance.matched, image_names)
     return DetectionCheck(image_names, tuple(each), tuple(ours), tuple(theirs), summary, accuracy, loss)
-
-
-def _confident_loss(
-    each: Sequence[Comparison], ours: Sequence[Detections], theirs: Sequence[Detections], tolerance: Tolerance
-) -> str | None:
-    """Whether too many of the detections that an application would act on are not alike."""
-    total = wrong = 0
-    for one, reference, candidate in zip(each, ours, theirs, strict=True):
-        wrong += int((one.aligned.wrong_scores(reference, candidate) >= _CONFIDENT).sum())
-        total += int((reference.scores >= _CONFIDENT).sum())
-    if wrong <= round((1.0 - tolerance.confident) * total):
-        return None
-    return f"{wrong} of {total} detections with a score of at least {_CONFIDENT} are not alike"
 
 
 def _accuracy(
     dataset: Dataset, ours: Sequence[Detections], theirs: Sequence[Detections]
 ) -> dict[str, Accuracy]:
+    """By class name, and under ``mean``."""
     a, b = (report_detections(side, dataset, "") for side in (ours, theirs))
     recalls = [mean_of_known([curve.reached for curve in side.curves.values()]) for side in (a, b)]
     found = {"mean": Accuracy((a.map50, b.map50), (recalls[0], recalls[1]))}
     for name in dataset.names:
-        ap50 = a.per_class[name].ap50, b.per_class[name].ap50
-        found[name] = Accuracy(ap50, (a.curves[name].reached, b.curves[name].reached))
+        one, other = a.curves[name], b.curves[name]
+        found[name] = Accuracy((one.area, other.area), (one.reached, other.reached))
     return found
-
-
-def _accuracy_loss(mean: Accuracy, tolerance: Tolerance) -> str | None:
-    """What the candidate loses beyond the tolerance, over all classes; a gain is no loss."""
-    for label, (reference, candidate), limit in (
-        ("mAP50", mean.ap50, tolerance.map50_drop),
-        ("recall", mean.recall, tolerance.recall_drop),
-    ):
-        if reference - candidate > limit:
-            return f"{label} falls from {reference:.4f} to {candidate:.4f}"
-    return None
 
 
 def severity(comparison: Comparison) -> tuple[int, int, float, float]:

@@ -17,17 +17,13 @@ from anchorline.runtime.io.errors import AnchorlineError, SettingsError
 from anchorline.verify.compare import ComparisonSummary
 from anchorline.verify.stages import BatchDetector
 
-LARGEST_SIZE = (3000, 4000)
-"""Height and width of the largest image: a 12-megapixel photograph, 36 MB."""
-THIN = (8, 2000)
-"""The short and the long side of the very thin images."""
+# On a model whose contract sets no bound, the largest batch tried: this many images, and no more than hold
+# this many canvas pixels together (a ResNet-50 takes about 2.5 GB for that).
 LARGEST_BATCH = 8
-LARGEST_BATCH_PIXELS = 3_000_000
-"""On a model whose contract sets no bound, the largest batch tried: this many images, and no more than hold
-this many canvas pixels together (a ResNet-50 takes about 2.5 GB for that)."""
-
-_CROWD_CELLS = (5, 8)
-_CROWD_CELL = 64  # pixels
+_LARGEST_BATCH_PIXELS = 3_000_000
+_LARGEST_SIZE = (3000, 4000)  # height and width: a 12-megapixel photograph, 36 MB
+_THIN = (8, 2000)  # the short and the long side of the very thin images
+_CROWD_ROWS, _CROWD_COLUMNS, _CROWD_CELL = 5, 8, 64  # pixels
 
 Frame = NDArray[np.uint8]
 Compare = Callable[[list[Detections], list[Detections]], ComparisonSummary]
@@ -37,10 +33,10 @@ Settle = Callable[[Frame], bool]
 
 @dataclass(frozen=True, eq=False)
 class Trap:
-    """Frames (uint8 BGR [H, W, 3]) that go to the detectors, and what else is asked of the candidate.
+    """Batches of frames (uint8 BGR [H, W, 3]), given to the candidate one after the other.
 
-    The ``batches`` are given one after the other. ``repeated``: all of them twice, with results equal
-    to the bit. ``alone``: each frame's result must agree with its result in a batch of one.
+    ``repeated``: all of them twice, with results equal to the bit. ``alone``: each frame's result must agree
+    with its result in a batch of one.
     """
 
     name: str
@@ -69,7 +65,7 @@ def largest_batch(contract: Contract) -> int:
     """How many images the largest batch has: the contract's bound, else what the canvas leaves room for."""
     if contract.max_batch is not None:
         return contract.max_batch
-    return max(2, min(LARGEST_BATCH, LARGEST_BATCH_PIXELS // (contract.canvas[0] * contract.canvas[1])))
+    return max(2, min(LARGEST_BATCH, _LARGEST_BATCH_PIXELS // (contract.canvas[0] * contract.canvas[1])))
 
 
 def traps(max_batch: int | None, seed: int = 0) -> list[Trap]:
@@ -87,9 +83,9 @@ def traps(max_batch: int | None, seed: int = 0) -> list[Trap]:
     plain, crowd = mixed[0], _crowd(seed)
     full = tuple(mixed[index % len(mixed)] for index in range(max_batch or LARGEST_BATCH))
     one_object = posed_scene(seed, SCENE_SIZE, [Pose(width / 2, height / 2, height / 4, angle=0.3)])
-    large = cv2.resize(generate_scene(seed)[0], LARGEST_SIZE[::-1], interpolation=cv2.INTER_LINEAR)
-    top = (SMALLEST_SIDE - THIN[0]) // 2
-    lying = generate_scene(seed, (SMALLEST_SIDE, THIN[1]))[0][top : top + THIN[0]].copy()
+    large = cv2.resize(generate_scene(seed)[0], _LARGEST_SIZE[::-1], interpolation=cv2.INTER_LINEAR)
+    top = (SMALLEST_SIDE - _THIN[0]) // 2
+    lying = generate_scene(seed, (SMALLEST_SIDE, _THIN[1]))[0][top : top + _THIN[0]].copy()
     standing = np.ascontiguousarray(lying.transpose(1, 0, 2))
     noise = np.random.default_rng(seed).integers(0, 256, (*SCENE_SIZE, 3), dtype=np.uint8)
     return [
@@ -102,7 +98,7 @@ def traps(max_batch: int | None, seed: int = 0) -> list[Trap]:
         Trap("smallest image", ((np.array([[[40, 120, 200]]], np.uint8),),)),
         Trap("largest image", ((np.asarray(large, np.uint8),),)),
         Trap("very thin image", ((lying,), (standing,))),
-        Trap("all 0", ((np.full((*SCENE_SIZE, 3), 0, np.uint8),),)),
+        Trap("all 0", ((np.zeros((*SCENE_SIZE, 3), np.uint8),),)),
         Trap("all 255", ((np.full((*SCENE_SIZE, 3), 255, np.uint8),),)),
         Trap("noise", ((noise,),)),
         # The last ones, because a runtime keeps the memory that a large batch took.
@@ -114,13 +110,13 @@ def traps(max_batch: int | None, seed: int = 0) -> list[Trap]:
 def _crowd(seed: int) -> Frame:
     """Forty objects [320, 512, 3] that overlap their neighbours, so that NMS has something to decide."""
     rng = np.random.default_rng(seed)
-    rows, columns = _CROWD_CELLS
     poses = []
-    for cell in range(rows * columns):
-        x, y = ((index + rng.uniform(0.3, 0.7)) * _CROWD_CELL for index in (cell % columns, cell // columns))
-        radius = _CROWD_CELL * rng.uniform(0.4, 0.75)
-        poses.append(Pose(x, y, radius, rng.uniform(0.0, 2.0 * np.pi)))
-    return posed_scene(seed, (rows * _CROWD_CELL, columns * _CROWD_CELL), poses)
+    for row in range(_CROWD_ROWS):
+        for column in range(_CROWD_COLUMNS):
+            x, y = ((cell + rng.uniform(0.3, 0.7)) * _CROWD_CELL for cell in (column, row))
+            radius = _CROWD_CELL * rng.uniform(0.4, 0.75)
+            poses.append(Pose(x, y, radius, rng.uniform(0.0, 2.0 * np.pi)))
+    return posed_scene(seed, (_CROWD_ROWS * _CROWD_CELL, _CROWD_COLUMNS * _CROWD_CELL), poses)
 
 
 class OncePerFrame:
@@ -163,50 +159,37 @@ def run_traps(
     known, alone = OncePerFrame(reference), OncePerFrame(candidate)
     results = []
     for trap in each:
-        results.append(_run_trap(trap, known, candidate, alone, compare, settle))
+        side, images = "reference", len(trap.frames)
+        try:
+            expected = known.batch(trap.frames)
+            side = "candidate"
+            found = [one for batch in trap.batches for one in alone.together(batch)]
+            again = [one for batch in trap.batches if trap.repeated for one in _detect(candidate, batch)]
+            single = alone.batch(trap.frames) if trap.alone else None
+        except AnchorlineError as error:
+            results.append(TrapResult(trap.name, False, f"the {side} failed: {error}", images))
+        else:
+            summary = compare(expected, found)
+            fault = _unstable(found, again) if trap.repeated else None
+            if fault is None and single is not None:
+                together = compare(single, found)
+                if not together.agrees:
+                    first = together.first_disagreement
+                    fault = f"the batch changes a result that the frame has alone: {first}"
+            settled = ""
+            if fault is None and not summary.agrees:
+                frames = zip(trap.frames, expected, found, strict=True)
+                differing = [frame for frame, one, other in frames if not compare([one], [other]).agrees]
+                # On a picture without content most scores are nearly equal; which win is any runtime's own.
+                if settle is not None and differing and all(map(settle, differing)):
+                    settled = "; given the same proposals every stage agrees: near-ties among them"
+                else:
+                    fault = summary.first_disagreement
+            detail = fault or summary.describe() + settled
+            results.append(TrapResult(trap.name, fault is None, detail, images, summary))
         if progress is not None:
             progress(len(results), len(each))
     return results
-
-
-def _run_trap(
-    trap: Trap,
-    reference: OncePerFrame,
-    candidate: BatchDetector,
-    alone: OncePerFrame,
-    compare: Compare,
-    settle: Settle | None,
-) -> TrapResult:
-    images = len(trap.frames)
-    try:
-        expected = reference.batch(trap.frames)
-    except AnchorlineError as error:
-        return TrapResult(trap.name, False, f"the reference failed: {error}", images)
-    try:
-        found = [each for batch in trap.batches for each in alone.together(batch)]
-        again = [each for batch in trap.batches if trap.repeated for each in _detect(candidate, batch)]
-        single = alone.batch(trap.frames) if trap.alone else None
-    except AnchorlineError as error:
-        return TrapResult(trap.name, False, f"the candidate failed: {error}", images)
-    summary = compare(expected, found)
-    detail = summary.describe()
-    fault = _unstable(found, again) if trap.repeated else None
-    if fault is None and single is not None:
-        together = compare(single, found)
-        if not together.agrees:
-            fault = f"the batch changes a result that the frame has alone: {together.first_disagreement}"
-    if fault is None and not summary.agrees:
-        differing = [
-            frame
-            for frame, one, other in zip(trap.frames, expected, found, strict=True)
-            if not compare([one], [other]).agrees
-        ]
-        # On a picture without content most scores are nearly equal; which of them win is any runtime's own.
-        if settle is not None and differing and all(settle(frame) for frame in differing):
-            detail += "; given the same proposals every stage agrees: near-ties among them"
-        else:
-            fault = summary.first_disagreement
-    return TrapResult(trap.name, fault is None, fault or detail, images, summary)
 
 
 def _detect(detector: BatchDetector, frames: Sequence[Frame]) -> list[Detections]:

@@ -38,8 +38,7 @@ TIED_SHARE = 0.02
 # Images whose stages are compared: enough to see a fault, few enough to hold every map in memory.
 _STAGE_IMAGES = 3
 _CHOICES = ("proposals", "detections")
-# Those of an ONNX file; its stages always run on onnxruntime's CPU provider.
-_GPU_PROVIDERS = ("cuda", "tensorrt", "tensorrt-rtx")
+_GPU_PROVIDERS = ("cuda", "tensorrt", "tensorrt-rtx")  # of an ONNX file; its stages always run on the CPU
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,8 @@ class VerifyReport:
     @property
     def reason(self) -> str | None:
         """The first divergence and what was seen there, in one line; None when all holds."""
-        for name, detail in self._faults().items():
-            layer = f", first in layer {self.layer.layer}" if self.layer and self.layer.layer else ""
-            return f"{name}: {detail}{layer}"
-        return None
+        layer = f", first in layer {self.layer.layer}" if self.layer and self.layer.layer else ""
+        return next((f"{name}: {detail}{layer}" for name, detail in self._faults().items()), None)
 
     def _faults(self) -> dict[str, str]:
         """What differs, in order, and what was seen there."""
@@ -127,12 +124,11 @@ class VerifyReport:
         ]
         verdict = "the numbers held" if self.passed else f"they differ; {self.reason}"
         table = Table(
+            *("", "", "what was found"),
             title=escape(f"{sides[0]} and {sides[1]} on {self.data}"),
             caption=escape("\n".join([verdict, *self.notes])),
             caption_justify="left",
         )
-        for column in ("", "", "what was found"):
-            table.add_column(column)
 
         def add(name: str, passed: bool | None, detail: str) -> None:
             mark = "-" if passed is None else "[green]ok[/]" if passed else "[bold red]differs[/]"
@@ -201,7 +197,7 @@ def verify_subjects(
         detections=check_detections(
             reference, candidate, dataset, limits, part_of(progress, 0, total), order_ties=sound
         ),
-        traps=_run_traps(reference, candidate, chosen, limits, sound, part_of(progress, runs, total)),
+        traps=tuple(_run_traps(reference, candidate, chosen, limits, sound, part_of(progress, runs, total))),
         stages=stages,
         stages_note=f"{closed[0]} shows its outputs only; compared end to end" if closed else None,
         layer=layer,
@@ -225,16 +221,15 @@ def _look_inside(
     last = frames[-1]
     left_half = np.ascontiguousarray(last[:, : max(1, last.shape[1] // 2)])
     if 1 in (reference.detector.contract.max_batch, candidate.detector.contract.max_batch):
-        batches = [[frames[0]], [left_half]]
-    elif len(frames) == 1:
-        batches = [[frames[0], left_half]]
+        batches = [frames[:1], [left_half]]
     else:
-        batches = [[frames[0]], [frames[1], left_half]]
+        batches = [frames[:1], [frames[1], left_half]] if len(frames) > 1 else [[last, left_half]]
     stages = tuple(check_stages(reference, candidate, batches, limits))
     layer = None
     if bisect and any(not stage.passed and stage.name != "preprocess" for stage in stages):
         layer = first_differing_layer(reference, candidate, batches[-1], limits)
-    _release(reference, candidate)
+    for side in (reference, candidate):
+        side.inside.release()
     return stages, layer
 
 
@@ -245,13 +240,12 @@ def _run_traps(
     limits: Tolerance,
     sound: bool,
     progress: Progress | None,
-) -> tuple[TrapResult, ...]:
-    contract = reference.detector.contract
+) -> list[TrapResult]:
+    one, other = reference.detector, candidate.detector
 
     def compare(ours: list[Detections], theirs: list[Detections]) -> ComparisonSummary:
-        each = compare_outputs(
-            ours, theirs, contract, limits, order_ties=sound, least_score=limits.trap_score
-        )
+        least = limits.trap_score
+        each = compare_outputs(ours, theirs, one.contract, limits, order_ties=sound, least_score=least)
         return summarise(each, limits.traps)
 
     def settle(frame: NDArray[np.uint8]) -> bool:
@@ -262,17 +256,12 @@ def _run_traps(
         candidate chooses.
         """
         found = check_stages(reference, candidate, [[frame]], limits)
-        _release(reference, candidate)
+        for side in (reference, candidate):
+            side.inside.release()
         blank = bool((frame == frame[0, 0]).all())
         return all(stage.passed or (blank and stage.name in _CHOICES) for stage in found)
 
-    sides = reference.detector, candidate.detector
-    return tuple(run_traps(chosen, *sides, compare, progress, settle if sound else None))
-
-
-def _release(*sides: Subject) -> None:
-    for side in sides:
-        side.inside.release()
+    return run_traps(chosen, one, other, compare, progress, settle if sound else None)
 
 
 # The record beside an artefact, ``<artefact>.verify.json``: what it was compared with, and the verdict. It is
@@ -287,9 +276,8 @@ def record_path(artefact: Path) -> Path:
 def write_record(artefact: Path, report: VerifyReport) -> Path:
     """Write what a verification of ``artefact`` found; returns the record's path."""
     figures = report.to_json()
-    return _write(
-        artefact, {**figures, "artefact": {**figures["artefact"], **_key(artefact)}, "not_executed": None}
-    )
+    figures["artefact"].update(_key(artefact))
+    return _write(artefact, {**figures, "not_executed": None})
 
 
 def write_not_executed(artefact: Path, reason: str, reference: Path | None = None) -> Path:
