@@ -5,6 +5,23 @@
 >>> report = evaluate(detector.batch, data, provider=detector.provider)
 """
 
-from anchorline.evaluation.evaluation import EvaluationReport, ProposalReport, evaluate, evaluate_proposals
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anchorline.evaluation.evaluation import (
+        EvaluationReport,
+        ProposalReport,
+        evaluate,
+        evaluate_proposals,
+    )
 
 __all__ = ["EvaluationReport", "ProposalReport", "evaluate", "evaluate_proposals"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.evaluation"), name)
+    globals()[name] = value
+    return value

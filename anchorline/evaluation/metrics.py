@@ -167,25 +167,25 @@ def coco_figures(
     left out of a size class. ``backend`` None takes the first one installed.
     """
     coco_class, eval_class = _import_backend(backend)
-    truth_records = {
+    objects = _coco_records(
+        "iscrowd", ((each.boxes, each.labels, each.ignored.astype(int)) for each in images)
+    )
+    results = _coco_records("score", ((each.boxes, each.labels, each.scores) for each in detections))
+    described = {
         "info": {},
         "images": [
             {"id": number, "height": image.size[0], "width": image.size[1]}
             for number, image in enumerate(images, 1)
         ],
         "categories": [{"id": label + 1, "name": str(label)} for label in range(num_classes)],
-        "annotations": _coco_records(
-            "iscrowd", ((each.boxes, each.labels, each.ignored.astype(int)) for each in images)
-        ),
     }
-    results = _coco_records("score", ((each.boxes, each.labels, each.scores) for each in detections))
     with contextlib.redirect_stdout(io.StringIO()):  # both packages print their progress
-        truth, found = coco_class(), coco_class()
-        truth.dataset = truth_records
-        truth.createIndex()
-        found.dataset = {**truth_records, "annotations": results}
-        found.createIndex()
-        evaluation = eval_class(truth, found, "bbox")
+        sides = []
+        for records in (objects, results):
+            sides.append(coco_class())
+            sides[-1].dataset = {**described, "annotations": records}
+            sides[-1].createIndex()
+        evaluation = eval_class(*sides, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
     # precision is [IoU thresholds, recall points, classes, area ranges, detection limits], -1 for "no object"

@@ -5,6 +5,7 @@ On matplotlib's object interface, without pyplot and its global state. Files are
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,9 +46,7 @@ _SMOOTHING = 25  # steps over which the drawn loss is averaged
 _LEGEND_INSIDE = 8  # classes; more would cover the curves
 _LEGEND_OUTSIDE = 96  # beside the plot; beyond this the JSON has to tell
 _LEGEND_ROWS = 32
-_TITLE_HEIGHT = 22
-_GAP = 6
-_PAPER = 255
+_TITLE_HEIGHT, _GAP, _PAPER = 22, 6, 255
 _GREY = (110, 110, 110)  # visible on light and on dark images
 _SHOWN_COUNTS = (50, 100, 300, 1000)
 _SHOWN_IOUS = (0.5, 0.7, 0.9)
@@ -89,17 +88,19 @@ def plot_loss_curve(csv_path: str | Path, path: str | Path) -> None:
     figure, (axes,) = new_figure(7.2, 4.6)
     for name in sorted(name for name in columns if name == "loss" or name.startswith("loss_")):
         steps, values = columns[name]
+        sums, ends = np.cumsum([0.0, *values]), np.arange(1, len(values) + 1)
+        starts = np.maximum(0, ends - _SMOOTHING)
+        smoothed = (sums[ends] - sums[starts]) / (ends - starts)  # the running mean, shorter at the start
         total = name == "loss"
         label = "total" if total else name.removeprefix("loss_").replace("_", " ")
-        axes.plot(steps, _smoothed(values), linewidth=2.0 if total else 1.1, label=label, zorder=3 - total)
+        axes.plot(steps, smoothed, linewidth=2.0 if total else 1.1, label=label, zorder=3 - total)
     axes.set(xlabel="step", ylabel="loss")
     axes.set_ylim(bottom=0)
     lines = list(axes.lines)
-    if "map50" in columns and len(columns["map50"][0]):
+    if "map50" in columns and columns["map50"].size:
         accuracy = axes.twinx()
-        accuracy.plot(
-            *columns["map50"], "o--", color="black", linewidth=1, markersize=4, label="mAP50 (right)"
-        )
+        style: dict[str, Any] = {"color": "black", "linewidth": 1, "markersize": 4}
+        accuracy.plot(*columns["map50"], "o--", label="mAP50 (right)", **style)
         accuracy.set(ylabel="validation mAP50", ylim=(0, 1))
         lines += accuracy.lines
     axes.legend(handles=lines, frameon=False, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.17))
@@ -127,10 +128,15 @@ def contact_sheet(
     title_height = _TITLE_HEIGHT if titles is not None else 0
     row_height, column_width = cell[0] + title_height + _GAP, cell[1] + _GAP
     sheet = np.full((rows * row_height + _GAP, columns * column_width + _GAP, 3), _PAPER, np.uint8)
+    font, size = cv2.FONT_HERSHEY_SIMPLEX, 0.45
     for index, image in enumerate(images):
         top, left = index // columns * row_height + _GAP, index % columns * column_width + _GAP
         if titles is not None:
-            _write_title(sheet, titles[index], left, top, cell[1])
+            title = titles[index]
+            while len(title) > 1 and cv2.getTextSize(title, font, size, 1)[0][0] > cell[1]:
+                title = title[:-1]
+            base = left, top + _TITLE_HEIGHT - 7
+            cv2.putText(sheet, title, base, font, size, (40, 40, 40), 1, cv2.LINE_AA)
         fitted, _ = _fit(image, cell)
         height, width = fitted.shape[:2]
         top, left = top + title_height + (cell[0] - height) // 2, left + (cell[1] - width) // 2
@@ -144,13 +150,6 @@ def _fit(image: Pixels, size: tuple[int, int]) -> tuple[Pixels, float]:
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     return np.asarray(cv2.resize(image, (width, height), interpolation=method), np.uint8), scale
-
-
-def _write_title(sheet: Pixels, title: str, left: int, top: int, width: int) -> None:
-    font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.45
-    while len(title) > 1 and cv2.getTextSize(title, font, scale, 1)[0][0] > width:
-        title = title[:-1]
-    cv2.putText(sheet, title, (left, top + _TITLE_HEIGHT - 7), font, scale, (40, 40, 40), 1, cv2.LINE_AA)
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,8 +207,8 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         figure.savefig(temporary, dpi=130)
 
 
-def _read_columns(path: Path) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Each numeric column as (steps, values), of the steps at which it has a value."""
+def _read_columns(path: Path) -> dict[str, NDArray[np.float64]]:
+    """Each numeric column as [2, N]: the steps at which it has a value, and the values."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -217,23 +216,12 @@ def _read_columns(path: Path) -> dict[str, tuple[NDArray[np.float64], NDArray[np
         raise DataError(f"{path}: cannot be read ({error}); expected the CSV of a training run") from None
     if not rows or "step" not in rows[0] or "loss" not in rows[0]:
         raise DataError(f"{path}: expected a CSV with the columns step and loss, and at least one row")
-    columns: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+    columns = {}
     for name in (name for name in rows[0] if isinstance(name, str)):
         points = [(row["step"], row[name]) for row in rows if row["step"] and row[name]]
-        try:
-            values = np.array(points, dtype=np.float64).reshape(-1, 2)
-        except ValueError:
-            continue  # a column of text
-        columns[name] = (values[:, 0], values[:, 1])
+        with contextlib.suppress(ValueError):  # a column of text
+            columns[name] = np.array(points, dtype=np.float64).reshape(-1, 2).T
     return columns
-
-
-def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The running mean over the last steps, shorter at the start."""
-    sums = np.cumsum([0.0, *values])
-    ends = np.arange(1, len(sums))
-    starts = np.maximum(0, ends - _SMOOTHING)
-    return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
 
 
 def plot_recall(report: ProposalReport, path: str | Path) -> None:
@@ -312,11 +300,9 @@ def plot_confusion(confusion: ConfusionMatrix, path: str | Path) -> None:
         axes.set_yticks(places, names)
     axes.set(xlabel=f"detected class (score from {confusion.min_score:g} on)", ylabel="class of the object")
     if len(names) <= _MOST_NUMBERED_CLASSES + 1:
-        for row in places:
-            for column in places:
-                ink = "white" if shares[row, column] > 0.55 else "black"
-                count = str(confusion.counts[row, column])
-                axes.text(column, row, count, ha="center", va="center", color=ink, fontsize=9)
+        for (row, column), count in np.ndenumerate(confusion.counts):
+            ink = "white" if shares[row, column] > 0.55 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=ink, fontsize=9)
     axes.set_title(f"matched from IoU {confusion.iou_threshold:g} on")
     figure.colorbar(picture, ax=axes, shrink=0.75, label="share of the row")
     save_figure(figure, path)
@@ -404,7 +390,7 @@ def write_report_files(
     folder = Path(folder)
     if isinstance(report, ProposalReport):
         plot_recall(report, folder / "recall.png")
-        write_json(folder / "recall.json", report.to_json())
+        write_json(folder / "recall.json", report)
         return
     if not 0.0 <= shown_score <= 1.0:
         raise SettingsError(f"shown score is {shown_score}; expected 0 to 1")
@@ -414,15 +400,12 @@ def write_report_files(
             f"{len(dataset)}; give the data set that was evaluated"
         )
     plot_class_table(report, folder / "per_class.png")
-    write_json(folder / "per_class.json", report.to_json())
+    write_json(folder / "per_class.json", report)
     plot_pr_curves(report, folder / "pr_curves.png")
-    curves = {name: curve.to_json() for name, curve in report.curves.items()}
-    write_json(folder / "pr_curves.json", {"iou_threshold": 0.5, "classes": curves})
+    write_json(folder / "pr_curves.json", {"iou_threshold": 0.5, "classes": report.curves})
     confusion = confusion_matrix(dataset, report.detections, shown_score)
     plot_confusion(confusion, folder / "confusion.png")
-    write_json(folder / "confusion.json", confusion.to_json())
+    write_json(folder / "confusion.json", confusion)
     sheet = folder / "worst_images.jpg"
     worst = worst_images_sheet(dataset, report.detections, sheet, worst_images, shown_score)
-    write_json(
-        folder / "worst_images.json", {"min_score": shown_score, "images": [each.to_json() for each in worst]}
-    )
+    write_json(folder / "worst_images.json", {"min_score": shown_score, "images": worst})

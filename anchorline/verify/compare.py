@@ -275,8 +275,6 @@ def compare_outputs(
     There rounding has one size whatever the frame's. Scores below ``least_score`` are left out;
     ``order_ties`` as in ``Cuts``.
     """
-    cuts = cuts_of(contract, tolerance)
-    threshold = max(cuts.score_threshold, least_score)
 
     def on_canvas(found: Detections) -> Detections:
         assert found.size is not None
@@ -284,6 +282,8 @@ def compare_outputs(
         kept = found[found.scores >= least_score]
         return dataclasses.replace(kept, boxes=boxes_to_canvas(kept.boxes, placement), size=contract.canvas)
 
+    cuts = cuts_of(contract, tolerance)
+    threshold = max(cuts.score_threshold, least_score)
     cuts = dataclasses.replace(cuts, score_threshold=threshold, order_ties=order_ties)
     pairs = zip(references, candidates, strict=True)
     return [compare_detections(on_canvas(ours), on_canvas(theirs), cuts) for ours, theirs in pairs]
@@ -388,10 +388,10 @@ def _describe_first(reference: Detections, candidate: Detections, alignment: Ali
 
     found: list[tuple[float, str]] = []
     for index in alignment.missed:
-        found.append((float(reference.scores[index]), f"missed {shown(reference, index)}"))
+        found.append((reference.scores[index], f"missed {shown(reference, index)}"))
     for index in alignment.extra:
-        found.append((float(candidate.scores[index]), f"extra {shown(candidate, index)}"))
+        found.append((candidate.scores[index], f"extra {shown(candidate, index)}"))
     for ours, theirs in alignment.pairs[alignment.differing]:
         text = f"{shown(reference, ours)} became {shown(candidate, theirs)}"
-        found.append((float(reference.scores[ours]), text))
+        found.append((reference.scores[ours], text))
     return max(found, key=lambda each: each[0])[1] if found else None
