@@ -11,6 +11,7 @@ import contextlib
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,10 @@ from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import SettingsError
 
 Backend = Literal["faster-coco-eval", "pycocotools"]
+_BACKENDS = {
+    "faster-coco-eval": ("faster_coco_eval:COCO", "faster_coco_eval:COCOeval_faster"),
+    "pycocotools": ("pycocotools.coco:COCO", "pycocotools.cocoeval:COCOeval"),
+}
 
 BACKGROUND = "background"
 _FALSE_POSITIVE, _TRUE_POSITIVE, _IGNORED = 0, 1, 2
@@ -210,18 +215,11 @@ def mean_of_known(values: Sequence[float] | NDArray[np.float64]) -> float:
 
 def _import_backend(backend: Backend | None) -> tuple[Any, Any]:
     """The (COCO, COCOeval) classes of the backend asked for, or of the first one installed."""
-    if backend in (None, "faster-coco-eval"):
-        with contextlib.suppress(ImportError):
-            from faster_coco_eval import COCO, COCOeval_faster
-
-            return COCO, COCOeval_faster
-    if backend in (None, "pycocotools"):
-        with contextlib.suppress(ImportError):
-            from pycocotools.coco import COCO as OriginalCOCO
-            from pycocotools.cocoeval import COCOeval
-
-            return OriginalCOCO, COCOeval
-    wanted = backend or "faster-coco-eval or pycocotools"
+    for name, classes in _BACKENDS.items():
+        if backend in (None, name):
+            with contextlib.suppress(ImportError):
+                return resolve_name(classes[0]), resolve_name(classes[1])
+    wanted = backend or " or ".join(_BACKENDS)
     raise SettingsError(
         f"COCO AP needs {wanted}, which is not installed; pip install {backend or 'faster-coco-eval'}"
     )

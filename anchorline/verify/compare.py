@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -85,21 +85,15 @@ class Cuts:
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """Which detections of two results belong together, as indices into each.
+    """Which detections of two results belong together, as indices into each; those in none are excused."""
 
-    ``pairs`` int64 [K, 2] are (reference, candidate) with the largest difference of an edge in
-    ``box_errors`` [K], in pixels, and of the score in ``score_errors`` [K]; bool [K] mark those beyond the
-    tolerances: ``differing``, or ``excused`` as ties. ``missed`` int64 [M] index the reference, ``extra``
-    int64 [E] the candidate. Detections that are in none of these are excused.
-    """
-
-    pairs: NDArray[np.int64]
-    box_errors: NDArray[np.float32]
-    score_errors: NDArray[np.float32]
-    differing: NDArray[np.bool_]
-    excused: NDArray[np.bool_]
-    missed: NDArray[np.int64]
-    extra: NDArray[np.int64]
+    pairs: NDArray[np.int64]  # [K, 2]: (reference, candidate)
+    box_errors: NDArray[np.float32]  # [K]: the largest difference of an edge, in pixels
+    score_errors: NDArray[np.float32]  # [K]
+    differing: NDArray[np.bool_]  # [K]: beyond the tolerances
+    excused: NDArray[np.bool_]  # [K]: beyond them as well, but a tie
+    missed: NDArray[np.int64]  # [M], of the reference
+    extra: NDArray[np.int64]  # [E], of the candidate
 
     def wrong_scores(self, reference: Detections, candidate: Detections) -> NDArray[np.float32]:
         """The score of every detection that is not alike: that of the reference where it has one."""
@@ -111,11 +105,10 @@ class Alignment:
 class Comparison:
     """How the results for one image (or, summed up, for many) agree.
 
-    ``matched`` pairs, some of which may differ by more than the tolerances (``differing``);
-    ``missed`` detections of the reference and ``extra`` ones of the candidate, without the excused
-    ``borderline`` ones at a score cut and ``nms_ties``; errors in pixels and score over the matched
-    pairs. ``first_disagreement`` is one line, None when the two agree. ``alignment`` tells which
-    detections these are; None for a sum over images.
+    ``matched`` pairs, some of them ``differing`` beyond the tolerances; ``missed`` detections of the
+    reference and ``extra`` ones of the candidate, without the excused ``borderline`` ones at a score cut
+    and ``nms_ties``; errors in pixels and score over the pairs. ``first_disagreement`` is one line, None
+    when the two agree. ``alignment`` tells which detections these are; None for a sum over images.
     """
 
     matched: int = 0
@@ -188,8 +181,7 @@ class ComparisonSummary:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict of all figures with ``agrees``."""
-        figures = asdict(self.total)
-        del figures["alignment"]
+        figures = {name: value for name, value in vars(self.total).items() if name != "alignment"}
         counts = {"images": self.images, "disagreeing_images": self.disagreeing_images}
         return {"agrees": self.agrees, **counts, **figures}
 

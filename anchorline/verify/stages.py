@@ -82,12 +82,11 @@ class BatchDetector(Protocol):
 class StageRunner(Protocol):
     """A network whose inside can be seen.
 
-    ``prepare`` gives the network's inputs for frames, by name, as this side makes them, and where each
-    frame lies on the canvas. ``run`` executes it on the contract's inputs and returns every stage by name
-    (``ORDER``), float32, and the contract's outputs. A stage in ``feed`` is still computed and
-    returned, but what follows it is computed from the fed value, so an error is seen where it arises and
-    nowhere else. ``run_layers`` returns the outputs of some of the ``layers``, those with weights in the
-    order of execution. ``release`` gives back what was kept for the next run.
+    ``prepare`` gives the network's inputs for frames, by name, and where each frame lies on the canvas.
+    ``run`` returns every stage by name (``ORDER``), float32, and the contract's outputs. A stage in ``feed``
+    is still computed and returned, but what follows it is computed from the fed value, so an error is seen
+    where it arises and nowhere else. ``run_layers`` returns the outputs of some of the ``layers``, those with
+    weights in the order of execution. ``release`` gives back what was kept for the next run.
     """
 
     @property

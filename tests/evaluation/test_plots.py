@@ -108,7 +108,7 @@ def test_evaluation_imports_no_heavy_package() -> None:
         "import sys, anchorline.evaluation.pictures, anchorline.data.dataset, anchorline.verify.compare,"
         " anchorline.data.synthetic_video, anchorline.evaluation.evaluation,"
         " anchorline.data.yolo, anchorline.evaluation.pictures, anchorline.data.summary,"
-        " anchorline.verify.traps, anchorline.verify.detection_check;"
+        " anchorline.verify.traps, anchorline.verify.verification;"
         "heavy = {'torch', 'matplotlib', 'pycocotools', 'faster_coco_eval', 'onnx', 'onnxruntime', 'yaml'};"
         "print(sorted(heavy & set(sys.modules)))"
     )

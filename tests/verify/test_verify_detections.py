@@ -15,8 +15,8 @@ from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import ArtefactError, GpuError
 from anchorline.verify.compare import TOLERANCES, compare_detections, summarise
-from anchorline.verify.detection_check import DetectionCheck, check_detections
 from anchorline.verify.stages import Subject
+from anchorline.verify.verification import DetectionCheck, check_detections
 
 FP32, FP16 = TOLERANCES["fp32"], TOLERANCES["fp16"]
 CONTRACT = Contract(

@@ -13,10 +13,16 @@ from rich.console import Console
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.files import sha256_of
 from anchorline.verify.compare import compare_detections, summarise
-from anchorline.verify.detection_check import Accuracy, DetectionCheck
 from anchorline.verify.stages import LayerResult, StageResult
 from anchorline.verify.traps import TrapResult
-from anchorline.verify.verification import VerifyReport, record_path, write_not_executed, write_record
+from anchorline.verify.verification import (
+    Accuracy,
+    DetectionCheck,
+    VerifyReport,
+    record_path,
+    write_not_executed,
+    write_record,
+)
 
 FOUND = Detections([[0, 0, 9, 9]], [0.9], [0], ("cell",))
 SOUND = StageResult("pixels", True, 0.1, "rms 0.1")

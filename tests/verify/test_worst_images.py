@@ -13,7 +13,7 @@ from anchorline.evaluation.pictures import PANEL
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import OutputError
 from anchorline.verify.compare import compare_detections, summarise
-from anchorline.verify.detection_check import (
+from anchorline.verify.verification import (
     DIFFERING_COLOUR,
     EXTRA_COLOUR,
     MISSED_COLOUR,
