@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -192,36 +191,38 @@ class SyntheticVideo:
         start = self._slots[slot][-1].last if rounds else None
         id = rounds * len(self._slots) + slot
         others = [track for tracks in self._slots for track in tracks]
-        ways = [_random_way(self._rng, self.size, start) for _ in range(_WAY_TRIES)]
-        return min((_Track(id, shape, texture, **way) for way in ways), key=partial(_crowding, others))
+        drawn = [self._random_track(id, shape, texture, start) for _ in range(_WAY_TRIES)]
+        return min(drawn, key=partial(_crowding, others))
 
-
-def _random_way(rng: np.random.Generator, size: tuple[int, int], start: float | None) -> dict[str, Any]:
-    """A radius and a path across the scene for a ``_Track`` that starts at frame ``start``."""
-    height, width = size
-    scale = min(size) / 240
-    radius = synthetic.random_radius(rng, size)
-    beyond = 1.3 * radius  # outside opposite edges, in either direction
-    from_y, to_y = rng.uniform(0.12, 0.88, 2) * height
-    from_x, to_x = rng.uniform(0.12, 0.88, 2) * width
-    if rng.random() < width / (width + height):
-        entry, exit = np.array([[-beyond, from_y], [width + beyond, to_y]])
-    else:
-        entry, exit = np.array([[from_x, -beyond], [to_x, height + beyond]])
-    if rng.random() >= 0.5:
-        entry, exit = exit, entry
-    duration = float(np.hypot(*(exit - entry))) / (rng.uniform(1.6, 3.4) * scale)
-    opening = -rng.uniform(0.15, 0.6) * duration  # the video opens with shapes already on their way
-    return {
-        "radius": radius,
-        "entry": entry,
-        "exit": exit,
-        "first": opening if start is None else start,
-        "duration": duration,
-        "angle": rng.uniform(0.0, 2 * np.pi),
-        "spin": rng.uniform(-0.05, 0.05),
-        "wobble": rng.uniform(0.0, 14.0) * scale,
-    }
+    def _random_track(self, id: int, shape: Shape, texture: Image, start: float | None) -> _Track:
+        """A shape of random size on a random way across the scene, from frame ``start`` on."""
+        rng, (height, width) = self._rng, self.size
+        scale = min(height, width) / 240
+        radius = synthetic.random_radius(rng, self.size)
+        beyond = 1.3 * radius  # outside opposite edges, in either direction
+        from_y, to_y = rng.uniform(0.12, 0.88, 2) * height
+        from_x, to_x = rng.uniform(0.12, 0.88, 2) * width
+        if rng.random() < width / (width + height):
+            entry, exit = np.array([[-beyond, from_y], [width + beyond, to_y]])
+        else:
+            entry, exit = np.array([[from_x, -beyond], [to_x, height + beyond]])
+        if rng.random() >= 0.5:
+            entry, exit = exit, entry
+        duration = float(np.hypot(*(exit - entry))) / (rng.uniform(1.6, 3.4) * scale)
+        opening = -rng.uniform(0.15, 0.6) * duration  # the video opens with shapes already on their way
+        return _Track(
+            id,
+            shape,
+            texture,
+            radius,
+            entry,
+            exit,
+            first=opening if start is None else start,
+            duration=duration,
+            angle=rng.uniform(0.0, 2 * np.pi),
+            spin=rng.uniform(-0.05, 0.05),
+            wobble=rng.uniform(0.0, 14.0) * scale,
+        )
 
 
 def _crowding(others: list[_Track], track: _Track) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -249,24 +249,15 @@ def _layer_values(model: Any) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class StageResult:
-    """One stage: ``used`` is the share of the tolerance used up (above 1 it differs), infinite where no
-    number says how far apart the two are; ``detail`` is one line. A stage that only one side has is not
-    ``compared``, and passes."""
+    """One stage, as JSON gives it: ``tolerance_used`` is the share of the tolerance used up (above 1 it
+    differs), infinite where no number says how far apart the two are; ``detail`` is one line. A stage that
+    only one side has is not ``compared``, and passes."""
 
     name: str
     passed: bool
-    used: float
+    compared: bool = field(default=True, kw_only=True)
+    tolerance_used: float
     detail: str
-    compared: bool = True
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "passed": self.passed,
-            "compared": self.compared,
-            "tolerance_used": self.used,
-            "detail": self.detail,
-        }
 
 
 @dataclass(frozen=True)
@@ -327,7 +318,7 @@ def check_stages(
     worst: dict[str, StageResult] = {}
     for frames in batches:
         for result in _check_batch(reference, candidate, frames, tolerance):
-            if result.name not in worst or result.used > worst[result.name].used:
+            if result.name not in worst or result.tolerance_used > worst[result.name].tolerance_used:
                 worst[result.name] = result
     return [worst[name] for name in ORDER if name in worst]
 
@@ -350,7 +341,7 @@ def _check_batch(
         if name in found and stage != "proposals":  # those are a choice of boxes, not a tensor
             rms, peak, detail = tensor_error(name, expected[name], found[name], len(frames))
             used = _share_used(rms, peak, tolerance)
-            if stage not in rows or used > rows[stage].used:
+            if stage not in rows or used > rows[stage].tolerance_used:
                 rows[stage] = StageResult(stage, used <= 1.0, used, detail)
     if all(name in side for name in ("proposals", "proposal_scores") for side in (expected, found)):
         rows["proposals"] = _check_proposals(expected, found, ours, placements, tolerance)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +29,7 @@ from anchorline.verify.compare import (
     summarise,
     tolerance_for,
 )
-from anchorline.verify.stages import (
-    LayerResult,
-    StageResult,
-    Subject,
-    check_stages,
-    first_differing_layer,
-)
+from anchorline.verify.stages import LayerResult, StageResult, Subject, check_stages, first_differing_layer
 from anchorline.verify.traps import Trap, TrapResult, largest_batch, run_traps, traps
 
 if TYPE_CHECKING:
@@ -239,11 +233,11 @@ class VerifyReport:
     candidate: dict[str, Any]
     data: str
     tolerance: dict[str, Any]
+    stages: tuple[StageResult, ...] | None = field(default=None, kw_only=True)
+    stages_note: str | None = field(default=None, kw_only=True)
+    layer: LayerResult | None = field(default=None, kw_only=True)
     detections: DetectionCheck
     traps: tuple[TrapResult, ...] = ()
-    stages: tuple[StageResult, ...] | None = None
-    stages_note: str | None = None
-    layer: LayerResult | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -280,23 +274,9 @@ class VerifyReport:
 
     def to_json(self) -> dict[str, Any]:
         """The plain dict that ``anchorline verify --json`` and the record beside the artefact hold."""
-        figures: dict[str, Any] = plain(
-            {
-                "passed": self.passed,
-                "first_divergence": self.first_divergence,
-                "reference": self.reference,
-                "artefact": self.candidate,
-                "data": self.data,
-                "tolerance": self.tolerance,
-                "stages": self.stages,
-                "stages_note": self.stages_note,
-                "bisect": self.layer,
-                "detections": self.detections,
-                "traps": self.traps,
-                "notes": self.notes,
-            }
-        )
-        return figures
+        written = {"candidate": "artefact", "layer": "bisect"}
+        figures = {written.get(name, name): plain(value) for name, value in vars(self).items()}
+        return {"passed": self.passed, "first_divergence": self.first_divergence, **figures}
 
     def render(self) -> Table:
         """One row for each stage, the detections, and each trap."""

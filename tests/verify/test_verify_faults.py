@@ -244,7 +244,7 @@ def test_a_sound_graph_raises_no_alarm(verified: Callable[..., VerifyReport]) ->
     report = verified(lambda proto: None, bisect=True)
     assert report.passed, report.reason
     assert report.layer is None
-    assert all(stage.used < 0.5 for stage in report.stages or ())
+    assert all(stage.tolerance_used < 0.5 for stage in report.stages or ())
 
 
 def test_stages_that_onnxruntime_cannot_open_are_one_clear_line(

@@ -171,8 +171,8 @@ def test_a_float_canvas_against_whole_grey_levels() -> None:
     frame = np.random.default_rng(1).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     for first, second in (("float32", "uint8"), ("uint8", "float32")):
         found = rows(subject(input_dtype=first), subject(input_dtype=second), frame)
-        assert 0 < found["preprocess"].used <= 1
-        assert found["pixels"].used == 0
+        assert 0 < found["preprocess"].tolerance_used <= 1
+        assert found["pixels"].tolerance_used == 0
 
 
 def test_inputs_and_outputs_of_other_names() -> None:
