@@ -145,25 +145,28 @@ def load_dataset(spec: str, names: Names = None) -> Dataset:
 
 
 def load_datasets(specs: Sequence[str], names: Names = None) -> Dataset:
-    """Open several specs as one data set: images one after another, the union of the names in order.
-
-    COCO category ids are kept where all sets have them and agree.
-    """
+    """Open several specs as one data set: images one after another, the union of the names in order."""
     if not specs:
         raise DataError(f"no data given; expected {FORMS}")
     datasets = [load_dataset(spec, names) for spec in specs]
-    if len(datasets) == 1:
-        return datasets[0]
-    union = tuple(dict.fromkeys(name for dataset in datasets for name in dataset.names))
+    return datasets[0] if len(datasets) == 1 else concatenate(datasets)
+
+
+def concatenate(datasets: Sequence[Dataset]) -> Dataset:
+    """Data sets one after another; labels are moved to the union of the names.
+
+    COCO category ids are kept where all sets have them and agree.
+    """
+    names = tuple(dict.fromkeys(name for dataset in datasets for name in dataset.names))
     pairs = {pair for each in datasets for pair in zip(each.names, each.category_ids or (), strict=False)}
     id_of = dict(pairs)
     unique = len(pairs) == len(id_of) == len(set(id_of.values()))
     agree = unique and all(dataset.category_ids is not None for dataset in datasets)
     return Dataset(
         spec=" ".join(dataset.spec for dataset in datasets),
-        names=union,
-        images=tuple(image for dataset in datasets for image in dataset.with_names(union)),
-        category_ids=tuple(id_of[name] for name in union) if agree else None,
+        names=names,
+        images=tuple(image for dataset in datasets for image in dataset.with_names(names)),
+        category_ids=tuple(id_of[name] for name in names) if agree else None,
         dropped=sum((dataset.dropped for dataset in datasets), Counter()),
         unlabelled=sum(dataset.unlabelled for dataset in datasets),
     )
