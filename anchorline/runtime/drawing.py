@@ -157,18 +157,14 @@ def ink(colour: Colour) -> Colour:
 
 
 class Lettering(NamedTuple):
-    """The size of all text in a frame: OpenCV's scale and stroke, and in pixels the height of capitals,
-    the depth of a g below the line, and the margin around the text on its plate."""
+    """The size of all text in a frame: OpenCV's scale and stroke, and in pixels the height of capitals, the
+    margin around the text on its plate, and the plate's height, with the depth of a g below the line."""
 
     scale: float
     weight: int
     height: int
-    depth: int
     margin: int
-
-    @property
-    def plate_height(self) -> int:
-        return self.height + self.depth + self.margin
+    plate_height: int
 
 
 @lru_cache(maxsize=64)
@@ -177,7 +173,8 @@ def lettering(unit: float) -> Lettering:
     scale = max(_LOWEST_SCALE, _SCALE * unit)
     weight = max(1, round(scale * 1.5))
     (_, height), depth = cv2.getTextSize(_TALL_AND_DEEP, _FONT, scale, weight)
-    return Lettering(scale, weight, height, depth, max(2, round(height * 0.25)))
+    margin = max(2, round(height * 0.25))
+    return Lettering(scale, weight, height, margin, height + depth + margin)
 
 
 @lru_cache(maxsize=4096)  # names with the hundred scores they are shown with

@@ -104,7 +104,7 @@ def test_fifty_labels_of_a_crowd_mostly_do_not_overlap():
 def test_text_is_legible_at_any_resolution(unit):
     """At least 9 pixels, and at least a 60th of a square picture's side, which has 800 pixels at unit 1."""
     letters = lettering(unit)
-    assert letters.height + letters.depth >= max(9, 800 * unit / 60)
+    assert letters.plate_height - letters.margin >= max(9, 800 * unit / 60)
 
 
 def test_a_name_that_is_too_long_is_cut():

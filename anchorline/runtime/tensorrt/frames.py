@@ -75,7 +75,7 @@ def read_device_frame(frame: Any, stream: int) -> DeviceFrame:
     address, shape, steps, dtype, device, ready_on, owner = read
     # A side of 1 has no next one, so libraries write any step there; rows and pixels are never nearer.
     tight_steps = _dense(shape)
-    strides = [d if side == 1 else s for side, s, d in zip(shape, steps, tight_steps, strict=True)]
+    strides = [d if n == 1 else step for n, step, d in zip(shape, steps, tight_steps, strict=True)]
     if isinstance(frame, Nv12):
         height, width = nv12_size(shape, dtype)
         tight = strides[1] == 1 and strides[0] >= width
@@ -249,7 +249,7 @@ class FrameIntake:
         self._staging: dict[int, tuple[PinnedBuffer, int]] = {}
         self._device_of = functools.lru_cache(_REMEMBERED)(cuda.device_of)
         self._event: int | None = None
-        self._kernels: dict[str, Any] = {}
+        self._load_kernel = functools.cache(cuda.load_kernel)
 
     def read(
         self, frames: Sequence[Any], own: int, named: int | None, follow: bool
@@ -308,9 +308,7 @@ class FrameIntake:
     ) -> None:
         """Queue the kernel for one frame; see ``canvas_launch``. It is loaded when it is first wanted."""
         item = canvas_launch(frame, placement, self._contract, canvas, image_size)
-        if item.kernel not in self._kernels:
-            self._kernels[item.kernel] = self._cuda.load_kernel(item.source, item.kernel)
-        self._cuda.launch(self._kernels[item.kernel], item, stream)
+        self._cuda.launch(self._load_kernel(item.source, item.kernel), item, stream)
 
     def close(self) -> None:
         """Free the staging memory."""
