@@ -111,7 +111,7 @@ def _pictures(spec: str, folder: Path) -> list[str]:
 
 def _figures(reports: list[VerifyReport], seconds: float) -> dict[str, object]:
     stages = [stage for report in reports for stage in report.stages or ()]
-    worst = max(stages, key=lambda stage: stage.used)
+    worst = max(stages, key=lambda stage: stage.tolerance_used)
     totals = [report.detections.summary.total for report in reports]
     return {
         "passed": sum(report.passed for report in reports),
@@ -125,7 +125,7 @@ def _figures(reports: list[VerifyReport], seconds: float) -> dict[str, object]:
         "max_box_px": f"{max(total.max_box_error for total in totals):.2g}",
         "max_score": f"{max(total.max_score_error for total in totals):.2g}",
         "worst_stage": worst.name,
-        "worst_stage_limit_used": f"{worst.used:.2g}",
+        "worst_stage_limit_used": f"{worst.tolerance_used:.2g}",
     }
 
 

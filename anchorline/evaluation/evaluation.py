@@ -117,7 +117,8 @@ class EvaluationReport:
         for name, each in self.per_class.items():
             figures = [each.objects, each.ap50, each.voc07, each.ap]
             for size in self.per_size.values():
-                figures += [size.per_class[name].objects, size.per_class[name].ap50, size.per_class[name].ap]
+                of_class = size.per_class[name]
+                figures += [of_class.objects, of_class.ap50, of_class.ap]
             rows.append((name, figures))
         objects = sum(each.objects for each in self.per_class.values())
         means = [objects, self.map50, self.voc07, self.map]

@@ -97,7 +97,7 @@ class DetectionCheck:
         for key, name in (("box_error_px", "box_errors"), ("score_error", "score_errors")):
             each = [getattr(one.aligned, name) for one in self.comparisons]
             every = np.concatenate([*each, np.zeros(0 if any(map(len, each)) else 1, np.float32)])
-            figures[key] = {name: float(np.percentile(every, p)) for name, p in _PERCENTILES.items()}
+            figures[key] = {label: float(np.percentile(every, p)) for label, p in _PERCENTILES.items()}
         return {**figures, "per_class": self._per_class(), "accuracy": self.accuracy, "loss": self.loss}
 
     def write_worst(self, dataset: Dataset, path: Path, count: int = 8) -> list[str]:
@@ -137,9 +137,9 @@ class DetectionCheck:
             found = one.aligned
             matched, differing = found.pairs[:, 0], found.pairs[found.differing, 0]
             for kind, indices in zip(kinds, (matched, differing, found.missed, found.extra), strict=True):
-                side = theirs if kind == "extra" else ours
+                names = (theirs if kind == "extra" else ours).names
                 for index in indices:
-                    counts[side.names[index]][kind] += 1
+                    counts[names[index]][kind] += 1
         return dict(counts)
 
 
