@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from anchorline.export.integer_graph import Layer, Range
 from anchorline.runtime.backends.onnxruntime import open_for_checks
-from anchorline.runtime.io.errors import ArtefactError, DataError, SettingsError, one_line
+from anchorline.runtime.io.errors import ArtefactError, DataError, one_line
 from anchorline.verify.stages import opened_up, stage_of
 
 METHODS = ("minmax", "percentile", "mse")
@@ -47,8 +47,6 @@ def measure_ranges(
     ``done(number)`` is called after each image. Raises ``DataError`` where a value is not finite,
     ``ArtefactError`` where the model does not run.
     """
-    if method not in METHODS:
-        raise SettingsError(f"calibration method is {method!r}; expected one of {', '.join(METHODS)}")
     observed = _with_observers(model, tensors, max(16, _SAMPLES // max(count, 1)))
     session = open_for_checks(observed.SerializeToString(), arena=False, in_order=True)
     lows, highs = np.full(len(tensors), np.inf), np.full(len(tensors), -np.inf)
@@ -57,10 +55,10 @@ def measure_ranges(
         try:
             values = session.run(None, dict(inputs))
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
-            reason = one_line(error)[:300]
             raise ArtefactError(
-                f"calibration image {number}: onnxruntime cannot run the model on it ({reason}); compare the "
-                "model with what it was exported from with anchorline verify"
+                f"calibration image {number}: onnxruntime cannot run the model on it "
+                f"({one_line(error)[:300]}); compare the model with what it was exported from with "
+                "anchorline verify"
             ) from error
         for index, name in enumerate(tensors):
             low, high, some = values[3 * index : 3 * index + 3]
@@ -230,12 +228,9 @@ def _with_switches(
     graph.initializer.extend(t for t in quantised.graph.initializer if t.name not in there)
     graph.initializer.append(numpy_helper.from_array(np.zeros((), np.float32), "switch/nothing"))
     graph.input.append(helper.make_tensor_value_info(_SWITCHES, TensorProto.BOOL, [len(layers)]))
-    nodes, flag_of = [], {}
-    for index, layer in enumerate(layers):
-        number = numpy_helper.from_array(np.array(index, np.int64), f"switch/{index}/number")
-        graph.initializer.append(number)
-        nodes.append(helper.make_node("Gather", [_SWITCHES, number.name], [f"switch/{index}"]))
-        flag_of.update(dict.fromkeys(layer.nodes, f"switch/{index}"))
+    flags = [f"switch/{index}" for index in range(len(layers))]
+    nodes = [helper.make_node("Split", [_SWITCHES], flags, num_outputs=len(layers))]
+    flag_of = {name: flag for flag, layer in zip(flags, layers, strict=True) for name in layer.nodes}
     makers = {name: node for node in quantised.graph.node for name in node.output}
     rounders = {node.input[0]: node for node in quantised.graph.node if node.op_type == "QuantizeLinear"}
     twins = {node.name: node for node in quantised.graph.node}  # the quantiser keeps the names of nodes

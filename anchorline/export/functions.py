@@ -52,14 +52,10 @@ BatchedNMS <iou_threshold, score_threshold, plugin_namespace, plugin_version> (b
 """
 
 # Always pooled in float32: half-precision coordinates on a large map are a quarter of a cell off.
-_ROI_ALIGN = """
-<domain: "anchorline", opset_import: ["" : 18]>
-RoIAlign <output_size, sampling_ratio, plugin_namespace, plugin_version> (features, rois) => (pooled)
-{
+_ROIS = """
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
     axis = Constant <value_ints = [1]> ()
-    all = Constant <value_ints = [-1]> ()
     box_shape = Constant <value_ints = [-1, 4]> ()
     images_1d = Shape <start = 0, end = 1> (rois)
     images = Squeeze (images_1d)
@@ -67,46 +63,37 @@ RoIAlign <output_size, sampling_ratio, plugin_namespace, plugin_version> (featur
     numbers = Range (zero, images, one)
     column = Unsqueeze (numbers, axis)
     of_roi = Expand (column, image_and_roi)
-    image_index = Reshape (of_roi, all)
     flat_rois = Reshape (rois, box_shape)
     features_f32 = Cast <to = 1> (features)
-    rois_f32 = Cast <to = 1> (flat_rois)
+    rois_f32 = Cast <to = 1> (flat_rois)"""
+
+_ROI_ALIGN = f"""
+<domain: "anchorline", opset_import: ["" : 18]>
+RoIAlign <output_size, sampling_ratio, plugin_namespace, plugin_version> (features, rois) => (pooled)
+{{{_ROIS}
+    all = Constant <value_ints = [-1]> ()
+    image_index = Reshape (of_roi, all)
     pooled_f32 = RoiAlign <
         mode = "avg", coordinate_transformation_mode = "half_pixel", spatial_scale = 1.0,
         output_height: int = @output_size, output_width: int = @output_size,
         sampling_ratio: int = @sampling_ratio
     > (features_f32, rois_f32, image_index)
     pooled = CastLike (pooled_f32, features)
-}
+}}
 """
 
-# The size and the scale are written in at the export: a function can hand an attribute on only as one of
-# the same type, and output_size is a whole number where MaxRoiPool's pooled_shape is a list. A file has
-# one pooling, so one body serves it. Pooled in float32, as RoIAlign.
-_ROI_POOL = """
+# The size and the scale (``SIZE``, ``SCALE``) are written in at the export: a function can hand an attribute
+# on only as one of the same type, and output_size is a whole number where MaxRoiPool's pooled_shape is a
+# list. A file has one pooling, so one body serves it.
+_ROI_POOL = f"""
 <domain: "anchorline", opset_import: ["" : 18]>
 RoIPool <output_size, spatial_scale, plugin_namespace, plugin_version> (features, rois) => (pooled)
-{{
-    zero = Constant <value_int = 0> ()
-    one = Constant <value_int = 1> ()
-    axis = Constant <value_ints = [1]> ()
+{{{_ROIS}
     index_shape = Constant <value_ints = [-1, 1]> ()
-    box_shape = Constant <value_ints = [-1, 4]> ()
-    images_1d = Shape <start = 0, end = 1> (rois)
-    images = Squeeze (images_1d)
-    image_and_roi = Shape <start = 0, end = 2> (rois)
-    numbers = Range (zero, images, one)
-    column = Unsqueeze (numbers, axis)
-    of_roi = Expand (column, image_and_roi)
     image_index = Reshape (of_roi, index_shape)
     index_f32 = Cast <to = 1> (image_index)
-    flat_rois = Reshape (rois, box_shape)
-    rois_f32 = Cast <to = 1> (flat_rois)
     indexed = Concat <axis = 1> (index_f32, rois_f32)
-    features_f32 = Cast <to = 1> (features)
-    pooled_f32 = MaxRoiPool <pooled_shape = [{size}, {size}], spatial_scale = {scale!r}> (
-        features_f32, indexed
-    )
+    pooled_f32 = MaxRoiPool <pooled_shape = [SIZE, SIZE], spatial_scale = SCALE> (features_f32, indexed)
     pooled = CastLike (pooled_f32, features)
 }}
 """
@@ -117,22 +104,20 @@ def default_functions() -> list[onnx.FunctionProto]:
     return [onnx.parser.parse_function(text) for text in (_BATCHED_NMS, _ROI_ALIGN)]
 
 
-def roi_pool_function(output_size: int, spatial_scale: float) -> onnx.FunctionProto:
-    """The function ``anchorline::RoIPool`` for nodes with these attributes."""
-    return onnx.parser.parse_function(_ROI_POOL.format(size=output_size, scale=spatial_scale))
-
-
 def attach_functions(model: onnx.ModelProto) -> None:
     """Add the bodies of the custom ops that ``model`` uses, and their domain, in place."""
-    used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
+    used = {node.op_type for node in nodes}
     model.functions.extend(f for f in default_functions() if f.name in used)
     pools = {
         tuple(onnx.helper.get_node_attr_value(node, name) for name in ("output_size", "spatial_scale"))
-        for node in model.graph.node
-        if node.domain == DOMAIN and node.op_type == "RoIPool"
+        for node in nodes
+        if node.op_type == "RoIPool"
     }
     if len(pools) > 1:
         raise ValueError(f"the graph has RoIPool nodes with {sorted(pools)}; expected one size and scale")
-    model.functions.extend(roi_pool_function(*pool) for pool in pools)
+    for size, scale in pools:
+        text = _ROI_POOL.replace("SIZE", str(size)).replace("SCALE", repr(scale))
+        model.functions.append(onnx.parser.parse_function(text))
     if used and DOMAIN not in {opset.domain for opset in model.opset_import}:
         model.opset_import.add(domain=DOMAIN, version=OP_VERSION)

@@ -233,14 +233,11 @@ def name_stages(proto: onnx.ModelProto) -> None:
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
     """The exporter warns about its own internals; its errors still come through as exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

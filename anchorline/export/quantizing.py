@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -97,13 +97,12 @@ class QuantizeResult:
     def describe(self) -> str:
         """One line: what it is and what it costs."""
         before, after = (size / 1e6 for size in self.sizes)
-        integer = len(self.layers) - len(self.float_layers)
-        floats = len(self.float_layers) + len(self.last_layers)
-        verdict = "not verified" if self.verification is None else self.verification.describe()
+        floats = len(self.float_layers)
         return (
-            f"int8 for {self.target}, {integer} layers in integers and {floats} in float, "
-            f"{before:.1f} MB became {after:.1f} MB; {self.loss.describe()} "
-            f"on {self.images} images; {verdict}"
+            f"int8 for {self.target}, {len(self.layers) - floats} layers in integers and "
+            f"{floats + len(self.last_layers)} in float, {before:.1f} MB became {after:.1f} MB; "
+            f"{self.loss.describe()} on {self.images} images; "
+            f"{self.verification.describe() if self.verification else 'not verified'}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -140,10 +139,10 @@ class QuantizeResult:
         table.add_column("layer", overflow="fold")
         for column in ("computes in", "SNR, dB", "effect"):
             table.add_column(column, justify="right")
-        for layer in [*floats, *integer[:_SHOWN]]:
-            effect = "-" if layer.effect is None else f"{layer.effect:.2%}"
-            kind = "float" if layer in floats else "integers"
-            table.add_row(escape(layer.name), kind, f"{layer.sqnr_db:.1f}", effect)
+        for kind, layers in (("float", floats), ("integers", integer[:_SHOWN])):
+            for layer in layers:
+                effect = "-" if layer.effect is None else f"{layer.effect:.2%}"
+                table.add_row(escape(layer.name), kind, f"{layer.sqnr_db:.1f}", effect)
         return table
 
 
@@ -181,13 +180,25 @@ def quantize_onnx(
         names = contract.names if contract.task == "detections" else None
         dataset = calibration_data(calibrate, names, limit)
         layers = find_layers(proto.graph)
-        run = _Run(model, out, target, method, max_drop, proto, detector, dataset, layers, progress)
-        if not run.usable:
+        usable = [layer for layer in layers if not layer.last]
+        if not usable:
             raise ArtefactError(f"{model}: has no layers to quantise; export the model again")
-        run.total = min(RANGE_IMAGES, len(dataset)) + len(run.usable) + 2 * len(dataset)
-        warnings = run.calibrate()
+        record: dict[str, Any] = {
+            "for": target,
+            "weight_bits": WEIGHT_BITS[target],
+            "data": dataset.spec,
+            "images": len(dataset),
+            "method": method,
+            "float_layers": [],
+            "last_layers": [layer.name for layer in layers if layer.last],
+            "max_drop": max_drop,
+            "loss": None,
+            "by": f"anchorline {__version__}",
+        }
+        run = _Run(model, out, max_drop, proto, detector, dataset, usable, record, progress)
+        sums = run.calibrate(method)
         meter = LossMeter(dataset, detector.batch, contract, run.step)
-        warnings = (*warnings, *_detection_warnings(meter.reference))
+        warnings = _warnings(sums, contract, meter.reference)
         warn(warnings)
         costs = run.rank_layers()
         with atomic_path(out) as temporary:
@@ -199,7 +210,7 @@ def quantize_onnx(
         write_record(out, trial.report)
     return QuantizeResult(
         path=out,
-        contract=run.contract(trial.floats, trial.loss),
+        contract=run.contract,
         target=target,
         data=dataset.spec,
         images=len(dataset),
@@ -208,7 +219,7 @@ def quantize_onnx(
         tries=tries,
         layers=tuple(costs),
         float_layers=trial.floats,
-        last_layers=tuple(layer.name for layer in layers if layer.last),
+        last_layers=tuple(record["last_layers"]),
         sizes=sizes,
         verification=trial.report,
         warnings=warnings,
@@ -241,8 +252,8 @@ def read_float_model(path: Path, contract: Contract) -> onnx.ModelProto:
     if contract.precision == "int8" or any(node.op_type in _INTEGER_OPS for node in model.graph.node):
         raise ArtefactError(f"{path}: is quantised already; {remedy}")
     halves = any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer)
-    if contract.precision != "fp32" or halves:
-        precision = "fp16" if halves else contract.precision
+    precision = "fp16" if halves else contract.precision
+    if precision != "fp32":
         raise ArtefactError(f"{path}: its precision is {precision}, expected fp32; {remedy}")
     name_nodes(model.graph)
     return model
@@ -276,8 +287,8 @@ def calibration_data(specs: Sequence[str], names: tuple[str, ...] | None, limit:
 
 def evenly(items: Sequence[T], count: int) -> list[T]:
     """``count`` of ``items`` at even distances, all of them where there are not more."""
-    step = len(items) / min(count, len(items))
-    return [items[int(index * step)] for index in range(min(count, len(items)))]
+    count = min(count, len(items))
+    return [items[int(index * (len(items) / count))] for index in range(count)]
 
 
 @dataclass(frozen=True)
@@ -352,29 +363,28 @@ class Trial:
 
 @dataclass
 class _Run:
-    """One quantisation: what it works on, what it has found, and how far it is.
+    """One quantisation of the layers that may be integers: what it works on, has found, and how far it is.
 
-    ``usable`` are the layers that may be integers, ``order`` their names, the most costly first; ``total``
-    grows as it turns out what has to be done.
+    ``record`` goes into the contract's source; ``contract`` is the model's, then that of the file saved last.
+    ``order`` are the layers' names, the most costly first; ``total`` grows with what has to be done.
     """
 
     model: Path
     out: Path
-    target: str
-    method: str
     max_drop: float
     proto: onnx.ModelProto
     detector: Detector
     dataset: Dataset
     layers: Sequence[Layer]
+    record: dict[str, Any]
     progress: Progress | None
-    ranges: dict[str, Range] = field(default_factory=dict)
-    order: list[str] = field(default_factory=list)
-    done: int = 0
-    total: int = 0
 
     def __post_init__(self) -> None:
-        self.usable = [layer for layer in self.layers if not layer.last]
+        self.contract = self.detector.contract
+        self.ranges: dict[str, Range] = {}
+        self.order: list[str] = []
+        self.done = 0
+        self.total = min(RANGE_IMAGES, len(self.dataset)) + len(self.layers) + 2 * len(self.dataset)
         self._made: dict[int, onnx.ModelProto] = {}
 
     def step(self, *_: int) -> None:
@@ -388,32 +398,35 @@ class _Run:
         for image in images:
             yield self.detector.prepare([image.load()])[0]
 
-    def calibrate(self) -> tuple[str, ...]:
-        """Measure the range of every activation; returns what speaks against the images that gave it."""
+    def calibrate(self, method: str) -> NDArray[np.float64]:
+        """Measure the range of every activation.
+
+        Returns, of the images' pixels by channel, how many there are, their sum and that of their squares.
+        """
         images = evenly(self.dataset.images, RANGE_IMAGES)
-        sums = np.zeros((3, 3))  # of pixels: how many, their sum, that of their squares, by channel
+        sums = np.zeros((3, 3))
 
         def inputs() -> Iterator[dict[str, NDArray[Any]]]:
             for each in self._inputs(images):
-                canvases, sizes = (each[name] for name in self.detector.contract.inputs)
+                canvases, sizes = (each[name] for name in self.contract.inputs)
                 height, width = (int(side) for side in sizes[0])
                 pixels = canvases[0, :height:4, :width:4].reshape(-1, 3).astype(np.float64)
                 sums[:] += [[len(pixels)] * 3, pixels.sum(axis=0), np.square(pixels).sum(axis=0)]
                 yield each
 
-        tensors = observed_tensors(self.proto, self.usable)
-        self.ranges = measure_ranges(self.proto, tensors, inputs(), len(images), self.method, self.step)
-        return _image_warnings(sums, self.detector.contract)
+        tensors = observed_tensors(self.proto, self.layers)
+        self.ranges = measure_ranges(self.proto, tensors, inputs(), len(images), method, self.step)
+        return sums
 
     def rank_layers(self) -> list[Sensitivity]:
-        """What each usable layer costs, on a few images spread over the data, the most costly first."""
-        height, width = self.detector.contract.canvas
+        """What each layer costs, on a few images spread over the data, the most costly first."""
+        height, width = self.contract.canvas
         count = 1 if height * width > LARGE_CANVAS else SENSITIVITY_IMAGES
         inputs = [
             {name: value.copy() for name, value in each.items()}
             for each in self._inputs(evenly(self.dataset.images, count))
         ]
-        costs = measure_sensitivity(self.proto, self._with_floats(0), self.usable, inputs, self.step)
+        costs = measure_sensitivity(self.proto, self._with_floats(0), self.layers, inputs, self.step)
         self.order = [cost.name for cost in costs]
         return costs
 
@@ -458,35 +471,21 @@ class _Run:
         Making one takes seconds, and the last one tried is often the chosen one.
         """
         if number not in self._made:
-            kept = [layer for layer in self.usable if layer.name not in self.order[:number]]
-            self._made = {number: quantized(self.proto, kept, self.ranges, self.target)}
+            kept = [layer for layer in self.layers if layer.name not in self.order[:number]]
+            self._made = {number: quantized(self.proto, kept, self.ranges, self.record["for"])}
         return self._made[number]
 
     def _save(self, number: int, loss: Loss | None, path: Path) -> None:
         """Write the model with ``number`` float layers to ``path``, its contract saying so."""
         model = self._with_floats(number)
+        record = {**self.record, "float_layers": self.order[:number], "loss": loss and loss.to_json()}
+        own = self.detector.contract
+        self.contract = dataclasses.replace(own, precision="int8", source={**own.source, "quantised": record})
         for entry in model.metadata_props:
             if entry.key == CONTRACT_KEY:
-                entry.value = self.contract(self.order[:number], loss).to_json()
+                entry.value = self.contract.to_json()
         onnx.checker.check_model(model)
         onnx.save(model, path)
-
-    def contract(self, floats: Sequence[str], loss: Loss | None) -> Contract:
-        """The model's contract with the precision int8, and in its source how that came about."""
-        own = self.detector.contract
-        record = {
-            "for": self.target,
-            "weight_bits": WEIGHT_BITS[self.target],
-            "data": self.dataset.spec,
-            "images": len(self.dataset),
-            "method": self.method,
-            "float_layers": list(floats),
-            "last_layers": [layer.name for layer in self.layers if layer.last],
-            "max_drop": self.max_drop,
-            "loss": None if loss is None else loss.to_json(),
-            "by": f"anchorline {__version__}",
-        }
-        return dataclasses.replace(own, precision="int8", source={**own.source, "quantised": record})
 
 
 def fewest_float(most: int, attempt: Callable[[int], Trial]) -> Trial:
@@ -512,8 +511,11 @@ def fewest_float(most: int, attempt: Callable[[int], Trial]) -> Trial:
     return trial
 
 
-def _image_warnings(sums: NDArray[np.float64], contract: Contract) -> tuple[str, ...]:
-    """What speaks against images with such ``sums`` being like those the model was trained on."""
+def _warnings(
+    sums: NDArray[np.float64], contract: Contract, results: Sequence[Detections]
+) -> tuple[str, ...]:
+    """What speaks against images with such ``sums`` and ``results`` of the float model being like those that
+    it was trained on."""
     count, total, squares = sums
     mean = total / count
     contrast = float(np.sqrt(np.maximum(squares / count - mean**2, 0.0)).mean())
@@ -533,15 +535,10 @@ def _image_warnings(sums: NDArray[np.float64], contract: Contract) -> tuple[str,
             f"the calibration images have a contrast of {contrast:.1f} grey levels (standard deviation); "
             "are they real images?"
         )
-    return tuple(found)
-
-
-def _detection_warnings(results: Sequence[Detections]) -> tuple[str, ...]:
-    """Whether the float model finds hardly anything in the images."""
     empty = sum(1 for each in results if not (each.scores >= CONFIDENT).any())
-    if empty <= _FEW * len(results):
-        return ()
-    return (
-        f"in {empty} of {len(results)} calibration images the float model finds nothing with a score of at "
-        f"least {CONFIDENT:g}; are they like what it was trained on?",
-    )
+    if empty > _FEW * len(results):
+        found.append(
+            f"in {empty} of {len(results)} calibration images the float model finds nothing with a score of "
+            f"at least {CONFIDENT:g}; are they like what it was trained on?"
+        )
+    return tuple(found)

@@ -13,8 +13,8 @@ import mmap
 import pickle
 import pickletools
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from anchorline.runtime.io.errors import ArtefactError
+from anchorline.runtime.io.errors import ArtefactError, reason_of
 from anchorline.runtime.io.files import sha256_of
 from anchorline.runtime.io.protobuf import fields, packed_numbers
 
@@ -99,8 +99,8 @@ def read_weights_enum(name: str) -> CheckpointFile:
         state = weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:  # no network, no disk space, or a broken download
         raise ArtefactError(
-            f"{name}: cannot be downloaded ({_one_line(error)}); download {weights.url} elsewhere and give "
-            "the file"
+            f"{name}: cannot be downloaded ({reason_of(error, 160)}); download {weights.url} elsewhere and "
+            "give the file"
         ) from None
     cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
     return CheckpointFile(name, state, sha256_of(cached) if cached.is_file() else "")
@@ -118,7 +118,7 @@ def _read(path: Path) -> Any:
                 return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no dict)
         except (SafetensorError, OSError, ValueError, MemoryError) as error:
             raise ArtefactError(
-                f"{path}: not a readable safetensors file ({_one_line(error)}); it may be cut short or "
+                f"{path}: not a readable safetensors file ({reason_of(error, 160)}); it may be cut short or "
                 "hostile"
             ) from None
     # torch's own pickles begin with a number.
@@ -128,38 +128,25 @@ def _read(path: Path) -> Any:
 
 def _find_state(content: Any, path: Path) -> dict[str, Tensor | NDArray[Any]]:
     """The first dictionary of dense tensors or arrays by name: the content itself, or one inside it."""
-    for state in (content, *(content.get(key) for key in _NESTED if isinstance(content, Mapping))):
-        if isinstance(state, Mapping) and state:
-            values: dict[Any, Any] = {
-                n: v.values if isinstance(v, PickledArray) else v for n, v in state.items()
-            }
-            if all(
-                isinstance(name, str)
-                and (isinstance(v, np.ndarray) or (isinstance(v, Tensor) and v.layout == torch.strided))
-                for name, v in values.items()
-            ):
-                return values
-    if isinstance(content, Mapping):
-        shown = ", ".join(str(key)[:40] for key in list(content)[:5]) or "nothing"
+    if not isinstance(content, Mapping):
         raise ArtefactError(
-            f"{path}: holds no state dict, only {shown}; expected tensors by name, alone or under "
-            f"{' or '.join(map(repr, _NESTED))}"
+            f"{path}: holds a {type(content).__name__}, expected tensors by name; save model.state_dict()"
         )
+    for state in (content, *map(content.get, _NESTED)):
+        if not isinstance(state, Mapping) or not state:
+            continue
+        values = {name: v.values if isinstance(v, PickledArray) else v for name, v in state.items()}
+        if all(
+            isinstance(name, str)
+            and (isinstance(v, np.ndarray) or (isinstance(v, Tensor) and v.layout == torch.strided))
+            for name, v in values.items()
+        ):
+            return cast(dict[str, Tensor | NDArray[Any]], values)
+    shown = ", ".join(str(key)[:40] for key in list(content)[:5]) or "nothing"
     raise ArtefactError(
-        f"{path}: holds a {type(content).__name__}, expected tensors by name; save model.state_dict()"
+        f"{path}: holds no state dict, only {shown}; expected tensors by name, alone or under "
+        f"{' or '.join(map(repr, _NESTED))}"
     )
-
-
-def _is_dense(value: object) -> bool:
-    return isinstance(value, np.ndarray) or (isinstance(value, Tensor) and value.layout == torch.strided)
-
-
-def _one_line(error: Exception) -> str:
-    """The first line of what ``error`` says; torch's reason stands behind its advice to load all the same."""
-    lines = str(error).strip().splitlines() or [""]
-    reasons = [line.partition("WeightsUnpickler error: ")[2] for line in lines if "WeightsUn" in line]
-    text = (reasons[0] if reasons else "") or lines[0].strip() or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 # What ``torch.save`` wrote, through torch's unpickler of tensors and plain containers.
@@ -168,9 +155,8 @@ def _one_line(error: Exception) -> str:
 # them are replaced by empty ones: none of their code runs, nothing is called, and what they held is dropped.
 
 # By the first part of a name. NumPy's arrays are in the logs of mmengine, and ``getattr`` is how pickle
-# writes the methods in them; each is an ``_Empty`` like the others.
-_EMPTIED = ("detectron2", "fvcore", "iopath", "yacs", "mmengine", "mmcv", "mmdet", "numpy")
-_EMPTIED_FUNCTIONS = ("getattr",)
+# writes the methods in them.
+_EMPTIED = ("detectron2", "fvcore", "iopath", "yacs", "mmengine", "mmcv", "mmdet", "numpy", "getattr")
 _MOST_EMPTIED = 100
 
 
@@ -190,41 +176,37 @@ def read_torch_pickle(path: Path) -> Any:
     """The contents of ``path``. Raises ``ArtefactError`` for other objects and damaged files."""
     # torchvision's training reference keeps its command-line arguments beside the weights.
     allowed: list[Any] = [argparse.Namespace]
-    for _ in range(_MOST_EMPTIED):
+    mapped = True
+    while len(allowed) <= _MOST_EMPTIED:
         try:
             with torch.serialization.safe_globals(allowed):
-                return _load(path)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
             unknown = re.search(r"GLOBAL ([\w.]+)", str(error))
             if unknown is None:
+                # torch's reason stands behind its advice to load all the same
+                reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0][:160]
                 raise ArtefactError(
-                    f"{path}: not a checkpoint that torch.load reads ({_one_line(error)}); expected a state "
-                    "dict"
+                    f"{path}: not a checkpoint that torch.load reads ({reason}); expected a state dict"
                 ) from None
             name = unknown.group(1)
-            if name.partition(".")[0] not in _EMPTIED and name not in _EMPTIED_FUNCTIONS:
+            if name.partition(".")[0] not in _EMPTIED:
                 raise ArtefactError(
                     f"{path}: holds Python objects ({name[:60]}), and loading those could run code; refused. "
                     "Save the weights alone: torch.save(model.state_dict(), path)"
                 ) from None
-            full = f"builtins.{name}" if name in _EMPTIED_FUNCTIONS else name
+            full = f"builtins.{name}" if name == "getattr" else name
             # Dictionaries remain such, since torch fills no other class.
             allowed.append((OrderedDict if name.endswith(".ConfigDict") else _Empty, full))
         except Exception as error:  # the readers raise many kinds for damaged files
+            if mapped and "mmap can only be used" in str(error):  # files from before torch 1.6
+                mapped = False
+                continue
             raise ArtefactError(
-                f"{path}: cannot be read as a checkpoint ({_one_line(error)}); it may be cut short, copy it "
-                "again"
+                f"{path}: cannot be read as a checkpoint ({reason_of(error, 160)}); it may be cut short, "
+                "copy it again"
             ) from None
     raise ArtefactError(f"{path}: holds objects of more than {_MOST_EMPTIED} kinds; refused")
-
-
-def _load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap can only be used" not in str(error):  # files from before torch 1.6
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 # Pickles of NumPy arrays and plain containers, as Detectron2's ``.pkl``, read without running any of them.
@@ -238,13 +220,11 @@ def _load(path: Path) -> Any:
 _OPERATIONS = frozenset(
     name
     for names in (
-        "PROTO FRAME STOP MARK POP POP_MARK",
-        "NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT",
-        "SHORT_BINSTRING BINSTRING BINUNICODE SHORT_BINUNICODE BINUNICODE8",
+        "PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4",
+        "BINFLOAT SHORT_BINSTRING BINSTRING BINUNICODE SHORT_BINUNICODE BINUNICODE8",
         "BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8",
         "EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS",
-        "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET",
-        "GLOBAL STACK_GLOBAL REDUCE BUILD NEWOBJ",
+        "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD NEWOBJ",
     )
     for name in names.split()
 )
@@ -391,9 +371,9 @@ def read_array_pickle(path: Path) -> Any:
             f"{path}: holds {error}; refused. Expected a dictionary of NumPy arrays or tensors"
         ) from None
     except Exception as error:  # a damaged pickle raises nearly anything
-        reason = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
         raise ArtefactError(
-            f"{path}: cannot be read as a pickle of arrays ({reason}); it may be cut short, copy it again"
+            f"{path}: cannot be read as a pickle of arrays ({reason_of(error)}); it may be cut short, copy "
+            "it again"
         ) from None
 
 
@@ -419,22 +399,14 @@ def _check_operations(content: mmap.mmap) -> None:
 
 # Of NetParameter: the fields that hold layers, and in those the fields of their name and their blobs.
 _LAYERS = {2: (4, 6), 100: (1, 7)}
-_SIDES, _DATA, _SHAPE, _DOUBLES = (1, 2, 3, 4), 5, 7, 8  # of BlobProto
+_SIDES, _DATA, _SHAPE, _DOUBLES = (1, 2, 3, 4), 5, 7, 8  # of BlobProto; sides are of before 2015
+_Blob = tuple[list[int], int, list[slice]]  # the shape, the field of the numbers, and where those are
 _PARTS = ("weight", "bias")
 
 _LARGEST = 2**31 - 1  # bytes; protobuf has no larger messages
 _MOST_FIELDS = 100_000  # VGG-16 has about a thousand
 _LONGEST_NAME = 200
 _LONGEST_SHAPE = 100  # bytes
-
-
-@dataclass
-class _Blob:
-    """Sides as they were before 2015, the shape since, and where the numbers are."""
-
-    sides: list[int] = field(default_factory=lambda: [0] * 4)
-    shape: list[int] | None = None
-    numbers: dict[int, list[slice]] = field(default_factory=lambda: {_DATA: [], _DOUBLES: []})
 
 
 def read_caffemodel(path: Path) -> dict[str, Tensor]:
@@ -469,11 +441,18 @@ def read_caffemodel(path: Path) -> dict[str, Tensor]:
                 f"{path}: a layer with weights is called {layer[:40]!r}; expected 1 to {_LONGEST_NAME} "
                 "letters"
             )
-        for index, blob in enumerate(blobs):
+        for index, (shape, number, places) in enumerate(blobs):
             name = f"{layer}.{_PARTS[index] if index < len(_PARTS) else index}"
             if name in tensors:
                 raise ArtefactError(f"{path}: holds {name!r} twice; refused as damaged")
-            tensors[name] = _tensor(content, blob, f"{path}: {name!r}")
+            dtype = np.dtype("<f8" if number == _DOUBLES else "<f4")
+            raw = b"".join(content[place] for place in places)
+            if min(shape, default=0) < 1 or math.prod(shape) * dtype.itemsize != len(raw):
+                raise ArtefactError(
+                    f"{path}: {name!r} has the shape {shape[:8]} and {len(raw)} bytes of {dtype.name}; the "
+                    "file is damaged or hostile"
+                )
+            tensors[name] = torch.from_numpy(np.frombuffer(raw, dtype).astype(np.float32).reshape(shape))
     if not tensors:
         raise ArtefactError(
             f"{path}: holds no weights; expected a .caffemodel of 2014 or later (caffe's "
@@ -486,52 +465,35 @@ def _layers(content: bytes) -> list[tuple[bytes, list[_Blob]]]:
     """Name and blobs of each layer; raises ``ValueError`` where fields do not add up, or are too many."""
     seen = itertools.count(1)
 
-    def parts(place: slice) -> Iterator[tuple[int, int | slice]]:
-        for each in fields(content, "caffe", place.start, place.stop):
+    def message(place: slice) -> tuple[dict[int, int], dict[int, list[slice]]]:
+        """By the number of the field: numbers, and the places of all else."""
+        numbers, places = defaultdict[int, int](int), defaultdict[int, list[slice]](list)
+        for number, value in fields(content, "caffe", place.start, place.stop):
             if next(seen) > _MOST_FIELDS:
                 raise ValueError(f"more than {_MOST_FIELDS} fields")
-            yield each
+            if isinstance(value, slice):
+                places[number].append(value)
+            else:
+                numbers[number] = value
+        return numbers, places
 
-    found: dict[int, list[tuple[bytes, list[_Blob]]]] = {number: [] for number in _LAYERS}
-    for number, layer in parts(slice(0, len(content))):
-        if number not in _LAYERS or not isinstance(layer, slice):
-            continue
-        name, blobs = b"", []
-        for inner, place in parts(layer):
-            if isinstance(place, slice) and inner == _LAYERS[number][0]:
-                name = content[place]
-            elif isinstance(place, slice) and inner == _LAYERS[number][1]:
-                blobs.append(_blob(content, parts(place)))
-        found[number].append((name, blobs))
-    return [layer for layers in found.values() for layer in layers]
+    def blob(place: slice) -> _Blob:
+        numbers, places = message(place)
+        shape = [numbers[side] for side in _SIDES]
+        for dims in places[_SHAPE]:
+            if dims.stop - dims.start > _LONGEST_SHAPE:
+                raise ValueError(f"a shape of {dims.stop - dims.start} bytes")
+            shape = []
+            for _, side in fields(content, "caffe", dims.start, dims.stop):
+                shape += [side] if isinstance(side, int) else packed_numbers(content, side)
+        kind = _DOUBLES if places[_DOUBLES] else _DATA
+        return shape, kind, places[kind]
 
-
-def _blob(content: bytes, parts: Iterator[tuple[int, int | slice]]) -> _Blob:
-    blob = _Blob()
-    for number, value in parts:
-        if isinstance(value, int):
-            if number in _SIDES:
-                blob.sides[number - 1] = value
-        elif number in blob.numbers:
-            blob.numbers[number].append(value)
-        elif number == _SHAPE:
-            if value.stop - value.start > _LONGEST_SHAPE:
-                raise ValueError(f"a shape of {value.stop - value.start} bytes")
-            blob.shape = []
-            for _, side in fields(content, "caffe", value.start, value.stop):
-                blob.shape += [side] if isinstance(side, int) else packed_numbers(content, side)
-    return blob
-
-
-def _tensor(content: bytes, blob: _Blob, where: str) -> Tensor:
-    """A blob's numbers in its shape."""
-    number, dtype = (_DOUBLES, np.dtype("<f8")) if blob.numbers[_DOUBLES] else (_DATA, np.dtype("<f4"))
-    raw = b"".join(content[place] for place in blob.numbers[number])
-    shape = blob.sides if blob.shape is None else blob.shape
-    if min(shape, default=0) < 1 or math.prod(shape) * dtype.itemsize != len(raw):
-        raise ArtefactError(
-            f"{where} has the shape {shape[:8]} and {len(raw)} bytes of {dtype.name}; the file is damaged or "
-            "hostile"
-        )
-    values: NDArray[Any] = np.frombuffer(raw, dtype).astype(np.float32)
-    return torch.from_numpy(values.reshape(shape))
+    layers = []
+    _, net = message(slice(0, len(content)))
+    for number, (name, blobs) in _LAYERS.items():
+        for layer in net[number]:
+            _, parts = message(layer)
+            title = content[parts[name][-1]] if parts[name] else b""
+            layers.append((title, [blob(place) for place in parts[blobs]]))
+    return layers

@@ -104,10 +104,6 @@ def coco_80() -> ClassNames:
     return ClassNames(tuple(name for name, _ in used), tuple(id_ for _, id_ in used))
 
 
-def _nothing_special(state: State, settings: ModelSettings) -> str:
-    return ""
-
-
 @dataclass(frozen=True)
 class Library:
     """A library whose checkpoints can be imported; each module beside this one has one, as ``LIBRARY``.
@@ -141,7 +137,7 @@ class Library:
     background_last: bool = False
     size_by_size: bool = False
     marks: tuple[tuple[str, str], ...] = ()
-    likely_cause: Callable[[State, ModelSettings], str] = _nothing_special
+    likely_cause: Callable[[State, ModelSettings], str] = lambda state, settings: ""
 
     def their_name(self, ours: str, settings: ModelSettings) -> str:
         """The library's name for our parameter ``ours``."""
@@ -204,14 +200,6 @@ def expected_shapes(settings: ModelSettings, classes: int) -> dict[str, tuple[in
     with torch.device("meta"):
         model = FasterRCNN(settings, classes)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def has_shapes(state: State, settings: ModelSettings, classes: int) -> bool:
-    """Whether ``state`` has our names and shapes, and no others."""
-    expected = expected_shapes(settings, classes)
-    return {n: tuple(t.shape) for n, t in state.items() if not n.endswith(_STEP_COUNTER)} == {
-        n: shape for n, shape in expected.items() if not n.endswith(_STEP_COUNTER)
-    }
 
 
 def fit_state(library: Library, state: State, settings: ModelSettings, classes: int) -> dict[str, Tensor]:

@@ -30,7 +30,6 @@ from anchorline.runtime.io.errors import ArtefactError, SettingsError
 # Version 2 keeps it under ``meta["config"]``, version 3 under ``meta["cfg"]``: assignments of literals and
 # ``dict(...)`` calls, which are taken apart as a syntax tree. Whatever is not a literal there is unknown.
 
-
 _LONGEST = 300_000  # characters; a configuration has 10 000
 _UNKNOWN = object()
 
@@ -118,7 +117,7 @@ def _at(values: Any, path: str) -> Any:
     return None if values is _UNKNOWN else values
 
 
-_RPN, _ROI, _TEST = "model.rpn_head", "model.roi_head", "model.test_cfg"
+_RPN, _ROI = "model.rpn_head", "model.roi_head"
 _HEAD = f"{_ROI}.bbox_head"
 _ROI_LAYER = f"{_ROI}.bbox_roi_extractor.roi_layer"
 
@@ -153,11 +152,11 @@ _EXPECTED: dict[str, tuple[object, ...]] = {
     f"{_HEAD}.bbox_coder.type": ("DeltaXYWHBBoxCoder",),
     f"{_HEAD}.bbox_coder.target_means": ([0, 0, 0, 0],),
     f"{_HEAD}.target_means": ([0, 0, 0, 0],),
-    **{f"{top}.{part}.nms.type": ("nms",) for top in (_TEST, "test_cfg") for part in ("rpn", "rcnn")},
     **{
-        f"{top}.{part}.nms.class_agnostic": (False,)
-        for top in (_TEST, "test_cfg")
+        f"{top}.{part}.nms.{name}": (allowed,)
+        for top in ("model.test_cfg", "test_cfg")
         for part in ("rpn", "rcnn")
+        for name, allowed in (("type", "nms"), ("class_agnostic", False))
     },
     "test_cfg.rpn.nms_across_levels": (False,),
     "model.data_preprocessor.pad_size_divisor": (32,),
@@ -168,15 +167,19 @@ def _floats(values: Any) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def _order(to_rgb: Any) -> str:
-    return "rgb" if to_rgb else "bgr"
+def _anchor_sizes(rpn_head: dict[str, Any]) -> tuple[tuple[float, ...], ...] | None:
+    """Stride x scale for each level; ``None`` where the configuration does not say."""
+    given = rpn_head.get("anchor_generator")
+    if not isinstance(given, dict):  # older configurations
+        given = {name: rpn_head.get(f"anchor_{name}") for name in ("scales", "strides")}
+    scales, strides = given.get("scales"), given.get("strides")
+    if not isinstance(scales, list) or not isinstance(strides, list):
+        return None
+    return tuple(tuple(float(stride * scale) for scale in scales) for stride in strides)
 
 
-def _weights(stds: Any) -> tuple[float, ...]:
-    return tuple(1.0 / float(std) for std in stds)
-
-
-# By field of ``ModelSettings``: where the value may stand, newest version first, and how it is read.
+# By field of ``ModelSettings``: where the value may stand, newest version first, and how it is read. What is
+# under ``test_cfg`` may be under ``model.test_cfg`` too.
 _FIELDS: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
     "rpn_pre_nms": (("test_cfg.rpn.nms_pre",), int),
     "rpn_post_nms": (("test_cfg.rpn.max_per_img", "test_cfg.rpn.max_num"), int),
@@ -190,45 +193,37 @@ _FIELDS: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
     "roi_aligned": ((f"{_ROI_LAYER}.aligned",), bool),
     # finest_scale is twice the smallest side of the second level; ours is that of the third.
     "canonical_size": ((f"{_ROI}.bbox_roi_extractor.finest_scale",), lambda finest: 4.0 * finest),
-    "box_weights": ((f"{_HEAD}.bbox_coder.target_stds", f"{_HEAD}.target_stds"), _weights),
+    "box_weights": (
+        (f"{_HEAD}.bbox_coder.target_stds", f"{_HEAD}.target_stds"),
+        lambda stds: tuple(1.0 / float(std) for std in stds),
+    ),
     "mean": (("model.data_preprocessor.mean", "img_norm_cfg.mean"), _floats),
     "std": (("model.data_preprocessor.std", "img_norm_cfg.std"), _floats),
-    "channel_order": (("model.data_preprocessor.bgr_to_rgb", "img_norm_cfg.to_rgb"), _order),
+    "channel_order": (
+        ("model.data_preprocessor.bgr_to_rgb", "img_norm_cfg.to_rgb"),
+        lambda to_rgb: "rgb" if to_rgb else "bgr",
+    ),
+    "anchor_sizes": ((_RPN,), _anchor_sizes),
 }
 
 
 def _settings(values: dict[str, Any], where: str) -> dict[str, Any]:
     """Fields of ``ModelSettings`` that the configuration sets."""
     found: dict[str, Any] = {}
-    readers = {**_FIELDS, "anchor_sizes": ((_RPN,), _anchor_sizes)}
-    for name, (paths, read) in readers.items():
-        places = [
-            p for path in paths for p in ((f"model.{path}", path) if path.startswith("test_cfg") else (path,))
-        ]
-        path, value = next(((p, v) for p in places if (v := _at(values, p)) is not None), ("", None))
-        if value is None:
+    for name, (paths, read) in _FIELDS.items():
+        under_model = [f"model.{path}" for path in paths if path.startswith("test_cfg")]
+        path = next((path for path in (*under_model, *paths) if _at(values, path) is not None), None)
+        if path is None:
             continue
+        value = _at(values, path)
         try:
-            read_value = read(value)
+            found[name] = read(value)
         except (TypeError, ValueError, ZeroDivisionError, OverflowError, KeyError):
             raise ArtefactError(
                 f"{where}: its configuration has {path} = {str(value)[:60]}, which cannot be read; expected "
                 "what MMDetection takes there"
             ) from None
-        if read_value is not None:
-            found[name] = read_value
-    return found
-
-
-def _anchor_sizes(rpn_head: dict[str, Any]) -> tuple[tuple[float, ...], ...] | None:
-    """Stride x scale for each level; ``None`` where the configuration does not say."""
-    generator = rpn_head.get("anchor_generator")
-    old = {name: rpn_head.get(f"anchor_{name}") for name in ("scales", "strides")}
-    given = generator if isinstance(generator, dict) else old
-    scales, strides = given.get("scales"), given.get("strides")
-    if not isinstance(scales, list) or not isinstance(strides, list):
-        return None
-    return tuple(tuple(float(stride * scale) for scale in scales) for stride in strides)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _sides(values: dict[str, Any]) -> tuple[int, int] | None:

@@ -5,6 +5,7 @@ Our parameters carry torchvision's names, so a state dict fits once old names ar
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
@@ -30,14 +31,14 @@ from anchorline.export.importers.library import (
     Library,
     State,
     coco_90,
-    has_shapes,
+    fit_state,
     output_count,
     with_widths,
 )
 from anchorline.runtime.canvas import check_frame, place
 from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.io.errors import ArtefactError, SettingsError
 from anchorline.train.model.backbones import BACKBONES
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.model.settings import ModelSettings
@@ -47,8 +48,7 @@ from anchorline.train.model.settings import ModelSettings
 _EPS_0_SHA256 = "258fb6c6"
 _EPS_0_WEIGHTS = "FasterRCNN_ResNet50_FPN_Weights."
 
-_NOT_TORCHVISIONS = ("resnet10",)
-_RESNETS = tuple(name for name in BACKBONES if "resne" in name and name not in _NOT_TORCHVISIONS)
+_RESNETS = tuple(name for name in BACKBONES if "resne" in name and name != "resnet10")
 
 
 def _architectures() -> dict[str, Architecture]:
@@ -106,7 +106,8 @@ def _likely_cause(state: State, settings: ModelSettings) -> str:
         if (usual.neck == "fpn32", usual.box_convs > 0) != (mobile, convs):
             continue  # building the model to see its names takes a second
         found = with_widths(LIBRARY, usual, state)
-        if has_shapes(state, found, output_count(LIBRARY, state, found) - 1):
+        with contextlib.suppress(ArtefactError):
+            fit_state(LIBRARY, state, found, output_count(LIBRARY, state, found) - 1)
             return f"; it looks like {name}: give --arch {name}"
     return ""
 
@@ -161,23 +162,21 @@ class TorchvisionDetector:
         self.model, self.contract = model.eval(), contract
         # torchvision derives the scales of RoI pooling from the first image it sees and keeps them; a
         # narrow one would mislead it (48 rows padded to 64 look like stride 16 instead of 32).
-        self.batch([np.zeros((256, 256, 3), np.uint8)])
+        self(np.zeros((256, 256, 3), np.uint8))
 
     @classmethod
     def of(cls, model: FasterRCNN, contract: Contract) -> TorchvisionDetector:
         """torchvision's form of our ``model``, with the same weights and settings."""
         return cls(torchvision_model(model, contract), contract)
 
-    def __call__(self, frame: NDArray[np.uint8]) -> Detections:
-        """Detections of one BGR frame [H, W, 3], boxes in its own pixels."""
-        return self.batch([frame])[0]
-
-    @torch.inference_mode()
     def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:
         """Detections of several BGR frames of any sizes."""
-        return [self._detect(check_frame(frame)) for frame in frames]
+        return [self(frame) for frame in frames]
 
-    def _detect(self, frame: NDArray[np.uint8]) -> Detections:
+    @torch.inference_mode()
+    def __call__(self, frame: NDArray[np.uint8]) -> Detections:
+        """Detections of one BGR frame [H, W, 3], boxes in its own pixels."""
+        frame = check_frame(frame)
         size, resize = (frame.shape[0], frame.shape[1]), self.contract.resize
         if resize.shorter_side is None or resize.longer_side is None:
             height, width = place(size, self.contract.canvas, resize).valid
