@@ -135,10 +135,8 @@ def _with_observers(model: onnx.ModelProto, tensors: Sequence[str], count: int) 
     return copy
 
 
-# How much each layer costs when it computes with integers.
-#
-# Integers are simulated: rounded values in float32, which is what they stand for and what the kernels of
-# every processor give (``integer_graph.py``). Everything before the layer stays float32.
+# What each layer costs. Integers are simulated: rounded values in float32, which is what they stand for and
+# what the kernels of every processor give. Everything before the layer stays float32.
 
 _RESULTS = ("objectness", "bbox_deltas", "class_logits", "box_regression")
 _PROPOSALS = "proposals"
@@ -217,16 +215,14 @@ def _relative_rms(reference: NDArray[np.float32], found: NDArray[np.float32]) ->
 def _with_switches(
     model: onnx.ModelProto, quantised: onnx.ModelProto, layers: Sequence[Layer]
 ) -> tuple[onnx.ModelProto, list[list[str]]]:
-    """A copy of ``model`` with the input ``quantised`` (bool, one a layer): on, and the layer rounds.
+    """A copy of ``model`` whose input ``quantised`` (bool, one a layer) makes layers round.
 
-    With it, for each layer, the names of the power of its output and of its noise, node by node; both are
-    zero while it is off.
+    And for each layer the names of the power of its output and of its noise, node by node; zero while off.
     """
     copy = deepcopy(model)
     graph = copy.graph
     there = {tensor.name for tensor in graph.initializer}
     graph.initializer.extend(t for t in quantised.graph.initializer if t.name not in there)
-    graph.initializer.append(numpy_helper.from_array(np.zeros((), np.float32), "switch/nothing"))
     graph.input.append(helper.make_tensor_value_info(_SWITCHES, TensorProto.BOOL, [len(layers)]))
     flags = [f"switch/{index}" for index in range(len(layers))]
     nodes = [helper.make_node("Split", [_SWITCHES], flags, num_outputs=len(layers))]
@@ -274,8 +270,7 @@ def _switch(
     """``If``, of whose branches only the one taken computes: ``node``, or ``node`` on rounded values.
 
     ``before`` and ``after`` round its input and output in the quantised graph, ``weight`` gives its
-    weight. The power of the output and of the noise are taken behind ``activation``, which is what the
-    rounded output stands for.
+    weight. The powers are taken behind ``activation``, which is what the rounded output stands for.
     """
     output = node.output[0]
     plain, integers, exact = f"{output}/plain", f"{output}/integers", f"{output}/exact"
@@ -299,7 +294,7 @@ def _switch(
     off = [f"{output}/off", f"{signal}/off", f"{noise}/off"]
     floats = [
         _clone(node, node.input, off[0]),
-        *(helper.make_node("Identity", ["switch/nothing"], [name]) for name in off[1:]),
+        *(helper.make_node("Constant", [], [name], value_float=0.0) for name in off[1:]),
     ]
     branches = {
         f"{branch}_branch": helper.make_graph(made, branch, [], [onnx.ValueInfoProto(name=n) for n in ends])

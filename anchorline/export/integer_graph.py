@@ -184,10 +184,9 @@ def quantized(
 def _keep_in_float(graph: onnx.GraphProto) -> None:
     """Stop onnxruntime from quantising the layers that are to stay float, all channels with one scale.
 
-    Its optimiser (``WeightBiasQuantization``) does so, unasked, wherever a float layer stands between
-    rounded values. It leaves alone what is dequantised channel by channel, so these layers get their input
-    that way, with the same scale for each channel. (TensorRT knows no such activations; our runtime turns
-    that optimiser off as well.)
+    Its ``WeightBiasQuantization`` does so wherever a float layer stands between rounded values, but leaves
+    alone what is dequantised channel by channel: these layers get their input that way, with the same scale
+    for each. (TensorRT knows no such activations; our runtime turns that optimiser off as well.)
     """
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     makers = {name: node for node in graph.node for name in node.output}
@@ -198,10 +197,8 @@ def _keep_in_float(graph: onnx.GraphProto) -> None:
         if maker is None or weight is None or maker.op_type != "DequantizeLinear":
             continue
         options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        if node.op_type == "Conv":
-            channels = weight.dims[1] * options.get("group", 1)
-        else:
-            channels = weight.dims[1 if options.get("transB") else 0]
+        axis = 1 if node.op_type == "Conv" or options.get("transB") else 0
+        channels = weight.dims[axis] * options.get("group", 1)
         if maker.output[0] not in added:
             name = added[maker.output[0]] = f"{maker.output[0]}_by_channel"
             constants = [f"{name}_scale", f"{name}_zero_point"]
@@ -216,8 +213,7 @@ def _keep_in_float(graph: onnx.GraphProto) -> None:
 def _restore(made: onnx.ModelProto, model: onnx.ModelProto) -> None:
     """Put back what the quantiser changes besides the nodes, and its own nodes before their readers.
 
-    It appends them at the end. Its topological sort would mix the order of the layers, which verification
-    walks through.
+    It appends them; its topological sort would mix the order of the layers, which verification walks.
     """
     del made.metadata_props[:]
     made.metadata_props.extend(model.metadata_props)

@@ -8,8 +8,9 @@ float until the result holds.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -195,14 +196,29 @@ def quantize_onnx(
             "loss": None,
             "by": f"anchorline {__version__}",
         }
-        run = _Run(model, out, max_drop, proto, detector, dataset, usable, record, progress)
-        sums = run.calibrate(method)
-        meter = LossMeter(dataset, detector.batch, contract, run.step)
+        images = evenly(dataset.images, RANGE_IMAGES)
+        steps = _Steps(progress, len(images) + len(usable) + 2 * len(dataset))
+        sums = np.zeros((3, 3))
+        tensors, inputs = observed_tensors(proto, usable), _inputs(detector, images, sums)
+        ranges = measure_ranges(proto, tensors, inputs, len(images), method, steps)
+        meter = LossMeter(dataset, detector.batch, contract, steps)
         warnings = _warnings(sums, contract, meter.reference)
         warn(warnings)
-        costs = run.rank_layers()
+        some = 1 if math.prod(contract.canvas) > LARGE_CANVAS else SENSITIVITY_IMAGES
+        few = list(_inputs(detector, evenly(dataset.images, some), sums))
+        forms = _Forms(proto, usable, ranges, contract, record)
+        costs = measure_sensitivity(proto, forms.form(0), usable, few, steps)
+        forms.order = [cost.name for cost in costs]
         with atomic_path(out) as temporary:
-            trial, tries = run.settle(meter, temporary, verify)
+            trial, tries = _settle(forms, meter, steps, model, temporary, verify)
+            if not trial.holds:
+                differs = f", and differs in {trial.report.reason}" if trial.report else ""
+                raise ParityError(
+                    f"{out}: {trial.loss.describe()}{differs}, with the {len(trial.floats)} most costly of "
+                    f"{len(costs)} layers in float; a drop of {max_drop:g} is allowed. The file was not "
+                    "published; allow more with --max-drop, or calibrate on more images"
+                )
+            contract = forms.save(len(trial.floats), trial.loss, temporary)
             sizes = (model.stat().st_size, temporary.stat().st_size)
     if trial.report is None:
         write_not_executed(out, "quantised with --no-verify", model)
@@ -210,7 +226,7 @@ def quantize_onnx(
         write_record(out, trial.report)
     return QuantizeResult(
         path=out,
-        contract=run.contract,
+        contract=contract,
         target=target,
         data=dataset.spec,
         images=len(dataset),
@@ -322,14 +338,14 @@ class LossMeter:
     def __init__(
         self, dataset: Dataset, detect: Detect, contract: Contract, progress: Progress | None = None
     ) -> None:
-        self._dataset, self._contract = dataset, contract
+        self.dataset, self._contract = dataset, contract
         self.reference = list(run_detector(detect, dataset, 1, progress))
         figure = self._figure(self.reference) if dataset.has_labels else float("nan")
         self._labelled = None if np.isnan(figure) else figure
 
     def measure(self, detect: Detect, progress: Progress | None = None) -> Loss:
         """Run ``detect`` on every image and compare."""
-        found = list(run_detector(detect, self._dataset, 1, progress))
+        found = list(run_detector(detect, self.dataset, 1, progress))
         if self._labelled is None:
             return Loss("agreement", 1.0, self._agreement(found))
         name = "mAP50" if self._contract.task == "detections" else "recall"
@@ -337,8 +353,8 @@ class LossMeter:
 
     def _figure(self, results: Sequence[Detections]) -> float:
         if self._contract.task == "proposals":
-            return proposal_recall(self._dataset.images, results).recall[max(PROPOSAL_COUNTS)][0.5]
-        return report_detections(results, self._dataset, "").map50
+            return proposal_recall(self.dataset.images, results).recall[max(PROPOSAL_COUNTS)][0.5]
+        return report_detections(results, self.dataset, "").map50
 
     def _agreement(self, results: Sequence[Detections]) -> float:
         each = compare_outputs(
@@ -362,130 +378,97 @@ class Trial:
 
 
 @dataclass
-class _Run:
-    """One quantisation of the layers that may be integers: what it works on, has found, and how far it is.
+class _Steps:
+    """Counts images and layers; ``total`` grows as it turns out what has to be done."""
 
-    ``record`` goes into the contract's source; ``contract`` is the model's, then that of the file saved last.
-    ``order`` are the layers' names, the most costly first; ``total`` grows with what has to be done.
-    """
-
-    model: Path
-    out: Path
-    max_drop: float
-    proto: onnx.ModelProto
-    detector: Detector
-    dataset: Dataset
-    layers: Sequence[Layer]
-    record: dict[str, Any]
     progress: Progress | None
+    total: int
+    done: int = 0
 
-    def __post_init__(self) -> None:
-        self.contract = self.detector.contract
-        self.ranges: dict[str, Range] = {}
-        self.order: list[str] = []
-        self.done = 0
-        self.total = min(RANGE_IMAGES, len(self.dataset)) + len(self.layers) + 2 * len(self.dataset)
-        self._made: dict[int, onnx.ModelProto] = {}
-
-    def step(self, *_: int) -> None:
-        """Another image or layer is done."""
+    def __call__(self, *_: int) -> None:
         self.done += 1
         if self.progress is not None:
             self.progress(self.done, self.total)
 
-    def _inputs(self, images: Sequence[LabelledImage]) -> Iterator[dict[str, NDArray[Any]]]:
-        """The network's inputs for one image after the other, as the runtime makes them."""
-        for image in images:
-            yield self.detector.prepare([image.load()])[0]
 
-    def calibrate(self, method: str) -> NDArray[np.float64]:
-        """Measure the range of every activation.
+def _inputs(
+    detector: Detector, images: Sequence[LabelledImage], sums: NDArray[np.float64]
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """The network's inputs for one image after the other, as the runtime makes them.
 
-        Returns, of the images' pixels by channel, how many there are, their sum and that of their squares.
-        """
-        images = evenly(self.dataset.images, RANGE_IMAGES)
-        sums = np.zeros((3, 3))
+    Adds to ``sums``, by channel, how many pixels there are, their sum and that of their squares.
+    """
+    for image in images:
+        inputs = {name: value.copy() for name, value in detector.prepare([image.load()])[0].items()}
+        canvases, sizes = (inputs[name] for name in detector.contract.inputs)
+        height, width = (int(side) for side in sizes[0])
+        pixels = canvases[0, :height:4, :width:4].reshape(-1, 3).astype(np.float64)
+        sums += [[len(pixels)] * 3, pixels.sum(axis=0), np.square(pixels).sum(axis=0)]
+        yield inputs
 
-        def inputs() -> Iterator[dict[str, NDArray[Any]]]:
-            for each in self._inputs(images):
-                canvases, sizes = (each[name] for name in self.contract.inputs)
-                height, width = (int(side) for side in sizes[0])
-                pixels = canvases[0, :height:4, :width:4].reshape(-1, 3).astype(np.float64)
-                sums[:] += [[len(pixels)] * 3, pixels.sum(axis=0), np.square(pixels).sum(axis=0)]
-                yield each
 
-        tensors = observed_tensors(self.proto, self.layers)
-        self.ranges = measure_ranges(self.proto, tensors, inputs(), len(images), method, self.step)
-        return sums
+@dataclass
+class _Forms:
+    """The model with integer ``layers`` but for the first so many in ``order``, which are the most costly.
 
-    def rank_layers(self) -> list[Sensitivity]:
-        """What each layer costs, on a few images spread over the data, the most costly first."""
-        height, width = self.contract.canvas
-        count = 1 if height * width > LARGE_CANVAS else SENSITIVITY_IMAGES
-        inputs = [
-            {name: value.copy() for name, value in each.items()}
-            for each in self._inputs(evenly(self.dataset.images, count))
-        ]
-        costs = measure_sensitivity(self.proto, self._with_floats(0), self.layers, inputs, self.step)
-        self.order = [cost.name for cost in costs]
-        return costs
+    ``contract`` is that of the float model, whose source gets ``record``.
+    """
 
-    def settle(self, meter: LossMeter, path: Path, verify: bool) -> tuple[Trial, int]:
-        """Write to ``path`` the model with the fewest float layers that holds; it, and how many were tried.
+    proto: onnx.ModelProto
+    layers: Sequence[Layer]
+    ranges: dict[str, Range]
+    contract: Contract
+    record: dict[str, Any]
+    order: list[str] = field(default_factory=list)
+    _made: dict[int, onnx.ModelProto] = field(default_factory=dict)
 
-        It holds where the loss is within ``max_drop`` and, with ``verify``, it agrees with the float model
-        within the tolerances of int8. Raises ``ParityError`` where none does.
-        """
-        tried: list[Trial] = []
+    def form(self, floats: int) -> onnx.ModelProto:
+        """Making one takes seconds, and the last one tried is often the chosen one."""
+        if floats not in self._made:
+            kept = [layer for layer in self.layers if layer.name not in self.order[:floats]]
+            self._made = {floats: quantized(self.proto, kept, self.ranges, self.record["for"])}
+        return self._made[floats]
 
-        def attempt(number: int) -> Trial:
-            if tried:
-                self.total += len(self.dataset)
-            self._save(number, None, path)
-            with Detector(path, "cpu") as detector:
-                loss = meter.measure(detector.batch, self.step)
-            holds, report = loss.drop <= self.max_drop, None
-            if verify and holds:
-                some = self.dataset.first(VERIFY_IMAGES)
-                with onnx_subject(self.model) as reference, onnx_subject(path) as candidate:
-                    report = verify_subjects(reference, candidate, some, which_traps=VERIFY_TRAPS)
-                holds = report.passed
-            tried.append(Trial(tuple(self.order[:number]), loss, report, holds))
-            return tried[-1]
-
-        chosen = fewest_float(int(MOST_FLOAT * len(self.order)), attempt)
-        if not chosen.holds:
-            report = chosen.report
-            differs = "" if report is None or report.passed else f", and differs in {report.reason}"
-            raise ParityError(
-                f"{self.out}: {chosen.loss.describe()}{differs}, with the {len(chosen.floats)} most "
-                f"costly of {len(self.order)} layers in float; a drop of {self.max_drop:g} is allowed. The "
-                "file was not published; allow more with --max-drop, or calibrate on more images"
-            )
-        self._save(len(chosen.floats), chosen.loss, path)
-        return chosen, len(tried)
-
-    def _with_floats(self, number: int) -> onnx.ModelProto:
-        """The model with the ``number`` most costly layers in float.
-
-        Making one takes seconds, and the last one tried is often the chosen one.
-        """
-        if number not in self._made:
-            kept = [layer for layer in self.layers if layer.name not in self.order[:number]]
-            self._made = {number: quantized(self.proto, kept, self.ranges, self.record["for"])}
-        return self._made[number]
-
-    def _save(self, number: int, loss: Loss | None, path: Path) -> None:
-        """Write the model with ``number`` float layers to ``path``, its contract saying so."""
-        model = self._with_floats(number)
-        record = {**self.record, "float_layers": self.order[:number], "loss": loss and loss.to_json()}
-        own = self.detector.contract
-        self.contract = dataclasses.replace(own, precision="int8", source={**own.source, "quantised": record})
-        for entry in model.metadata_props:
+    def save(self, floats: int, loss: Loss | None, path: Path) -> Contract:
+        """Write the form to ``path``; returns its contract."""
+        form = self.form(floats)
+        record = {**self.record, "float_layers": self.order[:floats], "loss": loss and loss.to_json()}
+        source = {**self.contract.source, "quantised": record}
+        contract = dataclasses.replace(self.contract, precision="int8", source=source)
+        for entry in form.metadata_props:
             if entry.key == CONTRACT_KEY:
-                entry.value = self.contract.to_json()
-        onnx.checker.check_model(model)
-        onnx.save(model, path)
+                entry.value = contract.to_json()
+        onnx.checker.check_model(form)
+        onnx.save(form, path)
+        return contract
+
+
+def _settle(
+    forms: _Forms, meter: LossMeter, steps: _Steps, model: Path, path: Path, verify: bool
+) -> tuple[Trial, int]:
+    """Write to ``path`` the form with the fewest float layers that holds; it, and how many were tried.
+
+    It holds where the loss is within the record's ``max_drop`` and, with ``verify``, it agrees with the float
+    ``model`` within the tolerances of int8.
+    """
+    tries = 0
+
+    def attempt(floats: int) -> Trial:
+        nonlocal tries
+        steps.total += len(meter.dataset) if tries else 0
+        tries += 1
+        forms.save(floats, None, path)
+        with Detector(path, "cpu") as detector:
+            loss = meter.measure(detector.batch, steps)
+        holds, report = loss.drop <= forms.record["max_drop"], None
+        if verify and holds:
+            some = meter.dataset.first(VERIFY_IMAGES)
+            with onnx_subject(model) as reference, onnx_subject(path) as candidate:
+                report = verify_subjects(reference, candidate, some, which_traps=VERIFY_TRAPS)
+            holds = report.passed
+        return Trial(tuple(forms.order[:floats]), loss, report, holds)
+
+    return fewest_float(int(MOST_FLOAT * len(forms.order)), attempt), tries
 
 
 def fewest_float(most: int, attempt: Callable[[int], Trial]) -> Trial:

@@ -149,13 +149,10 @@ def _find_state(content: Any, path: Path) -> dict[str, Tensor | NDArray[Any]]:
     )
 
 
-# What ``torch.save`` wrote, through torch's unpickler of tensors and plain containers.
-#
-# Training checkpoints hold more than weights. Objects that the libraries which we import from keep beside
-# them are replaced by empty ones: none of their code runs, nothing is called, and what they held is dropped.
-
-# By the first part of a name. NumPy's arrays are in the logs of mmengine, and ``getattr`` is how pickle
-# writes the methods in them.
+# What ``torch.save`` wrote, through torch's unpickler of tensors and plain containers. Training checkpoints
+# hold more than weights: objects of these libraries, by the first part of their names, are replaced by empty
+# ones. None of their code runs, nothing is called, and what they held is dropped. NumPy's arrays are in the
+# logs of mmengine, and ``getattr`` is how pickle writes the methods in them.
 _EMPTIED = ("detectron2", "fvcore", "iopath", "yacs", "mmengine", "mmcv", "mmdet", "numpy", "getattr")
 _MOST_EMPTIED = 100
 
@@ -209,13 +206,12 @@ def read_torch_pickle(path: Path) -> Any:
     raise ArtefactError(f"{path}: holds objects of more than {_MOST_EMPTIED} kinds; refused")
 
 
-# Pickles of NumPy arrays and plain containers, as Detectron2's ``.pkl``, read without running any of them.
-#
-# A pickle is a program. Here it may build numbers, text, bytes, tuples, lists and dictionaries, and name
-# the few functions that NumPy names when it pickles an array (``_CALLS``); each stands for a function of
-# this module that checks what it is given. No class and no function of the file's choosing is looked up.
+# Pickles of NumPy arrays and plain containers, as Detectron2's ``.pkl``. A pickle is a program. Here it may
+# build numbers, text, bytes, tuples, lists and dictionaries, and name the few functions that NumPy names when
+# it pickles an array (``_CALLS``); each stands for a function of this module that checks what it is given. No
+# class and no function of the file's choosing is looked up.
 
-# What a pickle of protocol 2 to 5 needs for arrays and plain containers. NEWOBJ is on the list so that a
+# What a pickle of protocol 2 to 5 needs for them. NEWOBJ is on the list so that a
 # foreign class is refused by its name, on the way to it: nothing that ``find_class`` gives is a class.
 _OPERATIONS = frozenset(
     name
@@ -291,16 +287,13 @@ class _Named:
         raise Refused("attributes for a function")
 
 
-def _not_called(*_: Any) -> Any:
+def _ndarray(*_: Any) -> Any:
     raise Refused("a call of numpy.ndarray")
-
-
-_NDARRAY = _Named(_not_called)
 
 
 def _reconstruct(kind_of_array: Any, *_: Any) -> PickledArray:
     """NumPy's empty array, whose shape and contents come after it."""
-    if kind_of_array is not _NDARRAY:
+    if kind_of_array is not _CALLS["numpy.ndarray"]:
         raise Refused("an array of another class than numpy.ndarray")
     return PickledArray()
 
@@ -331,29 +324,23 @@ def _array(raw: Any, kind: Any, shape: Any, order: Any) -> NDArray[Any]:
     return np.frombuffer(raw, kind.dtype).reshape(shape, order=order)
 
 
-_CALLS: dict[tuple[str, str], _Named] = {
-    ("collections", "OrderedDict"): _Named(_Mapping),
-    ("_codecs", "encode"): _Named(_encode),
-    ("__builtin__", "bytes"): _Named(_no_bytes),
-    ("numpy", "ndarray"): _NDARRAY,
-    ("numpy", "dtype"): _Named(_Kind),
-    **{
-        (f"numpy.{core}.{module}", name): _Named(function)
-        for core in ("core", "_core")  # NumPy 1 and 2
-        for module, name, function in (
-            ("multiarray", "_reconstruct", _reconstruct),
-            ("multiarray", "scalar", lambda kind, raw: _array(raw, kind, (), "C").item()),
-            # NumPy's array of protocol 5.
-            ("numeric", "_frombuffer", lambda *state: PickledArray(_array(*state))),
-        )
-    },
+_CALLS = {
+    "collections.OrderedDict": _Named(_Mapping),
+    "_codecs.encode": _Named(_encode),
+    "__builtin__.bytes": _Named(_no_bytes),
+    "numpy.ndarray": _Named(_ndarray),
+    "numpy.dtype": _Named(_Kind),
+    "numpy._core.multiarray._reconstruct": _Named(_reconstruct),
+    "numpy._core.multiarray.scalar": _Named(lambda kind, raw: _array(raw, kind, (), "C").item()),
+    # An array of protocol 5.
+    "numpy._core.numeric._frombuffer": _Named(lambda *state: PickledArray(_array(*state))),
 }
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> _Named:
         """The function of ours that stands for ``module.name``."""
-        found = _CALLS.get((module, name))
+        found = _CALLS.get(f"{module}.{name}".replace("numpy.core.", "numpy._core.", 1))  # of NumPy 1
         if found is None:
             raise Refused(f"Python objects ({module[:60]}.{name[:60]}), and loading those could run code")
         return found
@@ -394,8 +381,7 @@ def _check_operations(content: mmap.mmap) -> None:
             raise Refused(f"a memo index of {argument} after {count} operations")
 
 
-# caffe's ``.caffemodel``, a protobuf message of layers with their weights (BVLC/caffe,
-# src/caffe/proto/caffe.proto). Nothing in such a file is code.
+# caffe's ``.caffemodel``, a protobuf message (BVLC/caffe, src/caffe/proto/caffe.proto).
 
 # Of NetParameter: the fields that hold layers, and in those the fields of their name and their blobs.
 _LAYERS = {2: (4, 6), 100: (1, 7)}

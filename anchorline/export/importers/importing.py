@@ -85,7 +85,14 @@ def import_checkpoint(
         rule = dataclasses.replace(rule, shorter_side=resize.shorter_side, longer_side=resize.longer_side)
     if fast_resize:
         rule, input_dtype = dataclasses.replace(rule, interpolation="bilinear"), "uint8"
-    settings = dataclasses.replace(settings, canvas=canvas or landscape_canvas(rule))
+    if canvas is None:  # that which holds every landscape frame at the scale that the rule gives it
+        shorter, longer = rule.shorter_side, rule.longer_side
+        if shorter is None or longer is None or shorter > longer:
+            raise SettingsError(
+                f"resize is {shorter} and {longer}; expected a shorter and a longer side in pixels"
+            )
+        canvas = padded((shorter, longer))
+    settings = dataclasses.replace(settings, canvas=canvas)
     outputs = output_count(library, state, settings)
     try:
         fitted = fit_state(library, state, settings, outputs - 1)
@@ -107,16 +114,6 @@ def import_checkpoint(
     )
     save_checkpoint(out, fitted, settings, contract)
     return ImportResult(out, contract, settings, (*assumed, *described.warnings, *eps_warnings))
-
-
-def landscape_canvas(resize: ResizeRule) -> tuple[int, int]:
-    """The canvas that holds every landscape frame at the scale ``resize`` gives it, in multiples of 32."""
-    shorter, longer = resize.shorter_side, resize.longer_side
-    if shorter is None or longer is None or shorter > longer:
-        raise SettingsError(
-            f"resize is {shorter} and {longer}; expected a shorter and a longer side in pixels"
-        )
-    return padded((shorter, longer))
 
 
 def _read(checkpoint: str | Path, arch: str | None) -> tuple[CheckpointFile, Library, str, tuple[str, ...]]:

@@ -1,7 +1,6 @@
 """MMDetection 2.x and 3.x: Faster R-CNN on ResNets with a pyramid; settings, names and order of the rows.
 
-The files that each rule comes from stand in ``docs/import.md``; the second part reads the
-configuration that the checkpoints carry.
+The files that each rule comes from stand in ``docs/import.md``.
 """
 
 from __future__ import annotations
@@ -25,11 +24,9 @@ from anchorline.export.importers.library import (
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
 
-# The configuration that MMDetection writes into its checkpoints, read as data: a Python text never run.
-#
-# Version 2 keeps it under ``meta["config"]``, version 3 under ``meta["cfg"]``: assignments of literals and
+# The configuration that the checkpoints carry is a Python text, never run: assignments of literals and
 # ``dict(...)`` calls, which are taken apart as a syntax tree. Whatever is not a literal there is unknown.
-
+# Version 2 keeps it under ``meta["config"]``, version 3 under ``meta["cfg"]``.
 _LONGEST = 300_000  # characters; a configuration has 10 000
 _UNKNOWN = object()
 
