@@ -66,8 +66,7 @@ def recognise(source: CheckpointFile, state: State) -> str | None:
 
 def describe(source: CheckpointFile, state: State, arch: str) -> Description:
     """The zoo's settings with what ``state`` holds of pixel statistics and anchors."""
-    architecture = ARCHITECTURES[arch]
-    usual = architecture.settings
+    usual = ARCHITECTURES[arch].settings
     held = {**_pixel_statistics(state, source.name), **_anchors(state, usual, source.name)}
     found = dataclasses.replace(usual, **held)
     warnings = []  # what the tensors leave open where their statistics are not the zoo's
@@ -81,7 +80,7 @@ def describe(source: CheckpointFile, state: State, arch: str) -> Description:
             f"pixel_std is {list(found.std)}, so the backbone is not MSRA's; if it was trained with "
             "STRIDE_IN_1X1: False, import again with --set bottleneck_stride=3x3"
         )
-    return Description(found, architecture.resize, warnings=tuple(warnings))
+    return Description(found, ARCHITECTURES[arch].resize, warnings=tuple(warnings))
 
 
 def _pixel_statistics(state: State, where: str) -> dict[str, Any]:
@@ -121,8 +120,10 @@ def _sizes_and_ratios(anchors: Tensor) -> tuple[tuple[float, ...], tuple[float, 
         return None
     width, height = (anchors[:, 2:] - anchors[:, :2]).double().unbind(1)
     # Rounded, since the buffers are float32: 22.627416 x 45.254833 is 32 at a ratio of 2.
-    sizes = _distinct((width * height).sqrt(), 3)
-    ratios = _distinct(height / width, 5)
+    sizes, ratios = (
+        tuple(dict.fromkeys(round(value, decimals) for value in values.tolist()))
+        for values, decimals in (((width * height).sqrt(), 3), (height / width, 5))
+    )
     if not all(value > 0 for value in (*sizes, *ratios)):  # NaN as well
         return None
     rebuilt = unrounded_base_anchors(sizes, ratios).unflatten(0, (len(ratios), len(sizes))).transpose(0, 1)
@@ -130,11 +131,6 @@ def _sizes_and_ratios(anchors: Tensor) -> tuple[tuple[float, ...], tuple[float, 
         rebuilt.reshape(-1, 4), anchors.float(), rtol=1e-4, atol=1e-2
     )
     return (sizes, ratios) if same else None
-
-
-def _distinct(values: Tensor, decimals: int) -> tuple[float, ...]:
-    """The different values, rounded, in their order."""
-    return tuple(dict.fromkeys(round(value, decimals) for value in values.tolist()))
 
 
 LIBRARY = Library(

@@ -260,8 +260,8 @@ def recognise(source: CheckpointFile, state: State) -> str | None:
     if depth is None:
         return None
     configuration = read_configuration(source.meta, source.name)
-    caffe = configuration is not None and configuration.style == "caffe"
-    return f"mmdet_r{depth}{'_caffe' if caffe else ''}_fpn"
+    style = "_caffe" if configuration and configuration.style == "caffe" else ""
+    return f"mmdet_r{depth}{style}_fpn"
 
 
 def describe(source: CheckpointFile, state: State, arch: str) -> Description:

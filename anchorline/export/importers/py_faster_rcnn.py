@@ -36,17 +36,15 @@ _VGG16_CONVS = {
 }  # fmt: skip
 
 
-def _architecture(backbone: str) -> Architecture:
-    """The preset of the paper, whose test-time numbers are py-faster-rcnn's.
-
-    Its snapshots undo the scaling of the regression targets (lib/fast_rcnn/train.py, ``snapshot``).
-    """
-    settings = load_preset(f"{backbone}-paper").model
-    settings = dataclasses.replace(settings, box_weights=(1.0, 1.0, 1.0, 1.0))
-    return Architecture(settings, ResizeRule(600, 1000, rounding="nearest"))
-
-
-ARCHITECTURES = {f"py_faster_rcnn_{backbone}": _architecture(backbone) for backbone in _FIRST}
+# The presets of the paper have py-faster-rcnn's test-time numbers. Its snapshots undo the scaling of the
+# regression targets (lib/fast_rcnn/train.py, ``snapshot``).
+ARCHITECTURES = {
+    f"py_faster_rcnn_{backbone}": Architecture(
+        dataclasses.replace(load_preset(f"{backbone}-paper").model, box_weights=(1.0, 1.0, 1.0, 1.0)),
+        ResizeRule(600, 1000, rounding="nearest"),
+    )
+    for backbone in _FIRST
+}
 """The networks of ``models/pascal_voc`` and ``models/coco``."""
 
 
