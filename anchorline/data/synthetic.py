@@ -213,15 +213,11 @@ def mean_colours(image: Image, cells: int) -> Colours:
 
 @dataclass(frozen=True, eq=False)
 class Shape:
-    """What is laid into a scene, before it has a place or a surface.
+    """What is laid into a scene, before it has a place or a surface."""
 
-    ``label`` is the object class or ``NO_OBJECT``; ``contours`` lie in the unit circle; ``stretch``
-    is the ratio of width to height, ``shear`` the slant.
-    """
-
-    label: int
-    contours: Contours
-    stretch: float
+    label: int  # the object class or NO_OBJECT
+    contours: Contours  # in the unit circle
+    stretch: float  # the ratio of width to height
     shear: float
 
 
@@ -237,14 +233,11 @@ class Pose:
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """A shape at a pose: its contours and tight box in pixels with continuous edges.
-
-    ``transform`` [2, 3] takes the unit circle to pixels.
-    """
+    """A shape at a pose: its contours and tight box in pixels with continuous edges."""
 
     label: int
     contours: Contours
-    transform: NDArray[np.float64]
+    transform: NDArray[np.float64]  # [2, 3], from the unit circle to pixels
     box: tuple[float, float, float, float]
 
 

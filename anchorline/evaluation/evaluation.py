@@ -68,7 +68,7 @@ class ClassReport:
 
 @dataclass(frozen=True)
 class SizeFigures:
-    """COCO AP at IoU 0.5 and .5:.95 over the objects of one size class, and how many count."""
+    """One class's COCO AP at IoU 0.5 and .5:.95 over the objects of a size, and how many count."""
 
     ap50: float
     ap: float

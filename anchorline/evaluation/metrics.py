@@ -247,15 +247,11 @@ def _coco_records(
 
 @dataclass(frozen=True, eq=False)
 class ImageMatches:
-    """Indices into the detections and the objects of one image.
+    """Indices into the detections and the objects of one image."""
 
-    ``pairs`` int64 [P, 2] are (detection, object); ``missed`` [M] are objects without a detection,
-    ``false_positives`` [F] detections without an object, the best scored first.
-    """
-
-    pairs: NDArray[np.int64]
-    missed: NDArray[np.int64]
-    false_positives: NDArray[np.int64]
+    pairs: NDArray[np.int64]  # [P, 2]: (detection, object)
+    missed: NDArray[np.int64]  # [M]: objects without a detection
+    false_positives: NDArray[np.int64]  # [F]: detections without an object, the best scored first
 
 
 def match_image(

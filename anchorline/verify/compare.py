@@ -69,9 +69,9 @@ def tolerance_for(*precisions: str) -> Tolerance:
 class Cuts:
     """The tolerances of a comparison, and the detectors' own settings, which say what rounding may decide.
 
-    ``order_ties`` excuses a pair of equal scores whose boxes suppress each other: of two such boxes
-    either may come first and win. Only for networks whose stages were seen to agree, since a box that
-    is simply in the wrong place would be excused as well.
+    ``order_ties`` excuses a pair of equal scores whose boxes suppress each other: either may come first and
+    win. Only for networks whose stages were seen to agree, since a box that is simply in the wrong place
+    would be excused as well.
     """
 
     score_threshold: float = 0.05  # lower scores are dropped
@@ -335,8 +335,7 @@ def _match(ours: Detections, theirs: Detections, box_tolerance_px: float) -> NDA
 def _unmatched(
     own: Detections, other: Detections, matched: NDArray[np.int64], cuts: Cuts
 ) -> tuple[NDArray[np.int64], int, int]:
-    """Detections of ``own`` without a partner: those without excuse, and how many are excused as
-    borderline and as NMS ties, since rounding alone may have kept them in one result only."""
+    """Detections of ``own`` without a partner and excuse; how many are excused as borderline, as NMS ties."""
     alone = np.setdiff1d(np.arange(len(own)), matched)
     scores, labels = own.scores[alone], own.labels[alone]
     borderline = scores <= cuts.score_threshold + cuts.score_tolerance
