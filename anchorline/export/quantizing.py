@@ -199,13 +199,13 @@ def quantize_onnx(
         images = evenly(dataset.images, RANGE_IMAGES)
         steps = _Steps(progress, len(images) + len(usable) + 2 * len(dataset))
         sums = np.zeros((3, 3))
-        tensors, inputs = observed_tensors(proto, usable), _inputs(detector, images, sums)
-        ranges = measure_ranges(proto, tensors, inputs, len(images), method, steps)
+        inputs = _inputs(detector, images, sums)
+        ranges = measure_ranges(proto, observed_tensors(proto, usable), inputs, len(images), method, steps)
         meter = LossMeter(dataset, detector.batch, contract, steps)
         warnings = _warnings(sums, contract, meter.reference)
         warn(warnings)
         some = 1 if math.prod(contract.canvas) > LARGE_CANVAS else SENSITIVITY_IMAGES
-        few = list(_inputs(detector, evenly(dataset.images, some), sums))
+        few = list(_inputs(detector, evenly(dataset.images, some), np.zeros_like(sums)))
         forms = _Forms(proto, usable, ranges, contract, record)
         costs = measure_sensitivity(proto, forms.form(0), usable, few, steps)
         forms.order = [cost.name for cost in costs]
