@@ -233,11 +233,14 @@ def name_stages(proto: onnx.ModelProto) -> None:
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
     """The exporter warns about its own internals; its errors still come through as exceptions."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -391,3 +392,11 @@ def test_a_trimmed_canvas_holds_the_frame_at_its_scale(
 def test_a_canvas_and_a_frame_size_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="expected one"):
         exporting.export_onnx(tmp_path / "a", tmp_path / "b.onnx", canvas=(32, 32), frame_size=(32, 32))
+
+
+def test_an_export_silences_the_exporters_loggers_alone(caplog: pytest.LogCaptureFixture) -> None:
+    with exporting._quiet_exporter():
+        logging.getLogger("torch.onnx").warning("not heard")
+        logging.getLogger("user").warning("heard")
+    logging.getLogger("torch.onnx").warning("heard again")
+    assert caplog.messages == ["heard", "heard again"]

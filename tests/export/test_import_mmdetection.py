@@ -222,6 +222,15 @@ def test_a_configuration_of_version_2() -> None:
     }
 
 
+def test_a_new_name_wins_wherever_it_stands() -> None:
+    """Of one name that under ``model`` does, as in version 3."""
+    text = "model = dict(type='FasterRCNN', test_cfg=dict(rpn=dict(max_num=900, nms_pre=700)))\n"
+    text += "test_cfg = dict(rpn=dict(max_per_img=300, nms_pre=2000))"
+    found = read_configuration({"cfg": text}, "model.pth")
+    assert found is not None
+    assert found.settings == {"rpn_post_nms": 300, "rpn_pre_nms": 700}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "part"),
     [

@@ -413,6 +413,11 @@ def test_the_wrong_architecture_is_answered_with_the_right_one(
     torch.save(state, path)
     text = refusal(path, out, classes=classes, arch="fasterrcnn_resnet50_fpn")
     assert "give --arch fasterrcnn_mobilenet_v3_large_fpn" in text
+    name = "rpn.head.cls_logits.bias"
+    torch.save({**state, name: torch.full_like(state[name], float("nan"))}, path)
+    assert text == refusal(path, out, classes=classes, arch="fasterrcnn_resnet50_fpn")
+    assert "give --arch" not in refusal(path, out, classes=classes)
+    torch.save(state, path)
     assert "expected for torchvision fasterrcnn_mobilenet" in refusal(path, out, arch="yolo")
     assert "give --arch" in refusal(path, out, arch=None)
 

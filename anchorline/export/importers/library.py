@@ -202,6 +202,13 @@ def expected_shapes(settings: ModelSettings, classes: int) -> dict[str, tuple[in
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
+def has_shapes(state: State, settings: ModelSettings, classes: int) -> bool:
+    """Whether ``state`` has our names and shapes, and no others."""
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    expected = expected_shapes(settings, classes)
+    return all(name.endswith(_STEP_COUNTER) for name, _ in found.items() ^ expected.items())
+
+
 def fit_state(library: Library, state: State, settings: ModelSettings, classes: int) -> dict[str, Tensor]:
     """``state`` as ``FasterRCNN(settings, classes)`` loads it: float32, with step counters added.
 

@@ -175,8 +175,8 @@ def _anchor_sizes(rpn_head: dict[str, Any]) -> tuple[tuple[float, ...], ...] | N
     return tuple(tuple(float(stride * scale) for scale in scales) for stride in strides)
 
 
-# By field of ``ModelSettings``: where the value may stand, newest version first, and how it is read. What is
-# under ``test_cfg`` may be under ``model.test_cfg`` too.
+# By field of ``ModelSettings``: where the value may stand, alone or under ``model`` (as ``test_cfg`` does in
+# version 3), newest name first; and how it is read.
 _FIELDS: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
     "rpn_pre_nms": (("test_cfg.rpn.nms_pre",), int),
     "rpn_post_nms": (("test_cfg.rpn.max_per_img", "test_cfg.rpn.max_num"), int),
@@ -208,8 +208,8 @@ def _settings(values: dict[str, Any], where: str) -> dict[str, Any]:
     """Fields of ``ModelSettings`` that the configuration sets."""
     found: dict[str, Any] = {}
     for name, (paths, read) in _FIELDS.items():
-        under_model = [f"model.{path}" for path in paths if path.startswith("test_cfg")]
-        path = next((path for path in (*under_model, *paths) if _at(values, path) is not None), None)
+        places = (place for path in paths for place in (f"model.{path}", path))
+        path = next((place for place in places if _at(values, place) is not None), None)
         if path is None:
             continue
         value = _at(values, path)

@@ -5,7 +5,6 @@ Our parameters carry torchvision's names, so a state dict fits once old names ar
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
@@ -31,14 +30,14 @@ from anchorline.export.importers.library import (
     Library,
     State,
     coco_90,
-    fit_state,
+    has_shapes,
     output_count,
     with_widths,
 )
 from anchorline.runtime.canvas import check_frame, place
 from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.io.errors import ArtefactError, SettingsError
+from anchorline.runtime.io.errors import SettingsError
 from anchorline.train.model.backbones import BACKBONES
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.model.settings import ModelSettings
@@ -99,6 +98,8 @@ def _likely_cause(state: State, settings: ModelSettings) -> str:
         classifier = any(name.startswith(("fc.", "classifier.")) for name in state)
         kind = "the weights of a classifier" if classifier else "no Faster R-CNN of torchvision"
         return f"; it looks like {kind}"
+    if has_shapes(state, settings, output_count(LIBRARY, state, settings) - 1):
+        return ""  # it is its values that do not fit
     mobile = any(name.startswith("backbone.body.0.") for name in state)
     convs = "roi_heads.box_head.0.0.weight" in state
     for name, architecture in ARCHITECTURES.items():
@@ -106,8 +107,7 @@ def _likely_cause(state: State, settings: ModelSettings) -> str:
         if (usual.neck == "fpn32", usual.box_convs > 0) != (mobile, convs):
             continue  # building the model to see its names takes a second
         found = with_widths(LIBRARY, usual, state)
-        with contextlib.suppress(ArtefactError):
-            fit_state(LIBRARY, state, found, output_count(LIBRARY, state, found) - 1)
+        if has_shapes(state, found, output_count(LIBRARY, state, found) - 1):
             return f"; it looks like {name}: give --arch {name}"
     return ""
 
