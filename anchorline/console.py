@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
+from anchorline.runtime.io.errors import AnchorlineError
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -46,7 +48,7 @@ class Report(Protocol):
     def render(self) -> Table: ...
 
 
-def show_report(report: Report, json: Path | None, *, to_stderr: bool = False) -> None:
+def show_report(report: Report, json: Path | None = None, *, to_stderr: bool = False) -> None:
     """Show the figures and, if asked, write them to a file; each also where the other fails."""
     from rich.console import Console
 
@@ -57,13 +59,6 @@ def show_report(report: Report, json: Path | None, *, to_stderr: bool = False) -
             write_json(json, report.to_json())
     finally:
         Console(stderr=to_stderr).print(report.render())
-
-
-def tell(report: Report) -> None:
-    """Show figures on stderr, as something to know before the work starts."""
-    from rich.console import Console
-
-    Console(stderr=True).print(report.render())
 
 
 def warn(lines: Iterable[str]) -> None:
@@ -84,11 +79,10 @@ def progress_bar(description: str) -> Iterator[Callable[..., None]]:
         yield lambda done, total, text=None: bar.update(task, completed=done, total=total, description=text)
 
 
-def run(app: typer.Typer, arguments: Sequence[str] | None) -> int:
-    """Run ``app`` on ``arguments`` (None: ``sys.argv``) and return its exit code."""
-    args = None if arguments is None else list(arguments)
+def run(app: typer.Typer, arguments: Sequence[str]) -> int:
+    """Run ``app`` on ``arguments`` and return its exit code."""
     try:
-        code = typer.main.get_command(app).main(args=args, prog_name="anchorline", standalone_mode=False)
+        code = typer.main.get_command(app).main(arguments, prog_name="anchorline", standalone_mode=False)
         if code == INTERRUPTED:  # typer's way to hand on a KeyboardInterrupt
             raise KeyboardInterrupt
         sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
@@ -102,27 +96,20 @@ def run(app: typer.Typer, arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as in `anchorline ... | head`
         _abandon_stdout()
         return 1
-    except Exception as error:
-        line = _explain(error)
-        if line is None:
-            raise
-        return _fail(line)
-
-
-def _explain(error: Exception) -> str | None:
-    """What to tell the user about ``error``, or ``None`` where it is a bug."""
-    from anchorline.runtime.io.errors import AnchorlineError
-
-    if isinstance(error, AnchorlineError):
-        return str(error)
-    if isinstance(error, ModuleNotFoundError):
+    except AnchorlineError as error:
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if extra := EXTRAS.get(package):
-            return f"{package} is not installed, and this needs it: pip install 'anchorline[{extra}]'"
-    if isinstance(error, OSError) and error.errno in _OUT_OF_SPACE:
+        if package not in EXTRAS:
+            raise
+        extra = f"anchorline[{EXTRAS[package]}]"
+        return _fail(f"{package} is not installed, and this needs it: pip install '{extra}'")
+    except OSError as error:
+        if error.errno not in _OUT_OF_SPACE:
+            raise
         _abandon_stdout()
-        return f"{error.filename or 'output'}: {error.strerror}; free some space and run the command again"
-    return None
+        where = error.filename or "output"
+        return _fail(f"{where}: {error.strerror}; free some space and run the command again")
 
 
 def _fail(message: str, code: int = USER_ERROR) -> int:

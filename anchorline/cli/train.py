@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from anchorline.cli.options import DataOption, JsonOption, tell_dropped
-from anchorline.console import USER_ERROR, show_report, tell
+from anchorline.console import USER_ERROR, show_report
 
 
 def train(
@@ -80,7 +80,7 @@ def train(
                     device=device,
                     source={"command": command, "preset": preset},
                     report=report,
-                    show_data=tell,
+                    show_data=lambda data: show_report(data, to_stderr=True),
                     proposals=proposals,
                     validation_proposals=val_proposals,
                 )

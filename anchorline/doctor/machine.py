@@ -205,7 +205,11 @@ def load_driver() -> Any | None:
 
 def kernel_driver_version() -> str | None:
     """The version of the kernel's NVIDIA module, or None where there is none."""
-    found = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", read_or_empty("/proc/driver/nvidia/version"))
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", text)
     return found.group() if found else None
 
 
@@ -262,11 +266,3 @@ def _from_driver(library: Any) -> tuple[tuple[Gpu, ...], str | None]:
         library.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
         gpus.append(Gpu(name.value.decode("utf-8", "replace"), 10 * major.value + minor.value))
     return tuple(gpus), None
-
-
-def read_or_empty(path: str) -> str:
-    """A file of Linux's about itself; nothing where there is none."""
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

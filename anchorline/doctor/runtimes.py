@@ -10,22 +10,14 @@ from anchorline.doctor.artefact import Artefact, name_and_sha256
 from anchorline.doctor.conflicts import Finding, tensorrt_packages
 from anchorline.doctor.machine import Machine, numbers
 from anchorline.runtime.backends.cpu_options import CpuOptions, adds_in_16_bits, has_native_bf16
-from anchorline.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from anchorline.runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend
 from anchorline.runtime.backends.selection import open_backend
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError
 from anchorline.runtime.io.files import sha256_of
 from anchorline.runtime.tensorrt.cuda import GpuOptions
 from anchorline.runtime.tensorrt.library import FLAVOURS
-from anchorline.runtime.tensorrt.manifest import CannotRunHereError, EngineManifest, check_fit
+from anchorline.runtime.tensorrt.manifest import CannotRunHereError, EngineManifest, check_fit, onnx_of
 
-# The providers of onnxruntime that run ONNX files, by their name on the command line: onnxruntime's own
-# name, and the package that brings it. All but the first need an NVIDIA GPU.
-_PROVIDERS = {
-    "cpu": ("CPUExecutionProvider", "onnxruntime"),
-    "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu"),
-    "tensorrt": ("TensorrtExecutionProvider", "onnxruntime-gpu"),
-    "tensorrt-rtx": ("NvTensorRTRTXExecutionProvider", "onnxruntime-gpu"),
-}
 _TENSORRT_PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
 
 
@@ -44,14 +36,14 @@ def runtimes_for(artefact: Artefact, machine: Machine) -> list[Runtime]:
         return [_pytorch(machine)]
     if artefact.engine is not None:
         found = [_tensorrt(artefact.engine, machine)]
-        onnx, is_own = _onnx_beside(artefact)
-        if is_own:  # it runs on the CPU instead
+        with contextlib.suppress(ArtefactError):  # the ONNX file beside it runs on the CPU instead
+            onnx = onnx_of(artefact.path, artefact.engine)
             cpu = _onnxruntime("cpu", onnx, machine)
             found.append(replace(cpu, name=f"{cpu.name}, with {onnx.name}"))
         return found
     found = [
         _onnxruntime(name, artefact.path, machine)
-        for name, (provider, _) in _PROVIDERS.items()
+        for name, provider in PROVIDERS.items()
         if provider in machine.providers or machine.gpu.gpus or name == "cpu"
     ]
     here = machine.packages.get("openvino")
@@ -77,18 +69,12 @@ def runtime_findings(artefact: Artefact, runtimes: list[Runtime]) -> list[Findin
     if not any(runtime.runs for runtime in runtimes):
         reasons = "; ".join(f"{runtime.name}: {runtime.reason}" for runtime in runtimes)
         found.append(Finding("problem", f"{artefact.path.name} cannot run here", reasons))
-    onnx, is_own = _onnx_beside(artefact)
-    if onnx.is_file() and not is_own:
+    name, sha256 = name_and_sha256(artefact.engine and artefact.engine.raw.get("onnx"))
+    onnx = artefact.path.parent / Path(name).name
+    if onnx.is_file() and sha256_of(onnx) != sha256:
         text = f"{onnx.name} has changed since the engine was built from it"
         found.append(Finding("note", text, f"anchorline build {onnx} --out {artefact.path}"))
     return found
-
-
-def _onnx_beside(artefact: Artefact) -> tuple[Path, bool]:
-    """The ONNX file that an engine was built from, where it would lie, and whether it is still that one."""
-    name, sha256 = name_and_sha256(artefact.engine and artefact.engine.raw.get("onnx"))
-    onnx = artefact.path.parent / Path(name).name
-    return onnx, onnx.is_file() and sha256_of(onnx) == sha256
 
 
 def open_openvino(path: Path) -> str:
@@ -108,7 +94,7 @@ def _pytorch(machine: Machine) -> Runtime:
 
 
 def _onnxruntime(name: str, path: Path, machine: Machine) -> Runtime:
-    provider, package = _PROVIDERS[name]
+    provider, package = PROVIDERS[name], "onnxruntime" if name == "cpu" else "onnxruntime-gpu"
     version, error = machine.onnxruntime.version, machine.onnxruntime.error
     needs_package = package == "onnxruntime" or package not in machine.packages
     fault = None

@@ -134,31 +134,30 @@ class LiveStream(StreamingResponse):
     """
 
     def __init__(self, live: LiveState, source: str | None) -> None:
-        self._is_feed = source is None
-        self._live = live
-        self._sources = tuple(live.sources) if source is None else (source,)
+        self._live, self._source = live, source
         self._news = asyncio.Event()
         self._seen: dict[str, bytes] = {}
         self._told = b""
         self._timer: asyncio.TimerHandle | None = None
-        super().__init__(self._content(), media_type=_RECORDS if self._is_feed else _MULTIPART)
+        super().__init__(self._content(), media_type=_RECORDS if source is None else _MULTIPART)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         live = self._live
         live.loop = asyncio.get_running_loop()
         self._abort = scope["state"]["abort"]
         live.viewers.add(self._news)
-        live.painter.watch(self._sources)
+        live.painter.watch(self._source)
         try:
             await super().__call__(scope, receive, send)
         finally:
             if self._timer is not None:
                 self._timer.cancel()
             live.viewers.discard(self._news)
-            live.painter.unwatch(self._sources)
+            live.painter.watch(self._source, -1)
 
     async def _content(self) -> AsyncIterator[bytes]:
-        begin, loop = b"" if self._is_feed else f"--{_BOUNDARY}\r\n".encode(), asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        begin = b"" if self._source is None else f"--{_BOUNDARY}\r\n".encode()
         while not self._live.closed:
             self._timer = loop.call_later(PATIENCE, self._drop)
             # A piece that may be empty waits until the last one is under way: what follows is then the
@@ -180,20 +179,15 @@ class LiveStream(StreamingResponse):
     def _pieces(self) -> Iterator[bytes]:
         """What this viewer has not seen yet."""
         live = self._live
-        if self._is_feed:
-            if (sources := tuple(live.sources)) != self._sources:  # the run has begun since
-                live.painter.unwatch(self._sources)
-                live.painter.watch(sources)
-                self._sources = sources
-            if (status := live.status()) is not self._told:
-                self._told = status
-                yield struct.pack(">II", _STATUS, len(status)) + status
-        for place, source in enumerate(self._sources):
+        if self._source is None and (status := live.status()) is not self._told:
+            self._told = status
+            yield struct.pack(">II", _STATUS, len(status)) + status
+        for place, source in enumerate(live.sources if self._source is None else (self._source,)):
             jpeg = live.painter.pictures.get(source)
             if jpeg is None or jpeg is self._seen.get(source):
                 continue
             self._seen[source] = jpeg
-            if self._is_feed:
+            if self._source is None:
                 yield struct.pack(">II", place, len(jpeg)) + jpeg
             else:  # with the boundary after it, without which a browser would hold it back
                 head = f"Content-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n"

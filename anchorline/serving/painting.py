@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import cv2
@@ -62,7 +62,7 @@ class Painter(threading.Thread):
         self._changed = threading.Condition()
         self._newest: dict[str, Result] = {}
         self._fresh: set[str] = set()  # sources whose newest result is not painted
-        self._watched: Counter[str] = Counter()
+        self._watched: Counter[str | None] = Counter()  # how many viewers look at a source; None: at all
         self._last: dict[str, float] = {}  # when each was painted
         self._failed: set[str] = set()
         self._ended = False
@@ -79,21 +79,19 @@ class Painter(threading.Thread):
         with self._changed:
             self._newest[result.source] = result
             self._fresh.add(result.source)
-            if self._watched[result.source]:
+            if self._viewers(result.source):
                 self._changed.notify()
             else:
                 self.pictures.pop(result.source, None)  # or the next viewer would see an old one first
 
-    def watch(self, sources: Iterable[str]) -> None:
-        """One viewer more looks at these."""
+    def watch(self, source: str | None, more: int = 1) -> None:
+        """So many viewers more (or fewer, below 0) look at this source, or at all of them (``None``)."""
         with self._changed:
-            self._watched.update(sources)
+            self._watched[source] += more
             self._changed.notify()
 
-    def unwatch(self, sources: Iterable[str]) -> None:
-        """One viewer less looks at these."""
-        with self._changed:
-            self._watched.subtract(sources)
+    def _viewers(self, source: str) -> int:
+        return self._watched[source] + self._watched[None]
 
     def show(self, shown: Shown) -> None:
         """Paint these detections only, from the newest results on."""
@@ -119,8 +117,8 @@ class Painter(threading.Thread):
                 self._painted()
             self._last[source] = begun
             with self._changed:
-                used = time.thread_time() - used + _SENDING * self._watched[source]
-                sources = sum(each > 0 for each in self._watched.values())
+                used = time.thread_time() - used + _SENDING * self._viewers(source)
+                sources = sum(self._viewers(each) > 0 for each in self._newest)
             interval = 1.0 / (_MOST_FPS * max(sources, 1))
             pause = max(interval, min(used / share, _LONGEST_PAUSE))
             time.sleep(max(0.0, begun + pause - time.monotonic()))
@@ -129,8 +127,7 @@ class Painter(threading.Thread):
         """Of the watched sources with something new the one that has waited longest; ``None`` at the end."""
         with self._changed:
             while not self._ended:
-                due = [source for source in self._fresh if self._watched[source] > 0]
-                if due:
+                if due := [source for source in self._fresh if self._viewers(source) > 0]:
                     source = min(due, key=lambda each: self._last.get(each, 0.0))
                     self._fresh.remove(source)
                     return self._newest[source]

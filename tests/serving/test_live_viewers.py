@@ -217,7 +217,7 @@ def painter():
     found = Painter(came.set)
     found.came = came
     found.start()
-    found.watch(["a"])
+    found.watch("a")
     yield found
     found.stop()
 
@@ -299,7 +299,7 @@ def test_sources_take_turns(painter, grey_result, monkeypatch):
         return b""
 
     monkeypatch.setattr(Painter, "_paint", paint)
-    painter.watch(["b"])
+    painter.watch("b")
     painter.offer(results[0])
     while len(order) < 12:
         assert painter.came.wait(60.0)
