@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from anchorline.runtime.io.errors import SettingsError
@@ -30,8 +30,8 @@ _OF_SOURCES = {"lost": "is lost; it is tried again", "stalled": "delivers nothin
 class LiveState:
     """The watched run, its painter, and what the viewers chose to see.
 
-    The run is safe to be read by any thread; ``viewers`` and the controls belong to the server's loop, but
-    for ``wake`` and ``close``.
+    The run is safe to be read by any thread, and so is ``wake``; ``viewers`` and the controls belong to the
+    server's loop.
     """
 
     def __init__(self) -> None:
@@ -96,11 +96,6 @@ class LiveState:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self.loop.call_soon_threadsafe(wake)
 
-    def close(self) -> None:
-        """Send everybody home."""
-        self.closed = True
-        self.wake()
-
     def class_counts(self) -> dict[str, dict[str, int]]:
         """How many detections of each class each source had, classes in the order they first came."""
         with self._lock:
@@ -155,12 +150,7 @@ class LiveState:
     def controls(self) -> dict[str, Any]:
         """What is shown, as plain values."""
         shown = self.painter.shown
-        return {
-            "min_score": shown.min_score,
-            "lowest_score": self._lowest_score,
-            "hidden": sorted(shown.hidden),
-            "version": shown.version,
-        }
+        return {**asdict(shown), "lowest_score": self._lowest_score, "hidden": sorted(shown.hidden)}
 
     def status(self) -> bytes:
         """The status as JSON, made once a second for all viewers, and after each change of a control."""
@@ -190,14 +180,12 @@ class LiveState:
     def _row(self, source: SourceFigures, now: float, rates: tuple[float, float]) -> dict[str, Any]:
         """What the page shows of a source; ages in milliseconds, rates in frames a second."""
         newest = self.newest.get(source.name)
-        counts = ("detections", "dropped", "reconnects", "stalls")
+        same = ("name", "state", "detections", "dropped", "reconnects", "stalls")
         return {
-            "name": source.name,
-            "state": source.state,
+            **{key: getattr(source, key) for key in same},
             "fps_in": round(rates[0], 2),
             "fps": round(rates[1], 2),
             "age": {key: round(value, 1) for key, value in source.age.percentiles().items()},
             "frames": source.frames_out,
-            **{count: getattr(source, count) for count in counts},
             "newest_s": None if newest is None else round(now - newest, 3),
         }

@@ -113,7 +113,8 @@ class LiveView:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._live.close()
+        self._live.closed = True
+        self._live.wake()
         self._server.should_exit = True
         self._thread.join()
         self._socket.close()
