@@ -27,7 +27,6 @@ from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.pipeline import VideoPipeline, batch_size
 from anchorline.runtime.video.reader import open_file
 from anchorline.runtime.video.sinks import line_of
-from anchorline.runtime.video.source import Item
 
 PIECE_BYTES = 1 << 18
 PIECE_SECONDS = 1.0
@@ -173,7 +172,7 @@ class DetectionWorker:
         job = self._job
         if None in item.sizes:  # gone since the run was planned, and alone in its item
             try:
-                open_file(Item(Path(item.paths[0]), item.is_video, None), job.options.decoder).close()
+                open_file(item.paths[0], job.options.decoder).close()
             except DataError as error:  # as the local run says it
                 yield Piece(warnings=(str(error),), unreadable=str(error))
                 return

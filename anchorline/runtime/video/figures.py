@@ -11,7 +11,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from anchorline.runtime.io.errors import DataError
-from anchorline.runtime.timing import Durations, StageTimes
+from anchorline.runtime.timing import PERCENTILES, Durations, StageTimes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,7 +22,6 @@ _log = logging.getLogger("anchorline.video")
 _SPAN = 1.0  # seconds that a recent rate is taken over, at least
 _TRACE_LENGTH = 2048
 _MOST_WARNINGS = 20  # of each source, however often it is lost
-_PERCENTILES = ("p50", "p95", "p99")
 
 
 class SourceFigures:
@@ -44,13 +43,10 @@ class SourceFigures:
         self.reconnects = self.stalls = 0
         self.events: list[tuple[float, str]] = []
         self.queue: SourceQueue | None = None
-        self.start = self._last_came = time.monotonic()
+        self.start = time.monotonic()
         self.age = Durations()  # of the results
         self._lock = threading.Lock()
-        self._first_came: float | None = None
-        self._first_left: float | None = None
-        self._last_left = 0.0
-        self._is_lost = False
+        self._first_came = self._last_came = self._first_left = self._last_left = 0.0
         self._asked: float | None = None
 
     def asked(self) -> None:
@@ -66,18 +62,15 @@ class SourceFigures:
         """The source delivered a frame."""
         with self._lock:
             self._last_came = time.monotonic()
-            if self._first_came is None:
-                self._first_came = self._last_came
+            self._first_came = self._first_came or self._last_came
             self.frames_in += 1
-            self.state, self._is_lost, self._asked = "playing", False, None
+            self.state, self._asked = "playing", None
 
     def left(self, age: float, detections: int) -> None:
         """A result of this source reached the caller, ``age`` seconds after its capture."""
         with self._lock:
-            now = time.monotonic()
-            if self._first_left is None:
-                self._first_left = now
-            self._last_left = now
+            self._last_left = now = time.monotonic()
+            self._first_left = self._first_left or now
             self.frames_out += 1
             self.detections += detections
             self.age.add(age)
@@ -90,12 +83,12 @@ class SourceFigures:
     def lost(self, error: DataError | None) -> None:
         """A live source broke off or could not be opened."""
         with self._lock:
-            self.state, self._asked = "lost", None
-            if not self._is_lost:
+            self._asked = None
+            if self.state != "lost":
+                self.state = "lost"
                 self._event("lost")
                 reason = str(error) if error else f"{self.name}: broke off"
                 self._warn(f"{reason} (after {self.frames_in} frames); it is tried again")
-            self._is_lost = True
 
     def reconnected(self) -> None:
         """A live source that was lost delivers again."""
@@ -277,7 +270,7 @@ def stage_table(stages: Mapping[str, Mapping[str, float]], total: str, **options
     from rich.table import Table
 
     table = Table("stage", **options)
-    for quantity in next(iter(stages.values()), dict.fromkeys(_PERCENTILES, 0.0)):
+    for quantity in next(iter(stages.values()), [f"p{percentile}" for percentile in PERCENTILES]):
         table.add_column(f"{quantity} ms", justify="right")
     for stage, times in stages.items():
         if stage == total:
@@ -304,6 +297,6 @@ def source_table(sources: Mapping[str, Mapping[str, Any]], states: Mapping[str, 
     return table
 
 
-def _rate(count: int, first: float | None, last: float) -> float:
+def _rate(count: int, first: float, last: float) -> float:
     """Frames a second between the first and the last of them."""
-    return (count - 1) / (last - first) if count > 1 and first is not None and last > first else 0.0
+    return (count - 1) / (last - first) if last > first else 0.0

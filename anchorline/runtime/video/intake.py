@@ -155,40 +155,23 @@ class Feed:
 
     def run(self) -> None:
         """Read until the source ends or the pipeline stops. Raises what nobody expected."""
-        source, where = self._source, self._source.where
+        source, stopped = self._source, self._intake.stopped
         try:
-            if not source.items and not isinstance(where, str | int | Path):
-                self._pump(IterableReader(where))
+            if not isinstance(source.where, str | int | Path):
+                self._pump()
             elif source.live and not source.items:
                 self._read_live()
             else:
                 for item in source.items or (None,):
-                    self._read_once(item)
+                    if stopped.is_set():
+                        break
+                    try:
+                        self._pump(item)
+                    except DataError as error:
+                        self._figures.unreadable(error)
         finally:
             self._figures.state = "ended"
             self._intake.end(self._queue)
-
-    def _open(self, item: Item | None = None) -> Reader:
-        """The reader of a file, or of the camera or URL that the source is."""
-        if item is not None:
-            return open_file(item, self._options.decoder)
-        where = self._source.where if isinstance(self._source.where, int) else str(self._source.where)
-        stall, name, live = self._options.stall, self._source.describe(), bool(self._source.live)
-        if self._options.decoder == "pyav" and isinstance(where, str):
-            return AvReader(where, stall, name, live)
-        return StreamReader(where, stall, name, live)
-
-    def _read_once(self, item: Item | None) -> None:
-        if self._intake.stopped.is_set():
-            return
-        start = time.perf_counter()
-        try:
-            reader = self._open(item)
-            # Opening an image decodes it; opening a video is no frame's share.
-            opened = time.perf_counter() - start if item and not item.is_video else 0.0
-            self._pump(reader, item, opened)
-        except DataError as error:
-            self._figures.unreadable(error)
 
     def _read_live(self) -> None:
         figures, options, stopped = self._figures, self._options, self._intake.stopped
@@ -196,11 +179,7 @@ class Feed:
         while not stopped.is_set():
             before, error = self._delivered, None
             try:
-                figures.asked()
-                reader = self._open()
-                if before:
-                    figures.reconnected()
-                self._pump(reader)
+                self._pump()
             except DataError as caught:
                 error = caught
             if stopped.is_set():
@@ -215,9 +194,28 @@ class Feed:
             pause = FIRST_PAUSE if self._delivered > before else min(2 * pause, LONGEST_PAUSE)
             stopped.wait(pause)
 
-    def _pump(self, reader: Reader, item: Item | None = None, opened: float = 0.0) -> None:
-        """Hand the reader's frames on until it ends; ``opened`` seconds went into its first one."""
+    def _open(self, item: Item | None) -> Reader:
+        """The reader of a file, or of what the source is."""
+        where, decoder = self._source.where, self._options.decoder
+        if item is not None:
+            return open_file(item.path, decoder)
+        if not isinstance(where, str | int | Path):
+            return IterableReader(where)
+        stall, name, live = self._options.stall, self._source.describe(), bool(self._source.live)
+        if isinstance(where, int) or decoder == "opencv":
+            return StreamReader(where if isinstance(where, int) else str(where), stall, name, live)
+        return AvReader(where, stall, name, live)
+
+    def _pump(self, item: Item | None = None) -> None:
+        """Open the source, or a file of it, and hand the frames on until it ends."""
         source, figures, stopped = self._source, self._figures, self._intake.stopped
+        figures.asked()
+        start = time.perf_counter()
+        reader = self._open(item)
+        # Opening an image decodes it; opening a video is no frame's share.
+        opened = time.perf_counter() - start if item and not item.is_video else 0.0
+        if self._delivered and item is None:
+            figures.reconnected()
         stream: Stream | None = None
         is_played = source.chosen_policy == "latest" and item is not None and item.is_video
         began: float | None = None  # of a file that is played at its own rate, as if a camera delivered it

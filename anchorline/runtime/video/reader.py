@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from anchorline.runtime.canvas import check_frame
 from anchorline.runtime.io.errors import DataError, SettingsError
 from anchorline.runtime.io.files import input_errors
-from anchorline.runtime.io.images import read_image
+from anchorline.runtime.io.images import is_video, read_image
 from anchorline.runtime.io.native_log import ffmpeg_lines, quiet_opencv
 from anchorline.runtime.video.options import Decoder
-from anchorline.runtime.video.source import Item
 
 FALLBACK_FPS = 25.0
 MAX_FPS = 1000.0
@@ -38,59 +37,17 @@ class Reader:
     """One opening of a source, which is its constructor's work. A context manager.
 
     Iterated once it yields (index, time in seconds, uint8 BGR frame [H, W, 3]), and ends where the source
-    ends or breaks off. ``fps`` is the stated rate. All calls come from one thread. A constructor raises
-    ``DataError``.
+    ends or breaks off. ``fps`` is the stated rate, ``frame_count`` what a header promises (``None`` if it
+    does not say). All calls come from one thread. A constructor raises ``DataError``. A subclass gives the
+    frames in ``_next``, the first of them to ``_begin`` where opening without a frame is an error.
     """
-
-    fps: float = FALLBACK_FPS
-
-    @property
-    def warnings(self) -> list[str]:
-        """What is wrong with the part read so far, one line each."""
-        return []
-
-    def __iter__(self) -> Iterator[tuple[int, float, Pixels]]:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Let go of the file, the camera or the connection. Safe to call twice."""
-
-    def __enter__(self: R) -> R:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-
-class IterableReader(Reader):
-    """Frames that the caller's own code delivers; the time counts from the first one."""
-
-    def __init__(self, frames: Iterable[Pixels], fps: float = FALLBACK_FPS) -> None:
-        self._frames, self.fps = iter(frames), fps
-
-    def __iter__(self) -> Iterator[tuple[int, float, Pixels]]:
-        start: float | None = None
-        for index, frame in enumerate(self._frames):
-            now = time.monotonic()
-            start = now if start is None else start
-            yield index, now - start, check_frame(frame)
-
-    def close(self) -> None:
-        """Close the generator, so that its ``finally`` runs now."""
-        close = getattr(self._frames, "close", None)
-        if close is not None:
-            close()
-
-
-class _PacketReader(Reader):
-    """What the decoders have in common. A subclass opens ``name``, sets ``fps`` and ``frame_count`` (what the
-    header promises, ``None`` if it does not say), calls ``_begin``, and gives frames in ``_next``."""
 
     frame_count: int | None = None
     _is_counted = True  # and that is no estimate
+    _first: Timed | None = None
 
-    def __init__(self, name: str, live: bool) -> None:
-        self._name, self._live = name, live
+    def __init__(self, name: str, live: bool, fps: float = FALLBACK_FPS) -> None:
+        self._name, self._live, self.fps = name, live, fps
         self._delivered = 0
         self._lost = 0  # frames in between that could not be decoded
         self._damaged: list[int] = []  # near these frames
@@ -100,6 +57,16 @@ class _PacketReader(Reader):
     def _next(self) -> Timed | None:
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Let go of the file, the camera or the connection. Safe to call twice."""
+        raise NotImplementedError
+
+    def __enter__(self: R) -> R:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def _begin(self, complaint: str) -> None:
         self._first = self._next()
         if self._first is None:
@@ -108,7 +75,7 @@ class _PacketReader(Reader):
         self.size: tuple[int, int] = (self._first[1].shape[0], self._first[1].shape[1])
 
     def __iter__(self) -> Iterator[tuple[int, float, Pixels]]:
-        timed, self._first = self._first, None
+        timed, self._first = self._first or self._next(), None
         while timed is not None:
             time_s, frame = timed
             index = self._delivered + self._lost
@@ -137,7 +104,29 @@ class _PacketReader(Reader):
         return [*found, *self._notes]
 
 
-class StreamReader(_PacketReader):
+class IterableReader(Reader):
+    """Frames that the caller's own code delivers; the time counts from the first one."""
+
+    def __init__(self, frames: Iterable[Pixels], fps: float = FALLBACK_FPS) -> None:
+        super().__init__("frames", live=True, fps=fps)
+        self._frames = iter(frames)
+        self._start: float | None = None
+
+    def _next(self) -> Timed | None:
+        for frame in self._frames:
+            now = time.monotonic()
+            self._start = now if self._start is None else self._start
+            return now - self._start, check_frame(frame)
+        return None
+
+    def close(self) -> None:
+        """Close the generator, so that its ``finally`` runs now."""
+        close = getattr(self._frames, "close", None)
+        if close is not None:
+            close()
+
+
+class StreamReader(Reader):
     """A webcam (by number) or a URL, read with OpenCV.
 
     It ends when the stream ends, breaks off, or delivers nothing for ``stall`` seconds; the last is
@@ -207,7 +196,7 @@ class VideoReader(StreamReader):
     """
 
     def __init__(self, path: str | Path) -> None:
-        _PacketReader.__init__(self, str(path), live=False)
+        Reader.__init__(self, str(path), live=False)
         self.path = Path(path)
         if self.path.is_dir():
             raise DataError(f"{path}: is a folder, expected a video file")
@@ -257,7 +246,7 @@ class VideoReader(StreamReader):
         return None
 
 
-class AvReader(_PacketReader):
+class AvReader(Reader):
     """A video file or a URL, read with PyAV, which knows of damage frame by frame and decodes in threads.
 
     ``stall`` bounds the seconds that opening and each read of a URL may take. Frames come upright.
@@ -345,8 +334,8 @@ def import_pyav() -> ModuleType:
     return av
 
 
-def open_file(item: Item, decoder: Decoder) -> Reader:
+def open_file(path: str | Path, decoder: Decoder) -> Reader:
     """The reader of an image or video file."""
-    if not item.is_video:
-        return IterableReader([read_image(item.path)], fps=1.0)
-    return AvReader(item.path) if decoder == "pyav" else VideoReader(item.path)
+    if not is_video(path):
+        return IterableReader([read_image(path)], fps=1.0)
+    return AvReader(path) if decoder == "pyav" else VideoReader(path)

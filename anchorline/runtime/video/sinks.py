@@ -8,13 +8,13 @@ import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.io.errors import OutputError
-from anchorline.runtime.io.files import discard, is_stream, output_errors, publish, temporary_sibling
+from anchorline.runtime.io.files import atomic_path, is_stream, output_errors
 from anchorline.runtime.io.images import write_image
 from anchorline.runtime.video.frames import Result, Stream
 from anchorline.runtime.video.source import is_stdout, next_name
@@ -63,11 +63,11 @@ class JsonLines:
         self.path = Path(path)
         self._to_stdout = is_stdout(self.path)
         self._direct = self._to_stdout or is_stream(self.path)
-        self._temporary = self.path if self._direct else temporary_sibling(self.path)
-        with output_errors(self.path):
+        with output_errors(self.path), contextlib.ExitStack() as stack:
             # Opening /dev/stdout by name would empty the file that it may be redirected to.
-            place = os.dup(_STDOUT) if self._to_stdout else self._temporary
-            self._file: IO[str] = open(place, "w", encoding="utf-8")  # noqa: SIM115 - closed with the sink
+            place = os.dup(_STDOUT) if self._to_stdout else stack.enter_context(atomic_path(self.path))
+            self._file = stack.enter_context(open(place, "w", encoding="utf-8"))
+            self._opened = stack.pop_all()
 
     def write(self, result: Result) -> None:
         """Append the result's line."""
@@ -87,21 +87,13 @@ class JsonLines:
 
     def close(self) -> None:
         """Give the file its name."""
-        try:
-            with output_errors(self.path):
-                self._file.close()
-                if not self._direct:
-                    publish(self._temporary, self.path)
-        except BaseException:
-            self.abandon()
-            raise
+        with output_errors(self.path):
+            self._opened.close()
 
     def abandon(self) -> None:
-        """Drop the file."""
-        with contextlib.suppress(OSError):  # of a full disk, where closing writes what is left
-            self._file.close()
-        if not self._direct:
-            discard(self._temporary)
+        """Drop the file, if it is not complete."""
+        with contextlib.suppress(OSError), self._opened:
+            raise OutputError(f"{self.path}: dropped")
 
 
 def line_of(result: Result) -> str:
