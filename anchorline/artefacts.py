@@ -6,7 +6,7 @@ A ``.safetensors`` runs in PyTorch, an ``.onnx`` or ``.engine`` in the runtime, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from anchorline.data.dataset import from_frames, images_or_video, load_datasets
@@ -16,7 +16,6 @@ from anchorline.evaluation.evaluation import Detect, Progress, run_detector
 from anchorline.runtime.backends.selection import exact_provider
 from anchorline.runtime.canvas import padded, place
 from anchorline.runtime.contract import Contract
-from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import GpuError, OutputError, ParityError, SettingsError
 from anchorline.runtime.tensorrt.manifest import manifest_path
@@ -134,15 +133,16 @@ def verify(
         notes.append(_TORCHVISION_NOTE)
     if worst is not None and not report.detections.write_worst(dataset, worst):
         notes.append(f"{worst}: not written, no image differs")
-    report = dataclasses.replace(report, notes=tuple(notes))
     try:
-        write_record(candidate, report)
+        write_record(candidate, dataclasses.replace(report, notes=tuple(notes)))
     except OutputError as error:  # a folder that cannot be written to takes nothing from the verdict
-        report = dataclasses.replace(report, notes=(*notes, f"not recorded: {error}"))
-    return report
+        notes.append(f"not recorded: {error}")
+    return dataclasses.replace(report, notes=tuple(notes))
 
 
-def _open_both(reference: Path, candidate: Path, provider: str, reference_by: str) -> tuple[Subject, Subject]:
+def _open_both(
+    reference: Path, candidate: Path, provider: str = "auto", reference_by: str = "anchorline"
+) -> tuple[Subject, Subject]:
     """Both sides, the candidate on ``provider``. An ONNX file as the reference runs on the CPU, since a
     fault of a provider would be in both sides otherwise. A candidate that cannot run here is recorded."""
     reference_provider = "auto" if is_engine(reference) else "cpu"
@@ -152,16 +152,18 @@ def _open_both(reference: Path, candidate: Path, provider: str, reference_by: st
     try:
         theirs = open_subject(candidate, provider, None if first is None else first.detector.contract)
     except GpuError as error:
-        reason = str(error).removeprefix(f"{candidate}: ")
-        write_not_executed(candidate, reason, reference if reference.is_file() else None)
+        write_not_executed(candidate, _reason(candidate, error), reference if reference.is_file() else None)
         raise
     if reference_by == "torchvision":
         return _open_in_torchvision(reference, theirs.detector.contract.task), theirs
     return first or open_subject(reference, reference_provider, theirs.detector.contract), theirs
 
 
+def _reason(path: Path, error: GpuError) -> str:
+    return str(error).removeprefix(f"{path}: ")
+
+
 def _open_in_torchvision(path: Path, task: str) -> Subject:
-    """The weights of a checkpoint in torchvision's own detector."""
     if not is_checkpoint(path) or task != "detections":
         raise SettingsError(
             f"--reference torchvision is for a model.safetensors and detections; got {path} and the task "
@@ -180,12 +182,10 @@ def verify_engine(model: Path, engine: Path) -> str:
     is removed with its manifest, and ``ParityError`` raised.
     """
     try:
-        theirs = open_subject(engine)
+        ours, theirs = _open_both(model, engine)
     except GpuError as error:
-        reason = str(error).removeprefix(f"{engine}: ")
-        write_not_executed(engine, reason, model)
-        return f"not verified: {reason}"
-    with theirs, onnx_subject(model, "cpu") as ours:
+        return f"not verified: {_reason(engine, error)}"
+    with ours, theirs:
         report = verify_subjects(ours, theirs, scenes(ours.detector.contract.names))
     return _record_or_remove(report, f"the engine and {model.name}", engine, manifest_path(engine))
 
@@ -267,14 +267,5 @@ def store_proposals(
                 "--task proposals, or a .safetensors"
             )
         propose = detector.batch
-    dataset, boxes = load_datasets(data), 0
-
-    def found() -> Iterator[Detections]:
-        nonlocal boxes
-        for each in run_detector(propose, dataset, 1, progress):
-            kept = each if count is None else each[(-each.scores).argsort(kind="stable")[:count]]
-            boxes += len(kept)
-            yield kept
-
-    write_proposals(out, dataset, found())
-    return boxes
+    dataset = load_datasets(data)
+    return write_proposals(out, dataset, run_detector(propose, dataset, 1, progress), count)

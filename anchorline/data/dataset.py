@@ -19,7 +19,6 @@ from anchorline.runtime.io.images import find_images, is_video, read_image
 from anchorline.runtime.video.reader import VideoReader
 
 FORMS = "voc:DIR@split, coco:IMAGES,ANNOTATIONS.json, yolo:DIR@split or synthetic:N"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 VIDEO_FRAMES = 50
 """How many frames of a video make a data set."""

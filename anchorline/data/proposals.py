@@ -49,11 +49,16 @@ class ImageProposals:
         return Detections(self.boxes, self.scores, labels, PROPOSAL_NAMES, size=self.size)
 
 
-def write_proposals(path: Path, data: Dataset, proposals: Iterable[Detections]) -> None:
-    """Write the proposals of every image of ``data``, in its order; all or nothing."""
+def write_proposals(
+    path: Path, data: Dataset, proposals: Iterable[Detections], count: int | None = None
+) -> int:
+    """Write the ``count`` best proposals (None: all) of every image of ``data``, in its order; all or
+    nothing. Returns the number of boxes."""
+    boxes = 0
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for image, found in zip(data, proposals, strict=True):
-            order = np.argsort(-found.scores, kind="stable")
+            order = np.argsort(-found.scores, kind="stable")[:count]
+            boxes += len(order)
             record = {
                 "id": image.id,
                 "size": [int(side) for side in image.size],
@@ -61,6 +66,7 @@ def write_proposals(path: Path, data: Dataset, proposals: Iterable[Detections]) 
                 "scores": [round(score, _SCORE_DECIMALS) for score in found.scores[order].tolist()],
             }
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+    return boxes
 
 
 def read_proposals(path: Path, data: Dataset) -> tuple[ImageProposals, ...]:

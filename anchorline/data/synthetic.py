@@ -416,8 +416,8 @@ def _free_pose(rng: np.random.Generator, size: tuple[int, int], others: Sequence
     closeness = rng.uniform(0.55, 1.0)
     angle = rng.uniform(0.0, 2.0 * np.pi)
     x = y = 0.0
+    inset = 0.4 * radius
     for _ in range(_PLACING_TRIES):
-        inset = 0.4 * radius
         x, y = rng.uniform(inset, width - inset), rng.uniform(inset, height - inset)
         if all(np.hypot(x - o.x, y - o.y) >= closeness * (radius + o.radius) for o in others):
             break

@@ -16,16 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.data.boxes import as_number, is_coordinate
-from anchorline.data.dataset import (
-    IMAGE_SUFFIXES,
-    Dataset,
-    class_index,
-    image_size,
-    labelled_image,
-    read_lines,
-)
+from anchorline.data.dataset import Dataset, class_index, image_size, labelled_image, read_lines
 from anchorline.runtime.io.errors import DataError
 
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 # A class's own split (cat_train.txt) adds -1, 0 or 1 after the image id.
 _CLASS_FLAG = re.compile(r"\s+(-1|0|1)$")
 
@@ -84,7 +78,7 @@ def _find_files(folder: Path, split: str) -> list[tuple[str, Path, Path]]:
     by_name = {p.name.lower(): p for p in sorted((folder / "JPEGImages").iterdir())}
     files = []
     for id in ids:
-        image = next((by_name[n] for s in IMAGE_SUFFIXES if (n := (id + s).lower()) in by_name), None)
+        image = next((by_name[n] for s in _IMAGE_SUFFIXES if (n := (id + s).lower()) in by_name), None)
         files.append((id, image, folder / "Annotations" / f"{id}.xml"))
     listing = f"{folder}: split {split!r} lists {len(ids)} images and"
     absent = [id for id, image, _ in files if image is None]

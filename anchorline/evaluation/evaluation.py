@@ -234,7 +234,7 @@ class ProposalReport:
 
     def to_json(self) -> dict[str, Any]:
         """``{"recall": {"100": {"0.5": ...}}, "ar", ...}``; None where there is no object."""
-        return {name: plain(value) for name, value in vars(self).items()}
+        return dict(plain(vars(self)))
 
     def render(self) -> Table:
         """A rich table: recall by number of proposals (rows) and IoU (columns)."""

@@ -255,18 +255,18 @@ def plot_class_table(report: EvaluationReport, path: str | Path) -> None:
         columns += [f"{size}\nobjects", f"{size}\nAP50", f"{size}\nAP"]
     *classes, (_, means) = report.rows()
     rows = [(literal(name), figures) for name, figures in classes[:_MOST_TABLE_ROWS]] + [("all, mean", means)]
-    texts, colours = [], []
+    formats = [".0f" if column.endswith("objects") else ".3f" for column in columns]
+    texts = []
     for _, figures in rows:
-        counts = [column.endswith("objects") for column in columns]
-        pairs = list(zip(figures, counts, strict=True))
-        texts.append(["-" if np.isnan(v) else f"{v:.0f}" if count else f"{v:.3f}" for v, count in pairs])
-        shares = [0.0 if count or np.isnan(v) else v for v, count in pairs]
-        colours.append([tuple(1.0 - share * (1.0 - _GOOD)) for share in shares])
+        pairs = zip(figures, formats, strict=True)
+        texts.append(["-" if np.isnan(figure) else format(figure, each) for figure, each in pairs])
+    shares = np.nan_to_num([figures for _, figures in rows]) * (np.array(formats) == ".3f")
+    colours = 1.0 - shares[..., None] * (1.0 - _GOOD)
     figure, (axes,) = new_figure(2.2 + 0.75 * len(columns), 1.1 + 0.3 * len(rows))
     axes.set_axis_off()
     table = axes.table(
         cellText=texts,
-        cellColours=colours,
+        cellColours=colours.tolist(),
         rowLabels=[name for name, _ in rows],
         colLabels=columns,
         bbox=Bbox.unit(),

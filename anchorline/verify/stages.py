@@ -167,7 +167,6 @@ class OnnxStages:
     def run_layers(
         self, inputs: Arrays, feed: Arrays, layers: Sequence[str]
     ) -> dict[str, NDArray[np.float32]]:
-        """The outputs of ``layers``."""
         value_of = {layer: self._layer_values[layer] for layer in layers}
         values = self._infer(inputs, feed, list(dict.fromkeys(value_of.values())), keep=False)
         return {layer: values[value].astype(np.float32) for layer, value in value_of.items()}

@@ -119,27 +119,20 @@ def _crowd(seed: int) -> Frame:
     return posed_scene(seed, (_CROWD_ROWS * _CROWD_CELL, _CROWD_COLUMNS * _CROWD_CELL), poses)
 
 
-class OncePerFrame:
-    """A detector that sees each frame once, in a batch of one, and each batch once; it remembers the results.
+def once_each(detector: BatchDetector) -> Callable[[Sequence[Frame]], list[Detections]]:
+    """The detector as a function of a batch that remembers the results of each.
 
     Several traps share frames, which need not run again. Frames are known by identity and must not change.
     """
+    known: dict[tuple[int, ...], tuple[Sequence[Frame], list[Detections]]] = {}
 
-    def __init__(self, detector: BatchDetector) -> None:
-        self._detector = detector
-        # The frames are kept, so that their ids stay their own.
-        self._known: dict[tuple[int, ...], tuple[Sequence[Frame], list[Detections]]] = {}
-
-    def batch(self, frames: Sequence[Frame]) -> list[Detections]:
-        """The result of each frame."""
-        return [self.together([frame])[0] for frame in frames]
-
-    def together(self, frames: Sequence[Frame]) -> list[Detections]:
-        """The results of the frames in one batch."""
+    def batch(frames: Sequence[Frame]) -> list[Detections]:
         key = tuple(map(id, frames))
-        if key not in self._known:
-            self._known[key] = (frames, _detect(self._detector, frames))
-        return self._known[key][1]
+        if key not in known:  # the frames are kept, so that their ids stay their own
+            known[key] = (frames, _detect(detector, frames))
+        return known[key][1]
+
+    return batch
 
 
 def run_traps(
@@ -156,22 +149,22 @@ def run_traps(
     several traps share goes through each detector once. An ``AnchorlineError`` of either is a failed trap;
     anything else is a bug and goes on.
     """
-    known, alone = OncePerFrame(reference), OncePerFrame(candidate)
+    ours, theirs = once_each(reference), once_each(candidate)
     results = []
     for trap in each:
         side, images = "reference", len(trap.frames)
         try:
-            expected = known.batch(trap.frames)
+            expected = [ours([frame])[0] for frame in trap.frames]
             side = "candidate"
-            found = [one for batch in trap.batches for one in alone.together(batch)]
+            found = [one for batch in trap.batches for one in theirs(batch)]
             again = [one for batch in trap.batches if trap.repeated for one in _detect(candidate, batch)]
-            single = alone.batch(trap.frames) if trap.alone else None
+            single = [theirs([frame])[0] for frame in trap.frames if trap.alone]
         except AnchorlineError as error:
             results.append(TrapResult(trap.name, False, f"the {side} failed: {error}", images))
         else:
             summary = compare(expected, found)
             fault = _unstable(found, again) if trap.repeated else None
-            if fault is None and single is not None:
+            if fault is None and trap.alone:
                 together = compare(single, found)
                 if not together.agrees:
                     first = together.first_disagreement

@@ -17,10 +17,10 @@ from anchorline.runtime.io.files import plain
 from anchorline.verify.compare import compare_all
 from anchorline.verify.traps import (
     LARGEST_BATCH,
-    OncePerFrame,
     Trap,
     TrapResult,
     largest_batch,
+    once_each,
     run_traps,
     traps,
 )
@@ -334,9 +334,9 @@ def test_a_result_is_plain_json(all_traps: list[Trap]) -> None:
 
 def test_frames_are_remembered_by_identity() -> None:
     detector = Honest()
-    once = OncePerFrame(detector)
+    once = once_each(detector)
     black = np.zeros((8, 8, 3), np.uint8)
-    first = once.batch([black, black, black.copy()])
+    first = [once([frame])[0] for frame in (black, black, black.copy())]
     assert detector.batches == [1, 1]
     assert first[0] is first[1]
-    assert once.batch([black])[0] is first[0]
+    assert once([black])[0] is first[0]
