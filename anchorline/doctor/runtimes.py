@@ -46,8 +46,7 @@ def runtimes_for(artefact: Artefact, machine: Machine) -> list[Runtime]:
         for name, provider in PROVIDERS.items()
         if provider in machine.providers or machine.gpu.gpus or name == "cpu"
     ]
-    here = machine.packages.get("openvino")
-    if here is not None:
+    if here := machine.packages.get("openvino"):
         try:
             precision = open_openvino(artefact.path)
         except AnchorlineError as error:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from anchorline.runtime.io.errors import SettingsError
 
@@ -31,28 +31,20 @@ _WRONG_HOST = (
     "This server is not known by that name; use an IP address or localhost, or start it with "
     "--serve-name NAME.\n"
 )
-_HEADERS = (
-    (b"x-content-type-options", b"nosniff"),
-    (b"cache-control", b"no-store"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"x-frame-options", b"DENY"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-    (b"cross-origin-opener-policy", b"same-origin"),
-)
 
 
 class Gate:
-    """What every request passes before the pages. Every answer carries strict headers, refusals included.
+    """What every request passes before the pages.
 
     A request under a foreign host name gets 421: a browser that was led here by one (DNS rebinding) shows it
     in the ``Host`` header. Accepted are IP addresses, which Starlette's TrustedHostMiddleware cannot say,
     ``localhost``, this machine's own name and ``names``. With a ``token`` a request has to carry it or gets
     401: as ``Authorization: Bearer``, as ``?token=`` of the page, or by the cookie that the page sets then
-    and that does not hold the token itself; only the bare health is told to everybody. ``policy`` is the
-    Content-Security-Policy. Raises ``SettingsError`` for a token or a name that cannot be used.
+    and that does not hold the token itself; only the bare health is told to everybody. Raises
+    ``SettingsError`` for a token or a name that cannot be used.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, names: Iterable[str], policy: str) -> None:
+    def __init__(self, app: ASGIApp, token: str | None, names: Iterable[str]) -> None:
         if token is not None and (len(token) < _SHORTEST_TOKEN or not _TOKEN.fullmatch(token)):
             raise SettingsError(  # and does not repeat the token, which would then stand in a log
                 f"the token to serve with has {len(token)} characters; expected at least {_SHORTEST_TOKEN}, "
@@ -68,28 +60,15 @@ class Gate:
             self._names.add(name.rstrip(".").lower())
         self._app, self._token = app, token
         self._cookie = hmac.new((token or "").encode(), b"anchorline live view", hashlib.sha256).hexdigest()
-        self._headers = (*_HEADERS, (b"content-security-policy", policy.encode()))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-        begun = False
-
-        async def secured(message: Message) -> None:
-            nonlocal begun
-            if message["type"] == "http.response.start":
-                begun = True
-                message["headers"] = [*message.get("headers", ()), *self._headers]
-            await send(message)
-
         try:
-            await (self._refusal(scope) or self._app)(scope, receive, secured)
+            await (self._refusal(scope) or self._app)(scope, receive, send)
         except (ClientDisconnect, OSError):  # the client has gone
             return
         except Exception:
             _log.exception("a request for %s failed", ascii(scope["path"]))
-            if not begun:
-                await PlainTextResponse("Internal error.\n", 500)(scope, receive, secured)
+            raise  # uvicorn answers with 500
 
     def _refusal(self, scope: Scope) -> Response | None:
         """The answer to a request that goes no further, the redirection with the cookie included."""

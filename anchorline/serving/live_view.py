@@ -39,6 +39,14 @@ _REASONS = {
     errno.EACCES: "port {port} is for the system's services; choose one from 1024 on",
     errno.EADDRNOTAVAIL: "{host} is no address of this machine; expected one of its own, or 127.0.0.1",
 }
+_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-store",
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+}
 _IDLE_SECONDS = 15.0  # that a connection may take to send a request, or to take the last of an answer
 _MOST_CONNECTIONS = 256
 _LEAVE_SECONDS = 1  # that connections get to end in good order
@@ -71,7 +79,7 @@ class LiveView:
     def __init__(self, where: str | int, *, token: str | None = None, names: Iterable[str] = ()) -> None:
         html = read_page()
         self._live = LiveState()
-        gate = Gate(Pages(self._live, html).router, token, names, content_policy(html))
+        gate = Gate(Pages(self._live, html).router, token, names)
         self._socket = listen(parse_address(str(where)))
         self.address = Address(*self._socket.getsockname()[:2])
         self.url = self.address.url
@@ -81,7 +89,7 @@ class LiveView:
                 f"the live view at {self.address} has no token: whoever reaches it on the network sees the "
                 "pictures and moves the controls; set --serve-token, or serve at 127.0.0.1"
             )
-        self._server = Server(gate)
+        self._server = Server(gate, {**_HEADERS, "content-security-policy": content_policy(html)})
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._serve, name="anchorline live server", daemon=True)
 
@@ -220,9 +228,12 @@ class _Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Serves ``app`` over HTTP/1.1, quietly; ``run`` takes the sockets and blocks until ``should_exit``."""
+    """Serves ``app`` over HTTP/1.1, quietly; ``run`` takes the sockets and blocks until ``should_exit``.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Every answer carries the ``headers``, refusals and failures included.
+    """
+
+    def __init__(self, app: ASGIApp, headers: dict[str, str]) -> None:
         config = uvicorn.Config(
             app,
             http=_Protocol,
@@ -233,6 +244,7 @@ class Server(uvicorn.Server):
             log_config=None,
             proxy_headers=False,
             server_header=False,
+            headers=list(headers.items()),
             timeout_graceful_shutdown=2 * _LEAVE_SECONDS,
         )
         super().__init__(config)
