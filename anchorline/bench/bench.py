@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from anchorline.bench.work import QUANTITIES, TOTAL, BenchRow, Work
 from anchorline.doctor.machine import find_cpu, installed_packages
-from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError, check_count
 from anchorline.runtime.io.files import atomic_path, atomic_write_text, write_json
 from anchorline.runtime.timing import DETECTOR_STAGES
 from anchorline.runtime.video.display import check_plot
@@ -106,8 +106,7 @@ def bench(
     if not models or not providers:
         raise SettingsError("nothing to measure; name at least one model and one provider")
     for name, value, least in (("batch", batch, 1), ("batches", batches, 1), ("warmup", warmup, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise SettingsError(f"{name} is {value!r}; expected a whole number of at least {least}")
+        check_count(name, value, least)
     if plot is not None:
         check_plot(plot, "picture")
     pairs = list(itertools.product(map(str, models), providers))

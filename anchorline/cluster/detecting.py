@@ -32,7 +32,7 @@ from anchorline.cluster.connecting import (
 )
 from anchorline.cluster.outputs import Outputs
 from anchorline.cluster.worker import DetectionWorker, Job, NotHere, Piece, WorkerState, WorkItem, model_files
-from anchorline.runtime.io.errors import AnchorlineError, DataError, SettingsError, one_line
+from anchorline.runtime.io.errors import AnchorlineError, DataError, SettingsError, check_count, one_line
 from anchorline.runtime.timing import StageTimes
 from anchorline.runtime.video.figures import DetectSummary
 from anchorline.runtime.video.options import DetectOptions
@@ -171,8 +171,8 @@ def detect_on_cluster(
         if value:
             raise SettingsError(f"{name} does not go with --ray, which answers files; leave out one of them")
     for name, count in (("workers", workers), ("images_per_item", images_per_item), ("tries", tries)):
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise SettingsError(f"{name} is {count!r}; expected a whole number of at least 1")
+        if count is not None:
+            check_count(name, count)
     files = plan_files(sources, options.save, options.stride)
     targets = [file.target for file in files if file.target]
     check_outputs([options.jsonl], [model, *(file.path for file in files), *targets])

@@ -51,9 +51,8 @@ def network_inputs(frames: Iterable[NDArray[np.uint8]], contract: Contract) -> l
     preprocess = Preprocessor(contract)
     samples: list[Sample] = []
     for frame in frames:
-        images, image_sizes, _ = preprocess([check_frame(frame)])
-        # The preprocessor uses its batch again.
-        samples.append(dict(zip(contract.inputs, (images.copy(), image_sizes), strict=True)))
+        inputs, _ = preprocess([check_frame(frame)])
+        samples.append({name: values.copy() for name, values in inputs.items()})  # it uses its batch again
     return samples
 
 

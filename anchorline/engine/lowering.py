@@ -43,7 +43,7 @@ from anchorline.engine.graph import (
 )
 from anchorline.engine.options import NmsForm
 from anchorline.runtime.contract import DOMAIN, NMS_CONVERGED, OP_VERSION
-from anchorline.runtime.io.errors import ArtefactError, SettingsError
+from anchorline.runtime.io.errors import ArtefactError, SettingsError, check_choice
 
 MOST = 3840  # entries that TensorRT's TopK takes
 ROUNDS = 16  # of the fixed-point NMS; typical images need 6 to 13
@@ -111,9 +111,8 @@ def deviations(model: onnx.ModelProto, target: str) -> tuple[str, ...]:
 
 
 def _check_settings(target: str, nms: str, rounds: int, limit: int | None, report: bool) -> None:
-    for name, value, choices in (("target", target, TARGETS), ("nms", nms, get_args(NmsForm))):
-        if value not in choices:
-            raise SettingsError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+    check_choice("target", target, TARGETS)
+    check_choice("nms", nms, get_args(NmsForm))
     if target == "onnxruntime" and nms == "fixed-point":
         raise SettingsError(
             "nms is 'fixed-point', which takes seconds and gigabytes in onnxruntime; leave it out"

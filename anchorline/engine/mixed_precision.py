@@ -55,7 +55,7 @@ from anchorline.engine.graph import (
 )
 from anchorline.engine.options import Precision
 from anchorline.runtime.contract import CONTRACT_KEY, DOMAIN
-from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.io.errors import check_choice
 
 # Which inputs multiply: weights and scales, not biases or bounds, whose small values nothing depends on.
 _WEIGHTS = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (0, 1), "MatMul": (0, 1)}  # of layers
@@ -275,8 +275,7 @@ def to_precision(
     Raises ``SettingsError`` for another precision or samples that do not fit, ``ArtefactError`` for a
     model that is not ours.
     """
-    if precision not in get_args(Precision):
-        raise SettingsError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
+    check_choice("precision", precision, get_args(Precision))
     check_exported(model)
     mixed = copy.deepcopy(model)
     if precision == "fp32":

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError, check_choice
 from anchorline.runtime.video.options import Option
 
 if TYPE_CHECKING:
@@ -78,9 +78,7 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         for name, choices in (("target", Target), ("precision", Precision), ("nms", NmsForm)):
-            value, words = getattr(self, name), get_args(choices)
-            if value not in words:
-                raise SettingsError(f"{name} is {value!r}; expected one of {', '.join(words)}")
+            check_choice(name, getattr(self, name), get_args(choices))
         if self.workspace is not None and self.workspace < 1:
             raise SettingsError(f"workspace is {self.workspace} MiB; expected at least 1")
         level = self.optimization_level

@@ -25,7 +25,7 @@ from anchorline.data.synthetic import scenes
 from anchorline.export.functions import OPSET, attach_functions
 from anchorline.runtime.canvas import padded, place
 from anchorline.runtime.contract import CANVAS_KEY, CONTRACT_KEY, TASKS, Contract
-from anchorline.runtime.io.errors import ParityError, SettingsError
+from anchorline.runtime.io.errors import ParityError, SettingsError, check_choice
 from anchorline.runtime.io.files import atomic_path
 from anchorline.train.checkpoint import load_checkpoint, read_header
 from anchorline.train.model.faster_rcnn import OUTPUTS, FasterRCNN, run_task
@@ -75,8 +75,8 @@ def export_onnx(
     goes to the record beside the file.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    if task is not None and task not in TASKS:
-        raise SettingsError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
+    if task is not None:
+        check_choice("task", task, TASKS)
     if max_batch is not None and max_batch < 1:
         raise SettingsError(f"max batch is {max_batch}; expected at least 1")
     if out.suffix.lower() != ".onnx":

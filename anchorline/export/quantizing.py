@@ -43,7 +43,7 @@ from anchorline.export.integer_graph import (
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.io.errors import ArtefactError, DataError, ParityError, SettingsError
+from anchorline.runtime.io.errors import ArtefactError, DataError, ParityError, SettingsError, check_choice
 from anchorline.runtime.io.files import atomic_path
 from anchorline.verify.compare import TOLERANCES, compare_outputs
 from anchorline.verify.stages import onnx_subject
@@ -243,10 +243,8 @@ def quantize_onnx(
 
 
 def _check(model: Path, out: Path, target: str, max_drop: float, method: str) -> None:
-    if target not in TARGETS:
-        raise SettingsError(f"target is {target!r}; expected one of {', '.join(TARGETS)}")
-    if method not in METHODS:
-        raise SettingsError(f"calibration method is {method!r}; expected one of {', '.join(METHODS)}")
+    check_choice("target", target, TARGETS)
+    check_choice("calibration method", method, METHODS)
     if not 0.0 <= max_drop <= 1.0:
         raise SettingsError(f"max drop is {max_drop!r}; expected a share from 0 to 1, such as 0.01")
     if model.suffix.lower() == ".safetensors":

@@ -291,25 +291,26 @@ class Preprocessor:
     """Lays frames onto canvases, into a batch that is allocated once and used again."""
 
     def __init__(self, contract: Contract) -> None:
-        self._canvas = contract.canvas
-        self._resize = contract.resize
+        self._contract = contract
         self._images = np.empty((0, *contract.canvas, 3), np.dtype(contract.input_dtype))
 
     def __call__(
         self, frames: Sequence[NDArray[np.uint8] | Nv12]
-    ) -> tuple[NDArray[np.generic], NDArray[np.float32], list[Placement]]:
-        """Place checked frames of any sizes.
+    ) -> tuple[dict[str, NDArray[np.generic]], list[Placement]]:
+        """The network's inputs for checked frames of any sizes, by the contract's names, and the placements.
 
-        Returns ``images`` [B, H, W, 3] in the contract's input dtype (overwritten by the next call),
-        ``image_sizes`` float32 [B, 2], the valid (height, width) of each, and the placements.
+        They are ``images`` [B, H, W, 3] in the contract's input dtype (overwritten by the next call), and
+        ``image_sizes`` float32 [B, 2], the valid (height, width) of each.
         """
+        contract = self._contract
         if len(self._images) < len(frames):
             self._images = np.empty((len(frames), *self._images.shape[1:]), self._images.dtype)
         images = self._images[: len(frames)]
-        placements = [place(frame_size(frame), self._canvas, self._resize) for frame in frames]
+        placements = [place(frame_size(frame), contract.canvas, contract.resize) for frame in frames]
         for frame, placement, canvas in zip(frames, placements, images, strict=True):
             to_canvas(bgr_of(frame), placement, canvas)
-        return images, np.array([p.valid for p in placements], np.float32), placements
+        sizes = np.array([placement.valid for placement in placements], np.float32)
+        return dict(zip(contract.inputs, (images, sizes), strict=True)), placements
 
 
 def to_detections(

@@ -20,7 +20,7 @@ from anchorline.runtime.backends.selection import open_backend
 from anchorline.runtime.canvas import Nv12, Placement, Preprocessor, check_frame, frame_size, to_detections
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.io.errors import ArtefactError, FrameError, SettingsError
+from anchorline.runtime.io.errors import ArtefactError, FrameError, SettingsError, check_count
 from anchorline.runtime.tensorrt.cuda import GpuOptions
 from anchorline.runtime.tensorrt.frames import is_device_frame
 from anchorline.runtime.timing import DETECTOR_STAGES
@@ -61,7 +61,7 @@ class Detector:
         cpu_precision: str = "auto",
         tuning: str = "latency",
     ) -> None:
-        _check_count("workers", workers)
+        check_count("workers", workers)
         cpu = CpuOptions(threads, cpu_precision, tuning)
         self._backend = open_backend(Path(model), provider, cpu, gpu or GpuOptions())
         self.contract = self._backend.contract
@@ -119,8 +119,8 @@ class Detector:
         is read ``batch * in_flight`` frames ahead of its result and must not be changed until that has
         come.
         """
-        _check_count("batch", batch)
-        _check_count("in_flight", in_flight)
+        check_count("batch", batch)
+        check_count("in_flight", in_flight)
         most = self.contract.max_batch
         if most is not None and batch > most:
             raise SettingsError(f"batch is {batch}; the model takes at most {most} at a time")
@@ -134,8 +134,7 @@ class Detector:
 
         ``images`` [B, H, W, 3] is overwritten by the next call.
         """
-        images, image_sizes, placements = self._preprocess(frames)
-        return dict(zip(self.contract.inputs, (images, image_sizes), strict=True)), placements
+        return self._preprocess(frames)
 
     def _streamed(self, source: Iterator[Frame], batch: int, in_flight: int) -> Iterator[Detections]:
         """The lanes go back when the iterator ends, fails or is closed."""
@@ -236,8 +235,3 @@ def _choose_threshold(wanted: float | None, contract: Contract) -> float:
             f"ask for at least {floor:g}, or export the model with a lower threshold"
         )
     return float(wanted)
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SettingsError(f"{name} is {value!r}; expected a whole number of at least 1")

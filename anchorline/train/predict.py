@@ -71,8 +71,7 @@ class TorchDetector:
         self, frames: Sequence[NDArray[np.uint8]]
     ) -> tuple[dict[str, NDArray[np.generic]], list[Placement]]:
         """The network's inputs for ``frames``, as the runtime's ``Detector.prepare``."""
-        images, image_sizes, placements = self.preprocess([check_frame(frame) for frame in frames])
-        return dict(zip(self.contract.inputs, (images, image_sizes), strict=True)), placements
+        return self.preprocess([check_frame(frame) for frame in frames])
 
     @torch.inference_mode()
     def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:

@@ -113,7 +113,8 @@ def test_pixels_sizes_and_padding_are_torchvisions(height: int, width: int, shor
     expected, _ = transform([rgb])
     import dataclasses
 
-    images, sizes, _ = Preprocessor(dataclasses.replace(contract, canvas=canvas))([frame])
+    inputs, _ = Preprocessor(dataclasses.replace(contract, canvas=canvas))([frame])
+    images, sizes = inputs.values()
     assert expected.image_sizes == [tuple(sizes[0].astype(int).tolist())]
     assert tuple(expected.tensors.shape[2:]) == canvas
     ours = (torch.from_numpy(images[0].astype(np.float32)).flip(2) - torch.tensor(mean)) / torch.tensor(std)

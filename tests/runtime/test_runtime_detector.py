@@ -305,8 +305,9 @@ def test_a_contract_at_odds_with_its_graph(tmp_path, write_model, contract, chan
 
 def test_the_preprocessor_reuses_its_batch(contract, picture):
     preprocess = Preprocessor(contract)
-    images, sizes, placements = preprocess([picture, picture[:30]])
-    again, _, _ = preprocess([picture[:30]])
+    inputs, placements = preprocess([picture, picture[:30]])
+    images, sizes = inputs.values()
+    again = preprocess([picture[:30]])[0]["images"]
     assert np.shares_memory(images, again)
     assert sizes.tolist() == [list(p.valid) for p in placements] == [[48, 64], [24, 64]]
     assert not again[0, 24:].any()
@@ -320,7 +321,7 @@ def test_the_preprocessor_reuses_its_batch(contract, picture):
     ],
 )
 def test_outputs_that_break_the_contract(contract, picture, damage, message):
-    _, _, placements = Preprocessor(contract)([picture])
+    _, placements = Preprocessor(contract)([picture])
     outputs = {
         "boxes": np.zeros((1, 3, 4), np.float32),
         "scores": np.ones((1, 3), np.float32),

@@ -47,8 +47,7 @@ class Network:
         self.batches: list[int] = []
 
     def prepare(self, frames: Sequence[NDArray[np.uint8]]) -> tuple[Arrays, Any]:
-        images, sizes, placements = self.preprocess(frames)
-        return dict(zip(self.contract.inputs, (images, sizes), strict=True)), placements
+        return self.preprocess(frames)
 
     def run(self, inputs: Mapping[str, NDArray[Any]], feed: Mapping[str, NDArray[Any]]) -> Arrays:
         images = inputs[self.contract.inputs[0]]

@@ -55,9 +55,8 @@ class HostLane:
         if stream is not None:
             raise SettingsError(f"stream: the model runs on {self._provider}, which takes none")
         start = time.perf_counter()
-        images, image_sizes, placements = self._preprocess(frames)
+        inputs, placements = self._preprocess(frames)
         seconds = time.perf_counter() - start
-        inputs: Arrays = dict(zip(self._contract.inputs, (images, image_sizes), strict=True))
         self.start(inputs)
         self._pending = placements, inputs, seconds
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError, check_choice
 
 PRECISIONS = ("auto", "fp32", "bf16")
 TUNINGS = ("latency", "throughput")
@@ -41,10 +41,8 @@ class CpuOptions:
         threads = self.threads
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise SettingsError(f"threads is {threads!r}; expected a whole number of at least 1, or None")
-        given = ("cpu_precision", self.precision, PRECISIONS), ("tuning", self.tuning, TUNINGS)
-        for name, value, choices in given:
-            if value not in choices:
-                raise SettingsError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+        check_choice("cpu_precision", self.precision, PRECISIONS)
+        check_choice("tuning", self.tuning, TUNINGS)
 
     @property
     def thread_count(self) -> int:

@@ -6,6 +6,8 @@ class also derives from the built-in exception a caller would expect.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 
 class AnchorlineError(Exception):
     """Base of every error that a user can mend."""
@@ -41,6 +43,18 @@ class GpuError(AnchorlineError, RuntimeError):
 
 class ParityError(AnchorlineError, RuntimeError):
     """Two forms of one model that should agree and do not."""
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise ``SettingsError`` unless the setting is a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise SettingsError(f"{name} is {value!r}; expected a whole number of at least {least}")
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise ``SettingsError`` unless the setting is one of ``choices``."""
+    if value not in choices:
+        raise SettingsError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
 
 
 def reason_of(error: BaseException, longest: int = 120) -> str:

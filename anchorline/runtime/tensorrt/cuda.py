@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.runtime.io.errors import GpuError, SettingsError, one_line
+from anchorline.runtime.io.errors import GpuError, SettingsError, check_choice, one_line
 from anchorline.runtime.tensorrt.kernels import Launch, image
 
 CUDA_PACKAGES = ("cuda-bindings", "pycuda")
@@ -66,8 +66,7 @@ class GpuOptions:
     def __post_init__(self) -> None:
         if isinstance(self.device, bool) or not isinstance(self.device, int) or self.device < 0:
             raise SettingsError(f"device is {self.device!r}; expected the number of a GPU, from 0")
-        if self.cuda not in CUDA_PACKAGES:
-            raise SettingsError(f"cuda is {self.cuda!r}; expected one of {', '.join(CUDA_PACKAGES)}")
+        check_choice("cuda", self.cuda, CUDA_PACKAGES)
         if self.graph not in (None, True, False):
             raise SettingsError(f"graph is {self.graph!r}; expected True, False or None")
         if self.timings not in (True, False):

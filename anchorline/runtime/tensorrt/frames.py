@@ -31,8 +31,6 @@ _MAJOR = 1  # of dlpack.h, which we ask for: earlier ones know no tensors that a
 _VERSIONED_BYTES = 32  # of DLManagedTensorVersioned before its DLTensor: version, context, deleter, flags
 _CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}
 
-SOURCE = "preprocess"
-KERNELS = tuple(f"{pixels}_to_{dtype}" for pixels in ("bgr", "nv12") for dtype in ("uint8", "float32"))
 _THREADS = 256
 
 _REMEMBERED = 1024  # addresses of device frames whose device is known; decoders use a few over and over
@@ -235,7 +233,7 @@ def canvas_launch(
         *map(ctypes.c_double, steps),
     )
     kernel = f"{'nv12' if frame.chroma else 'bgr'}_to_{contract.input_dtype}"
-    return Launch(SOURCE, kernel, (-(-width // _THREADS), height, 1), _THREADS, arguments)
+    return Launch("preprocess", kernel, (-(-width // _THREADS), height, 1), _THREADS, arguments)
 
 
 class FrameIntake:

@@ -293,10 +293,12 @@ def _plugin_class(trt: Any) -> type:
             linear = descriptions[position].format == trt.TensorFormat.LINEAR
             return bool(linear and self.op.accepts(position, names))
 
-        def configure_plugin(self, *told: Any) -> None:
+        def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
             """Nothing to do, here and in the two that follow."""
 
-        on_shape_change = set_tactic = configure_plugin
+        def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None: ...
+
+        def set_tactic(self, tactic: int) -> None: ...
 
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
             return self.op.workspace_bytes([tuple(tensor.max) for tensor in inputs])
