@@ -63,7 +63,7 @@ def _count_frames(sources: Sequence[Source]) -> int | None:
     """The frames of all sources by the videos' headers, or ``None`` where one does not say."""
     total = 0
     for source in sources:
-        if not source.items or source.chosen_policy == "latest":
+        if not source.items or source.policy == "latest":
             return None
         for item in source.items:
             count: int | None = 1

@@ -14,7 +14,7 @@ from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import DataError
 from anchorline.runtime.video.figures import Figures
 from anchorline.runtime.video.frames import Result, Stream
-from anchorline.runtime.video.options import DetectOptions, Policy
+from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.reader import AvReader, IterableReader, Reader, StreamReader, open_file
 from anchorline.runtime.video.source import Item, Source
 
@@ -29,7 +29,7 @@ _NOTHING = Detections.empty()
 class SourceQueue:
     """The frames of one source that wait for the detector. The intake's lock guards it."""
 
-    policy: Policy
+    latest: bool  # is what counts: a newer frame takes the place of one that waits
     frames: deque[Result] = field(default_factory=deque)
     dropped: int = 0
     ended: bool = False
@@ -44,10 +44,11 @@ class Intake:
     that a slow consumer holds up the taking, and no stale frames pile up in between.
     """
 
-    def __init__(self, policies: Sequence[Policy], batch: int, max_wait: float, limit: int) -> None:
-        """``batch`` frames at most are taken at once, after at most ``max_wait`` seconds of waiting for
-        company; ``limit`` bounds the frames that are taken and not yet ``done``."""
-        self.queues = [SourceQueue(policy) for policy in policies]
+    def __init__(self, latest: Sequence[bool], batch: int, max_wait: float, limit: int) -> None:
+        """``latest`` says of each source whether its newest frame is what counts. ``batch`` frames at most
+        are taken at once, after at most ``max_wait`` seconds of waiting for company; ``limit`` bounds the
+        frames that are taken and not yet ``done``."""
+        self.queues = [SourceQueue(each) for each in latest]
         self.stopped = threading.Event()  # no more frames are accepted
         self.aborted = False  # nor handed out
         self._batch, self._max_wait, self._limit = batch, max_wait, max(limit, batch)
@@ -60,7 +61,7 @@ class Intake:
     def offer(self, queue: SourceQueue, frame: Result) -> bool:
         """Add a frame by the queue's policy; ``False`` when the pipeline takes no more."""
         with self._changed:
-            if queue.policy == "latest" and not self.stopped.is_set():
+            if queue.latest and not self.stopped.is_set():
                 queue.dropped += len(queue.frames)
                 queue.frames.clear()
             self._changed.wait_for(lambda: len(queue.frames) < self._depth or self.stopped.is_set())
@@ -80,8 +81,8 @@ class Intake:
         """The number of the batch and its frames, waited for; ``None`` when all is over."""
         with self._changed:
             while True:
-                self._changed.wait_for(lambda: self.aborted or self._over() or self._can_take())
-                if self.aborted or self._over():
+                self._changed.wait_for(lambda: self._over() or self._can_take())
+                if self._over():
                     return None
                 # Until the batch is full, nobody is left who could fill it, or the time is up.
                 self._changed.wait_for(lambda: not (self._can_take() and self._may_grow()), self._max_wait)
@@ -120,14 +121,12 @@ class Intake:
         return self._under_way + self._batch <= self._limit and any(queue.frames for queue in self.queues)
 
     def _over(self) -> bool:
-        return all(queue.ended and not queue.frames for queue in self.queues)
+        return self.aborted or all(queue.ended and not queue.frames for queue in self.queues)
 
     def _may_grow(self) -> bool:
         waiting = sum(len(queue.frames) for queue in self.queues)
         # One frame of a live source is all there is: the next would take its place, not join it.
-        growing = any(
-            not queue.ended and (queue.policy == "wait" or not queue.frames) for queue in self.queues
-        )
+        growing = any(not (queue.ended or (queue.latest and queue.frames)) for queue in self.queues)
         return growing and waiting < self._batch
 
     def _pick(self) -> list[Result]:
@@ -217,7 +216,7 @@ class Feed:
         if self._delivered and item is None:
             figures.reconnected()
         stream: Stream | None = None
-        is_played = source.chosen_policy == "latest" and item is not None and item.is_video
+        is_played = source.policy == "latest" and item is not None and item.is_video
         began: float | None = None  # of a file that is played at its own rate, as if a camera delivered it
         with contextlib.closing(reader):
             frames = iter(reader)

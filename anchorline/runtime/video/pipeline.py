@@ -86,15 +86,14 @@ class VideoPipeline:
         check_outputs([options.jsonl, options.report], [*(item.path for item in items), *targets])
         options.filters.check_names(getattr(getattr(detector, "contract", None), "names", ()))
         self.figures = Figures({source.name: bool(source.live) for source in self.sources})
-        all_wait = all(source.chosen_policy == "wait" for source in self.sources)
-        useful = getattr(detector, "concurrent_calls", 1) if all_wait else 1
+        latest = [source.policy == "latest" for source in self.sources]
+        useful = getattr(detector, "concurrent_calls", 1) if not any(latest) else 1
         self._workers: int = options.workers or useful
         batch = batch_size(options, detector, len(self.sources))
         # One batch in each worker, and one that is drawn, written and handed out each; live frames
         # that wait in between would only get older.
-        under_way = batch * (self._workers + (3 if all_wait else 2))
-        policies = [source.chosen_policy for source in self.sources]
-        self._intake = Intake(policies, batch, options.max_wait, under_way)
+        under_way = batch * (self._workers + (2 if any(latest) else 3))
+        self._intake = Intake(latest, batch, options.max_wait, under_way)
         self._targets, self._given_sinks, self._callback = targets, sinks, callback
         self._sinks: list[Sink] = []
         self._tracks: dict[str, Tracks] = {}  # by source, where objects are followed
@@ -323,22 +322,18 @@ class VideoPipeline:
             raise
         finally:
             try:
-                self._end_threads()
+                self._ended.set()
+                for thread in self._threads:
+                    thread.join()
+                until = time.monotonic() + _JOIN_SECONDS
+                for thread in self._readers:
+                    thread.join(max(0.0, until - time.monotonic()))
             finally:
                 self._end_outputs()
         if self._error is not None and self._error is not error:
             raise self._error
-        complaint = self._nothing_read() if error is None else None
-        if complaint is not None:
+        if error is None and (complaint := self._nothing_read()) is not None:
             raise complaint
-
-    def _end_threads(self) -> None:
-        self._ended.set()
-        for thread in self._threads:
-            thread.join()
-        until = time.monotonic() + _JOIN_SECONDS
-        for thread in self._readers:
-            thread.join(max(0.0, until - time.monotonic()))
 
     def _end_outputs(self) -> None:
         """Complete the files and the report, or drop them after an error."""

@@ -75,11 +75,6 @@ class Source:
             object.__setattr__(self, "policy", "latest" if self.live else "wait")
 
     @property
-    def chosen_policy(self) -> Policy:
-        """The policy, which is set from the kind of source where the caller left it open."""
-        return self.policy or "wait"
-
-    @property
     def is_path(self) -> bool:
         """Whether this names a file or folder, rather than a camera, a URL or frames."""
         where = self.where
@@ -104,7 +99,7 @@ def parse_source(text: str | Path | int) -> Source:
 
 def waits(sources: Iterable[str | Path], policy: Policy | None) -> bool:
     """Whether each frame of each source is waited for, so that their speed as a whole is what counts."""
-    return policy != "latest" and all(parse_source(each).chosen_policy == "wait" for each in sources)
+    return policy != "latest" and all(parse_source(each).policy == "wait" for each in sources)
 
 
 def plan(

@@ -81,7 +81,6 @@ class VideoWriter:
         if not self._is_open:
             return
         try:
-            self._is_open = False
             self._release()
             self._check()
             with output_errors(self.path):
