@@ -23,8 +23,7 @@ def load_coco(folder: Path, annotations: Path, names: Sequence[str] | None = Non
 
     Labels index ``names``, or the categories in the order of their ids. A category that is not in
     ``names`` is a ``DataError`` when an annotation uses it. ``category_ids`` are the file's own, and
-    ``iscrowd`` becomes ``crowd``. Boxes of zero area, reversed or outside the image are dropped and
-    counted. Raises ``DataError`` for anything missing, broken or contradictory.
+    ``iscrowd`` becomes ``crowd``. Raises ``DataError`` for anything missing, broken or contradictory.
     """
     spec = spec or f"coco:{folder},{annotations}"
     if not folder.is_dir():
@@ -99,7 +98,6 @@ def _read_categories(content: Record, path: Path) -> dict[int, str]:
 
 
 def _objects_by_image(content: Record, categories: dict[int, str], path: Path) -> dict[int, list[Record]]:
-    """The annotations of each image id, checked."""
     objects: dict[int, list[Record]] = {}
     for number, record in enumerate(content["images"], start=1):
         id = _field(record, "id", int, f"{path}: image {number}")

@@ -29,8 +29,6 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_EXIF, _JPEG_START_OF_SCAN = 0xE1, 0xDA
 
-Names = Sequence[str] | None
-
 
 @dataclass(frozen=True)
 class LabelledImage:
@@ -61,9 +59,9 @@ class Dataset:
     """Labelled images in a fixed order, with the class names their labels index.
 
     ``spec`` is the text it was opened with. ``category_ids`` are COCO's ids of ``names`` where the
-    data has them. ``dropped`` counts what was left out by reason, such as boxes of ``"zero area"``.
-    ``unlabelled`` counts the images without annotations of their own (YOLO's label file), which are
-    taken as images without objects.
+    data has them. ``dropped`` counts what was left out by reason: boxes of ``"zero area"``, reversed or
+    outside the image, label files without an image. ``unlabelled`` counts the images without a label
+    file of their own (YOLO), which are taken as images without objects.
     """
 
     spec: str
@@ -98,7 +96,7 @@ class Dataset:
         return dataclasses.replace(self, names=tuple(names), images=images)
 
 
-def load_dataset(spec: str, names: Names = None) -> Dataset:
+def load_dataset(spec: str, names: Sequence[str] | None = None) -> Dataset:
     """Open ``voc:DIR@split``, ``coco:IMAGES,ANNOTATIONS.json``, ``yolo:DIR@split`` or ``synthetic:N``.
 
     With ``names`` the labels index these names, and a class of the data that is not among them is a
@@ -143,7 +141,7 @@ def load_dataset(spec: str, names: Names = None) -> Dataset:
     return load_yolo(_at_home(folder), split, names, spec)
 
 
-def load_datasets(specs: Sequence[str], names: Names = None) -> Dataset:
+def load_datasets(specs: Sequence[str], names: Sequence[str] | None = None) -> Dataset:
     """Open several specs as one data set: images one after another, the union of the names in order."""
     if not specs:
         raise DataError(f"no data given; expected {FORMS}")

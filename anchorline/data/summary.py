@@ -128,7 +128,6 @@ class DataSummary:
         return layout
 
     def _remarks(self) -> list[str]:
-        """What deserves attention, a sentence each."""
         remarks = []
         if self.empty_images:
             unlabelled = self.unlabelled_images

@@ -107,7 +107,6 @@ class _Track:
         return self.first + self.duration
 
     def pose(self, index: float) -> Pose:
-        """Where the shape is in frame ``index``."""
         done = (index - self.first) / self.duration
         x, y = self.entry + (self.exit - self.entry) * done
         swing = self.wobble * np.sin(2 * np.pi * done * 1.5)

@@ -27,9 +27,8 @@ _CLASS_FLAG = re.compile(r"\s+(-1|0|1)$")
 def load_voc(folder: Path, split: str, names: Sequence[str] | None = None, spec: str = "") -> Dataset:
     """Read the images that ``folder/ImageSets/Main/split.txt`` lists, with their annotations.
 
-    Labels index ``names``, or the classes found in the split, sorted. Boxes of zero area, reversed
-    or outside the image are dropped and counted. Raises ``DataError`` for anything missing or
-    broken, and for a class that is not in ``names``.
+    Labels index ``names``, or the classes found in the split, sorted. Raises ``DataError`` for anything
+    missing or broken, and for a class that is not in ``names``.
     """
     spec = spec or f"voc:{folder}@{split}"
     files = _find_files(folder, split)

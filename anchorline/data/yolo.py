@@ -43,9 +43,8 @@ def load_yolo(folder: Path, split: str, names: Sequence[str] | None = None, spec
     """Read the images of a split, its subfolders included, in the order of their names.
 
     Labels index ``names``, or the data's own in its order. An image without a label file has no
-    objects and is counted as ``unlabelled``. Boxes of zero area, reversed or outside the image are
-    dropped and counted, label files without an image are counted. Raises ``DataError`` for anything
-    missing or broken, and for a class that is used and not in ``names``.
+    objects and is counted as ``unlabelled``. Raises ``DataError`` for anything missing or broken, and for
+    a class that is used and not in ``names``.
     """
     spec = spec or f"yolo:{folder}@{split}"
     image_folder, label_folder = _split_folders(folder, split)
@@ -74,7 +73,6 @@ def load_yolo(folder: Path, split: str, names: Sequence[str] | None = None, spec
 
 
 def _split_folders(folder: Path, split: str) -> tuple[Path, Path]:
-    """The folders of the split's images and labels."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected a YOLO data set with images and labels")
     for images, labels in ((f"images/{split}", f"labels/{split}"), (f"{split}/images", f"{split}/labels")):

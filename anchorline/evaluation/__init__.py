@@ -22,6 +22,4 @@ __all__ = ["EvaluationReport", "ProposalReport", "evaluate", "evaluate_proposals
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.evaluation"), name)
-    globals()[name] = value
-    return value
+    return getattr(import_module(f"{__name__}.evaluation"), name)

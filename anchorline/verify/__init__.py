@@ -21,5 +21,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from anchorline.artefacts import verify
 
-    globals()[name] = verify
     return verify

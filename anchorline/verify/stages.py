@@ -160,7 +160,6 @@ class OnnxStages:
         self._sessions: dict[tuple[frozenset[str], tuple[str, ...]], Any] = {}
 
     def run(self, inputs: Arrays, feed: Arrays) -> dict[str, NDArray[Any]]:
-        """All stages and outputs; a stage in ``feed`` is replaced for what follows it."""
         values = self._infer(inputs, feed, [*self.stages, *self.contract.outputs], keep=True)
         return {n: v.astype(np.float32, copy=False) if is_stage(n) else v for n, v in values.items()}
 

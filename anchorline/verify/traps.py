@@ -68,20 +68,20 @@ def largest_batch(contract: Contract) -> int:
     return max(2, min(LARGEST_BATCH, _LARGEST_BATCH_PIXELS // (contract.canvas[0] * contract.canvas[1])))
 
 
-def traps(max_batch: int | None, seed: int = 0) -> list[Trap]:
-    """All traps, with ``max_batch`` images in the largest batch, ``LARGEST_BATCH`` where it is None.
+def traps(max_batch: int = LARGEST_BATCH, seed: int = 0) -> list[Trap]:
+    """All traps, with ``max_batch`` images in the largest batch.
 
     Through ``run_traps`` the candidate runs on 26 images (with the default batch), the reference on 13.
     Raises ``SettingsError`` for a batch under 1.
     """
-    if max_batch is not None and max_batch < 1:
+    if max_batch < 1:
         raise SettingsError(f"max batch is {max_batch}; expected at least 1")
     height, width = SCENE_SIZE
     # Landscape, portrait and small, so that each fills another part of its canvas.
     sizes = (SCENE_SIZE, (2 * width, height), (height // 2, height // 2))
     mixed = tuple(generate_scene(seed, size, index)[0] for index, size in enumerate(sizes))
     plain, crowd = mixed[0], _crowd(seed)
-    full = tuple(mixed[index % len(mixed)] for index in range(max_batch or LARGEST_BATCH))
+    full = tuple(mixed[index % len(mixed)] for index in range(max_batch))
     one_object = posed_scene(seed, SCENE_SIZE, [Pose(width / 2, height / 2, height / 4, angle=0.3)])
     large = cv2.resize(generate_scene(seed)[0], _LARGEST_SIZE[::-1], interpolation=cv2.INTER_LINEAR)
     top = (SMALLEST_SIDE - _THIN[0]) // 2

@@ -146,7 +146,7 @@ class Dropping(Honest):
 
 @pytest.fixture(scope="module")
 def all_traps() -> list[Trap]:
-    return traps(None)
+    return traps()
 
 
 def run_trap(trap: Trap, reference: Honest, candidate: Honest) -> TrapResult:
