@@ -180,8 +180,7 @@ class LanePool:
             self._closed = True
         for _ in range(self._workers):
             self._permits.acquire()
-        for _ in range(self._workers):
-            self._permits.release()  # whoever waited learns that the pool is closed
+        self._permits.release(self._workers)  # whoever waited learns that the pool is closed
         with self._lock:
             lanes, self._all, self._idle = self._all, [], []
         for lane in lanes:

@@ -91,13 +91,13 @@ class TensorRTEngine:
         with input_errors(self.path):
             content = self.path.read_bytes()
         mark = errors.mark()
-        try:
+        runtime = engine = None
+        with contextlib.suppress(TypeError):  # how the bindings say that there is none
             runtime = self._trt.Runtime(tensorrt_logger(self.manifest.flavour))
-        except TypeError:  # how the bindings say that there is none
-            runtime = None
-        if runtime is not None and self.manifest.options.get("version_compatible"):
-            runtime.engine_host_code_allowed = True  # such a plan brings the runtime that it runs on
-        engine = None if runtime is None else runtime.deserialize_cuda_engine(content)
+        if runtime is not None:
+            if self.manifest.options.get("version_compatible"):
+                runtime.engine_host_code_allowed = True  # such a plan brings the runtime that it runs on
+            engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
             if errors.tell_of_memory(mark):
                 free = self._cuda.memory_info()[0]
@@ -168,10 +168,9 @@ class TensorRTEngine:
 
     def _failure(self, what: str, mark: int) -> GpuError:
         """The error for what TensorRT refused, with its reason since ``mark``."""
-        text = f"{self.path}: {self.title} {what} ({errors.reason(mark)})"
-        if errors.tell_of_memory(mark):
-            return GpuError(f"{text}; {REMEDY}")
-        return GpuError(f"{text}; build it again on this machine, or try GpuOptions(graph=False)")
+        mend = "build it again on this machine, or try GpuOptions(graph=False)"
+        remedy = REMEDY if errors.tell_of_memory(mark) else mend
+        return GpuError(f"{self.path}: {self.title} {what} ({errors.reason(mark)}); {remedy}")
 
     def _new_context(self, graph: bool) -> Any:
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED

@@ -231,8 +231,7 @@ def register_plugins(trt: Any) -> None:
     with _registering:
         if trt.__name__ in _registered:
             return
-        plugin_class, creator_class = _plugin_class(trt), _creator_class(trt)
-        creators = [creator_class(op, plugin_class) for op in PLUGINS]
+        creators = list(map(_creator_class(trt), PLUGINS))
         registry = trt.get_plugin_registry()
         for creator in creators:
             if not registry.register_creator(creator, PLUGIN_NAMESPACE):
@@ -331,14 +330,15 @@ def _plugin_class(trt: Any) -> type:
 
 
 def _creator_class(trt: Any) -> type:
+    plugin_class = _plugin_class(trt)
+
     class Creator(trt.IPluginCreatorV3One):
         """Makes the plugin of one node from the node's attributes."""
 
-        def __init__(self, op: type[Op], plugin_class: type) -> None:
+        def __init__(self, op: type[Op]) -> None:
             trt.IPluginCreatorV3One.__init__(self)
-            self.op, self.plugin_class = op, plugin_class
-            self.name, self.plugin_namespace = op.name, PLUGIN_NAMESPACE
-            self.plugin_version = PLUGIN_VERSION
+            self.op, self.name = op, op.name
+            self.plugin_namespace, self.plugin_version = PLUGIN_NAMESPACE, PLUGIN_VERSION
             self.values = {name: np.array([]) for name in op.attributes}
             self.field_names = _fields(trt, op.attributes, self.values)
 
@@ -349,7 +349,7 @@ def _creator_class(trt: Any) -> type:
                 if missing:
                     raise AnchorlineError(f"node {name} has no attribute {', '.join(sorted(missing))}")
                 values = {n: kind(given[n].item()) for n, kind in self.op.attributes.items()}
-                return self.plugin_class(self.op(**values), loaded=phase == trt.TensorRTPhase.RUNTIME)
+                return plugin_class(self.op(**values), loaded=phase == trt.TensorRTPhase.RUNTIME)
 
             return _guarded(create, f"creating {self.op.name}", failed=None)
 

@@ -100,9 +100,8 @@ def test_a_plugin_that_fails_to_run_says_so_and_does_not_raise(
 
 def test_what_is_serialised_makes_the_same_plugin(rtx: Any) -> None:
     """An engine holds the fields and gives them back when it is loaded."""
-    plugin_class = plugins._plugin_class(rtx)
-    plugin = plugin_class(plugins.RoIPool(output_size=14, spatial_scale=0.125), False)
-    creator = plugins._creator_class(rtx)(plugins.RoIPool, plugin_class)
+    plugin = plugins._plugin_class(rtx)(plugins.RoIPool(output_size=14, spatial_scale=0.125), False)
+    creator = plugins._creator_class(rtx)(plugins.RoIPool)
     loaded = creator.create_plugin("node", plugin.get_fields_to_serialize(), rtx.TensorRTPhase.RUNTIME)
     assert loaded.loaded
     assert (loaded.op.output_size, loaded.op.spatial_scale) == (14, 0.125)
