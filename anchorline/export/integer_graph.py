@@ -21,7 +21,7 @@ them evens their rounding out, and they take next to no time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +41,7 @@ _WEIGHTED = ("Conv", "Gemm", "MatMul")
 _PASSES = {
     "Add", "AveragePool", "BatchNormalization", "Clip", "Concat", "Flatten", "GlobalAveragePool",
     "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "MaxPool", "Mul", "Pad", "ReduceMean", "Relu",
-    "Reshape", "Resize", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
+    "Reshape", "Resize", "RoIAlign", "RoIPool", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
 }  # fmt: skip
 # What onnxruntime's CPU provider computes on 8-bit integers, or drops into the layer before it.
 _INTEGER_GLUE = ("Add", "Clip", "MaxPool", "Relu", "Resize")
@@ -75,15 +75,13 @@ def find_layers(graph: onnx.GraphProto) -> list[Layer]:
     weights = {tensor.name for tensor in graph.initializer}
     users: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
-        if _is_layer(node, weights):
+        if not node.domain and node.op_type in _WEIGHTED and node.input[1] in weights:
             users.setdefault(node.input[1], []).append(node)
+    products = {node.output[0] for nodes in users.values() for node in nodes}
     reaching: set[str] = set()  # the tensors from which another layer is reached without a decision
     for node in reversed(graph.node):
-        layer = _is_layer(node, weights)
-        if node.domain == DOMAIN:
-            passes = node.op_type in ("RoIAlign", "RoIPool")
-        else:
-            passes = not node.domain and node.op_type in _PASSES
+        layer = node.output[0] in products
+        passes = node.domain in ("", DOMAIN) and node.op_type in _PASSES
         if layer or (passes and reaching & set(node.output)):
             # The RoIs that RoIAlign reads were chosen; only the features pass through it.
             reaching.update(node.input[:1] if node.domain or layer else node.input)
@@ -96,11 +94,6 @@ def find_layers(graph: onnx.GraphProto) -> list[Layer]:
         )
         for weight, nodes in users.items()
     ]
-
-
-def _is_layer(node: onnx.NodeProto, weights: Collection[str]) -> bool:
-    """Whether ``node`` is a product with a constant."""
-    return not node.domain and node.op_type in _WEIGHTED and node.input[1] in weights
 
 
 def _integer_nodes(graph: onnx.GraphProto, layers: Sequence[Layer], *, glue: bool) -> list[onnx.NodeProto]:

@@ -133,7 +133,7 @@ def trimmed_canvas(frame_size: tuple[int, int], contract: Contract) -> tuple[int
 
 
 def verify_with_pytorch(
-    checkpoint: Path, model: FasterRCNN, path: Path, images: Sequence[NDArray[np.uint8]] = ()
+    checkpoint: Path, model: FasterRCNN, path: Path, images: Sequence[NDArray[np.uint8]]
 ) -> VerifyReport:
     """Compare the ONNX file at ``path``, on onnxruntime's CPU provider, with ``model``: the quick set."""
     candidate = onnx_subject(path)

@@ -190,10 +190,8 @@ def quantize_onnx(
             "data": dataset.spec,
             "images": len(dataset),
             "method": method,
-            "float_layers": [],
             "last_layers": [layer.name for layer in layers if layer.last],
             "max_drop": max_drop,
-            "loss": None,
             "by": f"anchorline {__version__}",
         }
         images = evenly(dataset.images, RANGE_IMAGES)
@@ -476,12 +474,10 @@ def fewest_float(most: int, attempt: Callable[[int], Trial]) -> Trial:
     layers. Where more float layers do harm, as they seldom do, it may not be the fewest.
     """
     number, fails = 0, -1
-    trial = attempt(number)
-    while not trial.holds:
+    while not (trial := attempt(number)).holds:
         if number >= most:
             return trial
         fails, number = number, min(max(1, 2 * number), most)
-        trial = attempt(number)
     while number - fails > 1:
         middle = (fails + number) // 2
         between = attempt(middle)

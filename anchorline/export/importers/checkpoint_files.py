@@ -213,17 +213,14 @@ def read_torch_pickle(path: Path) -> Any:
 
 # What a pickle of protocol 2 to 5 needs for them. NEWOBJ is on the list so that a
 # foreign class is refused by its name, on the way to it: nothing that ``find_class`` gives is a class.
-_OPERATIONS = frozenset(
-    name
-    for names in (
-        "PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4",
-        "BINFLOAT SHORT_BINSTRING BINSTRING BINUNICODE SHORT_BINUNICODE BINUNICODE8",
-        "BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8",
-        "EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS",
-        "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD NEWOBJ",
-    )
-    for name in names.split()
-)
+_OPERATIONS = {
+    "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1",
+    "BININT2", "LONG1", "LONG4", "BINFLOAT", "SHORT_BINSTRING", "BINSTRING", "BINUNICODE",
+    "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
+    "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT",
+    "SETITEM", "SETITEMS", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET", "GLOBAL",
+    "STACK_GLOBAL", "REDUCE", "BUILD", "NEWOBJ",
+}  # fmt: skip
 # Hashing a tuple within a tuple within ... takes C stack, and a dictionary hashes its keys. Six tuples
 # belong to each array, so this is enough for the deepest networks.
 _MOST_TUPLES = 20_000

@@ -16,7 +16,6 @@ from anchorline.export.importers.library import (
     MSRA,
     RESNET_FPN,
     Architecture,
-    Description,
     Library,
     State,
     side_of,
@@ -64,7 +63,7 @@ def recognise(source: CheckpointFile, state: State) -> str | None:
     return arch if arch in ARCHITECTURES else None
 
 
-def describe(source: CheckpointFile, state: State, arch: str) -> Description:
+def describe(source: CheckpointFile, state: State, arch: str) -> Architecture:
     """The zoo's settings with what ``state`` holds of pixel statistics and anchors."""
     usual = ARCHITECTURES[arch].settings
     held = {**_pixel_statistics(state, source.name), **_anchors(state, usual, source.name)}
@@ -80,7 +79,7 @@ def describe(source: CheckpointFile, state: State, arch: str) -> Description:
             f"pixel_std is {list(found.std)}, so the backbone is not MSRA's; if it was trained with "
             "STRIDE_IN_1X1: False, import again with --set bottleneck_stride=3x3"
         )
-    return Description(found, ARCHITECTURES[arch].resize, warnings=tuple(warnings))
+    return Architecture(found, ARCHITECTURES[arch].resize, warnings=tuple(warnings))
 
 
 def _pixel_statistics(state: State, where: str) -> dict[str, Any]:

@@ -56,17 +56,10 @@ MSRA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A detector as its library builds it: our settings for it, and how it resizes images."""
+    """A detector as its library builds it: our settings for it, and how it resizes images.
 
-    settings: ModelSettings
-    resize: ResizeRule
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a checkpoint holds: settings but for the widths, class names where it has them, and warnings.
-
-    ``eps_warnings`` do not matter where the user gives the eps of the batch norms.
+    Of a checkpoint also its class names, where it has them, and warnings; its settings are right but for the
+    widths. ``eps_warnings`` do not matter where the user gives the eps of the batch norms.
     """
 
     settings: ModelSettings
@@ -117,7 +110,7 @@ class Library:
     ``ignored``: how the names of tensors begin that are no weights.
     ``background_last`` and ``size_by_size``: the order of its classes and anchors where it is not ours.
     ``recognise``: the architecture that a file and its state show; None where they do not tell.
-    ``describe``: the settings of a state as an architecture; raises ``ArtefactError`` where we have none.
+    ``describe``: the architecture of a file and its state; raises ``ArtefactError`` where we have none.
     ``marks``: patterns of names by which to tell models that cannot be imported, and what those are;
     ``likely_cause``: what else a state that does not fit is, as the end of a message.
     """
@@ -125,7 +118,7 @@ class Library:
     name: str
     architectures: Mapping[str, Architecture]
     known_names: str
-    describe: Callable[[CheckpointFile, State, str], Description]
+    describe: Callable[[CheckpointFile, State, str], Architecture]
     recognise: Callable[[CheckpointFile, State], str | None] = lambda source, state: None
     input_dtype: str = "uint8"
     coco_classes: Callable[[], ClassNames] = coco_80

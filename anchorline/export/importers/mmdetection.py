@@ -16,7 +16,6 @@ from anchorline.export.importers.library import (
     MSRA,
     RESNET_FPN,
     Architecture,
-    Description,
     Library,
     State,
     are_class_names,
@@ -264,7 +263,7 @@ def recognise(source: CheckpointFile, state: State) -> str | None:
     return f"mmdet_r{depth}{style}_fpn"
 
 
-def describe(source: CheckpointFile, state: State, arch: str) -> Description:
+def describe(source: CheckpointFile, state: State, arch: str) -> Architecture:
     """The zoo's settings, changed as the checkpoint's configuration says."""
     settings, resize = ARCHITECTURES[arch].settings, ARCHITECTURES[arch].resize
     names = _class_names(source.meta)
@@ -274,7 +273,7 @@ def describe(source: CheckpointFile, state: State, arch: str) -> Description:
             f"no configuration in the checkpoint that can be read: taken as {arch} with MMDetection's usual "
             "settings; change what was not so with --arch, --resize and --set"
         )
-        return Description(settings, resize, names, (warning,))
+        return Architecture(settings, resize, names, (warning,))
     caffe = "_caffe_" in arch
     if configuration.style is not None and (configuration.style == "caffe") != caffe:
         right = arch.replace("_caffe_fpn", "_fpn") if caffe else arch.replace("_fpn", "_caffe_fpn")
@@ -285,7 +284,7 @@ def describe(source: CheckpointFile, state: State, arch: str) -> Description:
     if configuration.sides is not None:
         shorter, longer = configuration.sides
         resize = dataclasses.replace(resize, shorter_side=shorter, longer_side=longer)
-    return Description(dataclasses.replace(settings, **configuration.settings), resize, names)
+    return Architecture(dataclasses.replace(settings, **configuration.settings), resize, names)
 
 
 def _class_names(meta: Mapping[str, object]) -> tuple[str, ...] | None:

@@ -12,7 +12,7 @@ import dataclasses
 from torch import Tensor
 
 from anchorline.export.importers.checkpoint_files import CheckpointFile
-from anchorline.export.importers.library import Architecture, Description, Library, State, side_of
+from anchorline.export.importers.library import Architecture, Library, State, side_of
 from anchorline.runtime.contract import ResizeRule
 from anchorline.train.model.settings import ModelSettings
 from anchorline.train.settings import load_preset
@@ -55,7 +55,7 @@ def recognise(source: CheckpointFile, state: State) -> str | None:
     return next((f"py_faster_rcnn_{name}" for name, first in _FIRST.items() if first in state), None)
 
 
-def describe(source: CheckpointFile, state: State, arch: str) -> Description:
+def describe(source: CheckpointFile, state: State, arch: str) -> Architecture:
     """The preset's settings with the anchors of ``state``, and VOC's names where there are 21 outputs."""
     usual = ARCHITECTURES[arch].settings
     settings = dataclasses.replace(
@@ -64,7 +64,7 @@ def describe(source: CheckpointFile, state: State, arch: str) -> Description:
         anchor_sizes=_COCO_SIZES if side_of(state, _SCORES, 0) == _COCO_SCORES else usual.anchor_sizes,
     )
     names = VOC_CLASSES if side_of(state, _CLASSIFIER, 0) == len(VOC_CLASSES) + 1 else None
-    return Description(settings, ARCHITECTURES[arch].resize, names)
+    return Architecture(settings, ARCHITECTURES[arch].resize, names)
 
 
 def _without_leading_sides(name: str, tensor: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from anchorline.export.importers.checkpoint_files import CheckpointFile
 from anchorline.export.importers.library import (
     CLASSIFIER,
     Architecture,
-    Description,
     Library,
     State,
     coco_90,
@@ -77,20 +76,20 @@ ARCHITECTURES = _architectures()
 of its ResNets in place of ``resnet50``."""
 
 
-def describe(source: CheckpointFile, state: State, arch: str) -> Description:
+def describe(source: CheckpointFile, state: State, arch: str) -> Architecture:
     """The architecture's settings, with the eps that the batch norms were trained with."""
-    settings, resize = ARCHITECTURES[arch].settings, ARCHITECTURES[arch].resize
+    usual = ARCHITECTURES[arch]
     official = source.sha256.startswith(_EPS_0_SHA256) or _EPS_0_SHA256 in source.name
     if official or source.name.startswith(_EPS_0_WEIGHTS):
-        return Description(dataclasses.replace(settings, backbone_norm_eps=0.0), resize)
+        return dataclasses.replace(usual, settings=dataclasses.replace(usual.settings, backbone_norm_eps=0.0))
     if arch != "fasterrcnn_resnet50_fpn" or any(name.endswith("num_batches_tracked") for name in state):
-        return Description(settings, resize)
+        return usual
     warning = (
-        f"batch-norm eps taken as {settings.backbone_norm_eps:g}; if the model was built with "
+        f"batch-norm eps taken as {usual.settings.backbone_norm_eps:g}; if the model was built with "
         "weights=...COCO_V1 and trained on, torchvision has set it to 0: import again with "
         "--batch-norm-eps 0"
     )
-    return Description(settings, resize, eps_warnings=(warning,))
+    return dataclasses.replace(usual, eps_warnings=(warning,))
 
 
 def _likely_cause(state: State, settings: ModelSettings) -> str:
@@ -206,7 +205,7 @@ def torchvision_model(model: FasterRCNN, contract: Contract) -> TorchvisionFaste
             "and a sigmoid, roi_aligned false, box_min_side 0.01 and a canonical_size without fraction, its "
             "level rule, the box head 'fc', bottleneck_stride '3x3' and another neck than 'dc5'"
         )
-    backbone, levels = _backbone(s), len(s.anchor_sizes)
+    backbone, levels = _backbone(model), len(s.anchor_sizes)
     names = [str(level) for level in range(max(1, levels - 1))]  # of a pyramid all but the pooled map
     channels, size = backbone.out_channels, s.roi_size
     built = TorchvisionFasterRCNN(
@@ -239,27 +238,17 @@ def torchvision_model(model: FasterRCNN, contract: Contract) -> TorchvisionFaste
     return built.eval()
 
 
-def _backbone(settings: ModelSettings) -> Any:
+def _backbone(model: FasterRCNN) -> Any:
     """torchvision's backbone and pyramid with its own batch norms, randomly initialised."""
-    spec = BACKBONES[settings.backbone]
-    live = settings.backbone_norm == "live"
-    network = spec.build(
-        partial(nn.BatchNorm2d if live else FrozenBatchNorm2d, eps=settings.backbone_norm_eps)
-    )
+    settings, ours = model.settings, model.backbone
+    norm = nn.BatchNorm2d if settings.backbone_norm == "live" else FrozenBatchNorm2d
+    network = BACKBONES[settings.backbone].build(partial(norm, eps=settings.backbone_norm_eps))
     body = cast(nn.Module, getattr(network, "features", network))
-    if settings.neck == "single":
-        tap, channels = spec.maps[16]
+    taps = {tap: str(level) for level, tap in enumerate(ours.body.taps)}
+    if ours.fpn is None:
         single = nn.Sequential()
-        single.body, single.out_channels = IntermediateLayerGetter(body, {tap: "0"}), channels  # type: ignore[assignment]
+        single.body, single.out_channels = IntermediateLayerGetter(body, taps), ours.out_channels  # type: ignore[assignment]
         return single
-    levels = 4 if settings.finest_stride == 4 else 3
-    taps = dict(list(spec.maps.values())[-levels:])
-    if settings.neck == "fpn32" and spec.coarse is not None:
-        taps = spec.coarse
-    return BackboneWithFPN(
-        body,
-        {tap: str(level) for level, tap in enumerate(taps)},
-        list(taps.values()),
-        settings.fpn_channels,
-        norm_layer=nn.BatchNorm2d if live else None,
-    )
+    widths = [block[0].in_channels for block in ours.fpn.inner_blocks]
+    norm_layer = nn.BatchNorm2d if norm is nn.BatchNorm2d else None
+    return BackboneWithFPN(body, taps, widths, ours.out_channels, norm_layer=norm_layer)
