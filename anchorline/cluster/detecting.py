@@ -416,7 +416,7 @@ class _Run:
             answer.warnings, answer.unreadable = piece.warnings, piece.unreadable
             self._computed += len(piece.times)
             for times in piece.times:
-                self._stages.add_all(times)
+                self._stages.add(times)
             yield pieces, self.silence
         worker.answer = None
         self.outputs.answered(item)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import itertools
 import math
 import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,23 +91,12 @@ class StageTimes:
     def __init__(self) -> None:
         self._durations = {stage: Durations() for stage in STAGES}
 
-    def add(self, stage: str, seconds: float) -> None:
-        """Note one duration."""
-        if stage not in self._durations:
-            raise SettingsError(f"unknown stage {stage!r}; expected one of {', '.join(STAGES)}")
-        self._durations[stage].add(seconds)
-
-    def add_all(self, timings: Mapping[str, float]) -> None:
+    def add(self, timings: Mapping[str, float]) -> None:
         """Note one duration for each stage of ``timings``, such as ``Detector.timings``."""
         for stage, seconds in timings.items():
-            self.add(stage, seconds)
-
-    @contextlib.contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
-        """Note how long the block takes; a block that raises is not counted."""
-        start = time.perf_counter()
-        yield
-        self.add(stage, time.perf_counter() - start)
+            if stage not in self._durations:
+                raise SettingsError(f"unknown stage {stage!r}; expected one of {', '.join(STAGES)}")
+            self._durations[stage].add(seconds)
 
     def percentiles(self) -> dict[str, dict[str, float]]:
         """``{stage: {"p50", "p95", "p99"}}`` in milliseconds, for the stages that were seen."""

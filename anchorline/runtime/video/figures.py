@@ -173,7 +173,7 @@ class Figures:
     def took(self, times: Mapping[str, float], *sources: str) -> None:
         """Stages took these seconds, once for all and in full for each of the sources."""
         for stages in (self.stages, *(self.sources[name].stages for name in sources)):
-            stages.add_all(times)
+            stages.add(times)
 
     def left(self, source: str, age: float, detections: int) -> None:
         """A result reached the caller."""

@@ -411,10 +411,9 @@ def signals_as_exit() -> Iterator[None]:
     thread, and each only where nobody else handles or ignores it (as ``nohup`` does SIGHUP); elsewhere
     nothing changes.
     """
-    ours: list[int] = []
-    if threading.current_thread() is threading.main_thread():
-        kinds = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        ours = [kind for kind in kinds if signal.getsignal(kind) is signal.SIG_DFL]
+    is_main = threading.current_thread() is threading.main_thread()
+    kinds = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    ours = [kind for kind in kinds if is_main and signal.getsignal(kind) is signal.SIG_DFL]
     for kind in ours:
         signal.signal(kind, _exit)
     try:

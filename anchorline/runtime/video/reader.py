@@ -161,7 +161,6 @@ class StreamReader(Reader):
         return is_stated
 
     def close(self) -> None:
-        """Let go of the file, the camera or the connection. Safe to call twice."""
         self._capture.release()
 
     def _next(self) -> Timed | None:
@@ -282,7 +281,6 @@ class AvReader(Reader):
         self._begin("no frame of this video can be decoded; it may be damaged or empty")
 
     def close(self) -> None:
-        """Close the file or connection. Safe to call twice."""
         self._container.close()
 
     def _next(self) -> Timed | None:

@@ -158,7 +158,7 @@ class AvVideoWriter(VideoWriter):
         self._last_tick = -1
         try:
             self._container = av.open(str(self._temporary), "w", format="mp4")
-            stream = self._container.add_stream(_CODEC, rate=self._fps)
+            self._stream = stream = self._container.add_stream(_CODEC, rate=self._fps)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.options = {"preset": "veryfast", "crf": "23"}
             stream.codec_context.time_base = Fraction(1, _TICKS)
@@ -166,7 +166,6 @@ class AvVideoWriter(VideoWriter):
             stream.codec_context.open()
         except (*self._errors, ValueError):
             return False
-        self._stream = stream
         return True
 
     def _encode(self, frame: NDArray[np.uint8], time_s: float | None) -> bool:
