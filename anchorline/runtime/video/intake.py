@@ -202,7 +202,7 @@ class Feed:
             return IterableReader(where)
         stall, name, live = self._options.stall, self._source.describe(), bool(self._source.live)
         if isinstance(where, int) or decoder == "opencv":
-            return StreamReader(where if isinstance(where, int) else str(where), stall, name, live)
+            return StreamReader(where, stall, name, live)
         return AvReader(where, stall, name, live)
 
     def _pump(self, item: Item | None = None) -> None:

@@ -266,11 +266,8 @@ class VideoPipeline:
             self._out.put(result)
 
     def _watch(self) -> None:
-        """Report each live source that has delivered nothing for the stall time.
-
-        Readers that can end a hanging read by themselves do so after the same time; this also sees those
-        that cannot, such as a webcam's driver or an iterator of the caller's.
-        """
+        """Report each live source that has delivered nothing for the stall time, also those whose reader
+        cannot end a hanging read by itself, such as a webcam's driver or an iterator of the caller's."""
         stall = self.options.stall
         while not self._ended.wait(min(1.0, stall / _LOOKS)):
             for source in self.figures.sources.values():

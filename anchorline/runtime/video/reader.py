@@ -133,7 +133,7 @@ class StreamReader(Reader):
     FFmpeg's own time limit and does not hold for webcams. ``DataError`` where nothing comes in that time.
     """
 
-    def __init__(self, where: str | int, stall: float, name: str, live: bool = True) -> None:
+    def __init__(self, where: str | int | Path, stall: float, name: str, live: bool = True) -> None:
         super().__init__(name, live)
         self._stall = stall
         self._capture = cv2.VideoCapture()
@@ -145,7 +145,7 @@ class StreamReader(Reader):
             else:
                 limit = math.ceil(stall * 1000)
                 settings = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, limit, cv2.CAP_PROP_READ_TIMEOUT_MSEC, limit]
-                self._capture.open(where, cv2.CAP_FFMPEG, settings)
+                self._capture.open(str(where), cv2.CAP_FFMPEG, settings)
         if not self._capture.isOpened():
             self.close()
             raise DataError(f"{name}: cannot be opened; check the address and that the camera is on")

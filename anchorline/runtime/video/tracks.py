@@ -77,6 +77,8 @@ class ObjectTracker:
 
         ``frames`` is how far this frame lies from the one before: more than 1 where some were dropped.
         """
+        import supervision
+
         if not frames > 0:
             raise SettingsError(f"frames is {frames!r}; expected the step from the frame before, above 0")
         lost = self.options.lost_seconds
@@ -86,7 +88,13 @@ class ObjectTracker:
         labels = detections.labels if self.options.by_class else np.zeros(len(detections), np.int64)
         for label in sorted({*labels[usable].tolist(), *self._trackers}):
             rows = np.flatnonzero(usable & (labels == label))
-            for row, number in self._update_class(label, detections, rows):
+            given = supervision.Detections(
+                xyxy=detections.boxes[rows], confidence=detections.scores[rows], data={"row": rows}
+            )
+            tracked = self._tracker_of(label).update(given, timestamp=self._clock)
+            if len(tracked) == 0:
+                continue
+            for row, number in zip(tracked.data["row"].tolist(), tracked.tracker_id.tolist(), strict=True):
                 if number != NO_TRACK:
                     ours, _ = self._numbers.get((label, number), (self._given + 1, 0.0))
                     self._given = max(self._given, ours)
@@ -97,29 +105,17 @@ class ObjectTracker:
         }
         return replace(detections, track_ids=found)
 
-    def _update_class(
-        self, label: int, detections: Detections, rows: NDArray[np.int64]
-    ) -> list[tuple[int, int]]:
-        """Give the detections at ``rows`` to the class's tracker: (row, the package's id) of each."""
-        import supervision
-
-        tracker = self._trackers.get(label)
-        if tracker is None:
+    def _tracker_of(self, label: int) -> Any:
+        if label not in self._trackers:
             options = self.options
-            tracker = self._trackers[label] = self._make(
+            self._trackers[label] = self._make(
                 lost_track_buffer=math.ceil(options.lost_seconds * _PACKAGE_RATE),
                 frame_rate=self._fps,
                 track_activation_threshold=options.new_score,
                 high_conf_det_threshold=options.new_score,
                 minimum_iou_threshold=options.min_iou,
             )
-        given = supervision.Detections(
-            xyxy=detections.boxes[rows], confidence=detections.scores[rows], data={"row": rows}
-        )
-        tracked = tracker.update(given, timestamp=self._clock)
-        if len(tracked) == 0:
-            return []
-        return list(zip(tracked.data["row"].tolist(), tracked.tracker_id.tolist(), strict=True))
+        return self._trackers[label]
 
 
 class Tracks:
