@@ -46,9 +46,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _ON_DEMAND:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f"{__name__}.{_ON_DEMAND[name]}"), name)
-    globals()[name] = found
-    return found
+    return getattr(import_module(f"{__name__}.{_ON_DEMAND[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torchvision
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from anchorline.runtime.io.errors import ArtefactError, SettingsError, reason_of
@@ -129,8 +130,6 @@ def load_backbone_weights(body: Body, path: Path) -> dict[str, Tensor]:
         )
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -206,15 +205,11 @@ def _fill_box_head(head: nn.Module, state: Mapping[str, Tensor], classifier: tup
     """
     if classifier is None or not isinstance(head, BoxHead):
         return
-    own, given = head.state_dict(), {}
-    for layer, name in zip(("fc6", "fc7"), classifier, strict=True):
-        for kind in ("weight", "bias"):
-            value = state.get(f"{name}.{kind}")
-            if (
-                value is None
-                or value.shape != own[f"{layer}.{kind}"].shape
-                or not torch.isfinite(value).all()
-            ):
-                return
-            given[f"{layer}.{kind}"] = value
+    names, given = dict(zip(("fc6", "fc7"), classifier, strict=True)), {}
+    for key, own in head.state_dict().items():
+        layer, kind = key.split(".")
+        value = state.get(f"{names[layer]}.{kind}")
+        if value is None or value.shape != own.shape or not torch.isfinite(value).all():
+            return
+        given[key] = value
     head.load_state_dict(given)

@@ -199,10 +199,7 @@ def load_preset(name: str, overrides: Sequence[str] = ()) -> Settings:
     unknown = tables.keys() - _TABLES.keys()
     if unknown:
         raise SettingsError(f"{path}: unknown table {sorted(unknown)[0]!r}; expected [model] and [training]")
-    return Settings(
-        settings_from(ModelSettings, tables.get("model", {}), "model"),
-        settings_from(TrainingSettings, tables.get("training", {}), "training"),
-    )
+    return Settings(**{name: settings_from(cls, tables.get(name, {}), name) for name, cls in _TABLES.items()})
 
 
 def parse_override(text: str) -> tuple[str, str, Any]:

@@ -28,9 +28,9 @@ from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.drawing import draw
 from anchorline.runtime.io.errors import AnchorlineError
-from anchorline.train.data.transforms import build_transforms
+from anchorline.train.data.transforms import IGNORE_LABEL, PROPOSAL_LABEL, build_transforms
 from anchorline.train.loop.distributed import process_count, rank
-from anchorline.train.model.assign import IGNORE_LABEL, PROPOSAL_LABEL, Targets
+from anchorline.train.model.assign import Targets
 from anchorline.train.model.ops import SUPPRESSED
 from anchorline.train.model.rpn import Proposals
 from anchorline.train.settings import TrainingSettings

@@ -11,8 +11,11 @@ from torchvision.ops import box_area
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from anchorline.train.model.assign import PROPOSAL_LABEL
 from anchorline.train.settings import TrainingSettings
+
+# Labels of boxes that are no objects: of a region to ignore, and of a stored proposal.
+IGNORE_LABEL = -2
+PROPOSAL_LABEL = -3
 
 # Of an object cut by the edge of a crop, this share of its area must remain for it to stay labelled.
 LEAST_VISIBLE = 0.3
@@ -89,8 +92,7 @@ class Sanitize(nn.Module):
 def build_transforms(settings: TrainingSettings) -> v2.Compose:
     """The random views that ``settings`` ask for, from (image, {boxes, labels}) to the same.
 
-    Boxes with a negative label are no objects: ``IGNORE_LABEL`` marks ignore regions,
-    ``PROPOSAL_LABEL`` stored proposals. They change no draw, and stay while any of them shows.
+    Boxes with a negative label (above) change no draw, and stay while any of them shows.
     """
     steps: list[nn.Module] = []
     if settings.flip:

@@ -100,8 +100,7 @@ def check_data(data: Dataset, validation: Dataset | None) -> None:
         # Difficult objects and crowds are neither learnt nor counted.
         if each is not None and all((image.difficult | image.crowd).all() for image in each):
             raise DataError(f"{each.spec}: holds no labelled object; expected at least one box to {use}")
-    unknown = sorted(set(validation.names) - set(data.names)) if validation is not None else []
-    if validation is not None and unknown:
+    if validation is not None and (unknown := sorted(set(validation.names) - set(data.names))):
         raise DataError(
             f"{validation.spec}: has the class {unknown[0]!r}, {data.spec} has only "
             f"{', '.join(data.names)}; validate with data of the trained classes"

@@ -18,12 +18,6 @@ IGNORED = -2
 # Of a candidate's own area, this share has to lie in one ignore region for it not to count as background.
 IGNORED_SHARE = 0.5
 
-# The label of an ignore region among the objects of an image, on its way through the transforms.
-IGNORE_LABEL = -2
-
-# The label of stored proposals on that way.
-PROPOSAL_LABEL = -3
-
 
 @dataclass(frozen=True)
 class Targets:

@@ -26,9 +26,9 @@ from anchorline.train.data.dataset import (
     read_batches,
     write_sample_sheet,
 )
-from anchorline.train.data.transforms import RandomZoom, build_transforms
+from anchorline.train.data.transforms import IGNORE_LABEL, RandomZoom, build_transforms
 from anchorline.train.loop.train import train
-from anchorline.train.model.assign import IGNORE_LABEL, Targets
+from anchorline.train.model.assign import Targets
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.settings import Settings, TrainingSettings
 
