@@ -2,8 +2,8 @@
 
 A frame goes from its reader's thread through the intake to one that detects, then to the one that tracks and
 draws, to the one that writes, and to the caller. Behind the intake no queue has a bound of its own: the
-intake bounds what is under way. Each queue ends with ``None``. (No ``SimpleQueue``: a signal that comes while
-one is waited for would take the item along.)
+intake bounds what is under way. Each thread ends its queue with ``None``. (No ``SimpleQueue``: a signal that
+comes while one is waited for would take the item along.)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import Queue
 from types import FrameType
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,7 +102,6 @@ class VideoPipeline:
         self._out: Queue[Result | None] = Queue()
         self._threads: list[threading.Thread] = []
         self._readers: list[threading.Thread] = []
-        self._detecting = threading.Semaphore(self._workers - 1)  # without the thread that ends last
         self._ended = threading.Event()
         self._error: BaseException | None = None  # the first of any thread
         self._started = self._running = self._finished = self._in_block = False
@@ -171,9 +170,9 @@ class VideoPipeline:
             tracking = options.track if isinstance(options.track, TrackOptions) else TrackOptions()
             self._tracks = {each.name: Tracks(each, tracking, options.trails) for each in self.sources}
         for number in range(self._workers):
-            self._begin(self._threads, f"detect {number}", self._detect, self._end_detecting)
-        self._begin(self._threads, "draw", self._draw, lambda: self._drawn.put(None))
-        self._begin(self._threads, "write", self._write, lambda: self._out.put(None))
+            self._begin(self._threads, f"detect {number}", self._detect, self._detected)
+        self._begin(self._threads, "draw", self._draw, self._drawn)
+        self._begin(self._threads, "write", self._write, self._out)
         self._begin(self._threads, "watchdog", self._watch)
         for source, queue in zip(self.sources, self._intake.queues, strict=True):
             self.figures.sources[source.name].queue = queue
@@ -186,9 +185,9 @@ class VideoPipeline:
         threads: list[threading.Thread],
         name: str,
         work: Callable[[], None],
-        end: Callable[[], None] = lambda: None,
+        out: Queue[Any] | None = None,
     ) -> None:
-        """Start a thread. An error of its ``work`` ends all; ``end`` tells the next stage in any case."""
+        """Start a thread. An error of its ``work`` ends all; its ``out`` is ended in any case."""
 
         def run() -> None:
             try:
@@ -197,7 +196,8 @@ class VideoPipeline:
                 self._error = self._error or error
                 self._abort()
             finally:
-                end()
+                if out is not None:
+                    out.put(None)
 
         thread = threading.Thread(target=run, name=f"anchorline {name}", daemon=True)
         thread.start()
@@ -205,10 +205,11 @@ class VideoPipeline:
 
     # The work of the threads. Batches may finish in any order; they are drawn and written in theirs.
 
-    def _items(self, queue: Queue[T | None]) -> Iterator[T]:
-        """What comes through a queue, until its end or a failure."""
-        while (item := queue.get()) is not None and not self._intake.aborted:
-            yield item
+    def _items(self, queue: Queue[T | None], threads: int = 1) -> Iterator[T]:
+        """What comes through a queue, until each of the threads that fill it has ended, or a failure."""
+        for _ in range(threads):
+            while (item := queue.get()) is not None and not self._intake.aborted:
+                yield item
         queue.put(None)  # for whoever asks again
 
     def _detect(self) -> None:
@@ -229,15 +230,11 @@ class VideoPipeline:
                 result.times.update(times)
             self._detected.put((number, results))
 
-    def _end_detecting(self) -> None:
-        if not self._detecting.acquire(blocking=False):
-            self._detected.put(None)
-
     def _draw(self) -> None:
         is_wanted = any(sink.wants_drawing for sink in self._sinks)
         early: dict[int, list[Result]] = {}
         due = 0
-        for number, results in self._items(self._detected):
+        for number, results in self._items(self._detected, self._workers):
             early[number] = results
             while due in early:
                 for result in early.pop(due):
