@@ -240,8 +240,9 @@ def _coco_records(
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "area": (x2 - x1) * (y2 - y1),
                 "iscrowd": 0,
+                key: value,
             }
-            records.append({**record, key: value})
+            records.append(record)
     return records
 
 

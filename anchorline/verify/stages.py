@@ -498,8 +498,7 @@ def first_differing_layer(
         _canvases(reference, frames)[0], reference.detector.contract, candidate.detector.contract
     )
     feed = {name: value for name, value in ours.run(inputs, {}).items() if is_stage(name)}
-    there = set(theirs.layers)
-    shared = [layer for layer in ours.layers if layer in there]
+    shared = [layer for layer in ours.layers if layer in theirs.layers]
     for start in range(0, len(shared), _LAYERS_AT_ONCE):
         chunk = shared[start : start + _LAYERS_AT_ONCE]
         expected = ours.run_layers(inputs, {}, chunk)

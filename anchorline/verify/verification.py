@@ -59,11 +59,10 @@ class Accuracy:
     recall: tuple[float, float]
 
     def to_json(self) -> dict[str, Any]:
-        figures = {}
-        for name, pair in (("ap50", self.ap50), ("recall", self.recall)):
-            reference, candidate = pair
-            figures[name] = {"reference": reference, "candidate": candidate, "delta": candidate - reference}
-        return figures
+        return {
+            name: {"reference": reference, "candidate": candidate, "delta": candidate - reference}
+            for name, (reference, candidate) in vars(self).items()
+        }
 
 
 @dataclass(frozen=True)
