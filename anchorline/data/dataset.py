@@ -19,10 +19,7 @@ from anchorline.runtime.io.images import find_images, is_video, read_image
 from anchorline.runtime.video.reader import VideoReader
 
 FORMS = "voc:DIR@split, coco:IMAGES,ANNOTATIONS.json, yolo:DIR@split or synthetic:N"
-
-VIDEO_FRAMES = 50
-"""How many frames of a video make a data set."""
-
+VIDEO_FRAMES = 50  # how many of a video make a data set
 _SHOWN_NAMES = 12
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Start-of-frame markers carry the size; C4, C8 and CC in that range are tables and extensions.
@@ -174,11 +171,8 @@ def _at_home(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-# Images without labels, to compare artefacts on.
-
-
 def from_frames(spec: str, names: tuple[str, ...], frames: Sequence[NDArray[np.uint8]]) -> Dataset:
-    """Frames (uint8 BGR [H, W, 3]) in memory, named by their number."""
+    """Frames (uint8 BGR [H, W, 3]) in memory as images without labels, named by their number."""
     images = [_frame_image(f"image {number}", frame) for number, frame in enumerate(frames, start=1)]
     return Dataset(spec, names, tuple(images))
 
@@ -186,7 +180,7 @@ def from_frames(spec: str, names: tuple[str, ...], frames: Sequence[NDArray[np.u
 def images_or_video(sources: Sequence[str | Path], names: tuple[str, ...]) -> Dataset:
     """Image files, folders of images, or videos, of which up to ``VIDEO_FRAMES`` frames are taken.
 
-    Raises ``DataError`` for what is missing or unreadable.
+    They carry no labels. Raises ``DataError`` for what is missing or unreadable.
     """
     images: list[LabelledImage] = []
     for source in map(Path, sources):
@@ -221,9 +215,6 @@ def _frame_image(name: str, frame: NDArray[np.uint8]) -> LabelledImage:
     none = np.zeros(0, np.bool_)
     boxes, labels = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
     return LabelledImage(name, frame.shape[:2], boxes, labels, none, none, partial(np.copy, frame))
-
-
-# What the readers of the formats share.
 
 
 def list_names(names: Sequence[str]) -> str:

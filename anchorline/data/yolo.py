@@ -145,9 +145,6 @@ def _read_object(fields: list[str], config: YoloConfig, where: str) -> tuple[int
     return int(index), values
 
 
-# The class names: ``names`` in the data's YAML file, or the lines of ``classes.txt``.
-
-
 def read_yolo_config(folder: Path) -> YoloConfig:
     """Read ``data.yaml``, else the one other YAML file in ``folder`` with ``names``, else ``classes.txt``.
 

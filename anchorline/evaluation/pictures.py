@@ -36,12 +36,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-PANEL = (360, 480)
-"""Height and width in pixels of one of the two pictures of an image that are shown beside each other."""
+PANEL = (360, 480)  # (height, width) in pixels of each of the two pictures of ``draw_pair``
 _PAIR_GAP = 4
-PAIR = (PANEL[0], 2 * PANEL[1] + _PAIR_GAP)
-"""Of what ``draw_pair`` makes."""
-
+PAIR = (PANEL[0], 2 * PANEL[1] + _PAIR_GAP)  # of both
 _SMOOTHING = 25  # steps over which the drawn loss is averaged
 _LEGEND_INSIDE = 8  # classes; more would cover the curves
 _LEGEND_OUTSIDE = 96  # beside the plot; beyond this the JSON has to tell
