@@ -46,20 +46,8 @@ def _anchorline(
     raise typer.Exit
 
 
-for _verb in (
-    detect,
-    evaluate,
-    train,
-    proposals,
-    import_,
-    export,
-    quantize,
-    verify,
-    build,
-    demo,
-    bench,
-    doctor,
-):
+_VERBS = (detect, evaluate, train, proposals, import_, export, quantize, verify, build, demo, bench, doctor)
+for _verb in _VERBS:
     app.command(_verb.__name__.rstrip("_"))(_verb)
 
 

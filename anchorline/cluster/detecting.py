@@ -15,21 +15,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from anchorline import __version__
-from anchorline.cluster.connecting import (
-    AUTO,
-    ClusterError,
-    check_address,
-    connected,
-    share_out,
-    why_dead,
-)
+from anchorline.cluster.connecting import AUTO, ClusterError, check_address, connected, share_out, why_dead
 from anchorline.cluster.outputs import Outputs
 from anchorline.cluster.worker import DetectionWorker, Job, NotHere, Piece, WorkerState, WorkItem, model_files
 from anchorline.runtime.io.errors import AnchorlineError, DataError, SettingsError, check_count, one_line
@@ -107,14 +100,9 @@ class ClusterSummary:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``files.write_json``: those of the local run, and the cluster's."""
-        return {
-            **self.detect.to_json(),
-            "files": self.files,
-            "answered": self.answered,
-            "failed": list(self.failed),
-            "retries": self.retries,
-            "nodes": {name: dict(figures) for name, figures in self.nodes.items()},
-        }
+        own = asdict(self) | {"failed": list(self.failed)}
+        del own["detect"]
+        return {**self.detect.to_json(), **own}
 
     def render(self) -> Table:
         """The closing tables, one below the other, for ``rich``'s console."""

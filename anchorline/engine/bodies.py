@@ -78,13 +78,13 @@ def fixed_point_nms(
     score_threshold: float,
     rounds: int,
     limit: int | None = None,
-    report: bool = False,
 ) -> onnx.FunctionProto:
-    """The function ``name``: (boxes [G, N, 4], scores [G, N]) -> kept scores [G, N].
+    """The function ``name``: (boxes [G, N, 4], scores [G, N]) -> (kept scores [G, N], unsettled [1]).
 
-    ``count`` is N; G stays open. ``rounds`` is T, even. Of more than ``limit`` entries only the first
-    are considered, which bounds the memory of G x limit^2. With ``report`` a second output, float32
-    [1], is above 0 when T rounds did not settle some entry, or a valid one stood beyond the limit.
+    ``count`` is N; G stays open. ``rounds`` is T, even: an odd one drops boxes that should stay. Of more
+    than ``limit`` entries only the first are considered, which bounds the memory of G x limit^2.
+    ``unsettled`` (float32) is above 0 when T rounds did not settle some entry, or a valid one stood
+    beyond the limit.
     """
     op = _Operators()
     entries = count if limit is None else min(limit, count)
@@ -128,21 +128,18 @@ def fixed_point_nms(
     kept = op.Where(op.Squeeze(is_kept, [1]), scores, -1.0)
     if entries < count:
         kept = op.Pad(kept, [0, 0, 0, count - entries], -1.0)
-    outputs = [kept]
-    if report:
-        moves = op.Cast(op.Abs(op.Sub(keep, settle(keep)[1])), to=FLOAT)
-        unsettled = op.Reshape(op.ReduceMax(moves, keepdims=0), [1])
-        if entries < count:
-            beyond = op.Cast(op.Slice(all_valid, [entries], [count], [1]), to=FLOAT)
-            unsettled = op.Max(unsettled, op.Reshape(op.ReduceMax(beyond, keepdims=0), [1]))
-        outputs.append(unsettled)
-    return op.function(name, ["boxes", "scores"], outputs)
+    moves = op.Cast(op.Abs(op.Sub(keep, settle(keep)[1])), to=FLOAT)
+    unsettled = op.Reshape(op.ReduceMax(moves, keepdims=0), [1])
+    if entries < count:
+        beyond = op.Cast(op.Slice(all_valid, [entries], [count], [1]), to=FLOAT)
+        unsettled = op.Max(unsettled, op.Reshape(op.ReduceMax(beyond, keepdims=0), [1]))
+    return op.function(name, ["boxes", "scores"], [kept, unsettled])
 
 
 def grid_sample_align(
     name: str,
     *,
-    map_shape: tuple[int, int, int],
+    map_shape: tuple[int, ...],
     rois: int,
     output_size: int,
     sampling_ratio: int,

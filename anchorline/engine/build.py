@@ -92,7 +92,7 @@ def build_engine(
     with atomic_path(manifest_path(out)) as manifest_file, atomic_path(out) as engine_file:
         started = time.perf_counter()
         mixed, precision = to_precision(model, options.precision, samples)
-        lowered = lower(mixed, options.target, options.nms, report_convergence=options.nms == "fixed-point")
+        lowered = lower(mixed, options.target, options.nms)
         builder = toolkit.create_builder()
         network = parse(toolkit, builder, lowered, batch)
         layers = layer_report(network)

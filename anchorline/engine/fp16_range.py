@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -29,7 +27,7 @@ from anchorline.engine.graph import (
 from anchorline.runtime.backends.onnxruntime import open_for_checks
 from anchorline.runtime.canvas import Preprocessor, check_frame
 from anchorline.runtime.contract import Contract
-from anchorline.runtime.io.errors import ArtefactError, SettingsError
+from anchorline.runtime.io.errors import ArtefactError, SettingsError, reason_of
 
 # float16 ends at 65504, its smallest normal number is 6.1e-5, and below that digits are lost one by
 # one. onnxruntime's CPU provider computes float16 in float32 and shows neither; hence magnitudes are
@@ -112,10 +110,23 @@ def largest_activations(
         ) from error
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         raise ArtefactError(
-            f"onnxruntime cannot load the model to check its activations ({_reason(error)}); "
+            f"onnxruntime cannot load the model to check its activations ({reason_of(error, 300)}); "
             "samples need the exported file, not one lowered for TensorRT"
         ) from error
-    values = [_run(session, results, sample, f"sample {index}") for index, sample in enumerate(samples)]
+    wanted = [tensor.name for tensor in session.get_inputs()]
+    values = []
+    for index, sample in enumerate(samples):
+        if set(wanted) != set(sample):
+            raise SettingsError(
+                f"sample {index} has the tensors {', '.join(sample) or 'none'}; expected {', '.join(wanted)}"
+            )
+        try:
+            values.append(session.run(results, dict(sample)))
+        except Exception as error:
+            raise SettingsError(
+                f"sample {index} does not fit the model ({reason_of(error, 300)}); expected inputs as the "
+                "contract says"
+            ) from error
     found = np.array(values).reshape(len(samples), len(names), 3)
     magnitudes = np.abs(found[..., :2]).max(axis=2)
     # The maxima pass over NaN; the sum does not.
@@ -123,36 +134,13 @@ def largest_activations(
     return dict(zip(names, magnitudes.max(axis=0).tolist(), strict=True))
 
 
-def _run(session: Any, outputs: list[str], sample: Sample, which: str) -> list[NDArray[np.generic]]:
-    wanted = [tensor.name for tensor in session.get_inputs()]
-    if set(wanted) != set(sample):
-        raise SettingsError(
-            f"{which} has the tensors {', '.join(sample) or 'none'}; expected {', '.join(wanted)}"
-        )
-    try:
-        return list(session.run(outputs, dict(sample)))
-    except Exception as error:
-        raise SettingsError(
-            f"{which} does not fit the model ({_reason(error)}); expected inputs as the contract says"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    return textwrap.shorten(str(error), 300, placeholder="...")
-
-
-# A float32 graph that shows what half precision does: every weight and activation is really rounded.
-#
-# onnxruntime's CPU provider computes a float16 graph in float32, so running the mixed graph there hides
-# rounding between fused layers and overflow. Here each half-precision value passes through float16 and
-# back (onnxruntime keeps such pairs of casts), sums run in float32 as in tensor cores.
-
-
 def simulate_half(model: onnx.ModelProto) -> onnx.ModelProto:
     """The float32 graph whose numbers are those of the mixed graph ``model`` (from ``to_precision``).
 
-    Inputs, outputs and tensor names stay. A value beyond float16's range becomes infinite, as it would
-    in the engine.
+    onnxruntime's CPU provider computes a float16 graph in float32, which hides rounding between fused
+    layers and overflow. Here each half-precision weight and activation passes through float16 and back
+    (onnxruntime keeps such pairs of casts), sums run in float32 as in tensor cores, and a value beyond
+    float16's range becomes infinite, as in the engine. Inputs, outputs and tensor names stay.
     """
     simulated = copy.deepcopy(model)
     graph, types = simulated.graph, element_types(model)

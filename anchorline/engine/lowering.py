@@ -2,7 +2,6 @@
 
 | target | BatchedNMS | RoIAlign |
 |---|---|---|
-| onnxruntime | the file's own function | the file's own function |
 | tensorrt | plugin | the file's own function: TensorRT imports RoiAlign, adaptive sampling included |
 | tensorrt-rtx | plugin | ``engine/bodies.py``: no adaptive sampling (``deviations``) |
 | either TensorRT with ``nms="fixed-point"`` | ``engine/bodies.py`` | as above |
@@ -14,7 +13,7 @@ plugin could take. Works on graphs of either precision.
 from __future__ import annotations
 
 import copy
-from typing import Any, get_args
+from typing import Any
 
 import onnx
 import onnx.inliner
@@ -41,9 +40,8 @@ from anchorline.engine.graph import (
     state_opset,
     tensor_names,
 )
-from anchorline.engine.options import NmsForm
 from anchorline.runtime.contract import DOMAIN, NMS_CONVERGED, OP_VERSION
-from anchorline.runtime.io.errors import ArtefactError, SettingsError, check_choice
+from anchorline.runtime.io.errors import ArtefactError
 
 MOST = 3840  # entries that TensorRT's TopK takes
 ROUNDS = 16  # of the fixed-point NMS; typical images need 6 to 13
@@ -55,7 +53,6 @@ _KNOWN_OPS = (*_PLUGIN_OPS, "RoIAlign")
 _DATA_DEPENDENT = ("NonMaxSuppression", "NonZero")
 # TensorRT for RTX cannot parse RoiAlign without a driver.
 _NOT_ON = {"tensorrt": _DATA_DEPENDENT, "tensorrt-rtx": (*_DATA_DEPENDENT, "RoiAlign")}
-TARGETS = (*_NOT_ON, "onnxruntime")
 
 
 def lower(
@@ -65,25 +62,20 @@ def lower(
     *,
     fixed_point_rounds: int = ROUNDS,
     fixed_point_limit: int | None = LIMIT,
-    report_convergence: bool = False,
 ) -> onnx.ModelProto:
     """A copy of ``model`` (exported, possibly after ``to_precision``) for ``target``.
 
     ``nms`` "plugin" keeps ``BatchedNMS`` a node for the plugin, "fixed-point" needs none: T =
     ``fixed_point_rounds`` (even) rounds over at most the best ``fixed_point_limit`` entries of each
-    group that has a score threshold (None: all). ``report_convergence`` adds the output
-    ``nms_converged`` bool [1], false when that was not enough. onnxruntime takes neither: its form is
-    the file's own. Raises ``SettingsError`` and ``ArtefactError``.
+    group that has a score threshold (None: all). It adds the output ``nms_converged`` bool [1], false
+    when that was not enough. Raises ``ArtefactError``.
     """
-    _check_settings(target, nms, fixed_point_rounds, fixed_point_limit, report_convergence)
     check_exported(model)
     _check_custom_ops(model)
     lowered = copy.deepcopy(model)
-    if target == "onnxruntime":
-        return _inlined(lowered)
     plugins = set(_PLUGIN_OPS) if nms == "plugin" else set()
-    unsettled = _resolve(lowered, target, plugins, fixed_point_rounds, fixed_point_limit, report_convergence)
-    if report_convergence:
+    unsettled = _resolve(lowered, target, plugins, fixed_point_rounds, fixed_point_limit)
+    if unsettled:
         _report_convergence(lowered.graph, unsettled)
     split_large_topk(lowered)
     lowered = _inlined(lowered)
@@ -110,24 +102,6 @@ def deviations(model: onnx.ModelProto, target: str) -> tuple[str, ...]:
     )
 
 
-def _check_settings(target: str, nms: str, rounds: int, limit: int | None, report: bool) -> None:
-    check_choice("target", target, TARGETS)
-    check_choice("nms", nms, get_args(NmsForm))
-    if target == "onnxruntime" and nms == "fixed-point":
-        raise SettingsError(
-            "nms is 'fixed-point', which takes seconds and gigabytes in onnxruntime; leave it out"
-        )
-    if rounds < 2 or rounds % 2:
-        raise SettingsError(
-            f"fixed-point rounds is {rounds}; expected an even number of at least 2 "
-            "(an odd one drops boxes that should stay)"
-        )
-    if limit is not None and limit < 1:
-        raise SettingsError(f"fixed-point limit is {limit}; expected at least 1, or None for all")
-    if report and nms != "fixed-point":
-        raise SettingsError("convergence is reported by the fixed-point NMS only; the plugin is exact")
-
-
 def _check_custom_ops(model: onnx.ModelProto) -> None:
     """Every custom node must be known and have its function in the file."""
     used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
@@ -149,11 +123,11 @@ def _check_custom_ops(model: onnx.ModelProto) -> None:
 
 
 def _resolve(
-    model: onnx.ModelProto, target: str, plugins: set[str], rounds: int, limit: int | None, report: bool
+    model: onnx.ModelProto, target: str, plugins: set[str], rounds: int, limit: int | None
 ) -> list[str]:
     """Give every custom node its form for ``target``, in place: a plugin's attributes or a body.
 
-    Returns the tensors that tell whether each fixed-point NMS has settled, with ``report``.
+    Returns the tensors that tell whether each fixed-point NMS has settled.
     """
     values, used = known_values(model), tensor_names(model.graph)
     unsettled = []
@@ -174,21 +148,15 @@ def _resolve(
                 rounds=rounds,
                 # Without a score threshold every entry is valid (RPN), and a limit would drop what counts.
                 limit=limit if attributes["score_threshold"] >= 0 else None,
-                report=report,
             )
             _use_body(model, node, body)
-            if report:
-                unsettled.append(fresh_name(f"{node.output[0]}_unsettled", used))
-                node.output.append(unsettled[-1])
+            unsettled.append(fresh_name(f"{node.output[0]}_unsettled", used))
+            node.output.append(unsettled[-1])
         elif node.op_type == "RoIAlign" and target == "tensorrt-rtx":
             features, rois = node.input
             body = grid_sample_align(
                 name,
-                map_shape=(
-                    _size(values, features, 1),
-                    _size(values, features, 2),
-                    _size(values, features, 3),
-                ),
+                map_shape=tuple(_size(values, features, axis) for axis in (1, 2, 3)),
                 rois=_size(values, rois, 1),
                 output_size=attributes["output_size"],
                 sampling_ratio=attributes["sampling_ratio"],

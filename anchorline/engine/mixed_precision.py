@@ -26,17 +26,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from anchorline.engine.fp16_range import (
-    LARGEST,
-    MARGIN,
-    SMALLEST_NORMAL,
-    WORST_ROUNDING,
-    Sample,
-    largest_activations,
-    overflows,
-    rounding_loss,
-    simulate_half,
-)
+from anchorline.engine import fp16_range
+from anchorline.engine.fp16_range import Sample, largest_activations
 from anchorline.engine.graph import (
     FLOAT,
     HALF,
@@ -163,12 +154,10 @@ def half_places(node: onnx.NodeProto, types: dict[str, int]) -> list[int]:
 
 
 def half_inputs(node: onnx.NodeProto, types: dict[str, int]) -> list[str]:
-    """The names of those inputs."""
     return [node.input[place] for place in half_places(node, types)]
 
 
 def half_outputs(node: onnx.NodeProto, types: dict[str, int]) -> list[str]:
-    """The float outputs."""
     return [name for name in node.output if types.get(name) == FLOAT]
 
 
@@ -271,7 +260,7 @@ def to_precision(
     "fp16": convolutions, fully connected layers and what lies between them in half precision, batch
     norm folded first; a node whose weights, inputs or outputs half precision cannot hold stays float32.
     ``samples`` are network inputs by name (``images``, ``image_sizes``) on which activations are
-    measured, with a margin of ``MARGIN``; without them only weights are. "fp32": a copy.
+    measured, with ``fp16_range.MARGIN``; without them only weights are. "fp32": a copy.
     Raises ``SettingsError`` for another precision or samples that do not fit, ``ArtefactError`` for a
     model that is not ours.
     """
@@ -325,9 +314,10 @@ def _unfit(
                 continue
             largest = np.abs(values[name]).max(initial=0.0)
             magnitude = float("inf") if np.isnan(largest) else float(largest)
-            if overflows(magnitude):
+            multiplies = place in _FACTORS.get(node.op_type, ())
+            if fp16_range.overflows(magnitude):
                 keep(node, "overflow", name, magnitude)
-            elif place in _FACTORS.get(node.op_type, ()) and rounding_loss(values[name]) > WORST_ROUNDING:
+            elif multiplies and fp16_range.rounding_loss(values[name]) > fp16_range.WORST_ROUNDING:
                 keep(node, "underflow", name, magnitude)
     rounded = {node.output[0]: (*half_inputs(node, types), *half_outputs(node, types)) for node in nodes}
     tensors = {name for names in rounded.values() for name in names} - set(values)
@@ -335,9 +325,9 @@ def _unfit(
     for node in nodes:
         for name in rounded[node.output[0]]:
             magnitude = magnitudes.get(name, 0.0)
-            if 0.0 < magnitude < SMALLEST_NORMAL:
+            if 0.0 < magnitude < fp16_range.SMALLEST_NORMAL:
                 keep(node, "underflow", name, magnitude)
-            elif magnitude * MARGIN > LARGEST:
+            elif magnitude * fp16_range.MARGIN > fp16_range.LARGEST:
                 keep(node, "overflow", name, magnitude)
     # Magnitudes in float32 do not show it when rounding itself drives values apart. Of a chain of nodes that
     # are not finite once everything before them is rounded the first is kept, and the rest looked at again.
@@ -346,7 +336,8 @@ def _unfit(
         trial = copy.deepcopy(model)
         names = write_half(trial, {node.output[0] for node in half}, types)
         # In the simulation a half tensor is float32, and not finite if it overflowed.
-        found = largest_activations(simulate_half(trial), [names[n.output[0]] for n in half], samples)
+        simulated = fp16_range.simulate_half(trial)
+        found = largest_activations(simulated, [names[n.output[0]] for n in half], samples)
         first = next((node for node in half if not np.isfinite(found[names[node.output[0]]])), None)
         if first is None:
             break

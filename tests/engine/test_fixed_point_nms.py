@@ -61,13 +61,7 @@ def fixed_session(
     count: int, iou: float, score: float, rounds: int, limit: int | None
 ) -> onnxruntime.InferenceSession:
     function = fixed_point_nms(
-        "Fixed",
-        count=count,
-        iou_threshold=iou,
-        score_threshold=score,
-        rounds=rounds,
-        limit=limit,
-        report=True,
+        "Fixed", count=count, iou_threshold=iou, score_threshold=score, rounds=rounds, limit=limit
     )
     return session_of(function, count, {})
 

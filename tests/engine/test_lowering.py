@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx
+import onnx.inliner
 import pytest
 from numpy.typing import NDArray
 
@@ -14,7 +15,7 @@ from anchorline.engine.lowering import lower
 from anchorline.engine.mixed_precision import to_precision
 from anchorline.export.functions import default_functions
 from anchorline.runtime.contract import CONTRACT_KEY, NMS_CONVERGED
-from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError
 
 Outputs = dict[str, NDArray[np.generic]]
 Export = Callable[..., onnx.ModelProto]
@@ -86,7 +87,7 @@ def test_without_plugins_it_detects_the_same_and_nothing_of_our_domain_remains(
     exported: Export, check_same: Callable[..., Outputs], neck: str, task: str, target: str
 ) -> None:
     model = exported(neck, task)
-    lowered = lower(model, target, "fixed-point", fixed_point_rounds=40, report_convergence=True)
+    lowered = lower(model, target, "fixed-point", fixed_point_rounds=40)
     found = check_same(lowered, model)
     assert found[NMS_CONVERGED].shape == (1,)
     assert found[NMS_CONVERGED].all()
@@ -95,8 +96,9 @@ def test_without_plugins_it_detects_the_same_and_nothing_of_our_domain_remains(
     assert not lowered.functions
     names = {attribute.name for node in lowered.graph.node for attribute in node.attribute}
     assert not names & {"plugin_namespace", "plugin_version"}
-    assert [output.name for output in lower(model, target, "fixed-point").graph.output] == [
-        output.name for output in model.graph.output
+    assert [output.name for output in lowered.graph.output] == [
+        *(output.name for output in model.graph.output),
+        NMS_CONVERGED,
     ]
 
 
@@ -111,26 +113,9 @@ def test_too_few_rounds_and_too_small_a_limit_are_reported(
                 attribute.f = 0.1
     for rounds, limit, converges in ((2, None, False), (40, 3, False), (40, None, True)):
         lowered = lower(
-            model,
-            "tensorrt-rtx",
-            "fixed-point",
-            fixed_point_rounds=rounds,
-            fixed_point_limit=limit,
-            report_convergence=True,
+            model, "tensorrt-rtx", "fixed-point", fixed_point_rounds=rounds, fixed_point_limit=limit
         )
         assert run_onnx(lowered, scenes)[NMS_CONVERGED].tolist() == [converges], (rounds, limit)
-
-
-def test_for_onnxruntime_it_is_the_same_graph_without_functions(
-    exported: Export, run_onnx: Run, scenes: Inputs
-) -> None:
-    """The same nodes compute the same numbers, whatever the processor makes of them."""
-    model = exported()
-    lowered = lower(model, "onnxruntime")
-    assert {domain for domain, _ in nodes_of(lowered)} == {""}
-    found, expected = (run_onnx(each, scenes, as_written=True) for each in (lowered, model))
-    for name, values in expected.items():
-        np.testing.assert_array_equal(found[name], values)
 
 
 @pytest.mark.parametrize("nms", ["plugin", "fixed-point"])
@@ -171,10 +156,10 @@ def test_the_exported_model_is_never_changed(exported: Export) -> None:
     before = model.SerializeToString()
     mixed, _ = to_precision(model, "fp16")
     half = mixed.SerializeToString()
-    for target in ("tensorrt", "tensorrt-rtx", "onnxruntime"):
+    for target in ("tensorrt", "tensorrt-rtx"):
         lower(model, target)
         lower(mixed, target)
-    lower(model, "tensorrt-rtx", "fixed-point", report_convergence=True)
+    lower(model, "tensorrt-rtx", "fixed-point")
     assert model.SerializeToString() == before
     assert mixed.SerializeToString() == half
 
@@ -196,26 +181,6 @@ def test_shapes_stay_fixed_but_for_the_batch(exported: Export) -> None:
         assert all(dim.dim_value > 0 for dim in others)
 
 
-@pytest.mark.parametrize(
-    ("target", "options", "named"),
-    [
-        ("gpu", {}, "'gpu'"),
-        ("tensorrt", {"nms": "greedy"}, "'greedy'"),
-        ("onnxruntime", {"nms": "fixed-point"}, "onnxruntime"),
-        ("tensorrt", {"nms": "fixed-point", "fixed_point_rounds": 7}, "even"),
-        ("tensorrt", {"nms": "fixed-point", "fixed_point_rounds": 0}, "at least 2"),
-        ("tensorrt", {"nms": "fixed-point", "fixed_point_limit": 0}, "limit is 0"),
-        ("tensorrt", {"report_convergence": True}, "fixed-point"),
-    ],
-)
-def test_what_cannot_be_asked_for(
-    exported: Export, target: str, options: dict[str, object], named: str
-) -> None:
-    with pytest.raises(SettingsError, match=named) as caught:
-        lower(exported(), target, **options)  # type: ignore[arg-type]
-    assert "\n" not in str(caught.value)
-
-
 def no_contract(model: onnx.ModelProto) -> None:
     del model.metadata_props[:]
 
@@ -233,7 +198,7 @@ def no_function(model: onnx.ModelProto) -> None:
 
 
 def no_custom_nodes(model: onnx.ModelProto) -> None:
-    model.CopyFrom(lower(model, "onnxruntime"))
+    model.CopyFrom(onnx.inliner.inline_local_functions(model))
 
 
 def foreign_node(model: onnx.ModelProto) -> None:

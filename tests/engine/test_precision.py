@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
@@ -311,7 +312,7 @@ def test_an_average_is_taken_in_float32() -> None:
 
 
 def test_an_inlined_model_is_taken_too(exported: Export, run_onnx: Run, scenes: Inputs) -> None:
-    inlined = lower(exported(), "onnxruntime")
+    inlined = onnx.inliner.inline_local_functions(exported())
     mixed, report = to_precision(inlined, "fp16", [scenes])
     onnx.checker.check_model(mixed, full_check=True)
     assert report.kept == ()
