@@ -199,7 +199,7 @@ def plan_files(sources: Sequence[str | Path], save: str | Path | None, stride: i
     """
     for given in sources:
         source = parse_source(given)
-        if isinstance(source.where, int) or source.live or "://" in str(source.where):
+        if not source.is_path:
             raise SettingsError(
                 f"{source.describe() or given}: no file; a cluster reads images, folders of images and "
                 "videos, not webcams and streams; leave out --ray"
@@ -229,7 +229,7 @@ def make_items(files: Sequence[Item], workers: int, most_images: int) -> list[Wo
     return items
 
 
-# What a worker's coroutine waits for: a call of Ray's, and for how many seconds; None until there is work.
+# What a worker's coroutine waits for: a call of Ray's, and for how many seconds; None: for work.
 _Steps = Generator[tuple[Any, float] | None, None, None]
 
 

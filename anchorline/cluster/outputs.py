@@ -29,15 +29,15 @@ class Outputs(contextlib.ExitStack):
 
     def __init__(self, files: Sequence[Item], jsonl: str | Path | None) -> None:
         super().__init__()
-        self._targets = [file.target for file in files]
-        self._taken = {target for target in self._targets if target is not None}
+        self._targets = [file.target for file in files if file.target is not None]  # of all files, or of none
+        self._taken = set(self._targets)
         self._next = 0
         self._waiting: dict[int, int] = {}  # complete before their turn: the first file to how many
         self._sink: JsonLines | None = None
         self.copies: Path | None = None
         with contextlib.ExitStack() as undo:
-            if self._taken:
-                place = next(iter(self._taken)).parent.absolute()
+            if self._targets:
+                place = self._targets[0].parent.absolute()
                 self.copies = undo.enter_context(_hidden_folder(place))
             if jsonl is not None:
                 self._sink = JsonLines(jsonl)
@@ -67,9 +67,7 @@ class Outputs(contextlib.ExitStack):
         if self.copies is not None:
             folder = item.folder_in(self.copies)
             written = copy_targets([Path(path) for path in item.paths], folder, single=False)
-            for own, target in zip(written, self._targets[item.first :], strict=False):
-                assert own is not None
-                assert target is not None
+            for own, target in zip(filter(None, written), self._targets[item.first :], strict=False):
                 copies = [own] if own.exists() else []
                 if item.is_video:  # alone in its folder, in parts where the size of its pictures changes
                     copies = sorted(folder.glob("*"), key=lambda path: (len(path.name), path.name))

@@ -125,10 +125,8 @@ def _check_custom_ops(model: onnx.ModelProto) -> None:
 def _resolve(
     model: onnx.ModelProto, target: str, plugins: set[str], rounds: int, limit: int | None
 ) -> list[str]:
-    """Give every custom node its form for ``target``, in place: a plugin's attributes or a body.
-
-    Returns the tensors that tell whether each fixed-point NMS has settled.
-    """
+    """Give every custom node its plugin's attributes or a body, in place; returns what tells whether each
+    fixed-point NMS has settled."""
     values, used = known_values(model), tensor_names(model.graph)
     unsettled = []
     for number, node in enumerate(model.graph.node):
