@@ -197,7 +197,7 @@ def verify_import(path: Path) -> str:
     is of a library that has no detector here, that is recorded and said. A model that differs is removed,
     and ``ParityError`` raised.
     """
-    from anchorline.export.importers.importing import LIBRARY_KEY
+    from anchorline.export.importers.conversion import LIBRARY_KEY
 
     theirs = open_subject(path)
     contract = theirs.detector.contract

@@ -30,7 +30,7 @@ from anchorline.data.dataset import load_datasets
 from anchorline.evaluation.evaluation import evaluate
 from anchorline.export.calibration import measure_ranges
 from anchorline.export.integer_graph import find_layers, observed_tensors, quantized
-from anchorline.export.quantizing import evenly, read_float_model
+from anchorline.export.quantization import evenly, read_float_model
 from anchorline.runtime import Detector
 from anchorline.runtime.backends import onnxruntime as backend
 from anchorline.runtime.contract import CONTRACT_KEY

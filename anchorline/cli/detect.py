@@ -33,7 +33,9 @@ def detect(
     *,
     model: Annotated[Path, typer.Option(help="An exported model.onnx.")],
     options: DetectOptions,
-    classes_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The same, one a line.")] = None,
+    classes_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep the classes in this file, one a line.")
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(

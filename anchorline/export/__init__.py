@@ -10,18 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anchorline.export.importers.importing import ImportResult, import_checkpoint
+    from anchorline.export.importers.conversion import ImportResult, import_checkpoint
     from anchorline.export.onnx_export import ExportResult, export_onnx
-    from anchorline.export.quantizing import QuantizeResult, quantize_onnx
+    from anchorline.export.quantization import QuantizeResult, quantize_onnx
 
 # Loaded when first used: PyTorch takes seconds, and not every function needs it.
 _ON_DEMAND = {
     "ExportResult": "onnx_export",
-    "ImportResult": "importers.importing",
-    "QuantizeResult": "quantizing",
+    "ImportResult": "importers.conversion",
+    "QuantizeResult": "quantization",
     "export_onnx": "onnx_export",
-    "import_checkpoint": "importers.importing",
-    "quantize_onnx": "quantizing",
+    "import_checkpoint": "importers.conversion",
+    "quantize_onnx": "quantization",
 }
 
 __all__ = [

@@ -122,7 +122,7 @@ def files(
 def cluster() -> Iterator[Any]:
     """A cluster of two cores on the loopback address, which this process has joined."""
     pytest.importorskip("ray", reason="needs Ray: pip install 'anchorline[ray]'")
-    from anchorline.cluster.connecting import ClusterError, connected
+    from anchorline.cluster.connection import ClusterError, connected
 
     with contextlib.ExitStack() as stack:
         try:

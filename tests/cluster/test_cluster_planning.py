@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchorline.cluster import ClusterError, connecting, detect_on_cluster
-from anchorline.cluster.connecting import check_address, share_out, why_dead
-from anchorline.cluster.detecting import make_items, plan_files
+from anchorline.cluster import ClusterError, connection, detect_on_cluster
+from anchorline.cluster.connection import check_address, share_out, why_dead
+from anchorline.cluster.run import make_items, plan_files
 from anchorline.runtime.io.errors import ArtefactError, DataError, SettingsError
 from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.source import Item, plan
@@ -92,7 +92,7 @@ def test_mistakes_are_found_before_a_cluster_is_started(
     def start(*arguments):
         raise AssertionError("a cluster was started")
 
-    monkeypatch.setattr(connecting, "_join", start)
+    monkeypatch.setattr(connection, "_join", start)
     names = ("address", "workers", "tries", "images_per_item")
     own = {"address": "local", **{name: settings.pop(name) for name in names if name in settings}}
     model = settings.pop("model", model)
@@ -111,7 +111,7 @@ def test_a_local_cluster_is_on_the_loopback_address():
     """Which Ray decides as it is imported, by the check of the address."""
     pytest.importorskip("ray")
     program = """
-from anchorline.cluster.connecting import check_address
+from anchorline.cluster.connection import check_address
 check_address("local")
 import ray
 print(ray.util.get_node_ip_address())
@@ -122,11 +122,11 @@ print(ray.util.get_node_ip_address())
 
 def test_nobody_answers():
     with pytest.raises(ClusterError, match=r"--ray 127\.0\.0\.1:9: nobody answers there"):
-        connecting._join(None, "127.0.0.1:9", 1)
+        connection._join(None, "127.0.0.1:9", 1)
 
 
 def test_what_ray_prints_stays_out_of_the_results(capsys):
-    with contextlib.redirect_stdout(connecting._WithoutRay(sys.stdout)):
+    with contextlib.redirect_stdout(connection._WithoutRay(sys.stdout)):
         for name in ("ray_listen_error_messages", "another"):
             thread = threading.Thread(target=print, args=(name,), name=name)
             thread.start()

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchorline.cluster import ClusterError, Progress, WorkerState, detect_on_cluster, detecting
+from anchorline.cluster import ClusterError, Progress, WorkerState, detect_on_cluster
+from anchorline.cluster import run as cluster_run
 from anchorline.cluster.worker import NotHere, Piece, WorkItem
 from anchorline.runtime import DetectOptions
 from anchorline.runtime.io.errors import DataError, SettingsError
@@ -148,9 +149,9 @@ def detected(model):
 
         options = DetectOptions(provider="cpu", threads=1, jsonl=out)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(detecting, "check_address", lambda address: None)
-            patch.setattr(detecting, "connected", connected)
-            patch.setattr(detecting, "time", SimpleNamespace(monotonic=lambda: ray.now))
+            patch.setattr(cluster_run, "check_address", lambda address: None)
+            patch.setattr(cluster_run, "connected", connected)
+            patch.setattr(cluster_run, "time", SimpleNamespace(monotonic=lambda: ray.now))
             summary = detect_on_cluster(paths, model, options, images_per_item=group, **settings)
         return summary, [Path(line) for line in out.read_text().splitlines()]
 

@@ -18,7 +18,7 @@ from anchorline.engine.build import build_engine
 from anchorline.engine.fp16_range import simulate_half
 from anchorline.engine.mixed_precision import PrecisionReport, to_precision
 from anchorline.engine.options import BuildOptions
-from anchorline.export.quantizing import quantize_onnx
+from anchorline.export.quantization import quantize_onnx
 from anchorline.runtime.contract import CONTRACT_KEY
 from anchorline.runtime.io.images import write_image
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import nms, roi_align
 
-from anchorline.export.importers.importing import import_checkpoint
+from anchorline.export.importers.conversion import import_checkpoint
 from anchorline.train.checkpoint import load_checkpoint
 
 HEIGHT, WIDTH = 96, 128

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from anchorline.export.importers import detectron2, importing, torchvision
+from anchorline.export.importers import conversion, detectron2, torchvision
 from anchorline.export.importers.checkpoint_files import CheckpointFile
-from anchorline.export.importers.importing import import_checkpoint
+from anchorline.export.importers.conversion import import_checkpoint
 from anchorline.export.importers.library import (
     background_first,
     choose_class_names,
@@ -385,7 +385,7 @@ def refusal(
     def refuse(arch: str = "detectron2_r50_fpn", without: str = "-", **changes: Tensor) -> str:
         state = {**{n: t for n, t in fpn_state.items() if without not in n}, **changes}
         monkeypatch.setattr(
-            importing, "read_checkpoint_file", lambda path: CheckpointFile(path.name, state, "")
+            conversion, "read_checkpoint_file", lambda path: CheckpointFile(path.name, state, "")
         )
         with pytest.raises(AnchorlineError) as caught:
             import_checkpoint(

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from anchorline.export.importers import importing, mmdetection
+from anchorline.export.importers import conversion, mmdetection
 from anchorline.export.importers.checkpoint_files import CheckpointFile
-from anchorline.export.importers.importing import import_checkpoint
+from anchorline.export.importers.conversion import import_checkpoint
 from anchorline.export.importers.library import expected_shapes
 from anchorline.export.importers.mmdetection import parse, read_configuration
 from anchorline.runtime.contract import ResizeRule
@@ -457,7 +457,7 @@ def test_what_does_not_fit_is_listed_by_mmdetections_names(
 
     def refusal(changed: dict[str, Tensor], **options: str) -> str:
         source = CheckpointFile(path.name, changed, "", meta)
-        monkeypatch.setattr(importing, "read_checkpoint_file", lambda path: source)
+        monkeypatch.setattr(conversion, "read_checkpoint_file", lambda path: source)
         with pytest.raises(AnchorlineError) as caught:
             import_checkpoint(path, tmp_path / "out.safetensors", **options)  # type: ignore[arg-type]
         text = str(caught.value)

@@ -14,7 +14,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from numpy.typing import NDArray
 
 from anchorline import cli
-from anchorline.export.importers.importing import import_checkpoint
+from anchorline.export.importers.conversion import import_checkpoint
 from anchorline.export.importers.py_faster_rcnn import VOC_CLASSES
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import AnchorlineError

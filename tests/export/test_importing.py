@@ -23,7 +23,7 @@ from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 
 from anchorline.data.synthetic import generate_scene
 from anchorline.export.importers import torchvision as importer
-from anchorline.export.importers.importing import import_checkpoint
+from anchorline.export.importers.conversion import import_checkpoint
 from anchorline.export.importers.library import coco_90, expected_shapes
 from anchorline.export.importers.torchvision import ARCHITECTURES, TorchvisionDetector
 from anchorline.export.onnx_export import export_onnx, trimmed_canvas

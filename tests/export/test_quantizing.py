@@ -27,11 +27,11 @@ from anchorline.data.dataset import Dataset, LabelledImage, load_datasets
 from anchorline.data.synthetic import generate_scene
 from anchorline.evaluation.evaluation import evaluate
 from anchorline.export import integer_graph as quantizing_graph
-from anchorline.export import quantizing as quantizing_search
+from anchorline.export import quantization as quantizing_search
 from anchorline.export.calibration import measure_ranges, measure_sensitivity
 from anchorline.export.functions import attach_functions
 from anchorline.export.integer_graph import find_layers, observed_tensors, quantized
-from anchorline.export.quantizing import Loss, LossMeter, Trial, fewest_float, quantize_onnx
+from anchorline.export.quantization import Loss, LossMeter, Trial, fewest_float, quantize_onnx
 from anchorline.runtime.backends import onnxruntime as onnxruntime_backend
 from anchorline.runtime.backends.onnxruntime import OnnxRuntimeBackend, exact_sums, open_for_checks
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
@@ -811,7 +811,7 @@ def test_a_model_that_finds_nothing_is_warned_of(folder: Path, tmp_path: Path) -
 
 
 def test_pytorch_is_not_needed() -> None:
-    code = "import sys, anchorline.export.quantizing; assert 'torch' not in sys.modules"
+    code = "import sys, anchorline.export.quantization; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

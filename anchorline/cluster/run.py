@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anchorline import __version__
-from anchorline.cluster.connecting import AUTO, ClusterError, check_address, connected, share_out, why_dead
+from anchorline.cluster.connection import AUTO, ClusterError, check_address, connected, share_out, why_dead
 from anchorline.cluster.outputs import Outputs
 from anchorline.cluster.worker import DetectionWorker, Job, NotHere, Piece, WorkerState, WorkItem, model_files
 from anchorline.runtime.io.errors import AnchorlineError, DataError, SettingsError, check_count, one_line
