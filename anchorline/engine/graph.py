@@ -1,4 +1,4 @@
-"""The exported ONNX file as the engine stage takes it, with small questions to a graph and changes of it."""
+"""The exported ONNX file as the builder takes it, with small questions to a graph and changes of it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_model(path: Path) -> onnx.ModelProto:
 
 
 def check_exported(model: onnx.ModelProto, where: str = "model") -> Contract:
-    """The contract of ``model``, an exported file or what this stage made of one.
+    """The contract of ``model``, an exported file or what the builder made of one.
 
     Raises ``ArtefactError`` naming what is missing: graph, contract, opset, or a tensor of the contract.
     ``where`` names the file in the message.

@@ -3,7 +3,7 @@
 TensorRT 11 takes only strongly typed networks, so what runs in half precision is written into the
 graph. Converters exist, and none fits: onnxconverter-common's ``float16`` and its descendant in
 onnxruntime convert all that is not forbidden, including box geometry, and clamp weights to the range in
-silence; nvidia-modelopt's autocast looks at activations but needs PyTorch, which this stage does not
+silence; nvidia-modelopt's autocast looks at activations but needs PyTorch, which the builder does not
 import, and pins an older onnx.
 
 In half precision run convolutions, fully connected layers, and what lies between them: a list of what may be
