@@ -27,7 +27,7 @@ from anchorline.engine.graph import (
 from anchorline.runtime.backends.onnxruntime import open_for_checks
 from anchorline.runtime.canvas import Preprocessor, check_frame
 from anchorline.runtime.contract import Contract
-from anchorline.runtime.io.errors import ArtefactError, SettingsError, reason_of
+from anchorline.runtime.io.errors import ArtefactError, SettingsError, one_line
 
 # float16 ends at 65504, its smallest normal number is 6.1e-5, and below that digits are lost one by
 # one. onnxruntime's CPU provider computes float16 in float32 and shows neither; hence magnitudes are
@@ -110,7 +110,7 @@ def largest_activations(
         ) from error
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         raise ArtefactError(
-            f"onnxruntime cannot load the model to check its activations ({reason_of(error, 300)}); "
+            f"onnxruntime cannot load the model to check its activations ({one_line(error)[:300]}); "
             "samples need the exported file, not one lowered for TensorRT"
         ) from error
     wanted = [tensor.name for tensor in session.get_inputs()]
@@ -124,7 +124,7 @@ def largest_activations(
             values.append(session.run(results, dict(sample)))
         except Exception as error:
             raise SettingsError(
-                f"sample {index} does not fit the model ({reason_of(error, 300)}); expected inputs as the "
+                f"sample {index} does not fit the model ({one_line(error)[:300]}); expected inputs as the "
                 "contract says"
             ) from error
     found = np.array(values).reshape(len(samples), len(names), 3)

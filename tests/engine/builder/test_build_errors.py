@@ -252,7 +252,7 @@ def test_the_command_s_own_mistakes(
 
 def test_samples_that_do_not_fit_are_refused(model_file: ModelFile, tmp_path: Path, rtx: Any) -> None:
     samples = [{"images": np.zeros((1, 8, 8, 3), np.uint8), "image_sizes": np.ones((1, 2), np.float32)}]
-    with pytest.raises(SettingsError):
+    with pytest.raises(SettingsError, match=r"index: 1 Got: 8 Expected: \d+"):
         build_engine(
             model_file("proposals"), tmp_path / "m.engine", BuildOptions(target=RTX), samples=samples
         )
