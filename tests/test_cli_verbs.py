@@ -219,7 +219,7 @@ def test_evaluate_tells_of_boxes_left_out(
     path = tmp_path / "annotations.json"
     path.write_text(json.dumps(annotations), encoding="utf-8")
     assert cli.main(["evaluate", str(model), "--data", f"coco:{tmp_path},{path}"]) == 0
-    assert "boxes left out: 1 " in capsys.readouterr().err
+    assert "1 images; left out: 1 " in capsys.readouterr().err
 
 
 def test_evaluate_writes_its_pictures(model: Path, tmp_path: Path) -> None:

@@ -44,7 +44,9 @@ def evaluate(
     from anchorline.evaluation.evaluation import evaluate_proposals, evaluate_stored
 
     if model.suffix == ".jsonl":
-        show_report(evaluate_stored(model, load_datasets(data)), json)
+        dataset = load_datasets(data)
+        tell_dropped(dataset)
+        show_report(evaluate_stored(model, dataset), json)
         return
     from anchorline.artefacts import open_detector
 

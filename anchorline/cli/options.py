@@ -139,13 +139,19 @@ def respelled(arguments: Sequence[str]) -> list[str]:
 
 
 def tell_dropped(dataset: Dataset | None) -> None:
-    """Say on stderr which boxes of the data were left out, and how many images have no labels."""
-    if dataset is not None and dataset.dropped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dataset.dropped.items()))
-        print(f"{dataset.spec}: {len(dataset)} images; boxes left out: {reasons}", file=sys.stderr)
-    if dataset is not None and dataset.unlabelled:
-        print(
-            f"{dataset.spec}: {dataset.unlabelled} of {len(dataset)} images have no label file; "
-            "they count as images without objects",
-            file=sys.stderr,
-        )
+    """Say on stderr what of the data was left out or read in another way, and what has no labels."""
+    if dataset is None:
+        return
+    from anchorline.data.dataset import list_counts
+
+    told = [
+        f"{len(dataset)} images; left out: {list_counts(dataset.dropped)}" if dataset.dropped else None,
+        list_counts(dataset.remarks),
+        dataset.only_ignored,
+        f"{dataset.unlabelled} of {len(dataset)} images have no label file; they count as images without "
+        "objects"
+        if dataset.unlabelled
+        else None,
+    ]
+    for line in filter(None, told):
+        print(f"{dataset.spec}: {line}", file=sys.stderr)

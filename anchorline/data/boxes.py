@@ -8,6 +8,10 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
+# Why a labelled box cannot be used.
+ZERO_AREA, OUTSIDE = "zero area", "outside the image"
+REVERSED = "reversed (xmax below xmin or ymax below ymin)"
+
 _FARTHEST_PIXEL = 1e9  # annotated coordinates beyond this are damage, not boxes
 
 
@@ -62,6 +66,6 @@ def clip_labelled_boxes(
     empty = ~backwards & (sides == empty_side).any(axis=1)
     outside = ~backwards & ~empty & (clipped[:, 2:] <= clipped[:, :2]).any(axis=1)
     kept = ~(backwards | empty | outside)
-    reasons = {"reversed": backwards, "zero area": empty, "outside the image": outside}
+    reasons = {REVERSED: backwards, ZERO_AREA: empty, OUTSIDE: outside}
     dropped = Counter({reason: int(mask.sum()) for reason, mask in reasons.items() if mask.any()})
     return clipped[kept].astype(np.float32), kept, dropped

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os.path
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -57,8 +57,9 @@ class Dataset:
 
     ``spec`` is the text it was opened with. ``category_ids`` are COCO's ids of ``names`` where the
     data has them. ``dropped`` counts what was left out by reason: boxes of ``"zero area"``, reversed or
-    outside the image, label files without an image. ``unlabelled`` counts the images without a label
-    file of their own (YOLO), which are taken as images without objects.
+    outside the image, label files without an image. ``remarks`` counts what was read otherwise than it
+    stands, by what a user should know of it. ``unlabelled`` counts the images without a label file of
+    their own (YOLO), which are taken as images without objects.
     """
 
     spec: str
@@ -67,6 +68,7 @@ class Dataset:
     category_ids: tuple[int, ...] | None = None
     dropped: Counter[str] = field(default_factory=Counter)
     unlabelled: int = 0
+    remarks: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -78,6 +80,25 @@ class Dataset:
     def has_labels(self) -> bool:
         """Whether any image has an object to be found."""
         return any(len(image.boxes) for image in self.images)
+
+    @property
+    def only_ignored(self) -> str | None:
+        """What all of the objects are, such as crowds, where none is to be found; else None."""
+        if not self.has_labels or not all(image.ignored.all() for image in self):
+            return None
+        kinds = [kind for kind in ("crowd", "difficult") if any(getattr(each, kind).any() for each in self)]
+        total = sum(len(image.boxes) for image in self)
+        return f"all of its objects ({total}) are marked as {' or '.join(kinds)}"
+
+    def check_objects(self, use: str) -> None:
+        """Raise ``DataError`` unless there is an object to ``use``, neither difficult nor a crowd; it tells
+        what became of those that there were."""
+        if self.has_labels and not self.only_ignored:
+            return
+        reasons = [self.only_ignored] if self.only_ignored else []
+        reasons += [f"left out: {list_counts(self.dropped)}"] if self.dropped else []
+        why = "".join(f"; {reason}" for reason in reasons)
+        raise DataError(f"{self.spec}: holds no labelled object{why}; expected at least one box to {use}")
 
     def first(self, limit: int | None) -> Dataset:
         """The first ``limit`` images of the data, all of them for None."""
@@ -163,6 +184,7 @@ def concatenate(datasets: Sequence[Dataset]) -> Dataset:
         category_ids=tuple(id_of[name] for name in names) if agree else None,
         dropped=sum((dataset.dropped for dataset in datasets), Counter()),
         unlabelled=sum(dataset.unlabelled for dataset in datasets),
+        remarks=sum((dataset.remarks for dataset in datasets), Counter()),
     )
 
 
@@ -221,6 +243,11 @@ def list_names(names: Sequence[str]) -> str:
     """The names separated by commas, cut after a dozen."""
     shown = ", ".join(names[:_SHOWN_NAMES])
     return f"{shown} and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else shown
+
+
+def list_counts(counts: Mapping[str, int]) -> str:
+    """What was counted, each after its number, separated by commas."""
+    return ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
 
 
 def class_index(names: Sequence[str], used: Iterable[str], where: str) -> dict[str, int]:

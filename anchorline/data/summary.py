@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.data.boxes import box_areas
-from anchorline.data.dataset import Dataset
+from anchorline.data.dataset import Dataset, list_counts
 from anchorline.runtime.io.files import plain
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ class DataSummary:
     ``empty_images`` have no box; ``unlabelled_images`` are those of them without a label file.
     ``sides`` and ``aspects`` are histograms, see ``SIDE_EDGES`` and ``ASPECT_EDGES``. ``imbalance`` is
     the count of the most frequent class over that of the rarest one that occurs; None without boxes.
-    ``absent_classes`` have not a single box. ``dropped`` counts what was left out, by reason.
+    ``absent_classes`` have not a single box. ``dropped`` counts what was left out, by
+    reason, and ``remarks`` what was read otherwise than it stands.
     """
 
     spec: str
@@ -90,6 +91,7 @@ class DataSummary:
     imbalance: float | None
     absent_classes: list[str]
     dropped: dict[str, int]
+    remarks: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the open end of a histogram is None."""
@@ -138,8 +140,9 @@ class DataSummary:
         if self.absent_classes:
             remarks.append(f"no boxes of {', '.join(self.absent_classes)}")
         if self.dropped:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
-            remarks.append(f"left out: {reasons}")
+            remarks.append(f"left out: {list_counts(self.dropped)}")
+        if self.remarks:
+            remarks.append(list_counts(self.remarks))
         return remarks
 
 
@@ -181,4 +184,5 @@ def summarise_data(dataset: Dataset) -> DataSummary:
         imbalance=max(counts) / min(counts) if counts else None,
         absent_classes=[name for name, each in per_class.items() if not each.boxes],
         dropped=dict(dataset.dropped),
+        remarks=dict(dataset.remarks),
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from anchorline.data.boxes import REVERSED
 from anchorline.data.dataset import load_dataset
 from anchorline.runtime.io.errors import DataError
 
@@ -63,7 +64,7 @@ def test_useless_boxes_are_dropped_and_counted(make_coco: MakeCoco) -> None:
         content["annotations"][2]["bbox"] = [100, 5, 4, 30]
 
     dataset = load_dataset(make_coco(spoil))
-    assert dataset.dropped == {"zero area": 1, "reversed": 1, "outside the image": 1}
+    assert dataset.dropped == {"zero area": 1, REVERSED: 1, "outside the image": 1}
     assert sum(len(image.boxes) for image in dataset) == 0
 
 

@@ -26,7 +26,15 @@ def data(make_image: Callable[..., Any]) -> Dataset:
         make_image(),
         make_image(),
     )
-    return Dataset("four [images]", ("cat", "dog", "bird"), images, None, Counter({"zero area": 3}), 1)
+    return Dataset(
+        "four [images]",
+        ("cat", "dog", "bird"),
+        images,
+        None,
+        Counter({"zero area": 3}),
+        1,
+        Counter({"names in capitals": 2}),
+    )
 
 
 def _shown(data: Dataset) -> str:
@@ -76,6 +84,7 @@ def test_json_and_table(data: Dataset) -> None:
         "3.0 times the boxes of the rarest",
         "no boxes of bird",
         "left out: 3 zero area",
+        "2 names in capitals",
     ):
         assert words in shown
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anchorline.data.boxes import REVERSED
 from anchorline.data.dataset import load_dataset
 from anchorline.data.voc import _read_annotation
 from anchorline.runtime.io.errors import AnchorlineError, DataError
@@ -44,8 +45,8 @@ def test_names_are_sorted_or_as_given(make_voc: MakeVoc) -> None:
     [
         ((5, 5, 5, 5), "zero area"),
         ((5, 5, 5, 20), "zero area"),
-        ((20, 5, 10, 30), "reversed"),
-        ((5, 30, 10, 20), "reversed"),
+        ((20, 5, 10, 30), REVERSED),
+        ((5, 30, 10, 20), REVERSED),
         ((81, 5, 90, 20), "outside the image"),
         ((-20, -20, 0, 0), "outside the image"),
         ((1e300, 5, 1.1e300, 20), None),

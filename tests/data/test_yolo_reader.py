@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anchorline.data.boxes import REVERSED
 from anchorline.data.dataset import load_dataset, load_datasets
 from anchorline.data.yolo import YoloConfig, _read_labels, read_yolo_config
 from anchorline.runtime.io.errors import AnchorlineError, DataError, SettingsError
@@ -54,7 +55,7 @@ def test_keypoints_are_not_taken_for_a_polygon(make_yolo: MakeYolo) -> None:
     ("line", "reason"),
     [
         ("0 0.5 0.5 0 0.5", "zero area"),
-        ("0 0.5 0.5 0.2 -0.5", "reversed"),
+        ("0 0.5 0.5 0.2 -0.5", REVERSED),
         ("0 1.5 0.5 0.2 0.2", "outside the image"),
         ("0 0.1 0.1 0.5 0.1 0.9 0.1", "zero area"),
     ],

@@ -97,9 +97,8 @@ def train(
 def check_data(data: Dataset, validation: Dataset | None) -> None:
     """Raise ``DataError`` unless there is something to learn, and to measure in the classes learnt."""
     for each, use in ((data, "train on"), (validation, "validate with")):
-        # Difficult objects and crowds are neither learnt nor counted.
-        if each is not None and all((image.difficult | image.crowd).all() for image in each):
-            raise DataError(f"{each.spec}: holds no labelled object; expected at least one box to {use}")
+        if each is not None:
+            each.check_objects(use)
     if validation is not None and (unknown := sorted(set(validation.names) - set(data.names))):
         raise DataError(
             f"{validation.spec}: has the class {unknown[0]!r}, {data.spec} has only "

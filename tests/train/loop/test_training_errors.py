@@ -147,13 +147,25 @@ def only_difficult(data: Dataset) -> Dataset:
     return dataclasses.replace(data, images=tuple(images))
 
 
-@pytest.mark.parametrize("spoil", [without_objects, only_difficult])
-def test_data_without_objects_is_refused(
-    tiny: MakeSettings, scenes: Dataset, tmp_path: Path, files: Files, spoil: Callable[[Dataset], Dataset]
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (without_objects, "; left out: 3 reversed, 1 zero area;"),
+        (only_difficult, r"; all of its objects \(\d+\) are marked as difficult; left out: 3 reversed"),
+    ],
+)
+def test_data_without_objects_is_refused_with_what_became_of_them(
+    tiny: MakeSettings,
+    scenes: Dataset,
+    tmp_path: Path,
+    files: Files,
+    spoil: Callable[[Dataset], Dataset],
+    why: str,
 ) -> None:
-    nothing = dataclasses.replace(spoil(scenes), spec="voc:empty@train")
+    dropped = Counter({"zero area": 1, "reversed": 3})
+    nothing = dataclasses.replace(spoil(scenes), spec="voc:empty@train", dropped=dropped)
     for data, validation in ((nothing, None), (scenes, nothing)):
-        with pytest.raises(DataError, match=r"^voc:empty@train: holds no labelled object"):
+        with pytest.raises(DataError, match=rf"^voc:empty@train: holds no labelled object{why}"):
             train(tiny(), data, tmp_path, validation=validation)
     assert files() == set()
 
