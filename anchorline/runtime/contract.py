@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from anchorline.runtime.io.errors import ArtefactError
+from anchorline.runtime.io.errors import UNPRINTABLE, AnchorlineError, ArtefactError, shown
 
 CONTRACT_KEY = "anchorline.contract"
 CONTRACT_VERSION = 1
@@ -30,11 +30,38 @@ NMS_CONVERGED = "nms_converged"
 # In ``Contract.source``: the canvas that an export was told to use instead of the checkpoint's.
 CANVAS_KEY = "canvas"
 
+MOST_NAMES = 50_000
+LONGEST_NAME = 200  # characters
+
 TASKS = ("detections", "proposals")
 INPUT_DTYPES = ("uint8", "float32")
 CHANNEL_ORDERS = ("rgb", "bgr")
 INTERPOLATIONS = ("bilinear", "antialiased")
 ROUNDINGS = ("down", "nearest")
+
+
+def check_names(
+    names: Iterable[object], where: str, error: type[AnchorlineError] = ArtefactError
+) -> tuple[str, ...]:
+    """The class names as a tuple, or an ``error`` that begins with ``where``.
+
+    Each can be shown anywhere, has at most ``LONGEST_NAME`` characters and stands once; there are at most
+    ``MOST_NAMES``. Data, imports and options are held to this as well: a model can be saved when it is made.
+    """
+    seen: dict[str, None] = {}
+    for number, name in enumerate(names):
+        text = name if isinstance(name, str) else ""
+        if not text.strip() or len(text) > LONGEST_NAME or UNPRINTABLE.search(text):
+            raise error(
+                f"{where}: class name {number} is {shown(name)}; expected 1 to {LONGEST_NAME} characters "
+                "that can be printed; rename the class"
+            )
+        if text in seen:
+            raise error(f"{where}: class name {shown(text)} stands twice; expected each once")
+        seen[text] = None
+        if len(seen) > MOST_NAMES:
+            raise error(f"{where}: there are over {MOST_NAMES} class names; expected at most that many")
+    return tuple(seen)
 
 
 @dataclass(frozen=True)
@@ -134,9 +161,8 @@ class Contract:
         _expect_choice("input_dtype", self.input_dtype, INPUT_DTYPES)
         _expect_choice("channel_order", self.channel_order, CHANNEL_ORDERS)
         names, canvas, std = self.names, self.canvas, self.std
-        named = isinstance(names, tuple) and all(isinstance(name, str) and name for name in names)
-        _expect(named and len(names) > 0, "contract names", names, "at least one non-empty class name", "are")
-        _expect(len(set(names)) == len(names), "contract names", names, "each class name once", "are")
+        _expect(isinstance(names, tuple) and len(names) > 0, "contract names", names, "a class name", "are")
+        check_names(names, "contract names")
         fits = len(canvas) == 2 and all(isinstance(side, int) and side > 0 for side in canvas)
         _expect(fits, "contract canvas", canvas, "(height, width) in pixels")
         for name in ("mean", "std"):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.canvas import check_frame
 from anchorline.runtime.detections import NO_TRACK, Detections
+from anchorline.runtime.io.errors import printable
 
 Colour = tuple[int, int, int]  # BGR
 
@@ -184,6 +185,7 @@ def fitted(text: str, letters: Lettering, width: int) -> tuple[str, int]:
     def width_of(shown: str) -> int:
         return int(cv2.getTextSize(shown, _FONT, letters.scale, letters.weight)[0][0])
 
+    text = printable(text)  # OpenCV ends the process over half a UTF-16 pair
     if not _FONT_HAS_UNICODE:  # OpenCV 4 prints other characters as one ? per byte
         text = text.encode("ascii", "replace").decode("ascii")
     room = width - 2 * letters.margin

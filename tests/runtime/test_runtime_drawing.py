@@ -245,3 +245,10 @@ def test_in_a_video_labels_stay_where_they_are_while_scores_change():
     first = draw(blank(), Detections(scores=[0.61, 0.60], **both), scores=False)
     second = draw(blank(), Detections(scores=[0.60, 0.61], **both), scores=False)
     assert plates_of(first[:80], 0) == plates_of(second[:80], 0) > 0
+
+
+def test_names_that_are_no_text_are_drawn_escaped() -> None:
+    """Half a UTF-16 pair ended the process inside OpenCV."""
+    escaped, plain = (Detections([[5, 30, 90, 90]], [0.5], [0], (name,)) for name in ("\ud800", "\\ud800"))
+    frame = np.zeros((100, 200, 3), np.uint8)
+    np.testing.assert_array_equal(draw(frame, escaped), draw(frame, plain))

@@ -6,7 +6,17 @@ class also derives from the built-in exception a caller would expect.
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Collection
+
+# Control characters and escape sequences, line ends and changes of direction, what cannot be seen, and halves
+# of UTF-16 pairs, which are no characters. What joins letters (U+200C, U+200D) is part of many scripts.
+UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u180e\u200b\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
+_bounded = reprlib.Repr()
+_bounded.maxstring = _bounded.maxlong = _bounded.maxother = 80
 
 
 class AnchorlineError(Exception):
@@ -55,6 +65,16 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise ``SettingsError`` unless the setting is one of ``choices``."""
     if value not in choices:
         raise SettingsError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+
+
+def printable(text: str) -> str:
+    """``text`` as it may reach a terminal or a page: ``UNPRINTABLE`` characters as Python escapes them."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def shown(value: object) -> str:
+    """The ``repr`` of a value that a file holds, cut to what a message has room for."""
+    return printable(_bounded.repr(value))
 
 
 def reason_of(error: BaseException, longest: int = 120) -> str:
