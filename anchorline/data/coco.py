@@ -13,6 +13,7 @@ import numpy as np
 from anchorline.data.boxes import is_coordinate
 from anchorline.data.dataset import Dataset, class_index, image_size, labelled_image
 from anchorline.runtime.io.errors import DataError
+from anchorline.runtime.io.files import expect_regular
 
 Record = dict[str, Any]
 Value = TypeVar("Value", int, str)
@@ -63,6 +64,7 @@ def load_coco(folder: Path, annotations: Path, names: Sequence[str] | None = Non
 
 def _read_json(path: Path) -> Record:
     """The file's lists of images, annotations and categories, not yet checked one by one."""
+    expect_regular(path, DataError)
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from anchorline.data.boxes import clip_labelled_boxes
 from anchorline.runtime.io.errors import DataError
+from anchorline.runtime.io.files import expect_regular
 from anchorline.runtime.io.images import find_images, is_video, read_image
 from anchorline.runtime.video.reader import VideoReader
 
@@ -286,6 +287,7 @@ def labelled_image(
 
 def read_lines(path: Path, expected: str) -> list[str]:
     """The lines of a text file; raises ``DataError``, which says what was ``expected`` on each."""
+    expect_regular(path, DataError)
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -298,6 +300,7 @@ def image_size(path: Path) -> tuple[int, int]:
     An image that carries EXIF (it may be turned) or is neither JPEG nor PNG is decoded. Raises
     ``DataError`` when it cannot be read.
     """
+    expect_regular(path, DataError)
     try:
         with path.open("rb") as file:
             size = _size_in_header(file.read(65536))

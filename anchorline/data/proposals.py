@@ -23,7 +23,7 @@ from anchorline.data.dataset import Dataset
 from anchorline.runtime.canvas import PROPOSAL_NAMES
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import DataError, SettingsError, reason_of
-from anchorline.runtime.io.files import atomic_path
+from anchorline.runtime.io.files import atomic_path, expect_regular
 
 _BOX_DECIMALS, _SCORE_DECIMALS = 2, 5
 _LEAST_SIDE = 2  # pixels of the image; OpenCV's selective search also finds single rows of pixels
@@ -100,6 +100,7 @@ def read_proposals(path: Path, data: Dataset) -> tuple[ImageProposals, ...]:
 
 
 def _read_lines(path: Path) -> list[ImageProposals]:
+    expect_regular(path, DataError)
     if not path.is_file():
         raise DataError(
             f"{path}: no such file; expected stored proposals, as anchorline proposals writes them"

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from anchorline.data.boxes import as_number, is_coordinate
 from anchorline.data.dataset import Dataset, class_index, image_size, labelled_image, read_lines
 from anchorline.runtime.io.errors import DataError
+from anchorline.runtime.io.files import expect_regular
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 # A class's own split (cat_train.txt) adds -1, 0 or 1 after the image id.
@@ -97,6 +98,7 @@ def _find_files(folder: Path, split: str) -> list[tuple[str, Path, Path]]:
 
 def _read_annotation(path: Path) -> tuple[list[str], NDArray[np.float64], list[bool]]:
     """One XML file: class names, boxes [N, 4] as continuous edges, and difficult flags."""
+    expect_regular(path, DataError)
     try:
         root = ElementTree.fromstring(path.read_bytes())
     except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from anchorline.data.boxes import as_number
 from anchorline.data.dataset import Dataset, class_index, image_size, labelled_image, list_names, read_lines
 from anchorline.runtime.io.errors import DataError, SettingsError, one_line
+from anchorline.runtime.io.files import expect_regular
 from anchorline.runtime.io.images import is_image
 
 WITHOUT_IMAGE = "label file without an image"
@@ -185,6 +186,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: reading it needs PyYAML, which is not installed; pip install pyyaml, or delete the "
             "file and write the class names, one a line, into classes.txt"
         ) from None
+    expect_regular(path, DataError)
     try:
         content = yaml.load(path.read_bytes(), Loader=yaml.BaseLoader)
     except OSError as error:

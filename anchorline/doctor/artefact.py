@@ -12,7 +12,7 @@ from typing import Any, Literal
 from anchorline.doctor.conflicts import Finding
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.io.errors import ArtefactError
-from anchorline.runtime.io.files import input_errors, sha256_of
+from anchorline.runtime.io.files import expect_regular, input_errors, sha256_of
 from anchorline.runtime.io.protobuf import fields
 from anchorline.runtime.tensorrt.library import FLAVOURS
 from anchorline.runtime.tensorrt.manifest import EngineManifest, read_manifest
@@ -183,6 +183,7 @@ def read_verification(artefact: Path) -> Verification:
     """The record beside ``artefact``, held against the files as they are now; damaged ones are told of."""
     sidecar = artefact.with_name(f"{artefact.name}.verify.json")
     try:
+        expect_regular(sidecar)
         record = json.loads(sidecar.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return Verification("missing", f"not verified: there is no {sidecar.name}")

@@ -28,7 +28,7 @@ from anchorline.evaluation.metrics import (
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.drawing import draw
 from anchorline.runtime.io.errors import DataError, SettingsError
-from anchorline.runtime.io.files import atomic_path, write_json
+from anchorline.runtime.io.files import atomic_path, expect_regular, write_json
 from anchorline.runtime.io.images import write_image
 
 if TYPE_CHECKING:
@@ -206,6 +206,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 def _read_columns(path: Path) -> dict[str, NDArray[np.float64]]:
     """Each numeric column as [2, N]: the steps at which it has a value, and the values."""
+    expect_regular(path, DataError)
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))

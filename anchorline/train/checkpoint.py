@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anchorline.runtime.contract import CONTRACT_KEY, Contract, ResizeRule, Thresholds
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, one_line
-from anchorline.runtime.io.files import atomic_path
+from anchorline.runtime.io.files import atomic_path, expect_regular
 from anchorline.train.model.faster_rcnn import OUTPUTS, FasterRCNN
 from anchorline.train.model.settings import ModelSettings
 
@@ -67,6 +67,7 @@ def save_checkpoint(
 
 def read_header(path: Path) -> tuple[ModelSettings, Contract]:
     """Architecture and contract of a checkpoint; raises ``ArtefactError`` if it is not one of ours."""
+    expect_regular(path)
     if not path.is_file():
         raise ArtefactError(f"{path}: no such file; expected a model.safetensors written by anchorline train")
     try:

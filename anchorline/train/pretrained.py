@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from anchorline.runtime.io.errors import ArtefactError, SettingsError, reason_of
+from anchorline.runtime.io.files import expect_regular
 from anchorline.train.model.backbones import BACKBONES, Body
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.model.roi_heads import BoxHead, Res5Head
@@ -124,6 +125,7 @@ def load_backbone_weights(body: Body, path: Path) -> dict[str, Tensor]:
     ``features.N...`` or ``N...`` (MobileNetV2's older flat blocks too). Returns all weights of the file,
     of which the body may use a part. Raises ``ArtefactError`` for one that is missing, damaged or foreign.
     """
+    expect_regular(path)
     if not path.is_file():
         raise ArtefactError(
             f"{path}: no such file; give the ImageNet weights of the backbone, or leave the option out"

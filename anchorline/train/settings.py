@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.io.files import expect_regular
 from anchorline.train.model.settings import ModelSettings, check_fields, expect, settings_from
 
 if sys.version_info >= (3, 11):
@@ -178,6 +179,7 @@ def load_preset(name: str, overrides: Sequence[str] = ()) -> Settings:
     table may be left out where only one has the field. Raises ``SettingsError``.
     """
     path = PRESETS / f"{name}.toml" if not name.endswith(".toml") else Path(name)
+    expect_regular(path, SettingsError)
     if not path.is_file():
         raise SettingsError(
             f"preset {name!r} is not known; expected one of {', '.join(preset_names())} or a .toml file"

@@ -499,6 +499,8 @@ def test_missing_files_and_unknown_weights_are_refused(
     out = tmp_path / "out.safetensors"
     assert "no such file" in refusal(tmp_path / "absent.pth", out)
     assert "no such file" in refusal(tmp_path, out)
+    os.mkfifo(tmp_path / "pipe.pth")
+    assert "is a pipe, expected a file" in refusal(tmp_path / "pipe.pth", out)
     assert "not weights of a Faster R-CNN" in refusal("ResNet50_Weights.IMAGENET1K_V1", out, arch=None)
     name = "FasterRCNN_ResNet50_FPN_Weights.COCO_V1"
     assert "leave --arch out" in refusal(name, out)

@@ -1,16 +1,32 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from anchorline.data.dataset import image_size, images_or_video, read_lines
+from anchorline.data.proposals import read_proposals
+from anchorline.data.synthetic import synthetic_dataset
+from anchorline.doctor.artefact import read_artefact
+from anchorline.runtime import Detector
 from anchorline.runtime.io import files
-from anchorline.runtime.io.errors import DataError, OutputError
-from anchorline.runtime.io.files import atomic_path, atomic_write_bytes, atomic_write_text, write_json
+from anchorline.runtime.io.errors import AnchorlineError, DataError, OutputError
+from anchorline.runtime.io.files import (
+    atomic_path,
+    atomic_write_bytes,
+    atomic_write_text,
+    sha256_of,
+    write_json,
+)
+from anchorline.runtime.io.images import read_image
+from anchorline.runtime.video.reader import VideoReader
+from anchorline.runtime.video.source import plan
 
 
 def write_and_fail(target: Path, error: BaseException) -> None:
@@ -124,3 +140,38 @@ def test_write_json_takes_numpy_and_has_no_nan(tmp_path):
         "path": str(Path("a") / "b"),
         "pair": [True, None],
     }
+
+
+def special_files(folder: Path, suffix: str) -> dict[str, Path]:
+    """A pipe that nobody writes to, a socket and a device, in a folder short enough for a socket's name."""
+    found = {kind: folder / f"{kind}{suffix}" for kind in ("pipe", "socket", "device")}
+    os.mkfifo(found["pipe"])
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(folder):
+        server.bind(found["socket"].name)
+    found["device"].symlink_to("/dev/zero")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("read", "suffix"),
+    [
+        (sha256_of, ".bin"),
+        (read_image, ".jpg"),
+        (VideoReader, ".mp4"),
+        (lambda path: plan([path]), ".mp4"),
+        (lambda path: plan([path]), ""),
+        (image_size, ".jpg"),
+        (lambda path: images_or_video([path], ("a",)), ".png"),
+        (Detector, ".onnx"),
+        (Detector, ".engine"),
+        (read_artefact, ".safetensors"),
+        (lambda path: read_lines(path, "a name"), ".txt"),
+        (lambda path: read_proposals(path, synthetic_dataset(1, 0)), ".jsonl"),
+    ],
+)
+def test_what_is_no_file_is_refused_and_never_waited_for(read, suffix, tmp_path):
+    for kind, path in special_files(tmp_path, suffix).items():
+        if suffix == ".engine":
+            path = path.rename(path.with_name(f"{kind}.engine.json")).with_name(f"{kind}.engine")
+        with pytest.raises(AnchorlineError, match=rf"is a {kind}, expected a file; write what it carries"):
+            read(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, OutputE
 from anchorline.train import checkpoint
 from anchorline.train.checkpoint import contract_of, load_checkpoint, read_header, save_checkpoint
 from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.pretrained import load_backbone_weights
+from anchorline.train.settings import load_preset
 
 NAMES = ("cat", "dog", "bird")
 SOURCE = {"command": "anchorline train", "data": "synthetic:3"}
@@ -123,6 +126,15 @@ def test_another_kind_of_file_is_refused(tmp_path: Path, content: bytes) -> None
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     assert "no such file" in message_of(tmp_path / "absent.safetensors")
     assert "no such file" in message_of(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.toml"
+    os.mkfifo(pipe)
+    assert "is a pipe, expected a file" in message_of(pipe)
+    for read in (lambda: load_preset(str(pipe)), lambda: load_backbone_weights(torch.nn.Identity(), pipe)):
+        with pytest.raises(AnchorlineError, match="is a pipe, expected a file"):
+            read()
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {CONTRACT_KEY: "{}"}])

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from anchorline.runtime.io.errors import ArtefactError, reason_of
-from anchorline.runtime.io.files import sha256_of
+from anchorline.runtime.io.files import expect_regular, sha256_of
 from anchorline.runtime.io.protobuf import fields, packed_numbers
 
 # Where training scripts keep the weights inside what they save; torchvision's own writes "model".
@@ -55,6 +55,7 @@ def read_checkpoint_file(path: Path) -> CheckpointFile:
     mapped from the file where its format allows it. Raises ``ArtefactError`` for a file that is missing,
     empty, damaged, holds Python objects other than tensors and arrays, or claims more than it can hold.
     """
+    expect_regular(path)
     if not path.is_file():
         raise ArtefactError(
             f"{path}: no such file; expected a checkpoint saved with torch.save or safetensors"

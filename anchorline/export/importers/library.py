@@ -19,6 +19,7 @@ from anchorline.data.dataset import list_names
 from anchorline.export.importers.checkpoint_files import CheckpointFile
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
+from anchorline.runtime.io.files import expect_regular
 from anchorline.train.model.backbones import BACKBONES
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.model.settings import ModelSettings
@@ -335,6 +336,7 @@ def _fitting(names: tuple[str, ...], outputs: int, source: str, where: str) -> t
 
 def _read(path: Path) -> tuple[str, ...]:
     """The names in ``path``: a JSON list, or one a line."""
+    expect_regular(path, SettingsError)
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
         found = json.loads(text) if text.startswith("[") else [line.strip() for line in text.splitlines()]

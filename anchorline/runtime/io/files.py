@@ -8,6 +8,7 @@ import json
 import math
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, OutputError
 
 _OPEN_FILES = ("/dev", "/dev/fd", "/proc/self/fd")
+_SPECIAL = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 _KEPT_NAME_LENGTH = 60  # of the target's name in the temporary one, well under the 255 bytes of a file name
 
 
@@ -94,12 +96,24 @@ def output_errors(path: str | Path) -> Iterator[None]:
         ) from error
 
 
+def expect_regular(path: str | Path, error_class: type[AnchorlineError] = ArtefactError) -> None:
+    """Raise ``error_class`` where ``path`` is a pipe, a socket or a device: opening it may block for ever,
+    and what it gives can be read once only. Anything else, or nothing, is left to whoever opens it."""
+    try:
+        kind = _SPECIAL.get(stat.S_IFMT(os.stat(path).st_mode))
+    except (OSError, ValueError):
+        return
+    if kind is not None:
+        raise error_class(f"{path}: is a {kind}, expected a file; write what it carries to a file first")
+
+
 @contextlib.contextmanager
 def input_errors(
     path: str | Path, missing: str = "check the name", error_class: type[AnchorlineError] = ArtefactError
 ) -> Iterator[None]:
     """Turn an ``OSError`` of the block into one line that names ``path``; ``missing`` is the remedy for a
-    file that is not there."""
+    file that is not there. What is no file (``expect_regular``) is refused before the block begins."""
+    expect_regular(path, error_class)
     try:
         yield
     except FileNotFoundError:

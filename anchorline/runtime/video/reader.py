@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.canvas import check_frame
 from anchorline.runtime.io.errors import DataError, SettingsError
-from anchorline.runtime.io.files import input_errors
+from anchorline.runtime.io.files import expect_regular, input_errors
 from anchorline.runtime.io.images import is_video, read_image
 from anchorline.runtime.io.native_log import ffmpeg_lines, quiet_opencv
 from anchorline.runtime.video.options import Decoder
@@ -257,6 +257,7 @@ class AvReader(Reader):
     ) -> None:
         super().__init__(name or str(where), live)
         av = import_pyav()
+        expect_regular(where, DataError)
         self._errors = av.FFmpegError
         self._stall = math.inf if stall is None else stall
         options = {"rtsp_transport": "tcp"} if str(where).startswith("rtsp") else {}

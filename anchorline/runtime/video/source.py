@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.io.errors import DataError, OutputError, SettingsError
-from anchorline.runtime.io.files import is_stream
+from anchorline.runtime.io.files import expect_regular, is_stream
 from anchorline.runtime.io.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_images, is_image, is_video
 from anchorline.runtime.video.options import Option, Policy, check_fields
 
 _LAST_WEBCAM = 99  # OpenCV takes hundreds for the ways to reach a camera
 _LONGEST_NUMBER = 10  # digits; Python refuses to read thousands
 _NAMED = re.compile(r"([^\W\d][\w.-]*)=(.+)", re.DOTALL)
+_WEBCAM = re.compile(r"/dev/video([0-9]{1,9})")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.+", re.DOTALL)
 
 
@@ -38,9 +39,9 @@ class Item:
 class Source:
     """Where frames come from, and what to do when they come too fast.
 
-    ``where`` is a path, the number of a webcam, a URL (rtsp, http, ...), or an iterable of uint8 BGR
-    frames [H, W, 3], each an array of its own, since it is looked at later. A ``live`` source does not
-    wait for us and is opened again when it is lost; ``None`` judges by ``where``: webcams and URLs are
+    ``where`` is a path, a webcam (its number, or ``/dev/video0``), a URL (rtsp, http, ...), or an iterable of
+    uint8 BGR frames [H, W, 3], each an array of its own, since it is looked at later. A ``live`` source does
+    not wait for us and is opened again when it is lost; ``None`` judges by ``where``: webcams and URLs are
     live, but for those of a video file. The ``policy`` is ``"wait"`` (every frame, in order) or
     ``"latest"`` (the newest one, older ones are dropped); ``None`` takes ``latest`` for live sources
     and ``wait`` for others. A file under ``latest`` is played at its own rate. Of every ``stride``
@@ -57,6 +58,10 @@ class Source:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if isinstance(self.where, str | Path):
+            webcam = _WEBCAM.fullmatch(os.path.realpath(self.where))
+            if webcam is not None:
+                object.__setattr__(self, "where", int(webcam[1]))
         if isinstance(self.where, int) and not 0 <= self.where <= _LAST_WEBCAM:
             raise SettingsError(f"webcam {self.where}; expected a number from 0 to {_LAST_WEBCAM}")
         live = isinstance(self.where, int)
@@ -185,6 +190,7 @@ def _files(source: Path) -> list[Path]:
     """The file, or the images of the folder."""
     if not os.path.exists(source):  # unlike Path.exists, also False for a name that is too long
         raise DataError(f"{source}: no such file or folder; give an image, a folder of images or a video")
+    expect_regular(source, DataError)
     if not source.is_dir() and not is_image(source) and not is_video(source):
         raise DataError(
             f"{source}: neither an image nor a video by its suffix; "

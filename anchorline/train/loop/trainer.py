@@ -22,7 +22,7 @@ from anchorline.data.proposals import read_proposals
 from anchorline.data.summary import DataSummary, summarise_data
 from anchorline.evaluation.evaluation import proposal_recall
 from anchorline.runtime.io.errors import ArtefactError, TrainingError, reason_of
-from anchorline.runtime.io.files import atomic_path, atomic_write_text, write_json
+from anchorline.runtime.io.files import atomic_path, atomic_write_text, expect_regular, write_json
 from anchorline.train.checkpoint import contract_of, load_checkpoint, save_checkpoint
 from anchorline.train.data.dataset import (
     Batch,
@@ -379,6 +379,7 @@ class Trainer:
         """Take up the state of the last full epoch, as if never stopped."""
         folder = self.phase.folder / "last"
         path = folder / STATE_FILE
+        expect_regular(path)
         if not path.is_file():
             raise ArtefactError(
                 f"{path}: no such file; there is no full epoch to resume from, train without --resume"

@@ -27,6 +27,8 @@ from anchorline.runtime.video.source import Source, parse_source, plan
         ("http://host/clip.mp4?x=1", "", "http://host/clip.mp4?x=1", False, "wait"),
         ("clip.mp4", "", "clip.mp4", False, "wait"),
         ("a=clip.mp4", "a", "clip.mp4", False, "wait"),
+        ("/dev/video3", "", 3, True, "latest"),
+        ("a=/dev/video0", "a", 0, True, "latest"),
         ("./a=b.mp4", "", "./a=b.mp4", False, "wait"),
     ],
 )
