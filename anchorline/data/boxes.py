@@ -1,8 +1,10 @@
-"""Box geometry for labelled data and metrics: xyxy in pixels with continuous edges (width = x2 - x1)."""
+"""Boxes of labelled data and metrics: xyxy in pixels with continuous edges (width = x2 - x1); the numbers and
+flags that they are read from."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 ZERO_AREA, OUTSIDE = "zero area", "outside the image"
 REVERSED = "reversed (xmax below xmin or ymax below ymin)"
 
+_DIGITS = re.compile(r"[+-]?[0-9]{1,19}")
 _FARTHEST_PIXEL = 1e9  # annotated coordinates beyond this are damage, not boxes
 
 
@@ -20,12 +23,34 @@ def is_coordinate(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _FARTHEST_PIXEL
 
 
-def as_number(text: str | None) -> float:
-    """The number that a text file states; NaN for what is none."""
-    try:
-        return float(text or "")
-    except ValueError:
+def as_number(value: object) -> float:
+    """The number that a file states, also as text; NaN for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
         return math.nan
+    try:
+        return math.nan if isinstance(value, str) and "_" in value else float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def as_whole(value: object) -> int | None:
+    """The whole number of up to 64 bits that a file states, also as text or 1.0; None for what is none."""
+    if isinstance(value, str) and _DIGITS.fullmatch(value.strip()):
+        value = int(value)
+    if isinstance(value, float | str) and as_number(value).is_integer():
+        value = int(as_number(value))
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
+        return None
+    return value
+
+
+def as_flag(value: object) -> bool | None:
+    """The yes or no that a file states as 0 or 1, true or false, also as text; None for anything else."""
+    words = {"false": False, "true": True}
+    if isinstance(value, str) and value.strip().lower() in words:
+        return words[value.strip().lower()]
+    number = float(value) if isinstance(value, bool) else as_number(value)
+    return bool(number) if number in (0, 1) else None
 
 
 def box_areas(boxes: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -120,7 +120,8 @@ def load_dataset(spec: str, names: Sequence[str] | None = None) -> Dataset:
 
     With ``names`` the labels index these names, and a class of the data that is not among them is a
     ``DataError``; without, the names are the data's own (VOC: sorted; COCO: by category id; YOLO: in
-    its order). ``synthetic:N@seed`` makes other scenes. Raises ``DataError`` for an unknown form and
+    its order). ``synthetic:N@seed`` makes other scenes; after ``coco:...,anywhere`` names of images may
+    lead out of their folder. Raises ``DataError`` for an unknown form and
     for anything missing, empty or broken.
     """
     scheme, _, rest = spec.partition(":")
@@ -141,10 +142,11 @@ def load_dataset(spec: str, names: Sequence[str] | None = None) -> Dataset:
     if scheme == "coco":
         from anchorline.data.coco import load_coco
 
-        folder, _, annotations = rest.rpartition(",")
+        places = rest.removesuffix(",anywhere")
+        folder, _, annotations = places.rpartition(",")
         if not folder or not annotations:
             raise DataError(f"data {spec!r}: expected coco:IMAGES,ANNOTATIONS.json")
-        return load_coco(_at_home(folder), _at_home(annotations), names, spec)
+        return load_coco(_at_home(folder), _at_home(annotations), names, spec, places != rest)
     folder, _, split = rest.rpartition("@")
     if not folder or not split:
         usual = "trainval" if scheme == "voc" else "train"
