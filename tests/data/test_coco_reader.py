@@ -314,7 +314,7 @@ def test_a_root_with_objects_is_a_class(make_coco: MakeCoco) -> None:
         ("sub\\c.png", "sub/c.png", "backslashes"),
         (".\\sub\\c.png", "sub/c.png", "backslashes"),
         ("/sub/c.png", "sub/c.png", "by their end"),
-        ("/home/other/images/sub/c.png", "sub/c.png", "by their end"),
+        ("/mnt/other/images/sub/c.png", "sub/c.png", "by their end"),
         ("D:\\other\\images\\sub\\c.png", "sub/c.png", "by their end"),
         ("s3://bucket/sub/c.png", "sub/c.png", "by their end"),
         ("sub/c%20%C3%BC.png", "sub/c \u00fc.png", "URL-encoded"),
