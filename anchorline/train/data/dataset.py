@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
+import mmap
 import os
+import pickle
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 from torchvision import tv_tensors
 
@@ -27,13 +32,16 @@ from anchorline.runtime.canvas import boxes_to_canvas, place, to_canvas
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.drawing import draw
-from anchorline.runtime.io.errors import AnchorlineError
+from anchorline.runtime.io.errors import AnchorlineError, TrainingError, reason_of
 from anchorline.train.data.transforms import IGNORE_LABEL, PROPOSAL_LABEL, build_transforms
-from anchorline.train.loop.distributed import process_count, rank
+from anchorline.train.loop.distributed import is_main, process_count, rank
 from anchorline.train.model.assign import Targets
 from anchorline.train.model.ops import SUPPRESSED
 from anchorline.train.model.rpn import Proposals
 from anchorline.train.settings import TrainingSettings
+
+_SHARED_MEMORY = "/dev/shm"
+_WORKER_DEATH = "DataLoader worker (pid"  # how PyTorch's message begins
 
 
 @dataclass(frozen=True)
@@ -241,27 +249,101 @@ def build_loader(
 ) -> tuple[DataLoader[dict[str, Any]], EpochSampler]:
     """A loader of this process's part of the batches, and its sampler: set its ``epoch`` before a pass."""
     sampler = EpochSampler(len(dataset), settings.batch, settings.seed, rank(), process_count())
+    workers = settings.workers
+    # Locks take a page each: eight in common, three of a worker, and some to spare.
+    if workers and _free_shared_memory() < mmap.PAGESIZE * 8 * (workers + 1):
+        workers = 0
+        _tell_of_no_room("workers that load images: the training loads them itself")
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
-        num_workers=settings.workers,
-        collate_fn=collate,
+        num_workers=workers,
+        collate_fn=pack if workers else collate,
         generator=torch.Generator(),  # its own: starting workers takes no number from the training's
         worker_init_fn=_start_worker,
-        persistent_workers=settings.workers > 0,
+        persistent_workers=workers > 0,
     )
     return loader, sampler
 
 
 def read_batches(loader: DataLoader[dict[str, Any]]) -> Iterator[Batch]:
-    """The batches of one epoch; an image that cannot be read stays an error of one line."""
-    try:
+    """The batches of one epoch; an image that cannot be read stays an error of one line.
+
+    So does whatever else fails in a worker, as a ``TrainingError``, but for its death (``worker_deaths``).
+    """
+    if not loader.num_workers:
         yield from loader
-    except AnchorlineError as error:
+        return
+    try:
+        for packed in loader:
+            batch: Batch = pickle.loads(packed)
+            if len(packed) > (size := batch.images.nbytes):
+                _tell_of_no_room(f"{size / 1e6:.2g} MB from each worker: batches come through slower pipes")
+            yield batch
+    except Exception as error:
+        if str(error).startswith(_WORKER_DEATH):
+            raise
         # A worker's exception arrives with its whole traceback as the message; the last line is its own.
         kind = type(error)
         line = str(error).rstrip().rpartition("\n")[2]
-        raise kind(line.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")) from None
+        line = line.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
+        if isinstance(error, AnchorlineError):
+            raise kind(line) from None
+        raise TrainingError(
+            f"loading images has failed in a worker ({kind.__name__}: {line[:200]}); training.workers=0 does "
+            "without any, and shows where it fails if it still does"
+        ) from error
+
+
+def pack(items: list[dict[str, Any]]) -> bytes:
+    """A batch as a worker hands it over, for ``pickle.loads``: these bytes go through a pipe.
+
+    They name the shared memory that its tensors lie in. Where that has no room for a batch from every worker,
+    as in many containers, they hold all of it.
+    """
+    batch = collate(items)
+    worker = get_worker_info()
+    wanted = batch.images.nbytes * (worker.num_workers if worker else 1) * process_count()
+    # Without room PyTorch fails where nobody hears of it, or before 2.10 dies at the first byte.
+    with contextlib.suppress(OSError, RuntimeError):
+        if _free_shared_memory() > wanted:
+            return bytes(ForkingPickler.dumps(batch))
+    return pickle.dumps(batch)
+
+
+def _free_shared_memory() -> float:
+    """Bytes; other systems than Linux have no limit that is known."""
+    if sys.platform != "linux":
+        return math.inf
+    try:
+        memory = os.statvfs(_SHARED_MEMORY)
+    except OSError:
+        return 0.0
+    return memory.f_bavail * memory.f_frsize
+
+
+@functools.cache  # once is enough
+def _tell_of_no_room(consequence: str) -> None:
+    if is_main():
+        print(
+            f"{_SHARED_MEMORY} has no room for {consequence}; give a container more with --shm-size",
+            file=sys.stderr,
+        )
+
+
+@contextlib.contextmanager
+def worker_deaths() -> Iterator[None]:
+    """A worker's death, of which PyTorch tells wherever the training stands, as one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(_WORKER_DEATH):
+            raise
+        raise TrainingError(
+            f"a worker that loads images has died ({reason_of(error).partition('. ')[0]}); memory may be "
+            "short: lower training.workers (0 does without any), or give a container more with --memory and "
+            "--shm-size"
+        ) from None
 
 
 def groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

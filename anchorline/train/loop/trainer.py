@@ -32,6 +32,7 @@ from anchorline.train.data.dataset import (
     groups,
     read_batches,
     single_threaded_opencv,
+    worker_deaths,
     write_sample_sheet,
 )
 from anchorline.train.loop import distributed
@@ -204,7 +205,7 @@ class Trainer:
         if training.tensorboard and distributed.is_main():
             self.metrics.open_board(self.step)
         try:
-            with single_threaded_opencv():
+            with single_threaded_opencv(), worker_deaths():
                 while self.epoch < phase.epochs:
                     if 0 < training.patience <= self.validations_since_best:
                         break
@@ -436,12 +437,12 @@ def record_of(phase: PhaseConfig) -> dict[str, Any]:
 
 
 def check_record(path: Path, record: Mapping[str, Any], phase: PhaseConfig) -> None:
-    """Raise ``ArtefactError`` where the ``record`` in ``path`` is of other settings or data."""
+    """Raise ``ArtefactError`` where the ``record`` in ``path`` is of settings or data that give others."""
     wanted = json.loads(json.dumps(record_of(phase)))  # JSON makes lists of tuples
     for table, values in wanted["settings"].items():
         before = {RENAMED.get(name, name): value for name, value in record["settings"][table].items()}
         for name, value in values.items():
-            if before.get(name) != value:
+            if before.get(name) != value and name != "workers":  # which change no number
                 raise ArtefactError(
                     f"{path}: was trained with {table}.{name} = {before.get(name)!r}, not {value!r}; "
                     "resume with the same settings, or train without --resume"

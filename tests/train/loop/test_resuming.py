@@ -52,6 +52,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     killed, resumed = recorder(at=3, error=Killed), recorder()
     with pytest.raises(Killed):  # in the second of three epochs
         train(settings, few, tmp_path / "resumed", report=killed)
+    settings = dataclasses.replace(settings, training=dataclasses.replace(settings.training, workers=0))
     result = train(settings, few, tmp_path / "resumed", resume=True, report=resumed)
 
     assert killed.losses[:2] + resumed.losses == straight.losses
