@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.data.boxes import box_areas
-from anchorline.data.dataset import Dataset, list_counts
+from anchorline.data.dataset import Dataset, list_counts, list_names
 from anchorline.runtime.io.files import plain
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ SIZE_CLASSES: dict[str, tuple[float, float]] = {
 }
 """COCO's size classes of objects: from and to, in square pixels of the source image. COCO's annotations
 measure the area of the mask; here it is always that of the box."""
+MOST_ROWS = 200  # of classes in a table
 SIDE_EDGES = (0.0, 8.0, 16.0, 32.0, 64.0, 96.0, 128.0, 256.0, 512.0, math.inf)
 """Edges of the histogram of object sizes: the square root of the area, in pixels of the image."""
 ASPECT_EDGES = (0.0, 0.25, 0.5, 1 / math.sqrt(2), math.sqrt(2), 2.0, 4.0, math.inf)
@@ -109,7 +110,11 @@ class DataSummary:
         classes.add_column("class")
         for column in ("boxes", "images", *self.sizes, "difficult", "crowd"):
             classes.add_column(column, justify="right")
+        by_boxes = sorted(self.per_class, key=lambda name: -self.per_class[name].boxes)
+        shown = {*by_boxes[:MOST_ROWS]}
         for name, each in self.per_class.items():
+            if name not in shown:
+                continue
             row = (each.boxes, each.images, *each.sizes.values(), each.difficult, each.crowd)
             classes.add_row(escape(name), *map(str, row))
         layout = Table.grid(padding=(0, 0, 1, 0))
@@ -131,6 +136,8 @@ class DataSummary:
 
     def _remarks(self) -> list[str]:
         remarks = []
+        if len(self.per_class) > MOST_ROWS:
+            remarks.append(f"shown are the {MOST_ROWS} most frequent of {len(self.per_class)} classes")
         if self.empty_images:
             unlabelled = self.unlabelled_images
             without = f", {unlabelled} of them without a label file" if unlabelled else ""
@@ -138,7 +145,7 @@ class DataSummary:
         if self.imbalance is not None and len(self.per_class) > 1:
             remarks.append(f"the most frequent class has {self.imbalance:.1f} times the boxes of the rarest")
         if self.absent_classes:
-            remarks.append(f"no boxes of {', '.join(self.absent_classes)}")
+            remarks.append(f"no boxes of {list_names(self.absent_classes)}")
         if self.dropped:
             remarks.append(f"left out: {list_counts(self.dropped)}")
         if self.remarks:
@@ -155,16 +162,19 @@ def summarise_data(dataset: Dataset) -> DataSummary:
     )
     owners = np.repeat(np.arange(len(dataset)), [len(image.boxes) for image in dataset])
     areas = box_areas(boxes)
-    per_class = {}
-    for label, name in enumerate(dataset.names):
-        of_class = labels == label
-        per_class[name] = ClassCounts(
-            boxes=int(of_class.sum()),
-            images=len(np.unique(owners[of_class])),
-            difficult=int(difficult[of_class].sum()),
-            crowd=int(crowd[of_class].sum()),
-            sizes=size_class_counts(areas[of_class]),
-        )
+    pairs = np.unique(labels * len(dataset) + owners)  # of a class and an image
+    counted = [
+        labels,
+        pairs // max(len(dataset), 1),
+        labels[difficult.astype(bool)],
+        labels[crowd.astype(bool)],
+    ]
+    counted += [labels[(areas >= low) & (areas < high)] for low, high in SIZE_CLASSES.values()]
+    tallies = (np.bincount(each, minlength=len(dataset.names)).tolist() for each in counted)
+    per_class = {
+        name: ClassCounts(total, images, hard, crowds, dict(zip(SIZE_CLASSES, sizes, strict=True)))
+        for name, total, images, hard, crowds, *sizes in zip(dataset.names, *tallies, strict=True)
+    }
     counts = [each.boxes for each in per_class.values() if each.boxes]
     sides = boxes[:, 2:] - boxes[:, :2]
     histograms = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from anchorline.data.boxes import box_areas, iou_matrix
 from anchorline.data.dataset import Dataset, LabelledImage, list_names
 from anchorline.data.proposals import read_proposals
-from anchorline.data.summary import SIZE_CLASSES, in_size_class
+from anchorline.data.summary import MOST_ROWS, SIZE_CLASSES, in_size_class
 from anchorline.evaluation.metrics import PrecisionRecall, coco_figures, mean_of_known, voc_curves
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import DataError, SettingsError
@@ -131,11 +132,13 @@ class EvaluationReport:
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=f"{self.images} images, {self.provider}, {self.precision}")
+        *classes, means = self.rows()
+        cut = f", the first {MOST_ROWS} of {len(classes)} classes" if len(classes) > MOST_ROWS else ""
+        table = Table(title=f"{self.images} images, {self.provider}, {self.precision}{cut}")
         table.add_column("class")
         for column in ("objects", "AP50", "VOC07", "AP", *self.per_size):
             table.add_column(column, justify="right")
-        for name, (objects, *figures) in self.rows():
+        for name, (objects, *figures) in [*classes[:MOST_ROWS], means]:
             shown = ["-" if np.isnan(each) else f"{each:.3f}" for each in (*figures[:3], *figures[5::3])]
             table.add_row(escape(name), f"{objects:.0f}", *shown)
         table.rows[-1].style = "bold"
@@ -204,21 +207,28 @@ def report_detections(
 def _to_dataset_labels(detections: Detections, dataset: Dataset) -> Detections:
     """The same detections with the data set's labels; those of foreign classes are left out."""
     names = detections.class_names or dataset.names
-    for name in dataset.names:
-        if name not in names:
-            raise DataError(
-                f"{dataset.spec}: the data has the class {name!r}, the model knows only {list_names(names)}; "
-                "evaluate it on data of its own classes"
-            )
+    to_labels = _labels_by_name(names, dataset.names, dataset.spec)
     if len(detections) and int(detections.labels.max()) >= len(names):
         raise DataError(
             f"a detection has label {int(detections.labels.max())} and no class names; "
             f"expected a label below {len(names)}, the number of classes in {dataset.spec}"
         )
-    index = {name: label for label, name in enumerate(dataset.names)}
-    labels = np.array([index.get(name, -1) for name in names], dtype=np.int64)[detections.labels]
+    labels = to_labels[detections.labels]
     known = labels >= 0
     return Detections(detections.boxes[known], detections.scores[known], labels[known], dataset.names)
+
+
+@lru_cache(maxsize=1)  # the names are those of all images
+def _labels_by_name(names: tuple[str, ...], wanted: tuple[str, ...], spec: str) -> NDArray[np.int64]:
+    """The data's label of each of a detector's ``names``, -1 for one that the data has not."""
+    known = {*names}
+    if unknown := [name for name in wanted if name not in known]:
+        raise DataError(
+            f"{spec}: the data has the class {unknown[0]!r}, the model knows only {list_names(names)}; "
+            "evaluate it on data of its own classes"
+        )
+    index = {name: label for label, name in enumerate(wanted)}
+    return np.array([index.get(name, -1) for name in names], dtype=np.int64)
 
 
 @dataclass(frozen=True)

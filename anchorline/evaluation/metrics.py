@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
@@ -30,6 +31,7 @@ _BACKENDS = {
 }
 
 BACKGROUND = "background"
+_MOST_CONFUSED = 1000  # classes; the matrix grows with their square
 _FALSE_POSITIVE, _TRUE_POSITIVE, _IGNORED = 0, 1, 2
 
 
@@ -81,11 +83,15 @@ def voc_curves(
 
     Difficult and crowd objects are neither to be found nor counted against a detection that hits them.
     """
+    pairs_of: list[list[tuple[LabelledImage, Detections]]] = [[] for _ in range(num_classes)]
+    for image, each in zip(images, detections, strict=True):
+        for label in np.union1d(image.labels, each.labels).tolist():
+            pairs_of[label].append((image, each))
     curves = []
-    for label in range(num_classes):
-        boxes = [image.boxes[image.labels == label] for image in images]
-        ignored = [image.ignored[image.labels == label] for image in images]
-        found = [each[each.labels == label] for each in detections]
+    for label, pairs in enumerate(pairs_of):
+        boxes = [image.boxes[image.labels == label] for image, _ in pairs]
+        ignored = [image.ignored[image.labels == label] for image, _ in pairs]
+        found = [each[each.labels == label] for _, each in pairs]
         found_boxes, scores = [each.boxes for each in found], [each.scores for each in found]
         curves.append(average_precision(boxes, ignored, found_boxes, scores, iou_threshold))
     return curves
@@ -172,6 +178,8 @@ def coco_figures(
     left out of a size class. ``backend`` None takes the first one installed.
     """
     coco_class, eval_class = _import_backend(backend)
+    # Classes without objects have no figures, and the backends' work grows with classes x images.
+    present = sorted({label for image in images for label in image.labels.tolist()})
     objects = _coco_records(
         "iscrowd", ((each.boxes, each.labels, each.ignored.astype(int)) for each in images)
     )
@@ -182,7 +190,7 @@ def coco_figures(
             {"id": number, "height": image.size[0], "width": image.size[1]}
             for number, image in enumerate(images, 1)
         ],
-        "categories": [{"id": label + 1, "name": str(label)} for label in range(num_classes)],
+        "categories": [{"id": label + 1, "name": str(label)} for label in present],
     }
     with contextlib.redirect_stdout(io.StringIO()):  # both packages print their progress
         sides = []
@@ -199,10 +207,10 @@ def coco_figures(
     figures = {}
     for size in ("all", *SIZE_CLASSES):
         of_size = precision[..., evaluation.params.areaRngLbl.index(size)]
-        figures[size] = CocoFigures(
-            ap=[mean_of_known(of_size[:, :, label]) for label in range(num_classes)],
-            ap50=[mean_of_known(of_size[0, :, label]) for label in range(num_classes)],
-        )
+        figures[size] = CocoFigures(*([math.nan] * num_classes for _ in range(2)))
+        for place, label in enumerate(present):
+            figures[size].ap[label] = mean_of_known(of_size[:, :, place])
+            figures[size].ap50[label] = mean_of_known(of_size[0, :, place])
     return figures
 
 
@@ -327,14 +335,24 @@ def confusion_matrix(
 ) -> ConfusionMatrix:
     """Count over the data set; labels of ``detections``, one for each image, index ``dataset.names``.
 
-    Difficult and crowd objects count neither way, see ``match_image``.
+    Difficult and crowd objects count neither way, see ``match_image``. Of more than ``_MOST_CONFUSED``
+    classes those are left out that neither an object nor a detection has.
     """
-    background = len(dataset.names)
+    kept = np.arange(len(dataset.names))
+    if len(kept) > _MOST_CONFUSED:
+        sides = ((image.labels, found.labels) for image, found in zip(dataset, detections, strict=True))
+        kept = np.unique(
+            np.concatenate([np.zeros(0, np.int64), *(labels for both in sides for labels in both)])
+        )
+    place = np.zeros(len(dataset.names), dtype=np.int64)
+    place[kept] = np.arange(len(kept))
+    background = len(kept)
     counts = np.zeros((background + 1, background + 1), dtype=np.int64)
     for image, found in zip(dataset, detections, strict=True):
         matches = match_image(image, found, min_score, iou_threshold, any_class=True)
         detected, objects = matches.pairs.T
-        np.add.at(counts, (image.labels[objects], found.labels[detected]), 1)
-        np.add.at(counts[:, background], image.labels[matches.missed], 1)
-        np.add.at(counts[background], found.labels[matches.false_positives], 1)
-    return ConfusionMatrix(dataset.names, counts, min_score, iou_threshold)
+        np.add.at(counts, (place[image.labels[objects]], place[found.labels[detected]]), 1)
+        np.add.at(counts[:, background], place[image.labels[matches.missed]], 1)
+        np.add.at(counts[background], place[found.labels[matches.false_positives]], 1)
+    names = tuple(dataset.names[label] for label in kept)
+    return ConfusionMatrix(names, counts, min_score, iou_threshold)

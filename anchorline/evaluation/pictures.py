@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.data.dataset import Dataset
+from anchorline.data.summary import MOST_ROWS
 from anchorline.evaluation.evaluation import EvaluationReport, ProposalReport
 from anchorline.evaluation.metrics import (
     BACKGROUND,
@@ -49,7 +50,6 @@ _SHOWN_COUNTS = (50, 100, 300, 1000)
 _SHOWN_IOUS = (0.5, 0.7, 0.9)
 _MOST_NUMBERED_CLASSES = 20  # numbers in the cells of a larger confusion matrix would not be legible
 _MOST_NAMED_CLASSES = 100  # and neither would their names
-_MOST_TABLE_ROWS = 200
 _GOOD = np.array((0.36, 0.62, 0.84))  # RGB of a table cell with AP 1; lighter below
 
 Pixels = NDArray[np.uint8]
@@ -252,7 +252,7 @@ def plot_class_table(report: EvaluationReport, path: str | Path) -> None:
     for size in report.per_size:
         columns += [f"{size}\nobjects", f"{size}\nAP50", f"{size}\nAP"]
     *classes, (_, means) = report.rows()
-    rows = [(literal(name), figures) for name, figures in classes[:_MOST_TABLE_ROWS]] + [("all, mean", means)]
+    rows = [(literal(name), figures) for name, figures in classes[:MOST_ROWS]] + [("all, mean", means)]
     formats = [".0f" if column.endswith("objects") else ".3f" for column in columns]
     texts = []
     for _, figures in rows:
@@ -278,7 +278,7 @@ def plot_class_table(report: EvaluationReport, path: str | Path) -> None:
             cell.set_text_props(weight="bold")
         if row == 0:
             cell.set_height(2 * cell.get_height())
-    cut = f", the first {_MOST_TABLE_ROWS} of {len(classes)} classes" if len(rows) <= len(classes) else ""
+    cut = f", the first {MOST_ROWS} of {len(classes)} classes" if len(rows) <= len(classes) else ""
     axes.set_title(f"{report.images} images, {report.provider}, {report.precision}{cut}")
     save_figure(figure, path)
 

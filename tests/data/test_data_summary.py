@@ -105,3 +105,12 @@ def test_what_a_reader_dropped_is_told(make_yolo: Callable[..., Path]) -> None:
     summary = summarise_data(data)
     assert (summary.images, summary.empty_images, summary.unlabelled_images) == (3, 2, 1)
     assert "left out: 1 zero area" in _shown(data)
+
+
+def test_of_many_classes_the_most_frequent_are_shown(make_image: Callable[..., Any]) -> None:
+    names = tuple(f"class {number}" for number in range(1000))
+    shown = _shown(Dataset("many", names, (make_image([[0, 0, 10, 10]], [999]),)))
+    assert "class 999 " in shown
+    assert "class 500" not in shown
+    assert "shown are the 200 most frequent of 1000 classes" in shown
+    assert "and 987 more" in shown  # of those without boxes, after a dozen

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from anchorline.data.dataset import Dataset
 from anchorline.evaluation.evaluation import evaluate, evaluate_proposals, proposal_recall
+from anchorline.evaluation.metrics import confusion_matrix
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import DataError, SettingsError
 
@@ -184,3 +185,22 @@ def test_recall_rises_with_proposals_and_falls_with_iou(random_results: Callable
     for by_iou in report.recall.values():
         assert list(by_iou.values()) == sorted(by_iou.values(), reverse=True)
     assert 0 < report.ar < 1
+
+
+def test_a_vocabulary_of_many_classes_costs_what_is_used(make_image: Callable[..., Any]) -> None:
+    """20,000 names, few of them in an image: neither work nor memory grows with their square."""
+    names = tuple(f"class {number}" for number in range(20_000))
+    images = tuple(make_image([[0, 0, 10, 10], [20, 20, 40, 40]], [7, 19_000]) for _ in range(50))
+    right = Detections([[0, 0, 10, 10], [20, 20, 40, 40]], [0.9, 0.8], [7, 19_999], names)
+    data = Dataset("many", names, images)
+    report = evaluate(Oracle([right] * 50), data, provider="cpu")
+    assert (report.per_class["class 7"].ap50, report.per_class["class 19000"].ap50) == (1.0, 0.0)
+    assert (report.map50, report.map) == pytest.approx((0.5, 0.5))
+    assert sum(not np.isnan(each.ap) for each in report.per_class.values()) == 2
+    confusion = confusion_matrix(data, report.detections)
+    assert confusion.names == ("class 7", "class 19000", "class 19999")
+    assert confusion.counts.tolist() == [[50, 0, 0, 0], [0, 0, 50, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(report.render())
+    assert "the first 200 of 20000 classes" in " ".join(capture.get().split())

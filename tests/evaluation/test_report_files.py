@@ -130,7 +130,7 @@ def test_proposal_recall_in_two_panels(random_results: Callable[..., Any], tmp_p
 def test_many_classes_stay_within_a_picture(
     evaluated: tuple[EvaluationReport, Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anchorline.evaluation.pictures._MOST_TABLE_ROWS", 15)
+    monkeypatch.setattr("anchorline.evaluation.pictures.MOST_ROWS", 15)
     monkeypatch.setattr("anchorline.evaluation.pictures._LEGEND_OUTSIDE", 24)
     report, _ = evaluated
     names = [f"class {number}" for number in range(30)]
