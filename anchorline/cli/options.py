@@ -24,7 +24,8 @@ DataOption = Annotated[
     list[str],
     typer.Option(
         metavar="SPEC",
-        help="voc:DIR@split, coco:IMAGES,ANN.json, yolo:DIR@split or synthetic:N; may be repeated.",
+        help="voc:DIR@split, coco:IMAGES,ANN.json, yolo:DIR@split, voc:DIR and yolo:DIR without splits, or "
+        "synthetic:N; may be repeated.",
     ),
 ]
 ImagesOption = Annotated[

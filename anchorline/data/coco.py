@@ -18,7 +18,14 @@ from urllib.parse import unquote
 import numpy as np
 
 from anchorline.data.boxes import as_flag, as_number, as_whole, is_coordinate
-from anchorline.data.dataset import Dataset, LabelledImage, class_index, image_size, labelled_image
+from anchorline.data.dataset import (
+    FOUND_BY_END,
+    Dataset,
+    LabelledImage,
+    class_index,
+    image_size,
+    labelled_image,
+)
 from anchorline.runtime.contract import check_names
 from anchorline.runtime.io.errors import DataError, shown
 from anchorline.runtime.io.files import expect_regular, input_errors
@@ -334,6 +341,6 @@ def _readings(name: str) -> Iterator[tuple[str, str]]:
         is_upload = local_files or (start and start["upload"])
         parts = text.split("/")
         for end in range(1, len(parts)):
-            yield "/".join(parts[end:]), _LABEL_STUDIO if is_upload else "file names found by their end"
+            yield "/".join(parts[end:]), _LABEL_STUDIO if is_upload else FOUND_BY_END
         if is_upload and (key := _UPLOAD_KEY.match(parts[-1])):
             yield parts[-1][key.end() :], _LABEL_STUDIO

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import os.path
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.data.boxes import clip_labelled_boxes
 from anchorline.runtime.io.errors import DataError
-from anchorline.runtime.io.files import expect_regular
+from anchorline.runtime.io.files import expect_regular, input_errors
 from anchorline.runtime.io.images import find_images, is_video, read_image
 from anchorline.runtime.video.reader import VideoReader
 
-FORMS = "voc:DIR@split, coco:IMAGES,ANNOTATIONS.json, yolo:DIR@split or synthetic:N"
+FORMS = "voc:DIR@split, coco:IMAGES,ANNOTATIONS.json, yolo:DIR@split, voc:DIR, yolo:DIR or synthetic:N"
+FOUND_BY_END = "file names found by their end"
 VIDEO_FRAMES = 50  # how many of a video make a data set
 _SHOWN_NAMES = 12
+_LONGEST_PATH = 4096  # characters
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Start-of-frame markers carry the size; C4, C8 and CC in that range are tables and extensions.
 _JPEG_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_EXIF, _JPEG_START_OF_SCAN = 0xE1, 0xDA
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Dataset:
     data has them. ``dropped`` counts what was left out by reason: boxes of ``"zero area"``, reversed or
     outside the image, label files without an image. ``remarks`` counts what was read otherwise than it
     stands, by what a user should know of it. ``unlabelled`` counts the images without a label file of
-    their own (YOLO), which are taken as images without objects.
+    their own (YOLO, VOC without splits), which are taken as images without objects.
     """
 
     spec: str
@@ -118,11 +123,11 @@ class Dataset:
 def load_dataset(spec: str, names: Sequence[str] | None = None) -> Dataset:
     """Open ``voc:DIR@split``, ``coco:IMAGES,ANNOTATIONS.json``, ``yolo:DIR@split`` or ``synthetic:N``.
 
-    With ``names`` the labels index these names, and a class of the data that is not among them is a
-    ``DataError``; without, the names are the data's own (VOC: sorted; COCO: by category id; YOLO: in
-    its order). ``synthetic:N@seed`` makes other scenes; after ``coco:...,anywhere`` names of images may
-    lead out of their folder. Raises ``DataError`` for an unknown form and
-    for anything missing, empty or broken.
+    ``voc:DIR`` and ``yolo:DIR`` are folders without splits, images and labels side by side. With ``names``
+    the labels index these names, and a class of the data that is not among them is a ``DataError``;
+    without, the names are the data's own (VOC: sorted; COCO: by category id; YOLO: in its order).
+    ``synthetic:N@seed`` makes other scenes; after ``coco:...,anywhere`` names of images may lead out of their
+    folder. Raises ``DataError`` for an unknown form and for anything missing, empty or broken.
     """
     scheme, _, rest = spec.partition(":")
     if scheme not in ("voc", "coco", "yolo", "synthetic") or not rest:
@@ -132,34 +137,38 @@ def load_dataset(spec: str, names: Sequence[str] | None = None) -> Dataset:
     if scheme == "synthetic":
         from anchorline.data.synthetic import synthetic_dataset
 
-        count, _, seed = rest.partition("@")
-        if not count.isdecimal() or int(count) < 1 or not (seed or "0").isdecimal():
+        found = re.fullmatch("0*([1-9][0-9]{0,8})(?:@([0-9]{0,18}))?", rest)
+        if found is None:
             raise DataError(
                 f"data {spec!r}: expected synthetic:N or synthetic:N@seed with whole numbers, N at least 1"
             )
-        dataset = synthetic_dataset(int(count), int(seed or "0"), spec=spec)
+        dataset = synthetic_dataset(int(found[1]), int(found[2] or "0"), spec=spec)
         return dataset if names is None else dataset.with_names(names)
-    if scheme == "coco":
-        from anchorline.data.coco import load_coco
+    with input_errors(spec, error_class=DataError):
+        if scheme == "coco":
+            from anchorline.data.coco import load_coco
 
-        places = rest.removesuffix(",anywhere")
-        folder, _, annotations = places.rpartition(",")
-        if not folder or not annotations:
-            raise DataError(f"data {spec!r}: expected coco:IMAGES,ANNOTATIONS.json")
-        return load_coco(_at_home(folder), _at_home(annotations), names, spec, places != rest)
-    folder, _, split = rest.rpartition("@")
-    if not folder or not split:
-        usual = "trainval" if scheme == "voc" else "train"
-        raise DataError(
-            f"data {spec!r}: expected {scheme}:DIR@split, such as {scheme}:{folder or rest}@{usual}"
-        )
-    if scheme == "voc":
-        from anchorline.data.voc import load_voc
+            places = rest.removesuffix(",anywhere")
+            folder, _, annotations = places.rpartition(",")
+            if not folder or not annotations:
+                raise DataError(f"data {spec!r}: expected coco:IMAGES,ANNOTATIONS.json")
+            return load_coco(_at_home(folder), _at_home(annotations), names, spec, places != rest)
+        split: str | None
+        folder, at, split = rest.rpartition("@")
+        if not at or (os.path.isdir(_at_home(rest)) and not os.path.isdir(_at_home(folder))):
+            folder, split = rest, None
+        elif not folder or not split:
+            usual = "trainval" if scheme == "voc" else "train"
+            raise DataError(
+                f"data {spec!r}: expected {scheme}:DIR@split, such as {scheme}:{folder or rest}@{usual}"
+            )
+        if scheme == "voc":
+            from anchorline.data.voc import load_voc
 
-        return load_voc(_at_home(folder), split, names, spec)
-    from anchorline.data.yolo import load_yolo
+            return load_voc(_at_home(folder), split, names, spec)
+        from anchorline.data.yolo import load_yolo
 
-    return load_yolo(_at_home(folder), split, names, spec)
+        return load_yolo(_at_home(folder), split, names, spec)
 
 
 def load_datasets(specs: Sequence[str], names: Sequence[str] | None = None) -> Dataset:
@@ -209,7 +218,7 @@ def images_or_video(sources: Sequence[str | Path], names: tuple[str, ...]) -> Da
     """
     images: list[LabelledImage] = []
     for source in map(Path, sources):
-        if not source.exists():
+        if not os.path.exists(source):
             raise DataError(f"{source}: no such file or folder; give an image, a folder of images or a video")
         if is_video(source):
             images += _video_frames(source)
@@ -288,12 +297,38 @@ def labelled_image(
 
 
 def read_lines(path: Path, expected: str) -> list[str]:
-    """The lines of a text file; raises ``DataError``, which says what was ``expected`` on each."""
-    expect_regular(path, DataError)
+    """The lines of a text file in UTF-8, or in UTF-16 with a byte-order mark, without their ends.
+
+    Raises ``DataError``, which says what was ``expected`` on each.
+    """
+    with input_errors(path, f"expected {expected} a line", DataError):
+        content = path.read_bytes()
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); expected {expected} a line") from None
+        text = content.decode("utf-16" if content.startswith(UTF16_MARKS) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: cannot be read ({error}); expected {expected} a line in UTF-8") from None
+    if "\0" in text:
+        raise DataError(f"{path}: holds NUL characters; expected text, {expected} a line")
+    return re.split("\r\n|\r|\n", text)  # str.splitlines would also cut at U+0085, U+2028 and others
+
+
+def path_tails(text: str) -> Iterator[str]:
+    """A path in a list, and what is left of it without its first folders, which another machine had.
+
+    ``./data/images/a.jpg`` gives itself, ``images/a.jpg`` and ``a.jpg``. Windows' backslashes become slashes.
+    """
+    if len(text) > _LONGEST_PATH:
+        return
+    for written in dict.fromkeys((text, text.replace("\\", "/"))):
+        parts = PurePosixPath(written).parts
+        yield from (str(PurePosixPath(*parts[start:])) for start in range(len(parts)))
+
+
+def is_shortened(text: str, path: Path) -> bool:
+    """Whether only the end of what a list calls ``text`` leads to ``path``."""
+    written = os.path.normpath(text.strip().replace("\\", "/")).lstrip("./").lower()
+    whole = path.as_posix().lower()
+    return not any(f"/{end}".endswith(f"/{written}") for end in (whole, whole.rpartition(".")[0]))
 
 
 def image_size(path: Path) -> tuple[int, int]:

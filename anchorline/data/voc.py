@@ -1,11 +1,14 @@
 """Pascal VOC: JPEGImages, Annotations and ImageSets/Main. Written after the VOC devkit's layout.
 
 VOC counts pixels from 1 and includes the last one; boxes become continuous edges:
-x1 = xmin - 1, y1 = ymin - 1, x2 = xmax, y2 = ymax, clipped to the image.
+x1 = xmin - 1, y1 = ymin - 1, x2 = xmax, y2 = ymax, clipped to the image. Without ImageSets, all images of
+the folder are read, be their annotations in Annotations or beside them, as labelImg writes them.
 """
 
 from __future__ import annotations
 
+import math
+import os.path
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -15,35 +18,58 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.data.boxes import as_number, is_coordinate
-from anchorline.data.dataset import Dataset, class_index, image_size, labelled_image, read_lines
-from anchorline.runtime.io.errors import DataError
-from anchorline.runtime.io.files import expect_regular
+from anchorline.data.boxes import as_flag, as_number, is_coordinate
+from anchorline.data.dataset import (
+    FOUND_BY_END,
+    UTF16_MARKS,
+    Dataset,
+    class_index,
+    image_size,
+    is_shortened,
+    labelled_image,
+    list_names,
+    path_tails,
+    read_lines,
+)
+from anchorline.runtime.contract import check_names
+from anchorline.runtime.io.errors import DataError, shown
+from anchorline.runtime.io.files import files_below, input_errors
+from anchorline.runtime.io.images import IMAGE_SUFFIXES, image_files
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+Annotation = tuple[list[str], NDArray[np.float64], list[bool]]
+
+WITHOUT_IMAGE = "annotation without an image"
+POLYGON, ROTATED = "taken as the box around a polygon", "taken as the upright box around a rotated one"
+
 # A class's own split (cat_train.txt) adds -1, 0 or 1 after the image id.
+_CLASS_SPLIT = re.compile(r".+_(train|val|trainval|test)", re.DOTALL)
 _CLASS_FLAG = re.compile(r"\s+(-1|0|1)$")
+_NOT_STATED = ("", "unspecified")
 
 
-def load_voc(folder: Path, split: str, names: Sequence[str] | None = None, spec: str = "") -> Dataset:
+def load_voc(folder: Path, split: str | None, names: Sequence[str] | None = None, spec: str = "") -> Dataset:
     """Read the images that ``folder/ImageSets/Main/split.txt`` lists, with their annotations.
 
-    Labels index ``names``, or the classes found in the split, sorted. Raises ``DataError`` for anything
+    Without such a list, those of the folder ``folder/split``, or of ``folder`` itself for None, in the order
+    of their names; an image without an annotation then has no objects and is counted as ``unlabelled``.
+    Labels index ``names``, or the classes found in the split, sorted. A polygon or a rotated box without a
+    ``bndbox`` becomes the box around it and is counted in ``remarks``. Raises ``DataError`` for anything
     missing or broken, and for a class that is not in ``names``.
     """
-    spec = spec or f"voc:{folder}@{split}"
-    files = _find_files(folder, split)
-    annotations = {id: _read_annotation(xml) for id, _, xml in files}
+    spec = spec or f"voc:{folder}" + (f"@{split}" if split else "")
+    dropped: Counter[str] = Counter()
+    remarks: Counter[str] = Counter()
+    files = _find_files(folder, split, dropped, remarks)
+    nothing: Annotation = ([], np.zeros((0, 4)), [])
+    annotations = [nothing if xml is None else _read_annotation(xml, remarks) for _, _, xml in files]
     if names is None:
-        names = sorted({name for found, *_ in annotations.values() for name in found})
+        names = check_names(sorted({name for found, *_ in annotations for name in found}), spec, DataError)
         if not names:
             raise DataError(
                 f"{spec}: no image of the split has an object; expected at least one labelled object"
             )
-    dropped: Counter[str] = Counter()
     images = []
-    for id, path, xml in files:
-        found, boxes, difficult = annotations[id]
+    for (id, path, xml), (found, boxes, difficult) in zip(files, annotations, strict=True):
         index = class_index(names, found, str(xml))
         labels = [index[name] for name in found]
         size = image_size(path)  # the image's own: <size> is often absent, zero or swapped
@@ -51,57 +77,138 @@ def load_voc(folder: Path, split: str, names: Sequence[str] | None = None, spec:
         images.append(
             labelled_image(id, path, size, boxes, labels, dropped, difficult=difficult, empty_side=1.0)
         )
-    return Dataset(spec, tuple(names), tuple(images), dropped=dropped)
+    unlabelled = sum(xml is None for *_, xml in files)
+    return Dataset(spec, tuple(names), tuple(images), dropped=dropped, unlabelled=unlabelled, remarks=remarks)
 
 
-def _find_files(folder: Path, split: str) -> list[tuple[str, Path, Path]]:
-    """The id, image and annotation of each image of the split, in its order."""
+def _find_files(
+    folder: Path, split: str | None, dropped: Counter[str], remarks: Counter[str]
+) -> list[tuple[str, Path, Path | None]]:
+    """The id, image and annotation, if there is one, of each image of the split, in its order."""
+    place, listing = _find_split(folder, split)
+    image_folder = part if (part := place / "JPEGImages").is_dir() else place
+    annotation_folder = part if (part := place / "Annotations").is_dir() else image_folder
+    images = {p.relative_to(image_folder).as_posix(): p for p in image_files(files_below(image_folder))}
+    if split is None and image_folder == place and all("/" in name for name in images):
+        subfolders = sorted({name.partition("/")[0] for name in images})
+        remedy = (
+            f"did you mean voc:{folder}@{subfolders[0]}, or voc:{folder}@. for all of its subfolders?"
+            if subfolders
+            else "expected images and their annotations side by side, or JPEGImages and Annotations"
+        )
+        raise DataError(f"{folder}: has no images; {_nested(folder) or remedy}")
+    names = list(images) if listing is None else _listed(listing, images, image_folder, remarks)
+    files = [(_id(name), images[name], annotation_folder / f"{_id(name)}.xml") for name in names]
+    unlabelled = [id for id, _, xml in files if not os.path.lexists(xml)]
+    if unlabelled and (listing is not None or len(unlabelled) == len(files)):
+        raise DataError(
+            f"{listing or image_folder}: of its {len(files)} images {len(unlabelled)} have no annotation, "
+            f"the first is {shown(unlabelled[0])}; add {annotation_folder.name}/{unlabelled[0]}.xml"
+            + (" or take it out of the split" if listing is not None else "")
+        )
+    if not files:
+        raise DataError(f"{image_folder}: has no images; expected at least one")
+    if listing is None:
+        known = {id: path for id, path, _ in reversed(files)}
+        twice = next((path for id, path, _ in files if known[id] != path), None)
+        if twice is not None:
+            raise DataError(f"{twice}: shares its annotation with another image; rename one of the images")
+        unused = {p for p in files_below(annotation_folder) if p.suffix == ".xml"} - {
+            xml for *_, xml in files
+        }
+        dropped.update({WITHOUT_IMAGE: len(unused)} if unused else {})
+    without = set(unlabelled)
+    return [(id, path, None if id in without else xml) for id, path, xml in files]
+
+
+def _find_split(folder: Path, split: str | None) -> tuple[Path, Path | None]:
+    """The folder that holds the images and annotations, and the list of those meant; None means all."""
     if not folder.is_dir():
         raise DataError(
             f"{folder}: no such folder; expected a VOC folder with JPEGImages, Annotations and ImageSets"
         )
-    for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        if not (folder / part).is_dir():
-            # Perhaps one or two levels further down, as in VOCdevkit/VOC2007.
-            nested = sorted(p.parent for level in ("*", "*/*") for p in folder.glob(f"{level}/JPEGImages"))
-            hint = f"; did you mean {nested[0]}?" if nested else ""
-            raise DataError(f"{folder}: has no {part} folder; expected Pascal VOC's layout{hint}")
-    path = folder / "ImageSets" / "Main" / f"{split}.txt"
-    if not path.is_file():
-        found = sorted(p.stem for p in path.parent.glob("*.txt"))
-        listed = f"use one of {', '.join(found[:12])}" if found else "the folder ImageSets/Main lists none"
-        raise DataError(f"{folder}: no split {split!r}; {listed}")
-    lines = [line.strip() for line in read_lines(path, "one image id")]
-    ids = [_CLASS_FLAG.sub("", line) for line in lines if line]
-    if not ids:
-        raise DataError(f"{path}: the split is empty; expected one image id a line")
-    by_name = {p.name.lower(): p for p in sorted((folder / "JPEGImages").iterdir())}
-    files = []
-    for id in ids:
-        image = next((by_name[n] for s in _IMAGE_SUFFIXES if (n := (id + s).lower()) in by_name), None)
-        files.append((id, image, folder / "Annotations" / f"{id}.xml"))
-    listing = f"{folder}: split {split!r} lists {len(ids)} images and"
-    absent = [id for id, image, _ in files if image is None]
+    lists = folder / "ImageSets" / "Main"
+    if split is not None:
+        for path in (lists / f"{split}.txt", folder / f"{split}.txt"):
+            if os.path.lexists(path):
+                return folder, path
+        if (folder / split).is_dir():
+            return folder / split, None
+    found = list_names(sorted(path.stem for path in lists.glob("*.txt")))
+    if split is None:
+        if found:
+            raise DataError(f"{folder}: has splits; expected voc:{folder}@SPLIT with one of {found}")
+        return folder, None
+    none = f"no list in ImageSets/Main and no folder has that name, voc:{folder} takes all images"
+    remedy = f"use one of {found}" if found else none
+    raise DataError(f"{folder}: no split {shown(split)}; {_nested(folder) or remedy}")
+
+
+def _nested(folder: Path) -> str:
+    """A hint where Pascal VOC's layout lies one or two levels further down, as in VOCdevkit/VOC2007."""
+    nested = sorted(path.parent for level in ("*", "*/*") for path in folder.glob(f"{level}/JPEGImages"))
+    has_own = (folder / "JPEGImages").is_dir()
+    return f"it has no JPEGImages folder, did you mean {nested[0]}?" if nested and not has_own else ""
+
+
+def _id(name: str) -> str:
+    """An image's name without its suffix; dots inside it stay."""
+    return name.rpartition(".")[0]
+
+
+def _listed(listing: Path, images: dict[str, Path], folder: Path, remarks: Counter[str]) -> list[str]:
+    """The images of a split list, each line of which is an id, a file name or a path, and in the list of a
+    class also a flag."""
+    by_suffix = sorted(images, key=lambda name: IMAGE_SUFFIXES.index(images[name].suffix.lower()))
+    called: dict[str, str] = {}
+    for form in (_id, str, lambda name: _id(name).lower(), str.lower):
+        for each in by_suffix:
+            called.setdefault(form(each), each)
+
+    def find(text: str) -> str | None:
+        keys = (key for tail in path_tails(text) for key in (tail, tail.lower()))
+        return next((called[key] for key in keys if key in called), None)
+
+    lines = [line for line in read_lines(listing, "one image id") if line.strip()]
+    if not lines:
+        raise DataError(f"{listing}: the split is empty; expected one image id a line")
+    flagged = _CLASS_SPLIT.fullmatch(listing.stem)
+    line_of: dict[str, str] = {}
+    found: list[str] = []
+    absent: list[str] = []
+    for line in lines:
+        forms = [line, line.strip(), *([_CLASS_FLAG.sub("", line.strip())] if flagged else [])]
+        text = next(filter(find, forms), forms[-1])
+        name = find(text)
+        if name is None:
+            absent.append(text)
+            continue
+        found.append(name)
+        if is_shortened(text, images[name]):
+            remarks[FOUND_BY_END] += 1
+        if line_of.setdefault(name, line) != line:
+            both = f"{shown(line_of[name])} and {shown(line)}"
+            raise DataError(f"{listing}: {both} both name {images[name].name}; expected each image once")
     if absent:
         raise DataError(
-            f"{listing} {len(absent)} are not in JPEGImages, the first is {absent[0]!r}; "
-            "restore them as .jpg, .jpeg or .png, or take them out of the split"
+            f"{listing}: lists {len(lines)} images and {len(absent)} are not in {folder}, the first is "
+            f"{shown(absent[0])}; restore them or take them out of the split"
         )
-    unlabelled = [id for id, _, xml in files if not xml.is_file()]
-    if unlabelled:
-        raise DataError(
-            f"{listing} {len(unlabelled)} have no annotation, the first is {unlabelled[0]!r}; "
-            f"add Annotations/{unlabelled[0]}.xml or take it out of the split"
-        )
-    return [(id, image, xml) for id, image, xml in files if image is not None]
+    return found
 
 
-def _read_annotation(path: Path) -> tuple[list[str], NDArray[np.float64], list[bool]]:
+def _read_annotation(path: Path, remarks: Counter[str]) -> Annotation:
     """One XML file: class names, boxes [N, 4] as continuous edges, and difficult flags."""
-    expect_regular(path, DataError)
+    with input_errors(path, "it is a link to nothing", DataError):
+        content = path.read_bytes()
+    # Entities can multiply themselves without end, and no tool declares any.
+    if b"<!ENTITY" in content.replace(b"\0", b""):
+        raise DataError(f"{path}: declares entities; expected a Pascal VOC annotation, which needs none")
     try:
-        root = ElementTree.fromstring(path.read_bytes())
-    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
+        # A file that was saved anew in UTF-16 may still declare its former encoding.
+        wide = content.startswith(UTF16_MARKS)
+        root = ElementTree.fromstring(content.decode("utf-16") if wide else content)
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise DataError(f"{path}: broken XML ({error}); expected a Pascal VOC annotation") from None
     if root.tag != "annotation":
         raise DataError(f"{path}: the root element is <{root.tag}>; expected Pascal VOC's <annotation>")
@@ -111,14 +218,52 @@ def _read_annotation(path: Path) -> tuple[list[str], NDArray[np.float64], list[b
         name = (element.findtext("name") or "").strip()
         if not name:
             raise DataError(f"{where} has no name; expected <name> with the class")
-        corners = []
-        for tag in ("xmin", "ymin", "xmax", "ymax"):
-            text = element.findtext(f"bndbox/{tag}")
-            corners.append(as_number(text))
-            if not is_coordinate(corners[-1]):
-                raise DataError(f"{where}: bndbox/{tag} is {text!r}; expected a number of pixels")
         names.append(name)
-        boxes.append(corners)
-        difficult.append((element.findtext("difficult") or "0").strip() in ("1", "true", "True"))
-    edges = np.array(boxes, dtype=np.float64).reshape(-1, 4) - [1, 1, 0, 0]
-    return names, edges, difficult
+        boxes.append(_read_box(element, where, remarks))
+        difficult.append(_read_flag(element, "difficult", where))
+    return names, np.array(boxes, dtype=np.float64).reshape(-1, 4), difficult
+
+
+def _read_box(element: ElementTree.Element, where: str, remarks: Counter[str]) -> list[float]:
+    """The edges of an object's box, or of the upright box around what it has instead."""
+    if element.find("bndbox") is not None:
+        x1, y1, x2, y2 = _read_numbers(element, "bndbox", ("xmin", "ymin", "xmax", "ymax"), where)
+        return [x1 - 1, y1 - 1, x2, y2]
+    polygon = element.find("polygon")
+    if polygon is not None:  # x1, y1, x2, ... or points of x and y; pixels, as xmin and xmax are
+        x, y = (
+            [as_number(each.text) for each in polygon.iter() if re.fullmatch(f"{axis}[0-9]*", each.tag)]
+            for axis in "xy"
+        )
+        if len(x) < 3 or len(x) != len(y) or not all(map(is_coordinate, x + y)):
+            raise DataError(f"{where}: its polygon has no 3 corners; expected x and y of each, in pixels")
+        remarks[POLYGON] += 1
+        return [min(x) - 1, min(y) - 1, max(x), max(y)]
+    if element.find("robndbox") is None:
+        raise DataError(f"{where} has no bndbox; expected <bndbox> with xmin, ymin, xmax and ymax")
+    cx, cy, width, height, angle = _read_numbers(element, "robndbox", ("cx", "cy", "w", "h", "angle"), where)
+    if abs(angle) > 2 * math.pi:
+        raise DataError(f"{where}: robndbox/angle is {angle:g}; expected radians, as roLabelImg writes them")
+    cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
+    # It states its size, so its edges are continuous; one pixel is empty, as where xmin = xmax.
+    half_x, half_y = (max(0.5, side / 2) for side in (width * cos + height * sin, width * sin + height * cos))
+    remarks[ROTATED] += 1
+    return [cx - half_x, cy - half_y, cx + half_x, cy + half_y]
+
+
+def _read_numbers(element: ElementTree.Element, group: str, tags: Sequence[str], where: str) -> list[float]:
+    numbers = []
+    for tag in tags:
+        text = element.findtext(f"{group}/{tag}")
+        numbers.append(as_number(text))
+        if not is_coordinate(numbers[-1]):
+            raise DataError(f"{where}: {group}/{tag} is {shown(text)}; expected a number of pixels")
+    return numbers
+
+
+def _read_flag(element: ElementTree.Element, tag: str, where: str) -> bool:
+    text = element.findtext(tag) or ""
+    flag = False if text.strip().lower() in _NOT_STATED else as_flag(text)
+    if flag is None:
+        raise DataError(f"{where}: {tag} is {shown(text)}; expected 0 or 1")
+    return flag

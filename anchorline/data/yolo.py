@@ -1,111 +1,233 @@
-"""YOLO detection data: images, and beside them one text file each with the objects' boxes.
+"""YOLO detection data: images, and one text file each with the objects' boxes.
 
-Two layouts are known: ``images/SPLIT`` with ``labels/SPLIT`` (Ultralytics) and ``SPLIT/images`` with
-``SPLIT/labels`` (Roboflow). A line of a label file is a class index and centre x, centre y, width
-and height as fractions of the image, or a class index and the corners of a polygon, which becomes
-its bounding box. Fractions become continuous edges, clipped to the image.
+Label files lie in ``labels`` where the images lie in ``images`` (``images/SPLIT`` and ``labels/SPLIT`` as
+Ultralytics has it, ``SPLIT/images`` and ``SPLIT/labels`` as Roboflow), else beside the images (labelImg,
+CVAT). A split is such a folder, or a list of images. A line of a label file is a class index and centre x,
+centre y, width and height as fractions of the image, or a class index and the corners of a polygon, which
+becomes its bounding box. Fractions become continuous edges, clipped to the image.
 """
 
 from __future__ import annotations
 
+import os.path
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.data.boxes import as_number
-from anchorline.data.dataset import Dataset, class_index, image_size, labelled_image, list_names, read_lines
-from anchorline.runtime.io.errors import DataError, SettingsError, one_line
-from anchorline.runtime.io.files import expect_regular
-from anchorline.runtime.io.images import is_image
+from anchorline.data.boxes import as_number, as_whole
+from anchorline.data.dataset import (
+    FOUND_BY_END,
+    Dataset,
+    class_index,
+    image_size,
+    is_shortened,
+    labelled_image,
+    list_names,
+    path_tails,
+    read_lines,
+)
+from anchorline.runtime.contract import check_names
+from anchorline.runtime.io.errors import DataError, SettingsError, one_line, printable, shown
+from anchorline.runtime.io.files import files_below, input_errors
+from anchorline.runtime.io.images import IMAGE_SUFFIXES, image_files, is_image
 
 WITHOUT_IMAGE = "label file without an image"
 
-_CLASS_FILES = ("classes.txt", "labels/classes.txt")
+_CLASS_FILES = ("classes.txt", "labels/classes.txt", "obj.names")
+_SPLIT_CLASS_FILES = (
+    "{}/classes.txt",
+    "{}/labels/classes.txt",
+    "labels/{}/classes.txt",
+    "images/{}/classes.txt",
+)
+_SPLITS = ("train", "val", "valid", "test")
+_NO_LABELS = {"classes.txt", *(f"{split}.txt" for split in _SPLITS)}
 # Boxes may reach a little over the edge. Beyond this, the numbers are pixels or damage.
 _FARTHEST_FRACTION = 2.0
+_MOST_BRACKETS = 10_000  # PyYAML's time grows with the square of those that are open
 _BOX_VALUES = 4
 _SMALLEST_POLYGON = 6  # values: three corners
 
 
 @dataclass(frozen=True)
 class YoloConfig:
-    """``names`` in the order of the labels' indices; ``keypoints``: labels hold keypoints after the box."""
+    """``names`` in the order of the labels' indices; ``keypoints``: labels hold keypoints after the box;
+    ``splits``: the folders and lists of images that each split names."""
 
     names: tuple[str, ...]
     keypoints: bool = False
+    splits: dict[str, list[str]] = field(default_factory=dict)
 
 
-def load_yolo(folder: Path, split: str, names: Sequence[str] | None = None, spec: str = "") -> Dataset:
-    """Read the images of a split, its subfolders included, in the order of their names.
+@dataclass(frozen=True)
+class _File:
+    """An image of a split, and where its labels are, if it has any."""
+
+    id: str
+    path: Path
+    labels: Path
+
+
+def load_yolo(folder: Path, split: str | None, names: Sequence[str] | None = None, spec: str = "") -> Dataset:
+    """Read the images of a split (None: those of a folder without splits), subfolders included, in the order
+    of their names or of the split's list.
 
     Labels index ``names``, or the data's own in its order. An image without a label file has no
     objects and is counted as ``unlabelled``. Raises ``DataError`` for anything missing or broken, and for
     a class that is used and not in ``names``.
     """
-    spec = spec or f"yolo:{folder}@{split}"
-    image_folder, label_folder = _split_folders(folder, split)
-    config = read_yolo_config(folder)
-    own_names = config.names if names is None else tuple(names)
-    image_paths = _find_images(image_folder)
-    label_paths = [label_folder / f"{id}.txt" for id in image_paths]
-    labelled = [path.is_file() for path in label_paths]
-    if not any(labelled):
-        raise DataError(
-            f"{label_folder}: none of the {len(label_paths)} images of {split!r} has a label file, the first "
-            f"would be {label_paths[0].name}; give images without objects empty label files"
-        )
-    label_files = {path for path in label_folder.rglob("*.txt") if path.name != "classes.txt"}
-    unused = len(label_files - set(label_paths))
-    dropped: Counter[str] = Counter({WITHOUT_IMAGE: unused} if unused else {})
-    images = []
-    for (id, path), label_path, has_labels in zip(image_paths.items(), label_paths, labelled, strict=True):
-        classes, fractions = _read_labels(label_path, config) if has_labels else ([], np.zeros((0, 4)))
-        used = [config.names[each] for each in classes]
-        index = class_index(own_names, used, str(label_path))
-        size = height, width = image_size(path)
-        boxes = fractions * [width, height, width, height]
-        images.append(labelled_image(id, path, size, boxes, [index[name] for name in used], dropped))
-    return Dataset(spec, own_names, tuple(images), dropped=dropped, unlabelled=labelled.count(False))
-
-
-def _split_folders(folder: Path, split: str) -> tuple[Path, Path]:
+    spec = spec or f"yolo:{folder}" + (f"@{split}" if split else "")
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected a YOLO data set with images and labels")
-    for images, labels in ((f"images/{split}", f"labels/{split}"), (f"{split}/images", f"{split}/labels")):
-        if (folder / images).is_dir():
-            if not (folder / labels).is_dir():
-                raise DataError(f"{folder}: has {images} and no {labels}; expected the label files there")
-            return folder / images, folder / labels
+    config = read_yolo_config(folder, split)
+    own_names = config.names if names is None else tuple(names)
+    dropped: Counter[str] = Counter()
+    remarks: Counter[str] = Counter()
+    files = _find_files(folder, split, config, dropped, remarks)
+    labelled = [os.path.lexists(each.labels) for each in files]
+    if not any(labelled):
+        raise DataError(
+            f"{spec}: none of its {len(files)} images has a label file, the first would be "
+            f"{files[0].labels}; give images without objects empty label files"
+        )
+    images = []
+    for each, has_labels in zip(files, labelled, strict=True):
+        classes, fractions = _read_labels(each.labels, config) if has_labels else ([], np.zeros((0, 4)))
+        used = [config.names[index] for index in classes]
+        index = class_index(own_names, used, str(each.labels))
+        size = height, width = image_size(each.path)
+        boxes = fractions * [width, height, width, height]
+        labels = [index[name] for name in used]
+        images.append(labelled_image(each.id, each.path, size, boxes, labels, dropped))
+    unlabelled = labelled.count(False)
+    return Dataset(spec, own_names, tuple(images), dropped=dropped, unlabelled=unlabelled, remarks=remarks)
+
+
+def _find_files(
+    folder: Path, split: str | None, config: YoloConfig, dropped: Counter[str], remarks: Counter[str]
+) -> list[_File]:
+    """The images of a list that the data's own file names for the split, else of the split's usual folder,
+    else of a folder which that file names, else of a list or a folder called ``split``."""
+    if split is None:
+        images = folder / "images"
+        if any(os.path.lexists(path.with_suffix(".txt")) for path in image_files(folder.iterdir())):
+            return _in_folder(folder, folder, folder, dropped)
+        if images.is_dir() and image_files(images.iterdir()):
+            return _in_folder(images, images, folder, dropped)
+        raise DataError(f"{folder}: has no images with label files beside them; {_remedy(folder, config)}")
+    if Path(split).is_absolute():
+        raise DataError(f"{folder}: no split {shown(split)}; {_remedy(folder, config)}")
+    named = config.splits.get(split, [])
+    found = [path for text in named if (path := _find(text, folder)) is not None]
+    usual = [path for path in (folder / "images" / split, folder / split / "images") if path.is_dir()]
+    own = [path for path in (folder / f"{split}.txt", folder / split) if os.path.lexists(path)]
+    if usual and all(path.is_dir() for path in found):
+        found = usual[:1]
+    if len(found) < len(named) and not usual:
+        raise DataError(
+            f"{folder}: its images of {split!r} are {shown(named)}, and not all of that is there; restore it"
+        )
+    found = found or own[:1]
+    if not found:
+        raise DataError(f"{folder}: no split {shown(split)}; {_remedy(folder, config)}")
+    files = []
+    for path in found:
+        base = path if len(found) == 1 else folder
+        files += _in_folder(path, base, folder, dropped) if path.is_dir() else _in_list(path, folder, remarks)
+    return files
+
+
+def _remedy(folder: Path, config: YoloConfig) -> str:
+    """What else the folder can be opened as."""
     found = {path.name for path in folder.glob("images/*") if path.is_dir()}
     found |= {path.parent.name for path in folder.glob("*/images") if path.is_dir()}
+    found |= {split for split, named in config.splits.items() if all(_find(text, folder) for text in named)}
+    found |= {split for split in _SPLITS if (folder / split).is_dir() or (folder / f"{split}.txt").is_file()}
     if found:
-        remedy = f"use one of {list_names(sorted(found))}"
-    elif (folder / "images").is_dir():
-        remedy = "its images have no splits, use @. for all of them"
-    else:
-        remedy = "expected its images in images/SPLIT or SPLIT/images"
-    raise DataError(f"{folder}: no split {split!r}; {remedy}")
+        return f"use one of {list_names(sorted(found))}"
+    if (folder / "images").is_dir():
+        return "its images have no splits, use @. for all of them"
+    return "expected its images in images/SPLIT or SPLIT/images, or beside their label files"
 
 
-def _find_images(folder: Path) -> dict[str, Path]:
-    """The image files by id: the path inside the folder without its suffix."""
-    paths: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if not is_image(path) or any(part.startswith(".") for part in inside.parts) or not path.is_file():
+def _find(text: str, folder: Path, *starts: Path) -> Path | None:
+    """What a file of the data set calls ``text``, below ``folder`` and from one of the ``starts``."""
+    root = os.path.join(os.path.abspath(folder), "")
+    for tail in path_tails(text):
+        for start in starts or (folder,):
+            path = os.path.abspath(start / tail)  # by its spelling; links are followed
+            if path.startswith(root) and os.path.lexists(path):
+                return folder / path[len(root) :]
+    return None
+
+
+def _label_folder(images: Path, folder: Path) -> Path:
+    """``labels`` in the place of the last ``images`` on the way from ``folder``, where there is such a
+    folder; else the labels lie beside the images."""
+    before, found, after = f"/{images.relative_to(folder).as_posix()}/".rpartition("/images/")
+    labels = folder / f"{before}/labels/{after}".strip("/")
+    return labels if found and labels.is_dir() else images
+
+
+def _in_folder(place: Path, base: Path, folder: Path, dropped: Counter[str]) -> list[_File]:
+    """The images of ``place`` and its subfolders; an id is the path from ``base`` without its suffix."""
+    label_folder = _label_folder(place, folder)
+    paths = image_files(files_below(place))
+    files: dict[Path, _File] = {}
+    for path in paths:
+        labels = label_folder / f"{_without_suffix(path.relative_to(place))}.txt"
+        if labels in files:
+            other = files[labels].path.name
+            raise DataError(f"{path}: shares its label file with {other}; rename one of the images")
+        files[labels] = _File(_without_suffix(path.relative_to(base)), path, labels)
+    if not files:
+        raise DataError(f"{place}: has no images; expected at least one")
+    found = {p for p in files_below(label_folder) if p.suffix == ".txt" and p.name not in _NO_LABELS}
+    unused = len(found - set(files))
+    dropped.update({WITHOUT_IMAGE: unused} if unused else {})
+    return list(files.values())
+
+
+def _without_suffix(path: Path) -> str:
+    return path.as_posix().rpartition(".")[0]
+
+
+def _in_list(listing: Path, folder: Path, remarks: Counter[str]) -> list[_File]:
+    """The images that a text file lists, one a line: a path, a file name or an id."""
+    lines = [line.strip() for line in read_lines(listing, "one image") if line.strip()]
+    if not lines:
+        raise DataError(f"{listing}: the list is empty; expected one image a line")
+    starts = (listing.parent, folder, folder / "images")
+    label_folders: dict[Path, Path] = {}
+    files: list[_File] = []
+    line_of: dict[Path, str] = {}
+    absent = []
+    for line in lines:
+        names = [line] if is_image(line) else [line + suffix for suffix in IMAGE_SUFFIXES]
+        path = next(filter(None, (_find(name, folder, *starts) for name in names)), None)
+        if path is None:
+            absent.append(line)
             continue
-        id = inside.with_suffix("").as_posix()
-        if id in paths:
-            raise DataError(f"{path}: shares its label file with {paths[id].name}; rename one of the images")
-        paths[id] = path
-    if not paths:
-        raise DataError(f"{folder}: has no images; expected at least one")
-    return paths
+        if line_of.setdefault(path, line) != line:
+            both = f"{shown(line_of[path])} and {shown(line)}"
+            raise DataError(f"{listing}: {both} both name {path.name}; expected each image once")
+        if path.parent not in label_folders:
+            label_folders[path.parent] = _label_folder(path.parent, folder)
+        if is_shortened(line, path):
+            remarks[FOUND_BY_END] += 1
+        labels = label_folders[path.parent] / f"{_without_suffix(Path(path.name))}.txt"
+        files.append(_File(_without_suffix(path.relative_to(folder)), path, labels))
+    if absent:
+        raise DataError(
+            f"{listing}: lists {len(lines)} images and {len(absent)} are not in {folder}, the first is "
+            f"{shown(absent[0])}; restore them, link their folder into it, or take them out of the list"
+        )
+    return files
 
 
 def _read_labels(path: Path, config: YoloConfig) -> tuple[list[int], NDArray[np.float64]]:
@@ -129,7 +251,9 @@ def _read_object(fields: list[str], config: YoloConfig, where: str) -> tuple[int
     for text in fields[1:]:
         values.append(as_number(text))
         if not abs(values[-1]) <= _FARTHEST_FRACTION:
-            raise DataError(f"{where}: {text!r} is no fraction of the image; expected 0 to 1, not pixels")
+            raise DataError(
+                f"{where}: {shown(text)} is no fraction of the image; expected 0 to 1, not pixels"
+            )
     if config.keypoints:
         values = values[:_BOX_VALUES]
     if len(values) != _BOX_VALUES and (len(values) < _SMALLEST_POLYGON or len(values) % 2):
@@ -137,44 +261,67 @@ def _read_object(fields: list[str], config: YoloConfig, where: str) -> tuple[int
             f"{where} has {len(fields)} values; expected class, centre x, centre y, width, height, "
             "or class and the x, y of at least 3 corners"
         )
-    index, count = as_number(fields[0]), len(config.names)  # some tools write 0.0
-    if not (0 <= index < count and index.is_integer()):
+    index, count = as_whole(fields[0]), len(config.names)
+    if index is None or not 0 <= index < count:
         raise DataError(
-            f"{where}: class {fields[0]!r}; expected a whole number from 0 to {count - 1}, the names being "
-            f"{list_names(config.names)}"
+            f"{where}: class {shown(fields[0])}; expected a whole number from 0 to {count - 1}, the names "
+            f"being {list_names(config.names)}"
         )
-    return int(index), values
+    return index, values
 
 
-def read_yolo_config(folder: Path) -> YoloConfig:
-    """Read ``data.yaml``, else the one other YAML file in ``folder`` with ``names``, else ``classes.txt``.
+def read_yolo_config(folder: Path, split: str | None = None) -> YoloConfig:
+    """Read ``data.yaml``, else the one other YAML file in ``folder`` with ``names``, else the class names,
+    one a line, in the file that CVAT's ``obj.data`` names, or in ``classes.txt``, be it with the ``split``.
 
     ``names`` may be a list or a mapping from 0, 1, ... to the names. Raises ``DataError`` when the
     names are missing, broken or contradictory, ``SettingsError`` when PyYAML is not installed.
     """
-    usual = folder / "data.yaml"
-    files = [usual] if usual.is_file() else sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+    usual, darknet = folder / "data.yaml", folder / "obj.data"
+    files = [usual] if usual.exists() else sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
     found = [(path, content) for path in files if "names" in (content := _read_yaml(path))]
     if len(found) > 1:
         listed = ", ".join(path.name for path, _ in found)
         raise DataError(f"{folder}: class names stand in {listed}; rename the right file to data.yaml")
     for path, content in found:
         names = _check_names(content["names"], path)
-        if content.get("nc", str(len(names))) != str(len(names)):
-            raise DataError(
-                f"{path}: nc is {content['nc']!r} and names has {len(names)}; correct the wrong one"
-            )
-        return YoloConfig(names, "kpt_shape" in content)
-    for path in (folder / name for name in _CLASS_FILES):
-        if path.is_file():
-            lines = [line.strip() for line in read_lines(path, "one class name")]
+        _check_count(content, "nc", names, path)
+        return YoloConfig(names, "kpt_shape" in content, _named_splits(content))
+    lines = read_lines(darknet, "a setting") if darknet.exists() else []
+    settings = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in lines)}
+    by_split = [name.format(split) for name in _SPLIT_CLASS_FILES if split]
+    for name in (settings.get("names", ""), *_CLASS_FILES, *by_split):
+        class_file = _find(name, folder)
+        if class_file is not None:
+            lines = [line.strip() for line in read_lines(class_file, "one class name")]
             while lines and not lines[-1]:
                 lines.pop()
-            return YoloConfig(_check_names(lines, path))
+            names = _check_names(lines, class_file)
+            _check_count(settings, "classes", names, darknet)
+            return YoloConfig(names, splits=_named_splits(settings))
     raise DataError(
         f"{folder}: no class names; expected data.yaml with names, or classes.txt with one name a line "
         "in the order of the label files' indices"
     )
+
+
+def _named_splits(content: dict[str, Any]) -> dict[str, list[str]]:
+    """What a data set's own file names for each split, below its ``path``."""
+    start = content.get("path")
+    start = start if isinstance(start, str) else ""
+    named = {}
+    for split in _SPLITS:
+        value = content.get(split)
+        texts = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
+        if any(texts):
+            named[split] = [str(PurePosixPath(start, text)) for text in texts if text]
+    return named
+
+
+def _check_count(content: dict[str, Any], key: str, names: tuple[str, ...], path: Path) -> None:
+    count = content.get(key) or str(len(names))
+    if as_whole(count) != len(names):
+        raise DataError(f"{path}: {key} is {shown(count)} and names has {len(names)}; correct the wrong one")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -186,11 +333,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: reading it needs PyYAML, which is not installed; pip install pyyaml, or delete the "
             "file and write the class names, one a line, into classes.txt"
         ) from None
-    expect_regular(path, DataError)
+    with input_errors(path, "it is a link to nothing", DataError):
+        text = path.read_bytes()
+    if text.count(b"[") + text.count(b"{") > _MOST_BRACKETS:
+        raise DataError(f"{path}: holds over {_MOST_BRACKETS} brackets; expected the class names as names")
     try:
-        content = yaml.load(path.read_bytes(), Loader=yaml.BaseLoader)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); expected YAML") from None
+        content = yaml.load(text, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise DataError(
             f"{path}: broken YAML ({one_line(error)}); expected the class names as names"
@@ -205,20 +353,13 @@ def _check_names(names: Any, path: Path) -> tuple[str, ...]:
     if isinstance(names, dict):
         indices = [str(index) for index in range(len(names))]
         if set(names) != set(indices):
-            raise DataError(
-                f"{path}: names has the indices {list_names(list(names))}; expected 0 to {len(names) - 1}"
-            )
+            given = printable(list_names(list(names)))[:200]
+            raise DataError(f"{path}: names has the indices {given}; expected 0 to {len(names) - 1}")
         names = [names[index] for index in indices]
     if not isinstance(names, list):
-        raise DataError(f"{path}: names is {names!r}; expected a list, or a mapping from 0, 1, ... to names")
+        raise DataError(
+            f"{path}: names is {shown(names)}; expected a list, or a mapping from 0, 1, ... to names"
+        )
     if not names:
         raise DataError(f"{path}: holds no class names; expected at least one")
-    for index, name in enumerate(names):
-        if not isinstance(name, str) or not name.strip():
-            got = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"  # perhaps endless
-            raise DataError(f"{path}: the name of class {index} is {got}; expected a text")
-        if names.index(name) != index:
-            raise DataError(
-                f"{path}: classes {names.index(name)} and {index} are both {name!r}; expected each name once"
-            )
-    return tuple(names)
+    return check_names(names, str(path), DataError)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -281,7 +282,7 @@ def calibration_data(specs: Sequence[str], names: tuple[str, ...] | None, limit:
         raise SettingsError(f"limit is {limit}; expected at least 1 image")
     if not specs:
         raise DataError(f"no calibration images given; expected {FORMS}, or a folder of images")
-    paths = [spec for spec in specs if Path(spec).exists()]
+    paths = [spec for spec in specs if os.path.exists(spec)]
     if paths and len(paths) < len(specs):
         raise SettingsError(
             f"calibration data {', '.join(specs)}: expected all labelled or all without labels"

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+
+from anchorline.data.dataset import load_dataset
+from anchorline.runtime.io.errors import AnchorlineError
 
 VocObject = tuple[str, tuple[Any, Any, Any, Any]]
 
@@ -105,3 +109,48 @@ def make_yolo(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return make
+
+
+def _mutated(content: bytes, random: Random) -> bytes:
+    """A few bytes cut out, doubled, or replaced by what breaks readers."""
+    bad = [
+        b"",
+        b"\0",
+        b"nan",
+        b"1e400",
+        b"9" * 400,
+        b"\xff\xfe",
+        b"[{",
+        b"/..",
+        b"\n",
+        b"&a *a",
+        b"<a>",
+        b"\xe9",
+    ]
+    for _ in range(random.randint(1, 3)):
+        start = random.randrange(len(content) + 1)
+        end = min(len(content), start + random.randint(0, 9))
+        content = content[:start] + random.choice([*bad, content[start:end] * 2]) + content[end:]
+    return content
+
+
+@pytest.fixture
+def expect_read_or_refused() -> Callable[[str, list[Path]], None]:
+    """Mutate files of a data set, one at a time: its spec is read, or refused in one short line."""
+
+    def expect(spec: str, paths: list[Path]) -> None:
+        random = Random(5)
+        refused = []
+        for _ in range(150):
+            path = random.choice(paths)
+            content = path.read_bytes()
+            path.write_bytes(_mutated(content, random))
+            try:
+                load_dataset(spec)
+            except AnchorlineError as error:
+                refused.append(str(error))
+            path.write_bytes(content)
+        assert 30 < len(refused) < 150
+        assert not [line for line in refused if "\n" in line or len(line) > 600]
+
+    return expect

@@ -19,6 +19,7 @@ from anchorline.data.yolo import YoloConfig, _read_labels, read_yolo_config
 from anchorline.runtime.io.errors import AnchorlineError, DataError, SettingsError
 
 MakeYolo = Callable[..., Path]
+Fuzz = Callable[[str, list[Path]], None]
 
 
 @pytest.mark.parametrize("roboflow", [False, True])
@@ -153,12 +154,15 @@ def test_where_the_names_stand(tmp_path: Path) -> None:
         ("names:", "names is ''; expected a list"),
         ("names: 3", "names is '3'"),
         ("names: []", "holds no class names"),
-        ("names: [a, '']", "the name of class 1 is ''; expected a text"),
-        ("names: [a, [b]]", "the name of class 1 is a list"),
-        ("names: [a, b, a]", "classes 0 and 2 are both 'a'"),
+        ("names: [a, '']", "class name 1 is ''; expected 1 to 200 characters"),
+        ("names: [a, [b]]", r"class name 1 is \['b'\]"),
+        ("names: [a, b, a]", "class name 'a' stands twice"),
         ("names: {1: a, 2: b}", "names has the indices 1, 2; expected 0 to 1"),
         ("names: {a: 0, b: 1}", "names has the indices a, b; expected 0 to 1"),
         ("names: [a, b]\nnc: 3", "nc is '3' and names has 2"),
+        ("names: [a, b]\nnc: [2]", r"nc is \['2'\] and names has 2"),
+        (f"names: [a]\nnc: {'9' * 5000}", r"nc is '9+\.\.\.9+' and names has 1"),
+        ("names: " + "[" * 20_000, "over 10000 brackets"),
     ],
 )
 def test_broken_names_are_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -172,14 +176,16 @@ def test_broken_names_are_refused_in_one_line(tmp_path: Path, text: str, message
 def test_yaml_that_multiplies_itself_is_refused_at_once(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
-    (tmp_path / "data.yaml").write_text("\n".join([*lines, "names: *a11"]))
-    with pytest.raises(DataError, match="the name of class 0 is a list"):
-        read_yolo_config(tmp_path)
+    for text, message in (("names: *a11", r"class name 0 is \[\["), ("names: [x]\nnc: *a11", r"nc is \[\[")):
+        (tmp_path / "data.yaml").write_text("\n".join([*lines, text]))
+        with pytest.raises(DataError, match=message) as caught:
+            read_yolo_config(tmp_path)
+        assert len(str(caught.value)) < 1000
 
 
 def test_a_gap_in_the_class_file_would_shift_the_names(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("cat\n\ndog\n")
-    with pytest.raises(DataError, match="the name of class 1 is ''"):
+    with pytest.raises(DataError, match="class name 1 is ''"):
         read_yolo_config(tmp_path)
 
 
@@ -201,19 +207,19 @@ def test_missing_things_are_named(make_yolo: MakeYolo, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         load_dataset(f"yolo:{tmp_path}/absent@train")
     (tmp_path / "bare").mkdir()
+    with pytest.raises(DataError, match=r"no class names; expected data\.yaml"):
+        load_dataset(f"yolo:{tmp_path}/bare@train")
+    (tmp_path / "bare/classes.txt").write_text("cat")
     with pytest.raises(DataError, match="no split 'train'; expected its images in images/SPLIT"):
         load_dataset(f"yolo:{tmp_path}/bare@train")
     (tmp_path / "bare/images").mkdir()
     with pytest.raises(DataError, match=r"no split 'train'; its images have no splits, use @\. for all"):
         load_dataset(f"yolo:{tmp_path}/bare@train")
     (root / "images/empty").mkdir()
-    with pytest.raises(DataError, match="has images/empty and no labels/empty"):
-        load_dataset(f"yolo:{root}@empty")
-    (root / "labels/empty").mkdir()
     with pytest.raises(DataError, match="has no images"):
         load_dataset(f"yolo:{root}@empty")
     (root / "labels/train/a.txt").unlink()
-    with pytest.raises(DataError, match=r"none of the 1 images of 'train' has a label file.*a\.txt"):
+    with pytest.raises(DataError, match=r"none of its 1 images has a label file.*labels.train.a\.txt"):
         load_dataset(f"yolo:{root}@train")
 
 
@@ -224,9 +230,186 @@ def test_images_of_one_name_are_refused(make_yolo: MakeYolo) -> None:
         load_dataset(f"yolo:{root}@train")
 
 
+LINE = "0 0.5 0.5 0.25 0.5"
+
+
+def test_linked_folders_are_read(make_yolo: MakeYolo, tmp_path: Path) -> None:
+    """Images and labels may lie in a store that the data set links to; no loop is followed twice."""
+    root = make_yolo({"a": LINE, "store/b": LINE})
+    for part in ("images", "labels"):
+        (root / part / "train/store").rename(tmp_path / part)
+        (root / part / "train/linked").symlink_to(tmp_path / part)
+        (root / part / "train/again").symlink_to(root / part / "train")
+        (tmp_path / part / "back").symlink_to(root / part)
+    dataset = load_dataset(f"yolo:{root}@train")
+    assert [image.id for image in dataset] == ["a", "linked/b"]
+    assert [len(image.boxes) for image in dataset] == [1, 1]
+    assert dataset.dropped == {}
+    assert dataset.unlabelled == 0
+
+
+@pytest.mark.parametrize("name", ["images/train/b.png", "labels/train/a.txt", "data.yaml", "train.txt"])
+def test_what_is_no_file_is_refused(make_yolo: MakeYolo, name: str) -> None:
+    root = make_yolo({"a": LINE}, names=f"names: [cat]{chr(10)}train: train.txt")
+    (root / "train.txt").write_text("images/train/a.png")
+    (root / name).unlink(missing_ok=True)
+    os.mkfifo(root / name)
+    split = "." if name.endswith(".png") else "train"
+    with pytest.raises(DataError, match=rf"{name}: is a pipe"):
+        load_dataset(f"yolo:{root}@{split}")
+
+
+def test_a_link_to_nothing_is_no_image_left_out(make_yolo: MakeYolo) -> None:
+    root = make_yolo({"a": LINE})
+    (root / "images/train/b.png").symlink_to("gone.png")
+    with pytest.raises(DataError, match=r"b\.png: is a link to nothing"):
+        load_dataset(f"yolo:{root}@train")
+
+
+@pytest.mark.parametrize("split", [None, "train", "."])
+def test_images_beside_their_labels(make_yolo: MakeYolo, split: str | None) -> None:
+    """As labelImg saves them, with the class names among them."""
+    root = make_yolo({"a.b": LINE, "c": None}, names=None)
+    place = root / "train" if split == "train" else root / "flat"
+    (root / "images/train").rename(place)
+    (root / "labels/train/a.b.txt").rename(place / "a.b.txt")
+    (place / "classes.txt").write_text("cat")
+    folder = root if split == "train" else place
+    dataset = load_dataset(f"yolo:{folder}" + (f"@{split}" if split else ""))
+    assert [(image.id, len(image.boxes)) for image in dataset] == [("a.b", 1), ("c", 0)]
+    assert dataset.names == ("cat",)
+    assert dataset.dropped == {}
+    assert dataset.unlabelled == 1
+
+
+def test_a_folder_of_images_without_splits(make_yolo: MakeYolo) -> None:
+    root = make_yolo({"a": LINE}, split=".")
+    assert [image.id for image in load_dataset(f"yolo:{root}")] == ["a"]
+    make_yolo({"b": LINE}, split="val")
+    (root / "images/a.png").unlink()
+    with pytest.raises(DataError, match="has no images with label files beside them; use one of val"):
+        load_dataset(f"yolo:{root}")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "images/all/sub/a.b.png",
+        "./images/all/sub/a.b.png",
+        "all/sub/a.b.png",
+        "images/all/sub/a.b",
+        "images\\all\\sub\\a.b.png",
+        "/content/cells/images/all/sub/a.b.png",
+        "C:\\cells\\images\\all\\sub\\a.b.png",
+        "../cells/images/all/sub/a.b.png ",
+    ],
+)
+def test_a_list_of_images(make_yolo: MakeYolo, line: str, encoding: str) -> None:
+    names = f"path: .{chr(10)}train: [./lists/train.txt]{chr(10)}names: [cat]"
+    root = make_yolo({"sub/a.b": LINE, "c": LINE}, split="all", names=names)
+    (root / "lists").mkdir()
+    (root / "lists/train.txt").write_text(f"{line}\r\n\r\n", encoding=encoding, newline="")
+    (root / "data.yaml").write_text(names, encoding=encoding)
+    label = root / "labels/all/sub/a.b.txt"
+    label.write_text(label.read_text(), encoding=encoding)
+    dataset = load_dataset(f"yolo:{root}@train")
+    (image,) = dataset.images
+    assert image.id == "images/all/sub/a.b"
+    assert image.boxes.tolist() == [[30, 15, 50, 45]]
+    elsewhere = "cells" in line
+    assert dataset.remarks == ({"file names found by their end": 1} if elsewhere else {})
+
+
+def test_a_list_does_not_lead_out_of_the_data(make_yolo: MakeYolo, tmp_path: Path) -> None:
+    root = make_yolo({"a": LINE}, names="names: [cat]\ntrain: lists/train.txt")
+    (root / "lists").mkdir()
+    (root / "images/train/a.png").rename(tmp_path / "b.png")
+    for line in ("../../b.png", f"{tmp_path}/b.png"):
+        (root / "lists/train.txt").write_text(line)
+        with pytest.raises(DataError, match=r"are not in .*yolo, the first is .*link their folder into it"):
+            load_dataset(f"yolo:{root}@train")
+    (root / "images/train/linked").symlink_to(tmp_path)
+    (root / "lists/train.txt").write_text("images/train/linked/b.png")
+    (root / "labels/train/linked").mkdir()
+    (root / "labels/train/linked/b.txt").write_text(LINE)
+    assert len(load_dataset(f"yolo:{root}@train").images[0].boxes) == 1
+    with pytest.raises(DataError, match="no split"):
+        load_dataset(f"yolo:{root}@{tmp_path}")
+
+
+def test_a_list_that_data_yaml_names_comes_before_the_folder(make_yolo: MakeYolo) -> None:
+    root = make_yolo({"a": LINE, "b": LINE}, names=f"names: [cat]{chr(10)}train: train.txt")
+    (root / "train.txt").write_text(f"{root}/images/train/b.png")
+    assert [image.id for image in load_dataset(f"yolo:{root}@train")] == ["images/train/b"]
+    (root / "data.yaml").write_text("names: [cat]\ntrain: ../train/images")
+    assert [image.id for image in load_dataset(f"yolo:{root}@train")] == ["a", "b"]
+    (root / "data.yaml").write_text("names: [cat]\nval: [images/train, images/more]")
+    with pytest.raises(DataError, match=r"its images of 'val' are .'images/train', 'images/more'.*not all"):
+        load_dataset(f"yolo:{root}@val")
+    make_yolo({"a": LINE}, split="more", names=None)
+    found = [image.id for image in load_dataset(f"yolo:{root}@val")]
+    assert found == ["images/train/a", "images/train/b", "images/more/a"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "the list is empty"),
+        ("a.png\nb.png\nc", r"lists 3 images and 2 are not in .*yolo, the first is 'b\.png'"),
+        ("one/a.png\ntwo/a.png", r"'one/a\.png' and 'two/a\.png' both name a\.png"),
+        ("x" * 5000, r"lists 1 images and 1 are not in .*yolo, the first is 'x+\.\.\.x+'; restore them"),
+        ("a/" * 5000, "lists 1 images and 1 are not in .*yolo"),
+        ("a\0.png", "holds NUL characters"),
+        ("images", "lists 1 images and 1 are not in .*yolo, the first is 'images'"),
+    ],
+)
+def test_a_list_without_its_images_is_refused(make_yolo: MakeYolo, lines: str, message: str) -> None:
+    root = make_yolo({"a": LINE}, split=".")
+    (root / "train.txt").write_text(lines)
+    with pytest.raises(DataError, match=rf"train\.txt: {message}") as caught:
+        load_dataset(f"yolo:{root}@train")
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("prefix", ["data/", "", "build/"])
+def test_cvat_export(make_yolo: MakeYolo, prefix: str) -> None:
+    """YOLO 1.1: lists with a folder ``data`` that the archive does not have, labels beside the images."""
+    root = make_yolo({"a": LINE}, names=None)
+    (root / "images/train").rename(root / "obj_train_data")
+    (root / "labels/train/a.txt").rename(root / "obj_train_data/a.txt")
+    (root / "obj.names").write_text("cat\n")
+    (root / "obj.data").write_text(f"classes = 1\ntrain = {prefix}train.txt\nnames = {prefix}obj.names\n")
+    (root / "train.txt").write_text(f"{prefix}obj_train_data/a.png\n")
+    dataset = load_dataset(f"yolo:{root}@train")
+    assert [(image.id, len(image.boxes)) for image in dataset] == [("obj_train_data/a", 1)]
+    assert dataset.names == ("cat",)
+    (root / "obj.data").write_text("classes = 2\nnames = obj.names\n")
+    with pytest.raises(DataError, match=r"obj\.data: classes is '2' and names has 1"):
+        load_dataset(f"yolo:{root}@train")
+
+
+@pytest.mark.parametrize("count", ["2", "' 2 '", "2.0", "'2'", ""])
+def test_the_number_of_classes_as_text(tmp_path: Path, count: str) -> None:
+    (tmp_path / "data.yaml").write_text(f"names: [cat, dog]\nnc: {count}")
+    assert read_yolo_config(tmp_path).names == ("cat", "dog")
+
+
+def test_mutated_data_is_read_or_refused(make_yolo: MakeYolo, expect_read_or_refused: Fuzz) -> None:
+    names = "names: [cat, dog]\nnc: 2\ntrain: train.txt"
+    root = make_yolo({"a": f"{LINE}\n{LINE}\n"}, names=names)
+    (root / "train.txt").write_text("images/train/a.png\n")
+    names_of_files = ("data.yaml", "train.txt", "labels/train/a.txt", "images/train/a.png")
+    expect_read_or_refused(f"yolo:{root}@train", [root / name for name in names_of_files])
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("0_0 0.5 0.5 0.5 0.5", "class '0_0'"),
+        ("0 0_1 0.5 0.5 0.5", "'0_1' is no fraction"),
+        ("1e400 0.5 0.5 0.5 0.5", "class '1e400'"),
+        (f"0 {'9' * 400} 0.5 0.5 0.5", r"'9+\.\.\.9+' is no fraction"),
         ("0 0.5 0.5 0.5", "has 4 values; expected class, centre x"),
         ("0 0.5 0.5 0.5 0.5 0.9", "has 6 values"),
         ("0 0.5 0.5 0.5 0.5 0.9 0.9 0.9", "has 8 values"),

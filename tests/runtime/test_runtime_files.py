@@ -21,6 +21,7 @@ from anchorline.runtime.io.files import (
     atomic_path,
     atomic_write_bytes,
     atomic_write_text,
+    files_below,
     sha256_of,
     write_json,
 )
@@ -140,6 +141,32 @@ def test_write_json_takes_numpy_and_has_no_nan(tmp_path):
         "path": str(Path("a") / "b"),
         "pair": [True, None],
     }
+
+
+def test_files_below_links_and_loops(tmp_path):
+    """A folder with several paths is read by its own, which stands in the names of labels."""
+    root, store = tmp_path / "root", tmp_path / "store"
+    for folder in (root / "z", store / "deep"):
+        folder.mkdir(parents=True)
+    names = ("root/2.txt", "root/10.txt", "root/z/a.txt", "root/.hidden", "store/b.txt", "store/deep/c.txt")
+    for name in names:
+        (tmp_path / name).touch()
+    (root / "1.txt").symlink_to("2.txt")
+    (root / "gone").symlink_to("nothing")
+    for link, target in (
+        ("a", root / "z"),
+        ("loop", root),
+        ("m", store),
+        ("n", store / "deep"),
+        ("self", "self"),
+    ):
+        (root / link).symlink_to(target)
+    (store / "up").symlink_to(root)
+    (root / "z/self").symlink_to(".")
+    found = [path.relative_to(root).as_posix() for path in files_below(root)]
+    assert found == ["1.txt", "10.txt", "2.txt", "gone", "m/b.txt", "m/deep/c.txt", "self", "z/a.txt"]
+    with pytest.raises(DataError, match="absent: no such file; expected a folder"):
+        files_below(root / "absent")
 
 
 def special_files(folder: Path, suffix: str) -> dict[str, Path]:

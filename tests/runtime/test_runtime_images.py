@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -200,6 +201,19 @@ def test_find_images_says_what_is_missing(tmp_path):
         find_images(tmp_path)
     with pytest.raises(DataError, match="no such file or folder"):
         find_images(tmp_path / "absent")
+    with pytest.raises(DataError, match="no such file or folder"):
+        find_images("x" * 5000)
+
+
+def test_find_images_leaves_no_image_out_in_silence(tmp_path, picture):
+    (tmp_path / "a.png").touch()
+    os.mkfifo(tmp_path / "b.png")
+    with pytest.raises(DataError, match=r"b\.png: is a pipe, expected a file"):
+        find_images(tmp_path)
+    (tmp_path / "b.png").unlink()
+    (tmp_path / "b.png").symlink_to("gone.png")
+    with pytest.raises(DataError, match=r"b\.png: is a link to nothing, expected an image"):
+        find_images(tmp_path)
 
 
 def test_suffixes():

@@ -17,6 +17,7 @@ UNPRINTABLE = re.compile(
 )
 _bounded = reprlib.Repr()
 _bounded.maxstring = _bounded.maxlong = _bounded.maxother = 80
+_bounded.maxlevel = 2  # a list of lists of lists may hold itself many times over
 
 
 class AnchorlineError(Exception):

@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import stat
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, OutputError
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, DataError, OutputError
 
 _OPEN_FILES = ("/dev", "/dev/fd", "/proc/self/fd")
 _SPECIAL = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
@@ -122,6 +123,35 @@ def input_errors(
         raise
     except OSError as error:
         raise error_class(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+
+
+def files_below(folder: Path) -> list[Path]:
+    """What lies in ``folder`` and its subfolders and is no folder itself, sorted by path.
+
+    Links are followed. A folder with several paths, as in a loop of links, is read once: by its own path
+    where that is below ``folder``, else by the first link. Hidden names are left out. Raises ``DataError``
+    for a folder that cannot be read.
+    """
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    own, linked = deque([folder]), deque[Path]()
+    while own or linked:
+        place = (own or linked).popleft()
+        with input_errors(place, "expected a folder", DataError):
+            status = place.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(place) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    path = place / entry.name
+                    if entry.name.startswith("."):
+                        continue
+                    if not path.is_dir():
+                        found.append(path)
+                    else:
+                        (linked if entry.is_symlink() else own).append(path)
+    return sorted(found)
 
 
 def cache_folder() -> Path:

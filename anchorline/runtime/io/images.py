@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import cv2
@@ -11,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.io.errors import DataError, OutputError, reason_of
-from anchorline.runtime.io.files import atomic_write_bytes, input_errors
+from anchorline.runtime.io.files import atomic_write_bytes, expect_regular, input_errors
 from anchorline.runtime.io.native_log import quiet_opencv
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
@@ -104,18 +106,34 @@ def is_video(path: str | Path) -> bool:
     return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 
+def image_files(paths: Iterable[Path]) -> list[Path]:
+    """Those of ``paths`` that are named as images are and no folders.
+
+    Raises ``DataError`` for a pipe, a socket, a device, or a link to nothing.
+    """
+    found = [path for path in paths if is_image(path) and not path.is_dir()]
+    for path in found:
+        expect_regular(path, DataError)
+        if not path.exists():
+            raise DataError(
+                f"{path}: is a link to nothing, expected an image; restore the image or delete it"
+            )
+    return found
+
+
 def find_images(path: str | Path) -> list[Path]:
     """The image files of a folder (not of its subfolders) in natural order, or the one image given.
 
-    Hidden files are left out. Raises ``DataError`` where nothing is found.
+    Hidden files are left out. Raises ``DataError`` where nothing is found, or what is named as an image is no
+    file.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, also False for a name that is too long
         raise DataError(f"{path}: no such file or folder; give an image or a folder of images")
     if not path.is_dir():
         return [path]
     try:
-        found = [p for p in path.iterdir() if is_image(p) and not p.name.startswith(".") and p.is_file()]
+        found = image_files(p for p in path.iterdir() if not p.name.startswith("."))
     except OSError as error:
         raise DataError(
             f"{path}: this folder cannot be read ({error.strerror}); check its permissions"
