@@ -59,6 +59,14 @@ def import_(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A setting that was not the default when trained."),
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The configuration of the training, Detectron2's config.yaml or MMDetection's .py "
+            "(default: that in the checkpoint or beside it).",
+        ),
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option(help="Compare with torchvision's own detector; the other libraries have none here."),
@@ -81,6 +89,7 @@ def import_(
         batch_norm_eps=batch_norm_eps,
         fast_resize=fast_resize,
         overrides=set_ or (),
+        config=config,
     )
     warn(result.warnings)
     verdict = "not verified"
@@ -122,6 +131,7 @@ def export(
         max_batch=max_batch,
         verify=verify,
     )
+    warn(result.notes)
     verdict = "not verified" if result.verification is None else result.verification.describe()
     height, width = result.contract.canvas
     print(f"{result.path}: {result.contract.task}, canvas {height}x{width}, {verdict}")

@@ -23,6 +23,7 @@ from anchorline import __version__
 from anchorline.data.dataset import from_frames
 from anchorline.data.synthetic import scenes
 from anchorline.export.functions import OPSET, attach_functions
+from anchorline.export.importers.detectron2 import unpadded
 from anchorline.runtime.canvas import padded, place
 from anchorline.runtime.contract import CANVAS_KEY, CONTRACT_KEY, TASKS, Contract
 from anchorline.runtime.io.errors import ParityError, SettingsError, check_choice
@@ -47,11 +48,13 @@ LARGE_TRAPS = ("mixed sizes in a batch",)
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The published file, its contract, and how it compared with PyTorch (None when not verified)."""
+    """The published file, its contract, how it compared with PyTorch (None when not verified), and what to
+    know about its detections."""
 
     path: Path
     contract: Contract
     verification: VerifyReport | None
+    notes: tuple[str, ...] = ()
 
 
 def export_onnx(
@@ -116,7 +119,7 @@ def export_onnx(
         write_not_executed(out, "exported with --no-verify", checkpoint)
     else:
         write_record(out, report)
-    return ExportResult(out, contract, report)
+    return ExportResult(out, contract, report, unpadded(contract.source))
 
 
 def trimmed_canvas(frame_size: tuple[int, int], contract: Contract) -> tuple[int, int]:

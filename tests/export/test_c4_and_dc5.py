@@ -73,8 +73,12 @@ def exported(
 ) -> onnx.ModelProto:
     """The model's file, which onnxruntime runs as PyTorch does, stage by stage."""
     checkpoint = folder / "model.safetensors"
-    save_checkpoint(checkpoint, model.state_dict(), model.settings, contract_of(model.settings, NAMES))
+    kind = next(kind for kind, own in MODELS.items() if own.items() <= vars(model.settings).items())
+    contract = contract_of(model.settings, NAMES, source={"arch": f"detectron2_r50_{kind}"})
+    save_checkpoint(checkpoint, model.state_dict(), model.settings, contract)
     result = export_onnx(checkpoint, folder / "model.onnx", task=task)
+    noted = [note.partition(" images of ")[2][:18] for note in result.notes]
+    assert noted == ([] if kind == "fpn" else ["C4 and DC5 models,"])
     assert result.verification is not None
     assert result.verification.passed, result.verification.reason
     assert {*inside, task} <= {stage.name for stage in result.verification.stages}

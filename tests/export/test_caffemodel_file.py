@@ -13,7 +13,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from anchorline.export.importers.checkpoint_files import read_caffemodel
+from anchorline.export.importers.caffemodel import read_caffemodel
 from anchorline.runtime.io.errors import ArtefactError
 
 VARINT, DOUBLE, LENGTHS, FLOAT = 0, 1, 2, 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from anchorline.export.importers import conversion, detectron2, torchvision
 from anchorline.export.importers.checkpoint_files import CheckpointFile
 from anchorline.export.importers.conversion import import_checkpoint
 from anchorline.export.importers.library import (
+    Architecture,
     background_first,
     choose_class_names,
     expected_shapes,
@@ -318,8 +320,11 @@ def test_a_pkl_of_the_zoo_becomes_a_model(
     assert contract.source["arch"] == "detectron2_r50_fpn"
     assert model.settings.anchor_sizes == tuple((size,) for size in SIZES)
     assert model.backbone.body.get_submodule("layer2.0.conv1").stride == (2, 2), "MSRA's stride"
-    taken_as, stride = result.warnings
+    taken_as, assumed, stride = result.warnings
     assert "Detectron2's, taken as detectron2_r50_fpn" in taken_as
+    assert "assumed detectron2_r50_fpn's usual --resize 800x1333, channel_order=bgr, bottle" in assumed
+    assert "mean=" not in assumed, "the checkpoint holds it"
+    assert "anchor_sizes" not in assumed
     assert "--set bottleneck_stride=3x3" in stride
 
 
@@ -348,9 +353,267 @@ def test_a_training_checkpoint_of_c4_becomes_a_model(classes: Path, tmp_path: Pa
     assert saved["rpn.head.bbox_pred.bias"].reshape(15, 4).tolist() == moved
     assert result.settings.rpn_pre_nms == 6000
     assert result.contract.resize == ResizeRule(800, 1333, "bilinear", "nearest")
-    assert result.warnings == ()
+    assumed, unpadded = result.warnings
+    assert (
+        "assumed detectron2_r50_c4's usual --resize 800x1333, anchor_sizes=[[32, 64, 128, 256, 512]], "
+        in assumed
+    )
+    assert "roi_size=14" in assumed
+    assert "Detectron2 does not pad the images of C4 and DC5 models" in unpadded
     model, _ = load_checkpoint(out)
     assert model.roi_heads.box_head.get_submodule("layer4.0.conv1").stride == (2, 2)
+
+
+# ``config.yaml``: those keys of the dumped configuration that are read, with the defaults of the FPN models.
+CONFIG = """
+INPUT: {FORMAT: BGR, MIN_SIZE_TEST: 800, MAX_SIZE_TEST: 1333}
+MODEL:
+  ANCHOR_GENERATOR:
+    ASPECT_RATIOS:
+    - - 0.5
+      - 1.0
+      - 2.0
+    NAME: DefaultAnchorGenerator
+    OFFSET: 0.0
+    SIZES: [[32], [64], [128], [256], [512]]
+  BACKBONE: {FREEZE_AT: 2, NAME: build_resnet_fpn_backbone}
+  FPN: {FUSE_TYPE: sum, IN_FEATURES: [res2, res3, res4, res5], NORM: '', OUT_CHANNELS: 256}
+  LOAD_PROPOSALS: false
+  META_ARCHITECTURE: GeneralizedRCNN
+  PIXEL_MEAN: [103.53, 116.28, 123.675]
+  PIXEL_STD: [1.0, 1.0, 1.0]
+  PROPOSAL_GENERATOR: {MIN_SIZE: 0, NAME: RPN}
+  RESNETS:
+    DEFORM_ON_PER_STAGE: [false, false, false, false]
+    DEPTH: 50
+    NORM: FrozenBN
+    RES5_DILATION: 1
+    STRIDE_IN_1X1: true
+  ROI_BOX_HEAD:
+    BBOX_REG_WEIGHTS: &id001
+    - 10.0
+    - 10.0
+    - 5.0
+    - 5.0
+    NAME: FastRCNNConvFCHead
+    NUM_CONV: 0
+    NUM_FC: 2
+    POOLER_RESOLUTION: 7
+    POOLER_SAMPLING_RATIO: 0
+    POOLER_TYPE: ROIAlignV2
+    USE_SIGMOID_CE: false
+  ROI_HEADS:
+    IN_FEATURES: [p2, p3, p4, p5]
+    NAME: StandardROIHeads
+    NMS_THRESH_TEST: 0.5
+    NUM_CLASSES: 2
+    SCORE_THRESH_TEST: 0.05
+  RPN:
+    BBOX_REG_WEIGHTS: [1.0, 1.0, 1.0, 1.0]
+    CONV_DIMS: [-1]
+    HEAD_NAME: StandardRPNHead
+    IN_FEATURES: [p2, p3, p4, p5, p6]
+    NMS_THRESH: 0.7
+    POST_NMS_TOPK_TEST: 1000
+    PRE_NMS_TOPK_TEST: 1000
+TEST: {DETECTIONS_PER_IMAGE: 100}
+VERSION: 2
+"""
+TRAINED_OTHERWISE = {  # what stands in the text, what instead, and our settings for it
+    "FORMAT: BGR": ("FORMAT: RGB", {"channel_order": "rgb"}),
+    "SIZES: [[32], [64], [128], [256], [512]]": (
+        "SIZES: [[8], [16], [32], [64], [128]]",
+        {"anchor_sizes": ((8,), (16,), (32,), (64,), (128,))},
+    ),
+    "- - 0.5": ("- - 0.25", {"aspect_ratios": (0.25, 1.0, 2.0)}),
+    "[103.53, 116.28, 123.675]": ("[1.0, 2.0, 3.5]", {"mean": (1.0, 2.0, 3.5)}),
+    "PIXEL_STD: [1.0, 1.0, 1.0]": ("PIXEL_STD: (57.375, 57.12, 58.395)", {"std": (57.375, 57.12, 58.395)}),
+    "STRIDE_IN_1X1: true": ("STRIDE_IN_1X1: false", {"bottleneck_stride": "3x3"}),
+    "- 10.0\n    - 10.0\n    - 5.0\n    - 5.0": (
+        "- 20.0\n    - 20\n    - 10\n    - 10.0",
+        {"box_weights": (20.0, 20.0, 10.0, 10.0)},
+    ),
+    "POOLER_SAMPLING_RATIO: 0": ("POOLER_SAMPLING_RATIO: 2", {"roi_sampling": 2}),
+    "POOLER_TYPE: ROIAlignV2": ("POOLER_TYPE: ROIAlign", {"roi_aligned": False}),
+    "{MIN_SIZE: 0": ("{MIN_SIZE: 3", {"rpn_min_side": 3.0}),
+    "NMS_THRESH: 0.7": ("NMS_THRESH: 0.6", {"rpn_nms_iou": 0.6}),
+    "POST_NMS_TOPK_TEST: 1000": ("POST_NMS_TOPK_TEST: 300", {"rpn_post_nms": 300}),
+    "PRE_NMS_TOPK_TEST: 1000": ("PRE_NMS_TOPK_TEST: 2000", {"rpn_pre_nms": 2000}),
+    "CONV_DIMS: [-1]": ("CONV_DIMS: [64]", {"rpn_channels": 64}),
+    "SCORE_THRESH_TEST: 0.05": ("SCORE_THRESH_TEST: 0.3", {"score_threshold": 0.3}),
+    "NMS_THRESH_TEST: 0.5": ("NMS_THRESH_TEST: 0.4", {"nms_iou": 0.4}),
+    "DETECTIONS_PER_IMAGE: 100": ("DETECTIONS_PER_IMAGE: 7", {"max_detections": 7}),
+}
+
+
+@pytest.fixture
+def configured(tmp_path: Path) -> Callable[[str], Architecture]:
+    """What a checkpoint of two classes and three anchors is described as, with this ``config.yaml``."""
+
+    def describe(text: str, **held: Tensor) -> Architecture:
+        (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+        state = {
+            "roi_heads.box_predictor.cls_score.weight": torch.zeros(3, 8),
+            "proposal_generator.rpn_head.objectness_logits.weight": torch.zeros(3, 4, 1, 1),
+            **held,
+        }
+        source = CheckpointFile("model_final.pth", state, "", folder=tmp_path)
+        return detectron2.LIBRARY.describe(source, state, "detectron2_r50_fpn")
+
+    return describe
+
+
+def test_a_configuration_of_the_zoo_changes_nothing_and_leaves_nothing_open(
+    configured: Callable[..., Architecture],
+) -> None:
+    found, usual = configured(CONFIG), detectron2.ARCHITECTURES["detectron2_r50_fpn"]
+    assert (found.settings, found.resize) == (usual.settings, usual.resize)
+    assert found.known == set(detectron2.LIBRARY.open_settings)
+    assert found.warnings == ()
+    assert found.configuration is not None
+    assert found.configuration.endswith("config.yaml")
+
+
+@pytest.mark.parametrize("before", TRAINED_OTHERWISE)
+def test_what_was_trained_otherwise_is_taken(before: str, configured: Callable[..., Architecture]) -> None:
+    after, changes = TRAINED_OTHERWISE[before]
+    assert CONFIG.count(before) == 1
+    usual = detectron2.ARCHITECTURES["detectron2_r50_fpn"].settings
+    assert configured(CONFIG.replace(before, after)).settings == dataclasses.replace(usual, **changes)
+
+
+def test_sizes_of_images_and_one_list_for_all_levels(configured: Callable[..., Architecture]) -> None:
+    text = CONFIG.replace(
+        "MIN_SIZE_TEST: 800, MAX_SIZE_TEST: 1333", "MIN_SIZE_TEST: 600, MAX_SIZE_TEST: 1000"
+    )
+    found = configured(text.replace("[[32], [64], [128], [256], [512]]", "[[48]]"))
+    assert (found.resize.shorter_side, found.resize.longer_side) == (600, 1000)
+    assert found.settings.anchor_sizes == ((48.0,),) * 5
+
+
+NO_FORM_HERE = {
+    "NAME: StandardROIHeads": (
+        "NAME: CascadeROIHeads",
+        "MODEL.ROI_HEADS.NAME is 'CascadeROIHeads'; can be imp",
+    ),
+    "NAME: RPN}": ("NAME: RRPN}", "MODEL.PROPOSAL_GENERATOR.NAME is 'RRPN'; can be imported with 'RPN'"),
+    "NAME: build_resnet_fpn_backbone": (
+        "NAME: build_regnet_fpn_backbone",
+        "MODEL.BACKBONE.NAME is 'build_reg",
+    ),
+    "DefaultAnchorGenerator": (
+        "RotatedAnchorGenerator",
+        "MODEL.ANCHOR_GENERATOR.NAME is 'RotatedAnchorGenerator'",
+    ),
+    "OFFSET: 0.0": ("OFFSET: 0.5", "MODEL.ANCHOR_GENERATOR.OFFSET is 0.5; can be imported with 0"),
+    "[false, false, false, false]": (
+        "[false, true, true, true]",
+        "MODEL.RESNETS.DEFORM_ON_PER_STAGE is [Fal",
+    ),
+    "NORM: FrozenBN": ("NORM: GN", "MODEL.RESNETS.NORM is 'GN'; can be imported with 'FrozenBN' or 'BN'"),
+    "FUSE_TYPE: sum": ("FUSE_TYPE: avg", "MODEL.FPN.FUSE_TYPE is 'avg'; can be imported with 'sum'"),
+    "POOLER_TYPE: ROIAlignV2": (
+        "POOLER_TYPE: ROIPool",
+        "POOLER_TYPE is 'ROIPool'; can be imported with ROIAlignV2",
+    ),
+    "NUM_CONV: 0": ("NUM_CONV: 4", "MODEL.ROI_BOX_HEAD.NUM_CONV is 4; can be imported with 0"),
+    "USE_SIGMOID_CE: false": ("USE_SIGMOID_CE: true", "USE_SIGMOID_CE is True; can be imported with False"),
+    "[1.0, 1.0, 1.0, 1.0]": (
+        "[10.0, 10.0, 5.0, 5.0]",
+        "MODEL.RPN.BBOX_REG_WEIGHTS is [10.0, 10.0, 5.0, 5.0]",
+    ),
+    "CONV_DIMS: [-1]": ("CONV_DIMS: [-1, -1]", "CONV_DIMS is [-1, -1]; can be imported with one convolution"),
+    "FORMAT: BGR": ("FORMAT: L", "INPUT.FORMAT is 'L'; can be imported with BGR or RGB"),
+    "MIN_SIZE_TEST: 800": ("MIN_SIZE_TEST: 0", "MIN_SIZE_TEST and MAX_SIZE_TEST is"),
+    "SIZES: [[32], [64]": ("SIZES: [[32, 40], [64]", "model.anchor_sizes is"),
+    "[256], [512]]": (
+        "[256]]",
+        "SIZES is [[32], [64], [128], [256]]; can be imported with a list for each of 5",
+    ),
+    "NUM_CLASSES: 2": (
+        "NUM_CLASSES: 80",
+        "gives 80 classes, and the checkpoint has 2; it belongs to another",
+    ),
+    "      - 2.0\n": ("", "gives 2 anchors at each place, and the checkpoint has 3"),
+    "DEPTH: 50": ("DEPTH: 101", "MODEL.RESNETS.DEPTH is 101; can be imported with 50"),
+    "NMS_THRESH_TEST: 0.5": ("NMS_THRESH_TEST: 1.5", "model.nms_iou is 1.5; expected a number from 0 to 1"),
+    "SCORE_THRESH_TEST: 0.05": (
+        "SCORE_THRESH_TEST: .nan",
+        "SCORE_THRESH_TEST is nan; can be imported with a f",
+    ),
+    "VERSION: 2": (
+        "_BASE_: ../Base-RCNN-FPN.yaml",
+        "is built on '../Base-RCNN-FPN.yaml'; expected the whole",
+    ),
+    "BBOX_REG_WEIGHTS: &id001": (
+        "BBOX_REG_WEIGHTS: !!python/object/apply:eval [1]\n    OTHER:",
+        "is an expression",
+    ),
+    "INPUT: {": ("INPUT: [", "cannot be read as YAML"),
+}
+
+
+@pytest.mark.parametrize("before", NO_FORM_HERE)
+def test_what_has_no_form_here_is_refused_by_its_name(
+    before: str, configured: Callable[..., Architecture]
+) -> None:
+    after, part = NO_FORM_HERE[before]
+    assert CONFIG.count(before) == 1
+    with pytest.raises(ArtefactError) as caught:
+        configured(CONFIG.replace(before, after))
+    assert part in str(caught.value)
+    assert "config.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_of_another_model_is_told_by_what_the_checkpoint_holds(
+    configured: Callable[..., Architecture],
+) -> None:
+    held = {"pixel_std": torch.tensor([57.375, 57.12, 58.395])}
+    with pytest.raises(
+        ArtefactError, match=r"gives std as \[1, 1, 1\], and the checkpoint holds \[57\.375, "
+    ):
+        configured(CONFIG, **held)
+    same = configured(
+        CONFIG.replace("PIXEL_STD: [1.0, 1.0, 1.0]", "PIXEL_STD: [57.375, 57.12, 58.395]"), **held
+    )
+    assert same.settings.std == (57.375, 57.12, 58.395)
+
+
+def test_lazy_configurations_are_refused_and_other_programs_files_left_alone(
+    configured: Callable[..., Architecture], tmp_path: Path
+) -> None:
+    lazy = "dataloader: {}\nmodel:\n  _target_: detectron2.modeling.GeneralizedRCNN\n"
+    lazy += "  sizes: !!python/tuple [1, 2]\n  norm: !!python/name:torch.nn.BatchNorm2d ''\n"
+    with pytest.raises(ArtefactError, match="is a LazyConfig, which is not read; expected the yacs form"):
+        configured(lazy)
+    other = configured("trainer: {gpus: 1}\nmodel: resnet\n")
+    assert (other.configuration, other.known) == (None, frozenset())
+    source = CheckpointFile("model.pth", {}, "", config=tmp_path / "config.yaml")
+    with pytest.raises(ArtefactError, match=r"has no MODEL; expected the config\.yaml that Detectron2 wrote"):
+        detectron2.configuration_of(source)
+    with pytest.raises(ArtefactError, match="no such file"):
+        detectron2.configuration_of(dataclasses.replace(source, config=tmp_path / "absent.yaml"))
+
+
+def test_a_configuration_that_is_given_and_one_beside_the_checkpoint(
+    fpn_state: dict[str, Tensor], classes: Path, tmp_path: Path
+) -> None:
+    """That which is given counts; each setting that it was imported with stands in the contract."""
+    path, out, given = (tmp_path / name for name in ("model_final.pth", "model.safetensors", "given.yaml"))
+    torch.save({"model": fpn_state}, path)
+    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    given.write_text(CONFIG.replace("[[32], [64], [128], [256], [512]]", "[[16], [32], [64], [128], [256]]"))
+    result = import_checkpoint(path, out, classes=classes, config=given, overrides=["nms_iou=0.45"])
+    assert len(result.warnings) == 1, "what it was taken for"
+    source = load_checkpoint(out)[1].source
+    assert source["configuration"] == str(given)
+    assert source["assumed"] == []
+    assert source["settings"]["anchor_sizes"] == [[16], [32], [64], [128], [256]]
+    assert source["settings"]["nms_iou"] == 0.45
+    assert source["settings"]["resize"] == [800, 1333]
+    with pytest.raises(SettingsError, match="torchvision writes no configuration that is read"):
+        import_checkpoint(path, out, arch="fasterrcnn_resnet50_fpn", config=given)
 
 
 def test_anchors_in_the_checkpoint_are_taken() -> None:

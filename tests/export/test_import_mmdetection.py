@@ -17,9 +17,10 @@ from torch import Tensor
 
 from anchorline.export.importers import conversion, mmdetection
 from anchorline.export.importers.checkpoint_files import CheckpointFile
+from anchorline.export.importers.configuration import Configuration, from_python
 from anchorline.export.importers.conversion import import_checkpoint
 from anchorline.export.importers.library import expected_shapes
-from anchorline.export.importers.mmdetection import parse, read_configuration
+from anchorline.export.importers.mmdetection import configuration_of, read_settings
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError
 from anchorline.train.checkpoint import load_checkpoint
@@ -178,11 +179,21 @@ test_pipeline = [
 """
 
 
-def test_a_configuration_of_version_3() -> None:
-    found = read_configuration({"cfg": VERSION_3}, "model.pth")
+def kept(text: object, key: str = "cfg") -> Configuration | None:
+    return configuration_of(CheckpointFile("model.pth", {}, "", {key: text}))
+
+
+def read(text: object, key: str = "cfg") -> tuple[dict[str, object], tuple[int, int] | None]:
+    """Settings and sides of the configuration that a checkpoint keeps."""
+    found = kept(text, key)
     assert found is not None
-    assert (found.style, found.sides) == ("pytorch", (600, 1000))
-    assert found.settings == {
+    return read_settings(found)
+
+
+def test_a_configuration_of_version_3() -> None:
+    settings, sides = read(VERSION_3)
+    assert sides == (600, 1000)
+    assert settings == {
         "mean": (100.0, 110.5, 120.25),
         "std": (50.0, 51.0, 52.5),
         "channel_order": "rgb",
@@ -202,10 +213,9 @@ def test_a_configuration_of_version_3() -> None:
 
 
 def test_a_configuration_of_version_2() -> None:
-    found = read_configuration({"config": VERSION_2}, "model.pth")
-    assert found is not None
-    assert (found.style, found.sides) == ("caffe", (640, 1333))
-    assert found.settings == {
+    settings, sides = read(VERSION_2, "config")
+    assert sides == (640, 1333)
+    assert settings == {
         "mean": (103.53, 116.28, 123.675),
         "std": (1.0, 1.0, 1.0),
         "channel_order": "bgr",
@@ -226,39 +236,77 @@ def test_a_new_name_wins_wherever_it_stands() -> None:
     """Of one name that under ``model`` does, as in version 3."""
     text = "model = dict(type='FasterRCNN', test_cfg=dict(rpn=dict(max_num=900, nms_pre=700)))\n"
     text += "test_cfg = dict(rpn=dict(max_per_img=300, nms_pre=2000))"
-    found = read_configuration({"cfg": text}, "model.pth")
-    assert found is not None
-    assert found.settings == {"rpn_post_nms": 300, "rpn_pre_nms": 700}
+    assert read(text)[0] == {"rpn_post_nms": 300, "rpn_pre_nms": 700}
 
 
 @pytest.mark.parametrize(
     ("old", "new", "part"),
     [
-        ("type='FasterRCNN'", "type='CascadeRCNN'", "model.type = CascadeRCNN"),
-        ("type='nms'), score_thr", "type='soft_nms'), score_thr", "rcnn.nms.type = soft_nms"),
-        ("use_sigmoid=False", "use_sigmoid=True", "bbox_head.loss_cls.use_sigmoid = True"),
+        ("type='FasterRCNN'", "type='CascadeRCNN'", "model.type is 'CascadeRCNN'"),
+        ("type='nms'), score_thr", "type='soft_nms'), score_thr", "rcnn.nms.type is 'soft_nms'"),
+        ("use_sigmoid=False", "use_sigmoid=True", "bbox_head.loss_cls.use_sigmoid is True"),
         ("target_stds=[1.0, ", "target_stds=[0.5, ", "rpn_head.bbox_coder.target_stds"),
-        ("ratios=[0.5, 1.0], ", "ratios=[0.5, 1.0], scale_major=False, ", "scale_major = False"),
-        ("ratios=[0.5, 1.0], ", "ratios=[0.5, 1.0], center_offset=0.5, ", "center_offset = 0.5"),
-        ("ratios=[0.5, 1.0], ", "ratios=[0.5, 1.0], base_sizes=[3, 4], ", "base_sizes = [3, 4]"),
-        ("type='FPN'", "type='PAFPN'", "neck.type = PAFPN"),
-        ("type='RoIAlign'", "type='RoIPool'", "roi_layer.type = RoIPool"),
-        ("score_thr=0.3", "score_thr='high'", "score_thr = high, which cannot be read"),
-        ("0.2, 0.25]", "0.2, 0]", "target_stds = [0.05, 0.1, 0.2, 0]"),
-        ("scales=[4, 6.0]", "scales=['a']", "which cannot be read"),
+        ("ratios=[0.5, 1.0], ", "ratios=[0.5, 1.0], scale_major=False, ", "scale_major is False"),
+        ("ratios=[0.5, 1.0], ", "ratios=[0.5, 1.0], center_offset=0.5, ", "center_offset is 0.5"),
+        ("ratios=[0.5, 1.0], ", "ratios=[0.5, 1.0], base_sizes=[3, 4], ", "base_sizes is [3, 4]"),
+        ("strides=[4, 8, 16, 32, 64]", "strides=[8, 16, 32, 64, 128]", "strides is [8, 16, 32, 64, 128]"),
+        ("depth=50, ", "depth=50, dcn=dict(type='DCNv2'), ", "model.backbone.dcn is {'type': 'DCNv2'}"),
+        ("depth=50, ", "depth=50, avg_down=True, ", "model.backbone.avg_down is True"),
+        ("type='BN'", "type='GN', num_groups=32", "norm_cfg.type is 'GN'; can be imported with 'BN' or"),
+        ("type='FPN'", "type='PAFPN'", "neck.type is 'PAFPN'"),
+        ("num_outs=5", "num_outs=5, norm_cfg=dict(type='GN')", "neck.norm_cfg is {'type': 'GN'}"),
+        ("type='RoIAlign'", "type='RoIPool'", "roi_layer.type is 'RoIPool'"),
+        ("type='CrossEntropyLoss', use_sigmoid=False", "type='SeesawLoss'", "loss_cls.type is 'SeesawLoss'"),
+        ("score_thr=0.3", "score_thr='high'", "score_thr is 'high'; can be imported with a finite number"),
+        ("score_thr=0.3", "score_thr=float('nan')", "score_thr is an expression"),
+        ("score_thr=0.3", "score_thr=1e999", "score_thr is inf"),
+        ("0.2, 0.25]", "0.2, 0]", "target_stds is [0.05, 0.1, 0.2, 0]"),
+        ("scales=[4, 6.0]", "scales=['a']", "a list of scales in its anchor_generator"),
+        ("pad_size_divisor=32, ", "", "pad_size_divisor is 1; can be imported with 32"),
+        ("keep_ratio=True, ", "", "keep_ratio of the pipeline's Resize is False"),
+        ("keep_ratio=True", "keep_ratio=True, interpolation='area'", "Resize is 'area'"),
     ],
 )
 def test_a_model_that_has_no_form_here_is_refused(old: str, new: str, part: str) -> None:
     assert VERSION_3.count(old) == 1
     with pytest.raises(ArtefactError) as caught:
-        read_configuration({"cfg": VERSION_3.replace(old, new)}, "model.pth")
+        read(VERSION_3.replace(old, new))
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_type_may_have_its_module() -> None:
     text = VERSION_3.replace("type='FasterRCNN'", "type='mmdet.models.FasterRCNN'")
-    assert read_configuration({"cfg": text}, "model.pth") is not None
+    assert read(text) == read(VERSION_3)
+
+
+def test_what_version_3_leaves_out_is_what_it_takes_then() -> None:
+    """``DetDataPreprocessor`` without statistics normalises and swaps nothing; the coder's stds are 1."""
+    text = VERSION_3.replace("bgr_to_rgb=True, mean=[100.0, 110.5, 120.25], ", "")
+    text = text.replace("std=[50.0, 51, 52.5],", "").replace(", target_stds=[0.05, 0.1, 0.2, 0.25]", "")
+    settings, _ = read(text)
+    assert (settings["mean"], settings["std"]) == ((0, 0, 0), (1, 1, 1))
+    assert settings["channel_order"] == "bgr"
+    assert settings["box_weights"] == (1, 1, 1, 1)
+
+
+def test_the_pipeline_counts_and_not_the_name_it_usually_comes_from() -> None:
+    """A changed ``Normalize`` of version 2, and a changed pipeline of version 3's loader."""
+    text = VERSION_2.replace("**img_norm_cfg", "mean=[1, 2, 3], std=[4, 5, 6]")
+    settings, _ = read(text, "config")
+    assert (settings["mean"], settings["std"], settings["channel_order"]) == ((1, 2, 3), (4, 5, 6), "rgb")
+    loader = "test_dataloader = dict(dataset=dict(pipeline=[dict(type='Resize', scale=(900, 500), "
+    assert read(f"{VERSION_3}\n{loader}keep_ratio=True)]))")[1] == (500, 900)
+
+
+def test_a_configuration_as_a_dictionary() -> None:
+    """Numbers in tuples, as mmengine holds them."""
+    model = {
+        "type": "FasterRCNN",
+        "data_preprocessor": {"mean": (1.0, 2.0, 3.0), "std": (4.0, 5.0, 6.0), "pad_size_divisor": 32},
+    }
+    settings, _ = read({"model": model})
+    assert settings == {"mean": (1, 2, 3), "std": (4, 5, 6), "channel_order": "bgr"}
 
 
 @pytest.mark.parametrize(
@@ -276,15 +324,15 @@ def test_a_type_may_have_its_module() -> None:
     ],
 )
 def test_texts_that_are_no_configuration_are_none(text: str) -> None:
-    assert read_configuration({"cfg": text}, "model.pth") is None
+    assert kept(text) is None
 
 
 def test_a_configuration_is_never_run(tmp_path: Path) -> None:
     witness = tmp_path / "witness"
     text = f"import os\nos.system('touch {witness}')\nmodel = __import__('os').system('touch {witness}')\n"
-    assert parse(text)["model"] is not None
-    assert read_configuration({"cfg": text}, "model.pth") is None
-    assert parse(f"a = dict(b=open('{witness}', 'w'), c=3)\nd = [f'{{1}}', 2]")["a"]["c"] == 3
+    with pytest.raises(ArtefactError, match=r"model\.type is an expression"):
+        read(text)
+    assert from_python(f"a = dict(b=open('{witness}', 'w'), c=3)\nd = [f'{{1}}', 2]")["a"]["c"] == 3
     assert not witness.exists()
 
 
@@ -399,6 +447,10 @@ def test_a_checkpoint_of_version_3_becomes_a_model(
     assert model.settings.anchor_sizes[0] == (16.0, 24.0)
     assert model.backbone.body.get_submodule("layer2.0.conv2").stride == (2, 2), "pytorch's style"
     assert contract.source["arch"] == "mmdet_r50_fpn"
+    assert contract.source["configuration"] == "epoch_12.pth: its configuration"
+    assert contract.source["settings"]["anchor_sizes"][0] == [16, 24]
+    assert contract.source["settings"]["resize"] == [600, 1000]
+    assert contract.source["assumed"] == []
     assert len(result.warnings) == 1, "what it was taken for"
 
 
@@ -423,8 +475,18 @@ def test_without_a_configuration_the_usual_settings_are_named(
     torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, path)
     result = import_checkpoint(path, out, classes=classes, overrides=["score_threshold=0.2"])
     assert result.settings.score_threshold == 0.2
-    assert "no configuration in the checkpoint" in result.warnings[1]
-    assert "--arch" in result.warnings[1]
+    start = "no configuration of the training was found: assumed mmdet_r50_fpn's usual --resize 800x1333, "
+    assumed = result.warnings[1]
+    assert assumed.startswith(start)
+    assert "anchor_sizes=[[32], [64], [128], [256], [512]], aspect_ratios=[0.5, 1, 2], " in assumed
+    assert "box_weights=[10, 10, 5, 5], mean=[123.675, 116.28, 103.53], " in assumed
+    assert "channel_order=rgb" in assumed
+    assert "score_threshold" not in assumed, "the user has given it"
+    source = result.contract.source
+    assert "score_threshold" not in source["assumed"]
+    assert "anchor_sizes" in source["assumed"]
+    assert source["settings"]["score_threshold"] == 0.2
+    assert source["configuration"] is None
 
 
 class Runs:

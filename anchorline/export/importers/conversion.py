@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from anchorline import __version__
 from anchorline.export.importers import detectron2, mmdetection, py_faster_rcnn, torchvision
@@ -20,6 +22,7 @@ from anchorline.export.importers.library import (
     State,
     choose_class_names,
     fit_state,
+    listed,
     output_count,
     with_widths,
 )
@@ -59,6 +62,7 @@ def import_checkpoint(
     batch_norm_eps: float | None = None,
     fast_resize: bool = False,
     overrides: Sequence[str] = (),
+    config: Path | None = None,
 ) -> ImportResult:
     """Write the detector in ``checkpoint``, of any of ``LIBRARIES``, to ``out`` as a checkpoint of ours.
 
@@ -69,12 +73,14 @@ def import_checkpoint(
     ``resize`` replace the architecture's own, and ``canvas`` (height, width; multiples of 32) the one
     that holds landscape frames. ``batch_norm_eps`` belongs to the body's batch norms. ``fast_resize``
     resizes plainly and in whole grey levels. ``overrides`` change settings that the tensors do not show,
-    as ``score_threshold=0.3``. Raises ``ArtefactError`` and ``SettingsError``.
+    as ``score_threshold=0.3``. ``config`` is the configuration that Detectron2 or MMDetection wrote in
+    training; the default is that in the checkpoint or beside it. Raises ``ArtefactError`` and
+    ``SettingsError``.
     """
     out = Path(out)
     if out.suffix != ".safetensors":
         raise SettingsError(f"output is {str(out)!r}; expected a file name that ends in .safetensors")
-    source, library, arch, assumed = _read(checkpoint, arch)
+    source, library, arch, taken_as = _read(checkpoint, arch, config)
     state = library.current_names(source.state)
     described = library.describe(source, state, arch)
     settings = with_widths(library, described.settings, state)
@@ -100,12 +106,19 @@ def import_checkpoint(
         cause = _likely_cause(library, arch, state, settings)
         raise ArtefactError(f"{source.name}: does not fit {arch}: {error}{cause}") from None
     chosen = choose_class_names(classes, described.names, library.coco_classes(), outputs, source.name)
+    changed = {"resize"} if resize is not None else set()
+    changed |= {text.partition("=")[0].strip().removeprefix("model.") for text in overrides}
+    used = _open_settings(library, settings, rule)
+    assumed = [name for name in used if name not in described.known | changed]
     origin = {
         "imported_from": source.name,
         "sha256": source.sha256,
         LIBRARY_KEY: library.name,
         "arch": arch,
         "imported_by": f"anchorline {__version__}",
+        "configuration": described.configuration,
+        "settings": used,
+        "assumed": assumed,
     }
     contract = dataclasses.replace(
         contract_of(settings, chosen.names, chosen.category_ids, origin),
@@ -113,10 +126,46 @@ def import_checkpoint(
         input_dtype=input_dtype,
     )
     save_checkpoint(out, fitted, settings, contract)
-    return ImportResult(out, contract, settings, (*assumed, *described.warnings, *eps_warnings))
+    warnings = (
+        *taken_as,
+        *_assumptions({name: used[name] for name in assumed}, arch, library, described.configuration),
+        *described.warnings,
+        *eps_warnings,
+        *detectron2.unpadded(origin),
+    )
+    return ImportResult(out, contract, settings, warnings)
 
 
-def _read(checkpoint: str | Path, arch: str | None) -> tuple[CheckpointFile, Library, str, tuple[str, ...]]:
+def _open_settings(library: Library, settings: ModelSettings, rule: ResizeRule) -> dict[str, Any]:
+    """What the library's users change and no tensor shows, by our names, as the model has it."""
+    values = {**dataclasses.asdict(settings), "resize": [rule.shorter_side, rule.longer_side]}
+    shown = {"rpn_channels", *(() if settings.box_head == "res5" else ("roi_size",))}
+    return {name: listed(values[name]) for name in library.open_settings if name not in shown}
+
+
+def _assumptions(
+    assumed: Mapping[str, Any], arch: str, library: Library, configuration: str | None
+) -> tuple[str, ...]:
+    """One line that lists the settings that were assumed; none where there are none."""
+    if not assumed:
+        return ()
+    where = "no configuration of the training was found" if library.takes_configuration else ""
+    where = f"{configuration} does not give all settings" if configuration else where
+    sides = {"resize": "--resize {}x{}"}
+    text = ", ".join(
+        sides[name].format(*value) if name in sides else f"{name}={json.dumps(value).replace(chr(34), '')}"
+        for name, value in assumed.items()
+    )
+    remedy = "--config FILE, or " if library.takes_configuration else ""
+    return (
+        f"{where or 'the checkpoint holds no settings'}: assumed {arch}'s usual {text}; where the model was "
+        f"trained with others every box is wrong: give {remedy}those with --set NAME=VALUE",
+    )
+
+
+def _read(
+    checkpoint: str | Path, arch: str | None, config: Path | None
+) -> tuple[CheckpointFile, Library, str, tuple[str, ...]]:
     """The checkpoint, its library, the name of its architecture, and what was assumed about that."""
     name = str(checkpoint)
     known = "; ".join(f"for {library.name} {library.known_names}" for library in LIBRARIES)
@@ -133,17 +182,27 @@ def _read(checkpoint: str | Path, arch: str | None) -> tuple[CheckpointFile, Lib
         if arch not in (None, own):
             raise SettingsError(f"arch is {arch!r}; {name} are weights of {own}, leave --arch out")
         return read_weights_enum(name), library, own, ()
-    source = read_checkpoint_file(Path(checkpoint))
+    source = dataclasses.replace(read_checkpoint_file(Path(checkpoint)), config=config)
     if given is not None and arch is not None:
+        _takes(given, config)
         return source, given, arch, ()
     for library in LIBRARIES:
         shown = library.recognise(source, library.current_names(source.state))
         if shown is not None:
+            _takes(library, config)
             assumed = f"no --arch given; by its tensors the checkpoint is {library.name}'s, taken as {shown}"
             return source, library, shown, (assumed,)
     raise SettingsError(
         f"{source.name}: its tensors alone do not tell the architecture; give --arch, {known}"
     )
+
+
+def _takes(library: Library, config: Path | None) -> None:
+    if config is not None and not library.takes_configuration:
+        raise SettingsError(
+            f"--config is {config}, and {library.name} writes no configuration that is read; expected --set "
+            "NAME=VALUE for what was not as usual"
+        )
 
 
 def _changed(settings: ModelSettings, eps: float | None, overrides: Sequence[str]) -> ModelSettings:

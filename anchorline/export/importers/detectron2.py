@@ -5,19 +5,37 @@ The files that each rule comes from stand in ``docs/import.md``.
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from anchorline.export.importers.checkpoint_files import CheckpointFile
+from anchorline.export.importers.configuration import (
+    Configuration,
+    Field,
+    Unfit,
+    choice,
+    flag,
+    from_yaml,
+    number,
+    numbers,
+    plain,
+    text_of,
+    whole,
+)
 from anchorline.export.importers.library import (
     MSRA,
     RESNET_FPN,
     Architecture,
     Library,
     State,
+    listed,
+    settings_with,
     side_of,
 )
 from anchorline.runtime.contract import ResizeRule
@@ -25,7 +43,7 @@ from anchorline.runtime.io.errors import ArtefactError
 from anchorline.train.model.anchors import unrounded_base_anchors
 from anchorline.train.model.settings import ModelSettings
 
-_RPN_HEAD = "proposal_generator.rpn_head."
+_RPN_HEAD, _PREDICTOR = "proposal_generator.rpn_head.", "roi_heads.box_predictor"
 _FPN, _C4 = "backbone.fpn_lateral2.weight", "roi_heads.res5.0.conv1.weight"
 _ALL_SIZES = ((32.0, 64.0, 128.0, 256.0, 512.0),)
 _ANCHORS = "proposal_generator.anchor_generator.cell_anchors."
@@ -63,23 +81,219 @@ def recognise(source: CheckpointFile, state: State) -> str | None:
     return arch if arch in ARCHITECTURES else None
 
 
+# What ``config.yaml`` may say (``config/defaults.py``). The anchors stand below, since they go by the map.
+_FIELDS = {
+    "channel_order": Field(("INPUT.FORMAT",), choice(BGR="bgr", RGB="rgb")),
+    "mean": Field(("MODEL.PIXEL_MEAN",), numbers),
+    "std": Field(("MODEL.PIXEL_STD",), numbers),
+    "bottleneck_stride": Field(
+        ("MODEL.RESNETS.STRIDE_IN_1X1",), lambda value: "1x1" if flag(value) else "3x3"
+    ),
+    "rpn_channels": Field(("MODEL.RPN.CONV_DIMS",), lambda dims: _rpn_channels(dims)),
+    "rpn_pre_nms": Field(("MODEL.RPN.PRE_NMS_TOPK_TEST",), whole),
+    "rpn_post_nms": Field(("MODEL.RPN.POST_NMS_TOPK_TEST",), whole),
+    "rpn_nms_iou": Field(("MODEL.RPN.NMS_THRESH",), number),
+    "rpn_min_side": Field(("MODEL.PROPOSAL_GENERATOR.MIN_SIZE",), number),
+    "roi_size": Field(("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION",), whole),
+    "roi_sampling": Field(("MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO",), whole),
+    "roi_aligned": Field(("MODEL.ROI_BOX_HEAD.POOLER_TYPE",), choice(ROIAlignV2=True, ROIAlign=False)),
+    "box_weights": Field(("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS",), numbers),
+    "score_threshold": Field(("MODEL.ROI_HEADS.SCORE_THRESH_TEST",), number),
+    "nms_iou": Field(("MODEL.ROI_HEADS.NMS_THRESH_TEST",), number),
+    "max_detections": Field(("TEST.DETECTIONS_PER_IMAGE",), whole),
+}
+_ANCHOR_FIELDS = ("anchor_sizes", "aspect_ratios")
+_RESIZE = {
+    "shorter_side": Field(("INPUT.MIN_SIZE_TEST",), whole),
+    "longer_side": Field(("INPUT.MAX_SIZE_TEST",), whole),
+}
+_EXPECTED: dict[str, tuple[object, ...]] = {
+    "VERSION": (2,),
+    "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
+    "MODEL.LOAD_PROPOSALS": (False,),
+    "MODEL.RESNETS.NORM": ("FrozenBN", "BN", "SyncBN", "naiveSyncBN"),
+    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ([False, False, False, False],),
+    "MODEL.FPN.NORM": ("",),
+    "MODEL.FPN.FUSE_TYPE": ("sum",),
+    "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN",),
+    "MODEL.ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
+    "MODEL.ANCHOR_GENERATOR.OFFSET": (0,),
+    "MODEL.RPN.HEAD_NAME": ("StandardRPNHead",),
+    "MODEL.RPN.BBOX_REG_WEIGHTS": ([1, 1, 1, 1],),
+    "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": (False,),
+}
+_LEVELS = ["p2", "p3", "p4", "p5", "p6"]
+_STAGES = ["res2", "res3", "res4", "res5"]
+_EXPECTED_BY_KIND: dict[str, dict[str, tuple[object, ...]]] = {
+    "fpn": {
+        "MODEL.BACKBONE.NAME": ("build_resnet_fpn_backbone",),
+        "MODEL.FPN.IN_FEATURES": (_STAGES,),
+        "MODEL.RESNETS.RES5_DILATION": (1,),
+        "MODEL.RPN.IN_FEATURES": (_LEVELS,),
+        "MODEL.ROI_HEADS.NAME": ("StandardROIHeads",),
+        "MODEL.ROI_HEADS.IN_FEATURES": (_LEVELS[:4],),
+        "MODEL.ROI_BOX_HEAD.NUM_CONV": (0,),
+        "MODEL.ROI_BOX_HEAD.NUM_FC": (2,),
+    },
+    "c4": {
+        "MODEL.BACKBONE.NAME": ("build_resnet_backbone",),
+        "MODEL.RESNETS.RES5_DILATION": (1,),
+        "MODEL.RPN.IN_FEATURES": (["res4"],),
+        "MODEL.ROI_HEADS.NAME": ("Res5ROIHeads",),
+        "MODEL.ROI_HEADS.IN_FEATURES": (["res4"],),
+    },
+    "dc5": {
+        "MODEL.BACKBONE.NAME": ("build_resnet_backbone",),
+        "MODEL.RESNETS.RES5_DILATION": (2,),
+        "MODEL.RPN.IN_FEATURES": (["res5"],),
+        "MODEL.ROI_HEADS.NAME": ("StandardROIHeads",),
+        "MODEL.ROI_HEADS.IN_FEATURES": (["res5"],),
+        "MODEL.ROI_BOX_HEAD.NUM_CONV": (0,),
+        "MODEL.ROI_BOX_HEAD.NUM_FC": (2,),
+    },
+}
+
+
+def _rpn_channels(dims: Any) -> int:
+    if not isinstance(dims, list) or len(dims) != 1 or dims[0] == 0 or whole(dims[0]) < -1:
+        raise Unfit("one convolution, as [-1]")
+    return max(0, dims[0])  # -1: as many as the maps have
+
+
+def _per_level(value: Any, levels: int) -> list[tuple[float, ...]]:
+    """Numbers for each level, of which one list stands for all levels."""
+    groups = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
+    groups = list(map(numbers, groups))
+    if len(groups) not in (1, levels):
+        raise Unfit(f"a list for each of {levels} levels, or one for all")
+    return groups * (levels // len(groups))
+
+
+def _aspect_ratios(value: Any, levels: int) -> tuple[float, ...]:
+    groups = _per_level(value, levels)
+    if len(set(groups)) > 1:
+        raise Unfit("the same ratios for all levels")
+    return groups[0]
+
+
+def configuration_of(source: CheckpointFile) -> Configuration | None:
+    """The configuration that the user gives, or ``config.yaml`` beside the checkpoint; ``None`` without one.
+
+    Raises ``ArtefactError`` for one that is none of the default configuration's (yacs) form.
+    """
+    path = source.config or (source.folder / "config.yaml" if source.folder else None)
+    if path is None or (source.config is None and not path.is_file()):
+        return None
+    values = _decoded(from_yaml(text_of(path), str(path)))
+    found = Configuration(values, str(path))
+    if isinstance(found.get("model"), dict) and found.get("model._target_") is not None:
+        raise ArtefactError(
+            f"{path}: is a LazyConfig, which is not read; expected the yacs form, with MODEL and INPUT. "
+            "Import from a folder without it, with --set for what it changes"
+        )
+    if not isinstance(found.get("MODEL"), dict):
+        if source.config is None:  # another program's
+            return None
+        raise ArtefactError(
+            f"{path}: has no MODEL; expected the config.yaml that Detectron2 wrote in training"
+        )
+    if "_BASE_" in values:
+        raise ArtefactError(
+            f"{path}: is built on {str(values['_BASE_'])[:80]!r}; expected the whole one, which Detectron2 "
+            "wrote to its OUTPUT_DIR as config.yaml"
+        )
+    return found
+
+
+def _decoded(value: Any) -> Any:
+    """``value`` with texts that are literals of Python as what they say, as yacs reads them: "(1, 2)"."""
+    if isinstance(value, dict):
+        return {key: _decoded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return list(map(_decoded, value))
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return plain(ast.literal_eval(value))
+    return value
+
+
 def describe(source: CheckpointFile, state: State, arch: str) -> Architecture:
-    """The zoo's settings with what ``state`` holds of pixel statistics and anchors."""
-    usual = ARCHITECTURES[arch].settings
+    """The zoo's settings with what the configuration says, and ``state`` holds of pixels and anchors."""
+    usual, resize = ARCHITECTURES[arch].settings, ARCHITECTURES[arch].resize
     held = {**_pixel_statistics(state, source.name), **_anchors(state, usual, source.name)}
-    found = dataclasses.replace(usual, **held)
-    warnings = []  # what the tensors leave open where their statistics are not the zoo's
+    configuration = configuration_of(source)
+    if configuration is None:
+        found = dataclasses.replace(usual, **held)
+        return Architecture(found, resize, warnings=_hints(found, usual), known=frozenset(held))
+    levels = len(usual.anchor_sizes)
+    anchors = {
+        "anchor_sizes": Field(
+            ("MODEL.ANCHOR_GENERATOR.SIZES",), lambda value: tuple(_per_level(value, levels))
+        ),
+        "aspect_ratios": Field(
+            ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS",), lambda value: _aspect_ratios(value, levels)
+        ),
+    }
+    depth = {"r50": 50, "r101": 101, "x101": 101}[arch.split("_")[1]]
+    configuration.check(
+        {"MODEL.RESNETS.DEPTH": (depth,), **_EXPECTED, **_EXPECTED_BY_KIND[arch.split("_")[2]]}
+    )
+    said = configuration.settings({**_FIELDS, **anchors})
+    for name, value in held.items():
+        if not _close(value, said.setdefault(name, value)):
+            raise ArtefactError(
+                f"{configuration.name}: gives {name} as {listed(said[name])}, and the checkpoint holds "
+                f"{listed(value)}; it belongs to another model, give this one's with --config"
+            )
+    outputs = side_of(state, f"{_PREDICTOR}.cls_score.weight", 0)
+    places = side_of(state, f"{_RPN_HEAD}objectness_logits.weight", 0)
+    found = settings_with(configuration.name, usual, said)
+    configuration.agree("MODEL.ROI_HEADS.NUM_CLASSES", "classes", outputs and outputs - 1)
+    configuration.agree("MODEL.ANCHOR_GENERATOR", "anchors at each place", places, found.anchors_per_place)
+    sides = configuration.settings(_RESIZE)
+    if not all(side >= 1 for side in sides.values()):
+        raise configuration.refuse(
+            "INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST", sides, "sides of at least 1 pixel"
+        )
+    known = frozenset(said) | ({"resize"} if len(sides) == 2 else set())
+    resize = dataclasses.replace(resize, **sides)
+    return Architecture(found, resize, known=known, configuration=configuration.name)
+
+
+def _close(one: Any, other: Any) -> bool:
+    """Whether nested tuples hold the same numbers, up to the rounding of buffers in float32."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_close, one, other))
+    return bool(abs(one - other) <= 1e-4 * max(1.0, abs(other)))
+
+
+def _hints(found: ModelSettings, usual: ModelSettings) -> tuple[str, ...]:
+    """What the tensors leave open where their statistics are not the zoo's."""
+    hints = []
     if found.mean[0] > found.mean[2]:
-        warnings.append(
+        hints.append(
             f"pixel_mean is {list(found.mean)}, the order of RGB; if the model was trained with INPUT.FORMAT "
             '"RGB", import again with --set channel_order=rgb'
         )
     if max(found.std) > 1 and usual.bottleneck_stride == "1x1":
-        warnings.append(
+        hints.append(
             f"pixel_std is {list(found.std)}, so the backbone is not MSRA's; if it was trained with "
             "STRIDE_IN_1X1: False, import again with --set bottleneck_stride=3x3"
         )
-    return Architecture(found, ARCHITECTURES[arch].resize, warnings=tuple(warnings))
+    return tuple(hints)
+
+
+def unpadded(source: Mapping[str, Any]) -> tuple[str, ...]:
+    """A note for what was imported from a model that Detectron2 runs without padding; none for others.
+
+    ``source`` is a contract's.
+    """
+    if not str(source.get("arch", "")).endswith(("_c4", "_dc5")):
+        return ()
+    return (
+        "Detectron2 does not pad the images of C4 and DC5 models, and the canvas here is a multiple of 32: "
+        "detections near the right and lower border differ where the resized image is smaller than it",
+    )
 
 
 def _pixel_statistics(state: State, where: str) -> dict[str, Any]:
@@ -138,6 +352,7 @@ LIBRARY = Library(
     known_names=", ".join(ARCHITECTURES),
     recognise=recognise,
     describe=describe,
+    open_settings=("resize", *_ANCHOR_FIELDS, *_FIELDS),
     names=(
         (r"^backbone\.body\.(conv1|bn1)\.", r"backbone.body.stem.\1."),
         (r"^roi_heads\.box_head\.layer4\.", "roi_heads.res5."),

@@ -22,9 +22,14 @@ from anchorline.runtime.io.errors import ArtefactError, SettingsError
 from anchorline.runtime.io.files import expect_regular
 from anchorline.train.model.backbones import BACKBONES
 from anchorline.train.model.faster_rcnn import FasterRCNN
-from anchorline.train.model.settings import ModelSettings
+from anchorline.train.model.settings import ModelSettings, settings_from
 
 State = Mapping[str, Tensor]
+
+OPEN_SETTINGS = (
+    *("resize", "anchor_sizes", "aspect_ratios", "mean", "std", "box_weights", "rpn_pre_nms", "rpn_post_nms"),
+    *("rpn_nms_iou", "score_threshold", "nms_iou", "max_detections"),
+)
 
 CLASSIFIER = "roi_heads.box_predictor.cls_score.weight"
 _PREDICTOR = "roi_heads.box_predictor"
@@ -60,7 +65,9 @@ class Architecture:
     """A detector as its library builds it: our settings for it, and how it resizes images.
 
     Of a checkpoint also its class names, where it has them, and warnings; its settings are right but for the
-    widths. ``eps_warnings`` do not matter where the user gives the eps of the batch norms.
+    widths. ``eps_warnings`` do not matter where the user gives the eps of the batch norms. ``known`` names
+    the settings that are not just usual: the checkpoint or its ``configuration`` has them. ``resize`` may be
+    one.
     """
 
     settings: ModelSettings
@@ -68,6 +75,8 @@ class Architecture:
     names: tuple[str, ...] | None = None
     warnings: tuple[str, ...] = ()
     eps_warnings: tuple[str, ...] = ()
+    known: frozenset[str] = frozenset()
+    configuration: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,8 @@ class Library:
     ``background_last`` and ``size_by_size``: the order of its classes and anchors where it is not ours.
     ``recognise``: the architecture that a file and its state show; None where they do not tell.
     ``describe``: the architecture of a file and its state; raises ``ArtefactError`` where we have none.
+    ``open_settings``: what its users change and no tensor shows.
+    ``takes_configuration``: whether it writes one that is read here.
     ``marks``: patterns of names by which to tell models that cannot be imported, and what those are;
     ``likely_cause``: what else a state that does not fit is, as the end of a message.
     """
@@ -121,6 +132,8 @@ class Library:
     known_names: str
     describe: Callable[[CheckpointFile, State, str], Architecture]
     recognise: Callable[[CheckpointFile, State], str | None] = lambda source, state: None
+    open_settings: tuple[str, ...] = OPEN_SETTINGS
+    takes_configuration: bool = True
     input_dtype: str = "uint8"
     coco_classes: Callable[[], ClassNames] = coco_80
     names: tuple[tuple[str, str], ...] = ()
@@ -153,6 +166,21 @@ class Library:
             new = name if new in plain else new
             renamed[new] = self.tidy(new, tensor)
         return renamed
+
+
+def settings_with(where: str, usual: ModelSettings, changes: Mapping[str, Any]) -> ModelSettings:
+    """``usual`` with ``changes``; raises ``ArtefactError`` that names ``where`` the changes come from."""
+    try:
+        return settings_from(ModelSettings, {**dataclasses.asdict(usual), **changes}, "model")
+    except SettingsError as error:
+        raise ArtefactError(f"{where}: {error}") from None
+
+
+def listed(value: Any) -> Any:
+    """``value`` for a reader and for JSON: tuples as lists, whole numbers without a point."""
+    if isinstance(value, tuple | list):
+        return [listed(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def side_of(state: State, name: str, axis: int) -> int | None:

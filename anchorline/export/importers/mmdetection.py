@@ -5,13 +5,23 @@ The files that each rule comes from stand in ``docs/import.md``.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from anchorline.export.importers.checkpoint_files import CheckpointFile
+from anchorline.export.importers.configuration import (
+    Configuration,
+    Field,
+    Unfit,
+    flag,
+    from_python,
+    number,
+    numbers,
+    plain,
+    text_of,
+    whole,
+)
 from anchorline.export.importers.library import (
     MSRA,
     RESNET_FPN,
@@ -19,221 +29,269 @@ from anchorline.export.importers.library import (
     Library,
     State,
     are_class_names,
+    settings_with,
+    side_of,
 )
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
 
-# The configuration that the checkpoints carry is a Python text, never run: assignments of literals and
-# ``dict(...)`` calls, which are taken apart as a syntax tree. Whatever is not a literal there is unknown.
-# Version 2 keeps it under ``meta["config"]``, version 3 under ``meta["cfg"]``.
-_LONGEST = 300_000  # characters; a configuration has 10 000
-_UNKNOWN = object()
 
+def configuration_of(source: CheckpointFile) -> Configuration | None:
+    """The configuration that the user gives, else the checkpoint's, else the one Python file's beside it.
 
-@dataclass(frozen=True)
-class Configuration:
-    """Fields of ``ModelSettings``, the style of the backbone, and images' shorter and longer side."""
-
-    settings: Mapping[str, Any]
-    style: str | None
-    sides: tuple[int, int] | None
-
-
-def read_configuration(meta: Mapping[str, object], where: str) -> Configuration | None:
-    """The configuration in a checkpoint's ``meta``; ``None`` where there is none that can be read.
-
-    Raises ``ArtefactError`` where it describes a model that has no form here.
+    Version 2 keeps it under ``meta["config"]``, version 3 under ``meta["cfg"]``, as the text of a Python file
+    or a dictionary. ``None`` where there is none that can be read.
     """
-    text = meta.get("cfg", meta.get("config"))
-    values = parse(text) if isinstance(text, str) else {}
-    if _at(values, "model.type") is None:
-        return None
-    for path, allowed in _EXPECTED.items():
-        found = _at(values, path)
-        kind = found.rpartition(".")[2] if isinstance(found, str) else found  # types may have their module
-        if found is not None and kind not in allowed:
-            instead = " or ".join(map(str, allowed)) or "nothing there"
+    if source.config is not None:
+        values = from_python(text_of(source.config))
+        if "_base_" in values:
             raise ArtefactError(
-                f"{where}: its configuration has {path} = {str(found)[:60]}; only models with {instead} can "
-                "be imported"
+                f"{source.config}: is built on {str(values['_base_'])[:80]}; expected the whole one, which "
+                "MMDetection writes to its work_dir, or tools/misc/print_config.py prints"
             )
-    return Configuration(_settings(values, where), _at(values, "model.backbone.style"), _sides(values))
-
-
-def parse(text: str) -> dict[str, Any]:
-    """The top-level assignments of ``text`` whose values are literals; empty where it is no Python."""
-    if len(text) > _LONGEST:
-        return {}
-    values: dict[str, Any] = {}
-    try:
-        for statement in ast.parse(text).body:
-            match statement:
-                case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                    values[name] = _value(value, values)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # of hostile texts too
-        return {}
-    return values
-
-
-def _value(node: ast.expr, known: Mapping[str, Any]) -> Any:
-    """The literal that ``node`` stands for, with names replaced by what was assigned to them before."""
-    match node:
-        case ast.Constant(value=value):
-            return value
-        case ast.Name(id=name):
-            return known.get(name, _UNKNOWN)
-        case ast.List(elts=items) | ast.Tuple(elts=items):
-            return [_value(item, known) for item in items]
-        case ast.Dict(keys=keys, values=values):
-            pairs = zip(keys, values, strict=True)
-            return _merged([(key and _value(key, known), _value(each, known)) for key, each in pairs])
-        case ast.Call(func=ast.Name(id="dict"), args=[], keywords=keywords):
-            return _merged([(keyword.arg, _value(keyword.value, known)) for keyword in keywords])
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            value = _value(operand, known)
-            return -value if isinstance(value, int | float) else _UNKNOWN
-    return _UNKNOWN
-
-
-def _merged(items: list[tuple[Any, Any]]) -> dict[str, Any]:
-    """A dictionary of ``items``; those without a key are dictionaries to unpack."""
-    found: dict[str, Any] = {}
-    for key, value in items:
-        if isinstance(key, str):
-            found[key] = value
-        elif key is None and isinstance(value, dict):
-            found.update(value)
-    return found
-
-
-def _at(values: Any, path: str) -> Any:
-    """What stands at ``path``, names with dots between; ``None`` where nothing known does."""
-    for name in path.split("."):
-        values = values.get(name) if isinstance(values, dict) else None
-    return None if values is _UNKNOWN else values
+        found = Configuration(values, str(source.config))
+        if found.get("model.type") is None:
+            raise ArtefactError(
+                f"{source.config}: has no model with a type; expected one of MMDetection, in literals"
+            )
+        return found
+    kept = source.meta.get("cfg", source.meta.get("config"))
+    if isinstance(kept, str):
+        values = from_python(kept)
+    else:
+        try:
+            values = plain(kept) if isinstance(kept, Mapping) else {}
+        except ValueError:
+            values = {}
+    if values.get("model") is not None:
+        found = Configuration(values, f"{source.name}: its configuration")
+        return found if found.get("model.type") is not None else None
+    beside = []
+    for path in sorted(source.folder.glob("*.py"))[:_MOST_BESIDE] if source.folder else ():
+        try:
+            found = Configuration(from_python(text_of(path)), str(path))
+        except ArtefactError:
+            continue
+        if found.get("model.type") is not None and found.get("_base_") is None:
+            beside.append(found)
+    return beside[0] if len(beside) == 1 else None
 
 
 _RPN, _ROI = "model.rpn_head", "model.roi_head"
 _HEAD = f"{_ROI}.bbox_head"
 _ROI_LAYER = f"{_ROI}.bbox_roi_extractor.roi_layer"
+_SCORES, _CLASSIFIER = "rpn_head.rpn_cls", "roi_head.bbox_head.fc_cls"
+_STRIDES = [4, 8, 16, 32, 64]
+_NAMES = ("test_dataloader.dataset.metainfo.classes", "data.test.classes")
+_MOST_BESIDE = 20  # Python files beside a checkpoint
 
 # What a field may be where the configuration has it; other models have other parts than ours.
 _EXPECTED: dict[str, tuple[object, ...]] = {
     "model.type": ("FasterRCNN",),
     "model.backbone.type": ("ResNet",),
     "model.backbone.style": ("pytorch", "caffe"),
+    "model.backbone.num_stages": (4,),
+    "model.backbone.strides": ([1, 2, 2, 2],),
+    "model.backbone.dilations": ([1, 1, 1, 1],),
+    "model.backbone.out_indices": ([0, 1, 2, 3],),
+    "model.backbone.deep_stem": (False,),
+    "model.backbone.avg_down": (False,),
+    "model.backbone.conv_cfg": (),
+    "model.backbone.dcn": (),
+    "model.backbone.plugins": (),
+    "model.backbone.norm_cfg.type": ("BN", "SyncBN", "MMSyncBN", "NaiveSyncBN"),
     "model.neck.type": ("FPN",),
     "model.neck.num_outs": (5,),
+    "model.neck.start_level": (0,),
+    "model.neck.end_level": (-1,),
     "model.neck.add_extra_convs": (False,),
+    "model.neck.conv_cfg": (),
+    "model.neck.norm_cfg": (),
+    "model.neck.act_cfg": (),
+    "model.neck.upsample_cfg.mode": ("nearest",),
     f"{_RPN}.type": ("RPNHead",),
+    f"{_RPN}.num_convs": (1,),
     f"{_RPN}.loss_cls.use_sigmoid": (True,),
     f"{_RPN}.anchor_generator.type": ("AnchorGenerator",),
+    f"{_RPN}.anchor_generator.strides": (_STRIDES,),
     f"{_RPN}.anchor_generator.scale_major": (True,),
     f"{_RPN}.anchor_generator.center_offset": (0,),
     f"{_RPN}.anchor_generator.octave_base_scale": (),
     f"{_RPN}.anchor_generator.base_sizes": (),
     f"{_RPN}.anchor_generator.centers": (),
-    f"{_RPN}.bbox_coder.type": ("DeltaXYWHBBoxCoder",),
-    f"{_RPN}.bbox_coder.target_means": ([0, 0, 0, 0],),
+    f"{_RPN}.anchor_strides": (_STRIDES,),
+    f"{_RPN}.anchor_base_sizes": (),
+    **{
+        f"{place}.{name}": (allowed,)
+        for place in (f"{_RPN}.bbox_coder", f"{_HEAD}.bbox_coder")
+        for name, allowed in (
+            ("type", "DeltaXYWHBBoxCoder"),
+            ("target_means", [0, 0, 0, 0]),
+            ("clip_border", True),
+            ("add_ctr_clamp", False),
+        )
+    },
     f"{_RPN}.bbox_coder.target_stds": ([1, 1, 1, 1],),
     f"{_RPN}.target_means": ([0, 0, 0, 0],),
     f"{_RPN}.target_stds": ([1, 1, 1, 1],),
     f"{_ROI}.type": ("StandardRoIHead",),
+    f"{_ROI}.shared_head": (),
     f"{_ROI}.bbox_roi_extractor.type": ("SingleRoIExtractor",),
-    f"{_ROI}.bbox_roi_extractor.featmap_strides": ([4, 8, 16, 32],),
+    f"{_ROI}.bbox_roi_extractor.featmap_strides": (_STRIDES[:4],),
     f"{_ROI_LAYER}.type": ("RoIAlign",),
     f"{_ROI_LAYER}.pool_mode": ("avg",),
     f"{_HEAD}.type": ("Shared2FCBBoxHead", "ConvFCBBoxHead"),
+    f"{_HEAD}.with_avg_pool": (False,),
+    f"{_HEAD}.cls_predictor_cfg.type": ("Linear",),
+    f"{_HEAD}.reg_predictor_cfg.type": ("Linear",),
+    f"{_HEAD}.loss_cls.type": ("CrossEntropyLoss",),
     f"{_HEAD}.loss_cls.use_sigmoid": (False,),
-    f"{_HEAD}.bbox_coder.type": ("DeltaXYWHBBoxCoder",),
-    f"{_HEAD}.bbox_coder.target_means": ([0, 0, 0, 0],),
     f"{_HEAD}.target_means": ([0, 0, 0, 0],),
     **{
         f"{top}.{part}.nms.{name}": (allowed,)
         for top in ("model.test_cfg", "test_cfg")
         for part in ("rpn", "rcnn")
-        for name, allowed in (("type", "nms"), ("class_agnostic", False))
+        for name, allowed in (("type", "nms"), ("class_agnostic", False), ("offset", 0), ("max_num", -1))
     },
     "test_cfg.rpn.nms_across_levels": (False,),
+    "model.data_preprocessor.type": ("DetDataPreprocessor",),
+    "model.data_preprocessor.rgb_to_bgr": (False,),
+    "model.data_preprocessor.pad_value": (0,),
     "model.data_preprocessor.pad_size_divisor": (32,),
 }
 
-
-def _floats(values: Any) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
-
-
-def _anchor_sizes(rpn_head: dict[str, Any]) -> tuple[tuple[float, ...], ...] | None:
-    """Stride x scale for each level; ``None`` where the configuration does not say."""
-    given = rpn_head.get("anchor_generator")
-    if not isinstance(given, dict):  # older configurations
-        given = {name: rpn_head.get(f"anchor_{name}") for name in ("scales", "strides")}
-    scales, strides = given.get("scales"), given.get("strides")
-    if not isinstance(scales, list) or not isinstance(strides, list):
-        return None
-    return tuple(tuple(float(stride * scale) for scale in scales) for stride in strides)
+# What is taken where a part of the configuration leaves one of its fields out, and the zoo's is another.
+_LEFT_OUT: dict[str, object] = {
+    "model.data_preprocessor.mean": [0, 0, 0],
+    "model.data_preprocessor.std": [1, 1, 1],
+    "model.data_preprocessor.bgr_to_rgb": False,
+    "model.data_preprocessor.pad_size_divisor": 1,
+    f"{_HEAD}.bbox_coder.target_stds": [1, 1, 1, 1],
+    "normalize.to_rgb": True,
+}
+# Those whose usual values are the library's own, so that a configuration without them says them.
+_SAME_LEFT_OUT = frozenset(("roi_sampling", "roi_aligned", "canonical_size", "backbone_norm_eps"))
 
 
-# By field of ``ModelSettings``: where the value may stand, alone or under ``model`` (as ``test_cfg`` does in
-# version 3), newest name first; and how it is read.
+def _anchor_sizes(rpn_head: Any) -> tuple[tuple[float, ...], ...]:
+    """Stride x scale for each level."""
+    given = rpn_head.get("anchor_generator", rpn_head) if isinstance(rpn_head, dict) else {}
+    scales = given.get("scales", given.get("anchor_scales")) if isinstance(given, dict) else None
+    try:
+        return tuple(tuple(stride * scale for scale in numbers(scales)) for stride in _STRIDES)
+    except Unfit:
+        raise Unfit("a list of scales in its anchor_generator") from None
+
+
+def _weights(stds: Any) -> tuple[float, ...]:
+    if 0 in numbers(stds):
+        raise Unfit("numbers above 0")
+    return tuple(1.0 / std for std in numbers(stds))
+
+
+# The value may stand alone or under ``model``, as ``test_cfg`` does in version 3. ``normalize`` is the step
+# of the pipeline (version 2), which is what counts; ``img_norm_cfg`` is a name that it usually comes from.
 _FIELDS: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
-    "rpn_pre_nms": (("test_cfg.rpn.nms_pre",), int),
-    "rpn_post_nms": (("test_cfg.rpn.max_per_img", "test_cfg.rpn.max_num"), int),
-    "rpn_nms_iou": (("test_cfg.rpn.nms.iou_threshold", "test_cfg.rpn.nms_thr"), float),
-    "rpn_min_side": (("test_cfg.rpn.min_bbox_size",), float),
-    "score_threshold": (("test_cfg.rcnn.score_thr",), float),
-    "nms_iou": (("test_cfg.rcnn.nms.iou_threshold", "test_cfg.rcnn.nms.iou_thr"), float),
-    "max_detections": (("test_cfg.rcnn.max_per_img",), int),
-    "aspect_ratios": ((f"{_RPN}.anchor_generator.ratios", f"{_RPN}.anchor_ratios"), _floats),
-    "roi_sampling": ((f"{_ROI_LAYER}.sampling_ratio", f"{_ROI_LAYER}.sample_num"), int),
-    "roi_aligned": ((f"{_ROI_LAYER}.aligned",), bool),
-    # finest_scale is twice the smallest side of the second level; ours is that of the third.
-    "canonical_size": ((f"{_ROI}.bbox_roi_extractor.finest_scale",), lambda finest: 4.0 * finest),
-    "box_weights": (
-        (f"{_HEAD}.bbox_coder.target_stds", f"{_HEAD}.target_stds"),
-        lambda stds: tuple(1.0 / float(std) for std in stds),
-    ),
-    "mean": (("model.data_preprocessor.mean", "img_norm_cfg.mean"), _floats),
-    "std": (("model.data_preprocessor.std", "img_norm_cfg.std"), _floats),
-    "channel_order": (
-        ("model.data_preprocessor.bgr_to_rgb", "img_norm_cfg.to_rgb"),
-        lambda to_rgb: "rgb" if to_rgb else "bgr",
-    ),
+    "rpn_pre_nms": (("test_cfg.rpn.nms_pre",), whole),
+    "rpn_post_nms": (("test_cfg.rpn.max_per_img", "test_cfg.rpn.max_num"), whole),
+    "rpn_nms_iou": (("test_cfg.rpn.nms.iou_threshold", "test_cfg.rpn.nms_thr"), number),
+    # Below 0 nothing is dropped; boxes without area never come through here.
+    "rpn_min_side": (("test_cfg.rpn.min_bbox_size",), lambda side: max(0.0, number(side))),
+    "score_threshold": (("test_cfg.rcnn.score_thr",), number),
+    "nms_iou": (("test_cfg.rcnn.nms.iou_threshold", "test_cfg.rcnn.nms.iou_thr"), number),
+    "max_detections": (("test_cfg.rcnn.max_per_img",), whole),
     "anchor_sizes": ((_RPN,), _anchor_sizes),
+    "aspect_ratios": ((f"{_RPN}.anchor_generator.ratios", f"{_RPN}.anchor_ratios"), numbers),
+    "roi_sampling": ((f"{_ROI_LAYER}.sampling_ratio", f"{_ROI_LAYER}.sample_num"), whole),
+    "roi_aligned": ((f"{_ROI_LAYER}.aligned",), flag),
+    # finest_scale is twice the smallest side of the second level; ours is that of the third.
+    "canonical_size": ((f"{_ROI}.bbox_roi_extractor.finest_scale",), lambda finest: 4.0 * number(finest)),
+    "box_weights": ((f"{_HEAD}.bbox_coder.target_stds", f"{_HEAD}.target_stds"), _weights),
+    "mean": (("model.data_preprocessor.mean", "normalize.mean", "img_norm_cfg.mean"), numbers),
+    "std": (("model.data_preprocessor.std", "normalize.std", "img_norm_cfg.std"), numbers),
+    "channel_order": (
+        ("model.data_preprocessor.bgr_to_rgb", "normalize.to_rgb", "img_norm_cfg.to_rgb"),
+        lambda to_rgb: "rgb" if flag(to_rgb) else "bgr",
+    ),
+    "backbone_norm_eps": (("model.backbone.norm_cfg.eps",), number),
 }
 
 
-def _settings(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Fields of ``ModelSettings`` that the configuration sets."""
-    found: dict[str, Any] = {}
-    for name, (paths, read) in _FIELDS.items():
-        places = (place for path in paths for place in (f"model.{path}", path))
-        path = next((place for place in places if _at(values, place) is not None), None)
-        if path is None:
-            continue
-        value = _at(values, path)
-        try:
-            found[name] = read(value)
-        except (TypeError, ValueError, ZeroDivisionError, OverflowError, KeyError):
-            raise ArtefactError(
-                f"{where}: its configuration has {path} = {str(value)[:60]}, which cannot be read; expected "
-                "what MMDetection takes there"
-            ) from None
-    return {name: value for name, value in found.items() if value is not None}
+def _steps(configuration: Configuration) -> list[dict[str, Any]]:
+    """The steps of the pipeline of test images, those within ``MultiScaleFlipAug`` included."""
+    for path in ("test_dataloader.dataset.pipeline", "data.test.pipeline", "test_pipeline"):
+        pipeline = configuration.get(path)
+        if isinstance(pipeline, list):
+            break
+    else:
+        return []
+    steps = [step for step in pipeline if isinstance(step, dict)]
+    for step in list(steps):
+        inner = step.get("transforms")
+        if step.get("type") == "MultiScaleFlipAug" and isinstance(inner, list):
+            size = {"img_scale": step.get("img_scale", step.get("scale"))}
+            steps += [{**size, **each} for each in inner if isinstance(each, dict)]
+    return steps
 
 
-def _sides(values: dict[str, Any]) -> tuple[int, int] | None:
+def read_settings(
+    configuration: Configuration,
+) -> tuple[dict[str, Any], tuple[int, int] | None]:
+    """Fields of ``ModelSettings``, and the shorter and the longer side of images, that it sets.
+
+    Raises ``ArtefactError`` where it describes a model that has no form here.
+    """
+    steps = {step["type"]: step for step in _steps(configuration) if isinstance(step.get("type"), str)}
+    values = {**configuration.values, **({"normalize": steps["Normalize"]} if "Normalize" in steps else {})}
+    for path, value in _LEFT_OUT.items():
+        part, _, name = path.rpartition(".")
+        holder = Configuration(values, "").get(part)
+        if isinstance(holder, dict) and holder.get(name) is None:
+            values = _with(values, path, value)
+    filled = Configuration(values, configuration.name)
+    filled.check(_EXPECTED)
+    fields = {
+        name: Field(tuple(place for path in paths for place in (f"model.{path}", path)), read)
+        for name, (paths, read) in _FIELDS.items()
+    }
+    if (
+        isinstance(filled.get(_RPN), dict)
+        and not {"anchor_generator", "anchor_scales"} & filled.get(_RPN).keys()
+    ):
+        del fields["anchor_sizes"]
+    return filled.settings(fields), _sides(filled, steps)
+
+
+def _with(values: Mapping[str, Any], path: str, value: object) -> dict[str, Any]:
+    """``values`` with ``value`` at ``path``; nothing of the old ones is changed."""
+    name, _, rest = path.partition(".")
+    return {**values, name: _with(values[name], rest, value) if rest else value}
+
+
+def _sides(configuration: Configuration, steps: Mapping[str, dict[str, Any]]) -> tuple[int, int] | None:
     """The shorter and the longer side that test images are resized to, where one size is given."""
-    for path in ("test_pipeline", "test_dataloader.dataset.pipeline", "data.test.pipeline"):
-        steps = _at(values, path)
-        for step in steps if isinstance(steps, list) else ():
-            if not isinstance(step, dict) or step.get("type") not in ("Resize", "MultiScaleFlipAug"):
-                continue
-            scale = step.get("scale", step.get("img_scale"))
-            if isinstance(scale, list) and len(scale) == 1:
-                scale = scale[0]
-            if isinstance(scale, list) and len(scale) == 2 and all(type(side) is int for side in scale):
-                return min(scale), max(scale)
+    pad = steps.get("Pad", {})
+    for name, allowed in (("size_divisor", 32), ("size", None), ("pad_to_square", False)):
+        if pad.get(name) not in (None, allowed):
+            raise configuration.refuse(
+                f"{name} of the pipeline's Pad", pad[name], "a size_divisor of 32 alone"
+            )
+    resize = steps.get("Resize")
+    if resize is None:
+        return None
+    old = "img_scale" in resize  # version 2, which keeps the ratio unless it is told not to
+    for name, usual, default in (
+        ("keep_ratio", True, old),
+        ("interpolation", "bilinear", "bilinear"),
+        ("backend", "cv2", "cv2"),
+    ):
+        if (found := resize.get(name, default)) != usual:
+            raise configuration.refuse(f"{name} of the pipeline's Resize", found, repr(usual))
+    scale = resize.get("scale", resize.get("img_scale"))
+    if isinstance(scale, list) and len(scale) == 1:
+        scale = scale[0]
+    if isinstance(scale, list) and len(scale) == 2 and all(type(side) is int and side > 0 for side in scale):
+        return min(scale), max(scale)
     return None
 
 
@@ -252,46 +310,55 @@ ARCHITECTURES = {
 
 def recognise(source: CheckpointFile, state: State) -> str | None:
     """The architecture by the blocks of ``layer3``, in the style of the configuration or ``pytorch``."""
-    if "rpn_head.rpn_cls.weight" not in state:
+    if f"{_SCORES}.weight" not in state:
         return None
     blocks = {name.split(".")[2] for name in state if name.startswith("backbone.layer3.")}
     depth = {6: "50", 23: "101"}.get(len(blocks))
     if depth is None:
         return None
-    configuration = read_configuration(source.meta, source.name)
-    style = "_caffe" if configuration and configuration.style == "caffe" else ""
+    configuration = configuration_of(source)
+    style = "_caffe" if configuration and configuration.get("model.backbone.style") == "caffe" else ""
     return f"mmdet_r{depth}{style}_fpn"
 
 
 def describe(source: CheckpointFile, state: State, arch: str) -> Architecture:
     """The zoo's settings, changed as the checkpoint's configuration says."""
-    settings, resize = ARCHITECTURES[arch].settings, ARCHITECTURES[arch].resize
-    names = _class_names(source.meta)
-    configuration = read_configuration(source.meta, source.name)
+    configuration = configuration_of(source)
+    names = _class_names(source.meta, configuration)
+    usual = dataclasses.replace(ARCHITECTURES[arch], names=names)
     if configuration is None:
-        warning = (
-            f"no configuration in the checkpoint that can be read: taken as {arch} with MMDetection's usual "
-            "settings; change what was not so with --arch, --resize and --set"
-        )
-        return Architecture(settings, resize, names, (warning,))
-    caffe = "_caffe_" in arch
-    if configuration.style is not None and (configuration.style == "caffe") != caffe:
+        return usual
+    said, sides = read_settings(configuration)
+    style, caffe = configuration.get("model.backbone.style") or "pytorch", "_caffe_" in arch
+    if (style == "caffe") != caffe:
         right = arch.replace("_caffe_fpn", "_fpn") if caffe else arch.replace("_fpn", "_caffe_fpn")
         raise SettingsError(
-            f"{source.name}: its configuration says style={configuration.style!r}, and arch is {arch!r}; "
-            f"give --arch {right}"
+            f"{configuration.name} says style={style!r}, and arch is {arch!r}; give --arch {right}"
         )
-    if configuration.sides is not None:
-        shorter, longer = configuration.sides
-        resize = dataclasses.replace(resize, shorter_side=shorter, longer_side=longer)
-    return Architecture(dataclasses.replace(settings, **configuration.settings), resize, names)
+    configuration.check({"model.backbone.depth": (int(arch.split("_")[1][1:]),)})
+    settings = settings_with(configuration.name, usual.settings, said)
+    outputs, places = side_of(state, f"{_CLASSIFIER}.weight", 0), side_of(state, f"{_SCORES}.weight", 0)
+    configuration.agree(f"{_HEAD}.num_classes", "classes", outputs and outputs - 1)
+    configuration.agree(
+        f"{_RPN}.anchor_generator", "anchors at each place", places, settings.anchors_per_place
+    )
+    known = {"bottleneck_stride", *said, *_SAME_LEFT_OUT}
+    resize = usual.resize
+    if sides is not None:
+        known.add("resize")
+        resize = dataclasses.replace(resize, shorter_side=sides[0], longer_side=sides[1])
+    return dataclasses.replace(
+        usual, settings=settings, resize=resize, known=frozenset(known), configuration=configuration.name
+    )
 
 
-def _class_names(meta: Mapping[str, object]) -> tuple[str, ...] | None:
-    """``CLASSES`` of version 2, or ``dataset_meta``'s of version 3."""
+def _class_names(meta: Mapping[str, object], configuration: Configuration | None) -> tuple[str, ...] | None:
+    """``CLASSES`` of version 2, or ``dataset_meta``'s of version 3, or those that the configuration names."""
     dataset = meta.get("dataset_meta")
     places = (meta, dataset if isinstance(dataset, Mapping) else {})
-    for names in (place.get(key) for place in places for key in ("CLASSES", "classes")):
+    found = [place.get(key) for place in places for key in ("CLASSES", "classes")]
+    found += [configuration.get(path) for path in _NAMES] if configuration else []
+    for names in found:
         if isinstance(names, str) and names:
             return (names,)  # version 2 keeps the name of a single class so, where the tuple lost its comma
         if isinstance(names, list | tuple) and are_class_names(names):
@@ -305,6 +372,7 @@ LIBRARY = Library(
     known_names=", ".join(ARCHITECTURES),
     recognise=recognise,
     describe=describe,
+    open_settings=("resize", "bottleneck_stride", *_FIELDS),
     names=(
         (r"^backbone\.body\.", "backbone."),
         (r"^backbone\.fpn\.inner_blocks\.(\d)\.0\.", r"neck.lateral_convs.\1.conv."),
@@ -317,7 +385,7 @@ LIBRARY = Library(
         (r"^roi_heads\.box_predictor\.cls_score\.", "roi_head.bbox_head.fc_cls."),
         (r"^roi_heads\.box_predictor\.bbox_pred\.", "roi_head.bbox_head.fc_reg."),
     ),
-    ignored=("data_preprocessor.",),
+    ignored=("data_preprocessor.", "ema_"),  # the latter: what version 2 averages over
     background_last=True,
     marks=(
         (r"^roi_head\.mask_head\.", "a Mask R-CNN"),

@@ -93,6 +93,7 @@ LIBRARY = Library(
     known_names=", ".join(ARCHITECTURES),
     recognise=recognise,
     describe=describe,
+    takes_configuration=False,
     input_dtype="float32",
     names=(
         *((rf"^backbone\.body\.{place}\.", f"{name}.") for place, name in _VGG16_CONVS.items()),

@@ -25,6 +25,7 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from anchorline.export.importers.checkpoint_files import CheckpointFile
 from anchorline.export.importers.library import (
     CLASSIFIER,
+    OPEN_SETTINGS,
     Architecture,
     Library,
     State,
@@ -81,7 +82,10 @@ def describe(source: CheckpointFile, state: State, arch: str) -> Architecture:
     usual = ARCHITECTURES[arch]
     official = source.sha256.startswith(_EPS_0_SHA256) or _EPS_0_SHA256 in source.name
     if official or source.name.startswith(_EPS_0_WEIGHTS):
-        return dataclasses.replace(usual, settings=dataclasses.replace(usual.settings, backbone_norm_eps=0.0))
+        settings = dataclasses.replace(usual.settings, backbone_norm_eps=0.0)
+        return dataclasses.replace(usual, settings=settings, known=frozenset(LIBRARY.open_settings))
+    if "_Weights." in source.name:
+        return dataclasses.replace(usual, known=frozenset(LIBRARY.open_settings))
     if arch != "fasterrcnn_resnet50_fpn" or any(name.endswith("num_batches_tracked") for name in state):
         return usual
     warning = (
@@ -121,6 +125,8 @@ LIBRARY = Library(
         f"fasterrcnn_X_fpn_v2 with one of {', '.join(_RESNETS)} for X"
     ),
     describe=describe,
+    open_settings=(*OPEN_SETTINGS, "roi_sampling", "rpn_score_threshold"),
+    takes_configuration=False,
     input_dtype="float32",
     coco_classes=coco_90,
     old_names=(  # of before torchvision 0.13
