@@ -24,9 +24,15 @@ from anchorline.engine.options import Batch, BuildOptions
 from anchorline.engine.toolkit import Progress, Toolkit, layer_report, load_toolkit, parse, serialise
 from anchorline.runtime.contract import DOMAIN
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
-from anchorline.runtime.io.files import atomic_path, sha256_of, write_json
+from anchorline.runtime.io.files import atomic_path, plain, sha256_of, write_json
 from anchorline.runtime.tensorrt.kernels import source_hash
-from anchorline.runtime.tensorrt.manifest import EngineManifest, manifest_path, read_manifest
+from anchorline.runtime.tensorrt.manifest import (
+    DIGEST,
+    EngineManifest,
+    manifest_digest,
+    manifest_path,
+    read_manifest,
+)
 from anchorline.runtime.tensorrt.plugins import PLUGIN_NAMESPACE, PLUGIN_VERSION, PLUGINS
 
 
@@ -135,7 +141,8 @@ def build_engine(
             "layers": layers,
         }
         engine_file.write_bytes(plan.content)
-        write_json(manifest_file, manifest)
+        manifest = plain(manifest)
+        write_json(manifest_file, {**manifest, DIGEST: manifest_digest(manifest)})
     reason, notes = f"built in {seconds:.1f} s", tuple(precision.lines())
     return BuildResult(out, read_manifest(out), True, reason, warnings, notes)
 

@@ -3,6 +3,9 @@
 It travels in the header of ``model.safetensors``, in ``metadata_props`` of ``model.onnx`` and in
 the manifest beside an engine, always under the key ``CONTRACT_KEY``. The runtime reads everything
 from it and guesses nothing.
+
+The annotations of the three classes are the schema: whatever makes an object (``from_json``, the constructor,
+``dataclasses.replace``) checks it.
 """
 
 from __future__ import annotations
@@ -10,11 +13,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from anchorline.runtime.io.errors import UNPRINTABLE, AnchorlineError, ArtefactError, shown
+from anchorline.runtime.io.schema import NAME, Name, build, check_fields, choice, read_object
 
 CONTRACT_KEY = "anchorline.contract"
 CONTRACT_VERSION = 1
@@ -32,12 +39,21 @@ CANVAS_KEY = "canvas"
 
 MOST_NAMES = 50_000
 LONGEST_NAME = 200  # characters
+# The largest canvas in pixels, beyond which a damaged number would take all memory; and who may raise it.
+LARGEST_CANVAS = 1 << 26
+CANVAS_VARIABLE = "ANCHORLINE_LARGEST_CANVAS"
+_DEEPEST_SOURCE = 32  # objects and lists inside each other
 
-TASKS = ("detections", "proposals")
-INPUT_DTYPES = ("uint8", "float32")
-CHANNEL_ORDERS = ("rgb", "bgr")
-INTERPOLATIONS = ("bilinear", "antialiased")
-ROUNDINGS = ("down", "nearest")
+_OUTPUT_COUNTS = {"detections": 4, "proposals": 3}
+TASKS = tuple(_OUTPUT_COUNTS)
+
+Pixels = Annotated[int, Meta(ge=1, le=1 << 24)]
+Share = Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")]
+Count = Annotated[int, Meta(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")]
+Side = Annotated[Pixels | None, Meta(description="null or a positive number of pixels")]
+Level = Annotated[float, Meta(ge=-1e6, le=1e6)]
+Spread = Annotated[float, Meta(ge=1e-6, le=1e6)]
+CategoryId = Annotated[int, Meta(ge=-(2**53) + 1, le=2**53 - 1)]
 
 
 def check_names(
@@ -76,18 +92,13 @@ class ResizeRule:
     levels, as Detectron2 resizes (see ``canvas.resize_antialiased``).
     """
 
-    shorter_side: int | None = None
-    longer_side: int | None = None
-    interpolation: str = "bilinear"
-    rounding: str = "down"
+    shorter_side: Side = None
+    longer_side: Side = None
+    interpolation: Annotated[str, choice("bilinear", "antialiased")] = "bilinear"
+    rounding: Annotated[str, choice("down", "nearest")] = "down"
 
     def __post_init__(self) -> None:
-        _expect_choice("resize.interpolation", self.interpolation, INTERPOLATIONS)
-        _expect_choice("resize.rounding", self.rounding, ROUNDINGS)
-        for name in ("shorter_side", "longer_side"):
-            side = getattr(self, name)
-            fits = side is None or (isinstance(side, int) and side >= 1)
-            _expect(fits, f"resize.{name}", side, "null or a positive number of pixels")
+        check_fields(self, "resize.")
 
     @property
     def is_bounded(self) -> bool:
@@ -99,21 +110,14 @@ class ResizeRule:
 class Thresholds:
     """Where scores and overlaps are cut. ``score`` and the IoUs lie in [0, 1]."""
 
-    score: float = 0.05
-    nms_iou: float = 0.5
-    max_detections: int = 100
-    rpn_nms_iou: float = 0.7
-    max_proposals: int = 300
+    score: Share = 0.05
+    nms_iou: Share = 0.5
+    max_detections: Count = 100
+    rpn_nms_iou: Share = 0.7
+    max_proposals: Count = 300
 
     def __post_init__(self) -> None:
-        for name in ("score", "nms_iou", "rpn_nms_iou"):
-            value = getattr(self, name)
-            fits = _is_number(value) and 0.0 <= value <= 1.0
-            _expect(fits, f"thresholds.{name}", value, "a number from 0 to 1")
-        for name in ("max_detections", "max_proposals"):
-            value = getattr(self, name)
-            fits = isinstance(value, int) and value >= 1
-            _expect(fits, f"thresholds.{name}", value, "a whole number of at least 1")
+        check_fields(self, "thresholds.")
 
 
 @dataclass(frozen=True)
@@ -124,26 +128,37 @@ class Contract:
     ``canvas`` is (height, width) in pixels of the fixed-size network input. ``mean`` and ``std``
     are in grey levels (0 to 255), in the order of ``channel_order``; they are applied inside the
     graph, whose ``images`` input is always BGR. ``profile`` names the numeric preset (docs/architecture.md).
-    ``source`` says where the model came from: command, data, commit.
+    ``source`` says where the model came from: command, data, commit; anything that is JSON. Raises
+    ``ArtefactError`` that names the field, its value and what was expected.
     """
 
-    task: str
-    names: tuple[str, ...]
-    canvas: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    channel_order: str = "rgb"
-    input_dtype: str = "uint8"
+    task: Annotated[str, choice(*TASKS)]
+    names: Annotated[tuple[str, ...], Meta(min_length=1, description="at least one class name")]
+    canvas: Annotated[tuple[Pixels, Pixels], Meta(description="(height, width) in pixels")]
+    mean: Annotated[tuple[Level, Level, Level], Meta(description="three numbers in grey levels")]
+    std: Annotated[tuple[Spread, Spread, Spread], Meta(description="three numbers above 0, in grey levels")]
+    channel_order: Annotated[str, choice("rgb", "bgr")] = "rgb"
+    input_dtype: Annotated[str, choice("uint8", "float32")] = "uint8"
     resize: ResizeRule = field(default_factory=ResizeRule)
-    profile: str = "torchvision"
+    profile: Name = "torchvision"
     thresholds: Thresholds = field(default_factory=Thresholds)
-    category_ids: tuple[int, ...] | None = None
-    inputs: tuple[str, ...] = ("images", "image_sizes")
-    outputs: tuple[str, ...] = ("boxes", "scores", "labels", "num_detections")
-    precision: str = "fp32"
-    max_batch: int | None = None
-    source: Mapping[str, Any] = field(default_factory=dict)
-    version: int = CONTRACT_VERSION
+    category_ids: Annotated[
+        tuple[CategoryId, ...] | None, Meta(description="null or whole numbers under 2^53")
+    ] = None
+    inputs: Annotated[tuple[Name, Name], Meta(description=f"two tensor names, each {NAME}")] = (
+        "images",
+        "image_sizes",
+    )
+    outputs: Annotated[tuple[Name, ...], Meta(description=f"tensor names, each {NAME}")] = (
+        "boxes",
+        "scores",
+        "labels",
+        "num_detections",
+    )
+    precision: Name = "fp32"
+    max_batch: Annotated[Count | None, Meta(description="null or a whole number from 1 to 1000000")] = None
+    source: Annotated[Mapping[str, Any], Meta(description="a JSON object")] = field(default_factory=dict)
+    version: Annotated[int, Meta(ge=1, description="a whole number")] = CONTRACT_VERSION
 
     @property
     def needs_vnni(self) -> bool:
@@ -157,23 +172,28 @@ class Contract:
         return made.get("for") == "cpu" and made.get("weight_bits") != 7
 
     def __post_init__(self) -> None:
-        _expect_choice("task", self.task, TASKS)
-        _expect_choice("input_dtype", self.input_dtype, INPUT_DTYPES)
-        _expect_choice("channel_order", self.channel_order, CHANNEL_ORDERS)
-        names, canvas, std = self.names, self.canvas, self.std
-        _expect(isinstance(names, tuple) and len(names) > 0, "contract names", names, "a class name", "are")
-        check_names(names, "contract names")
-        fits = len(canvas) == 2 and all(isinstance(side, int) and side > 0 for side in canvas)
-        _expect(fits, "contract canvas", canvas, "(height, width) in pixels")
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            fits = len(values) == 3 and all(_is_number(value) for value in values)
-            _expect(fits, f"contract {name}", values, "three numbers in grey levels")
-        _expect(min(std) > 0, "contract std", std, "three numbers above 0")
-        count = len(names if self.category_ids is None else self.category_ids)
-        if count != len(names):
+        check_fields(self, "contract ")
+        check_names(self.names, "contract names")
+        pixels, largest = math.prod(self.canvas), _largest_canvas()
+        if pixels > largest:
             raise ArtefactError(
-                f"contract has {count} category ids for {len(names)} names; expected one each"
+                f"contract canvas is {shown(self.canvas)}, {pixels} pixels; expected at most {largest} (the "
+                f"environment variable {CANVAS_VARIABLE} sets another bound)"
+            )
+        ids = self.category_ids
+        if ids is not None and len(ids) != len(self.names):
+            raise ArtefactError(
+                f"contract has {len(ids)} category ids for {len(self.names)} names; expected one each"
+            )
+        if ids is not None and len(set(ids)) != len(ids):
+            raise ArtefactError(f"contract category_ids are {shown(ids)}; expected each once")
+        tensors = (*self.inputs, *self.outputs)
+        if len(set(tensors)) != len(tensors):
+            raise ArtefactError(f"contract inputs and outputs are {shown(tensors)}; expected each name once")
+        if not _fits_json(self.source, _DEEPEST_SOURCE):
+            raise ArtefactError(
+                f"contract source is {shown(self.source)}; expected what JSON knows, at most "
+                f"{_DEEPEST_SOURCE} objects and lists deep"
             )
 
     def to_json(self) -> str:
@@ -181,46 +201,59 @@ class Contract:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str, where: str = "contract") -> Contract:
-        """Read a contract; ``where`` names the file in the message of the ``ArtefactError``."""
-        try:
-            raw = json.loads(text)
-        except ValueError as error:
+    def from_json(cls, text: str | bytes, where: str = "contract") -> Contract:
+        """Read a contract; ``where`` names the file in the message of the ``ArtefactError``.
+
+        A field that this version does not know is an error, as one that is missing: a newer anchorline that
+        adds any raises the version.
+        """
+        return cls.from_values(read_object(text, f"{where}: the contract", "export the model again"), where)
+
+    @classmethod
+    def from_values(cls, stated: object, where: str = "contract") -> Contract:
+        """As ``from_json``, from JSON that was read already."""
+        if not isinstance(stated, dict):
+            raise ArtefactError(f"{where}: contract is {shown(stated)}, expected a JSON object")
+        values = dict(stated)
+        version = values.get("version")
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise ArtefactError(
-                f"{where}: the contract is not JSON ({error}); export the model again"
-            ) from None
-        if not isinstance(raw, dict):
-            raise ArtefactError(f"{where}: the contract is a {type(raw).__name__}, expected a JSON object")
-        version = raw.get("version")
-        if not isinstance(version, int) or version < 1:
-            raise ArtefactError(
-                f"{where}: contract version is {version!r}, expected a whole number; export again"
+                f"{where}: contract version is {shown(version)}, expected a whole number; export again"
             )
         if version > CONTRACT_VERSION:
             raise ArtefactError(
-                f"{where}: contract version {version} is newer than {CONTRACT_VERSION}, the newest this "
-                "anchorline reads; upgrade anchorline"
+                f"{where}: contract version {shown(version)} is newer than {CONTRACT_VERSION}, the newest "
+                "this anchorline reads; upgrade anchorline"
             )
-        values = dict(raw)
         try:
-            values["resize"] = ResizeRule(**values.get("resize", {}))
-            values["thresholds"] = Thresholds(**values.get("thresholds", {}))
-            for name in ("names", "canvas", "mean", "std", "category_ids", "inputs", "outputs"):
-                if isinstance(values.get(name), list):
-                    values[name] = tuple(values[name])
-            return cls(**values)
-        except (TypeError, KeyError, ArtefactError) as error:
+            for name, kind in (("resize", ResizeRule), ("thresholds", Thresholds)):
+                if isinstance(inner := values.get(name), dict):
+                    values[name] = build(kind, inner, f"{name}.")
+            made = build(cls, values, "contract ")
+            # Here and not above: who changes the task of a contract need not name the tensors at once.
+            if len(made.outputs) != _OUTPUT_COUNTS[made.task]:
+                raise ArtefactError(
+                    f"contract outputs are {shown(made.outputs)}; expected {_OUTPUT_COUNTS[made.task]} for "
+                    f"the task {made.task}"
+                )
+            return made
+        except ArtefactError as error:
             raise ArtefactError(f"{where}: damaged contract: {error}; export the model again") from None
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _largest_canvas() -> int:
+    """In pixels; ``SettingsError`` is for who sets it wrongly."""
+    stated = os.environ.get(CANVAS_VARIABLE, "")
+    if stated and not (stated.isascii() and stated.isdecimal() and len(stated) < 16):
+        raise ArtefactError(f"{CANVAS_VARIABLE} is {shown(stated)}; expected a number of pixels")
+    return int(stated or LARGEST_CANVAS)
 
 
-def _expect(fits: bool, what: str, value: object, expected: str, verb: str = "is") -> None:
-    if not fits:
-        raise ArtefactError(f"{what} {verb} {value!r}; expected {expected}")
-
-
-def _expect_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    _expect(value in choices, f"contract {name}", value, f"one of {', '.join(choices)}")
+def _fits_json(value: object, room: int) -> bool:
+    if isinstance(value, Mapping):
+        return room > 0 and all(
+            isinstance(key, str) and _fits_json(each, room - 1) for key, each in value.items()
+        )
+    if isinstance(value, list | tuple):
+        return room > 0 and all(_fits_json(each, room - 1) for each in value)
+    return value is None or isinstance(value, str | int | float)

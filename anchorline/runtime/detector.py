@@ -20,13 +20,10 @@ from anchorline.runtime.backends.selection import open_backend
 from anchorline.runtime.canvas import Nv12, Placement, Preprocessor, check_frame, frame_size, to_detections
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.io.errors import ArtefactError, FrameError, SettingsError, check_count
+from anchorline.runtime.io.errors import FrameError, SettingsError, check_count
 from anchorline.runtime.tensorrt.cuda import GpuOptions
 from anchorline.runtime.tensorrt.frames import is_device_frame
 from anchorline.runtime.timing import DETECTOR_STAGES
-
-_INPUT_COUNT = 2
-_OUTPUT_COUNTS = {"detections": 4, "proposals": 3}
 
 Frame = Any  # uint8 BGR [H, W, 3] on the host, the same on the GPU, or an Nv12 of either
 
@@ -67,7 +64,6 @@ class Detector:
         self.contract = self._backend.contract
         self.provider, self.precision = self._backend.provider, self._backend.precision
         try:
-            _check_tensors(Path(model), self.contract)
             # Detections below this are dropped; 0 where all that the graph lets through are returned.
             self.score_threshold = _choose_threshold(score_threshold, self.contract)
         except BaseException:
@@ -209,18 +205,6 @@ class Detector:
 
     def __exit__(self, *failure: object) -> None:
         self.close()
-
-
-def _check_tensors(path: Path, contract: Contract) -> None:
-    for kind, names, count in (
-        ("inputs", contract.inputs, _INPUT_COUNT),
-        ("outputs", contract.outputs, _OUTPUT_COUNTS[contract.task]),
-    ):
-        if len(names) != count:
-            raise ArtefactError(
-                f"{path}: its contract lists the {kind} {', '.join(names)}; the task {contract.task} has "
-                f"{count}; export the model again"
-            )
 
 
 def _choose_threshold(wanted: float | None, contract: Contract) -> float:

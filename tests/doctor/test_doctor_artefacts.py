@@ -235,12 +235,12 @@ def test_an_engine_that_is_not_the_manifest_s_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"contract": ...}, "'contract'"),
-        ({"contract": None}, "the contract is a NoneType"),
+        ({"contract": ...}, "contract is missing"),
+        ({"contract": None}, "contract is None"),
         ({"contract": {"version": 99}}, "newer than"),
         ({"flavour": "openvino"}, "flavour is 'openvino'"),
-        ({"flavour_version": ...}, "'flavour_version'"),
-        ({"precision": ...}, "'precision'"),
+        ({"flavour_version": ...}, "flavour_version is missing"),
+        ({"precision": ...}, "precision is missing"),
         ({"compute_capabilities": "sm_86"}, "damaged manifest"),
     ],
 )
@@ -254,7 +254,9 @@ def test_a_damaged_manifest_names_the_key(changes: dict[str, Any], expected: str
 def test_a_manifest_that_is_no_json_object_is_told(text: str, tmp_path: Path) -> None:
     path = write_engine(tmp_path / "model.engine")
     path.with_name("model.engine.json").write_text(text)
-    with pytest.raises(ArtefactError, match=r"model\.engine\.json: (the manifest is not JSON|holds a)"):
+    with pytest.raises(
+        ArtefactError, match=r"model\.engine\.json: (the manifest is not JSON|the manifest is )"
+    ):
         read_artefact(path)
 
 

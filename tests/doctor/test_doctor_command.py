@@ -21,7 +21,7 @@ from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.io.errors import ArtefactError
 
 Make = Callable[..., Machine]
-CONTRACT = Contract("proposals", ("[bold]cat", "dog"), (64, 96), mean=(0.0,) * 3, std=(1.0,) * 3)
+CONTRACT = Contract("detections", ("[bold]cat", "dog"), (64, 96), mean=(0.0,) * 3, std=(1.0,) * 3)
 TORCH = {"torch": "2.15.0", "torchvision": "0.29.2", "safetensors": "0.8.0"}
 
 
@@ -93,11 +93,11 @@ def test_the_exit_code_and_the_json(
     assert cli.main(["doctor", str(checkpoint), "--json", str(figures)]) == 0
     found = json.loads(figures.read_text(encoding="utf-8"))
     assert (found["healthy"], found["findings"]) == (True, [])
-    assert found["artefact"]["contract"]["task"] == "proposals"
+    assert found["artefact"]["contract"]["task"] == "detections"
     assert found["artefact"]["verification"]["state"] == "missing"
     assert [runtime["runs"] for runtime in found["artefact"]["runtimes"]] == [True]
     assert found["machine"]["packages"]["torch"] == "2.15.0"
-    assert "proposals" in capsys.readouterr().out
+    assert "detections" in capsys.readouterr().out
 
     use_machine(make_machine())  # without PyTorch
     assert cli.main(["doctor", str(checkpoint), "--json", str(figures)]) == 1

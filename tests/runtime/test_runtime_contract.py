@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from typing import Any
+
 import pytest
 
-from anchorline.runtime.contract import LONGEST_NAME, MOST_NAMES, check_names
+from anchorline.runtime.contract import CANVAS_VARIABLE, LONGEST_NAME, MOST_NAMES, Contract, check_names
 from anchorline.runtime.io.errors import ArtefactError, DataError, printable
 
 # Half a UTF-16 pair, an escape sequence, a line end, a change of direction, a zero byte.
@@ -40,3 +44,122 @@ def test_names_of_every_script_are_taken() -> None:
 
 def test_text_is_shown_with_what_steers_a_terminal_escaped() -> None:
     assert printable("é\x1b[2J\ud800\u202e\n") == r"é\x1b[2J\ud800\u202e\n"
+
+
+def refusal(text: str | bytes) -> str:
+    with pytest.raises(ArtefactError) as caught:
+        Contract.from_json(text, "model.onnx")
+    message = str(caught.value)
+    assert message.isprintable()
+    assert message.startswith("model.onnx: ")
+    assert len(message) < 400
+    return message
+
+
+HUGE = int("1" + "0" * 400)
+ODD = (
+    None,
+    -1,
+    0,
+    True,
+    0.5,
+    float("nan"),
+    float("inf"),
+    HUGE,
+    "\x1b[2J\ud800",
+    [],
+    [[1]],
+    {},
+    {"a": 1},
+    "x" * 5000,
+)
+FITS: dict[str, list[Any]] = {
+    **{key: [None] for key in ("category_ids", "max_batch", "resize.shorter_side", "resize.longer_side")},
+    **{key: [0, 0.5] for key in ("thresholds.score", "thresholds.nms_iou", "thresholds.rpn_nms_iou")},
+    **{key: [{}] for key in ("resize", "thresholds")},
+    "source": [{}, {"a": 1}],
+}
+FIELDS = [
+    *(each.name for each in dataclasses.fields(Contract)),
+    *(f"resize.{name}" for name in ("shorter_side", "longer_side", "interpolation", "rounding")),
+    *(
+        f"thresholds.{name}"
+        for name in ("score", "nms_iou", "max_detections", "rpn_nms_iou", "max_proposals")
+    ),
+]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_field_of_another_kind_is_named_with_its_value(field: str, contract: Contract) -> None:
+    for odd in ODD:
+        values: dict[str, Any] = json.loads(contract.to_json())
+        group, _, name = field.rpartition(".")
+        (values[group] if group else values)[name] = odd
+        text = json.dumps(values)
+        if any(odd == value and type(odd) is type(value) for value in FITS.get(field, ())):
+            Contract.from_json(text)
+        else:
+            assert name.partition("_")[0].removesuffix("s") in refusal(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"canvas": [10**9, 10**9]}, "contract canvas is"),
+        ({"canvas": [8193, 8192]}, "expected at most 67108864 "),
+        ({"category_ids": [7, 7]}, "category_ids are (7, 7); expected each once"),
+        ({"category_ids": [7]}, "1 category ids for 2 names"),
+        ({"category_ids": [7, 2**63]}, "whole numbers under 2^53"),
+        ({"task": "proposals"}, "expected 3 for the task proposals"),
+        ({"outputs": ["boxes", "scores", "labels", "boxes"]}, "expected each name once"),
+        ({"names": ["a", "b\x1b[31m"]}, r"class name 1 is 'b\x1b[31m'"),
+        ({"source": {"\x07": "\u202e"}, "colour": 1}, "'colour' is no field of this version"),
+        ({"thresholds": {"\x1b": 1}}, r"thresholds.'\x1b' is no field"),
+        ({"version": 2}, "version 2 is newer than 1"),
+    ],
+)
+def test_fields_that_make_no_sense_together(
+    changes: dict[str, Any], expected: str, contract: Contract
+) -> None:
+    assert expected in refusal(json.dumps({**json.loads(contract.to_json()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b'{"version": 1, "task": "\xff"}', "is not UTF-8 text"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"version": ' + "1" * 5000 + "}", "is not JSON"),
+        ("[]", "is [], expected a JSON object"),
+        (" " * (1 << 25) + "{}", "has 33554434 bytes"),
+    ],
+)
+def test_a_text_that_is_no_contract(text: str | bytes, expected: str) -> None:
+    assert expected in refusal(text)
+
+
+def test_a_source_is_json_of_bounded_depth(contract: Contract) -> None:
+    deep: Any = 1
+    for _ in range(40):
+        deep = {"a": [deep]}
+    text = json.dumps({**json.loads(contract.to_json()), "source": {"deep": deep}})
+    assert "contract source is" in refusal(text)
+    with pytest.raises(ArtefactError, match=r"contract source is .*expected what JSON knows"):
+        dataclasses.replace(contract, source={"path": object()})
+
+
+def test_who_has_larger_images_raises_the_bound(monkeypatch: pytest.MonkeyPatch, contract: Contract) -> None:
+    monkeypatch.setenv(CANVAS_VARIABLE, str(8193 * 8192))
+    assert dataclasses.replace(contract, canvas=(8193, 8192)).canvas == (8193, 8192)
+    monkeypatch.setenv(CANVAS_VARIABLE, "1e9")
+    with pytest.raises(ArtefactError, match=f"{CANVAS_VARIABLE} is '1e9'; expected a number of pixels"):
+        dataclasses.replace(contract)
+
+
+def test_a_contract_keeps_nothing_of_what_it_was_made_from(contract: Contract) -> None:
+    names, source = ["a", "b"], {"data": "voc:x"}
+    made = dataclasses.replace(contract, names=names, source=source)
+    names.append("c")
+    source.clear()
+    assert (made.names, made.source) == (("a", "b"), {"data": "voc:x"})
+    assert Contract.from_json(made.to_json()) == made

@@ -6,19 +6,33 @@ so that other loaders take it as well.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.io.errors import ArtefactError, GpuError
 from anchorline.runtime.io.files import input_errors, sha256_of
+from anchorline.runtime.io.schema import Name, check_fields, choice, read_object
 from anchorline.runtime.tensorrt.library import FLAVOURS
 
 _RELEASE_NUMBERS = 3  # a plan is loaded by the very release that built it
 _AMPERE = 80
+DIGEST = "digest"  # in the manifest: the SHA-256 of all the rest of it
+
+Release = Annotated[
+    str, Meta(pattern=r"\A\d{1,9}(\.\w{1,20}){0,5}\Z", description="a release such as 10.16.1.11")
+]
+Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z", description="64 hexadecimal digits")]
+Size = Annotated[int, Meta(ge=1, le=1_000_000)]
+Sizes = Annotated[tuple[Size, Size, Size], Meta(description="three sizes of at least 1")]
+Capability = Annotated[int, Meta(ge=10, le=999)]
 
 
 class CannotRunHereError(GpuError):
@@ -27,7 +41,7 @@ class CannotRunHereError(GpuError):
 
 @dataclass(frozen=True)
 class EngineManifest:
-    """What the manifest says; ``raw`` is all of it.
+    """What the manifest says; ``raw`` is all of it. Raises ``ArtefactError``.
 
     ``compute_capabilities`` are numbers such as 86; ``batch`` is (smallest, best, largest); ``options`` are
     what the engine was built with, empty where the manifest does not say.
@@ -35,15 +49,20 @@ class EngineManifest:
 
     path: Path
     contract: Contract
-    flavour: str
-    flavour_version: str
-    compute_capabilities: tuple[int, ...]
-    precision: str
-    batch: tuple[int, int, int]
-    engine_sha256: str
-    options_hash: str
+    flavour: Annotated[str, choice(*FLAVOURS)]
+    flavour_version: Release
+    compute_capabilities: Annotated[tuple[Capability, ...], Meta(description="a list of numbers such as 86")]
+    precision: Name
+    batch: Sizes
+    engine_sha256: Sha256
+    options_hash: Name
     options: dict[str, Any]
     raw: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        check_fields(self, "")
+        if list(self.batch) != sorted(self.batch):
+            raise ArtefactError(f"batch is {list(self.batch)}; expected sizes that do not fall")
 
 
 def manifest_path(engine: Path) -> Path:
@@ -57,47 +76,53 @@ def read_manifest(engine: Path, *, check_engine: bool = True) -> EngineManifest:
     Raises ``ArtefactError`` when either is missing, damaged, or they do not belong together.
     """
     path = manifest_path(engine)
-    missing = "an engine needs its manifest beside it: copy both, or build it again"
-    with input_errors(path, missing):
+    with input_errors(path, "an engine needs its manifest beside it: copy both, or build it again"):
         content = path.read_bytes()
+    raw = read_object(content, f"{path}: the manifest", "build the engine again")
+    if DIGEST in raw and raw[DIGEST] != manifest_digest(raw):
+        raise ArtefactError(
+            f"{path}: damaged manifest: it has another SHA-256 than its {DIGEST}; build the engine again, or "
+            f"take {DIGEST} out where it was changed on purpose"
+        )
     try:
-        raw = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ArtefactError(f"{path}: the manifest is not JSON ({error}); build the engine again") from None
-    if not isinstance(raw, dict):
-        raise ArtefactError(f"{path}: holds a {type(raw).__name__}, expected a JSON object; build it again")
-    try:
-        low, best, high = (int(size) for size in raw["profiles"][0]["batch"])
-        if not 1 <= low <= best <= high:
-            raise ValueError(f"batch is {[low, best, high]}, not rising from 1")
         manifest = EngineManifest(
             path=path,
-            contract=Contract.from_json(json.dumps(raw["contract"]), where=str(path)),
-            flavour=str(raw["flavour"]),
-            flavour_version=str(raw["flavour_version"]),
-            compute_capabilities=tuple(int(number) for number in raw["compute_capabilities"]),
-            precision=str(raw["precision"]),
-            batch=(low, best, high),
-            engine_sha256=str(raw["engine"]["sha256"]),
-            options_hash=str(raw["options_hash"]),
+            contract=Contract.from_values(_stated(raw, "contract"), where=str(path)),
+            flavour=_stated(raw, "flavour"),
+            flavour_version=_stated(raw, "flavour_version"),
+            compute_capabilities=_stated(raw, "compute_capabilities"),
+            precision=_stated(raw, "precision"),
+            batch=_stated(raw, "profiles", 0, "batch"),
+            engine_sha256=_stated(raw, "engine", "sha256"),
+            options_hash=_stated(raw, "options_hash"),
             options=raw["options"] if isinstance(raw.get("options"), dict) else {},
             raw=raw,
         )
-    except ArtefactError:
-        raise
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ArtefactError(f"{path}: damaged manifest ({error!r}); build the engine again") from None
+    except ArtefactError as error:
+        if str(error).startswith(f"{path}: "):  # the contract's
+            raise
+        raise ArtefactError(f"{path}: damaged manifest: {error}; build the engine again") from None
     if check_engine and sha256_of(engine) != manifest.engine_sha256:
         raise ArtefactError(
             f"{engine}: is not the engine that {path.name} describes (another sha256); build it again or "
             "copy both files together"
         )
-    if manifest.flavour not in FLAVOURS:
-        raise ArtefactError(
-            f"{path}: flavour is {manifest.flavour!r}; expected one of {', '.join(FLAVOURS)}; "
-            "build the engine again"
-        )
     return manifest
+
+
+def manifest_digest(raw: Mapping[str, Any]) -> str:
+    """The SHA-256 of a manifest without its own ``DIGEST``."""
+    rest = {key: value for key, value in raw.items() if key != DIGEST}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _stated(raw: Any, *keys: str | int) -> Any:
+    for key in keys:
+        try:
+            raw = raw[key]
+        except (KeyError, IndexError, TypeError):
+            raise ArtefactError(f"{'.'.join(map(str, keys))} is missing") from None
+    return raw
 
 
 def check_fit(manifest: EngineManifest, version: str, capability: int, gpu: str) -> None:
