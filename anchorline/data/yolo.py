@@ -111,8 +111,8 @@ def load_yolo(folder: Path, split: str | None, names: Sequence[str] | None = Non
 def _find_files(
     folder: Path, split: str | None, config: YoloConfig, dropped: Counter[str], remarks: Counter[str]
 ) -> list[_File]:
-    """The images of a list that the data's own file names for the split, else of the split's usual folder,
-    else of a folder which that file names, else of a list or a folder called ``split``."""
+    """The images of what the data's own file names for the split, folders or lists; else of the split's usual
+    folder, else of a list or a folder called ``split``."""
     if split is None:
         images = folder / "images"
         if any(os.path.lexists(path.with_suffix(".txt")) for path in image_files(folder.iterdir())):
@@ -124,15 +124,12 @@ def _find_files(
         raise DataError(f"{folder}: no split {shown(split)}; {_remedy(folder, config)}")
     named = config.splits.get(split, [])
     found = [path for text in named if (path := _find(text, folder)) is not None]
-    usual = [path for path in (folder / "images" / split, folder / split / "images") if path.is_dir()]
-    own = [path for path in (folder / f"{split}.txt", folder / split) if os.path.lexists(path)]
-    if usual and all(path.is_dir() for path in found):
-        found = usual[:1]
-    if len(found) < len(named) and not usual:
+    usual = (folder / "images" / split, folder / split / "images", folder / f"{split}.txt", folder / split)
+    found = found or [path for path in usual if os.path.lexists(path)][:1]
+    if len(found) < len(named):
         raise DataError(
             f"{folder}: its images of {split!r} are {shown(named)}, and not all of that is there; restore it"
         )
-    found = found or own[:1]
     if not found:
         raise DataError(f"{folder}: no split {shown(split)}; {_remedy(folder, config)}")
     files = []

@@ -338,18 +338,21 @@ def test_a_list_does_not_lead_out_of_the_data(make_yolo: MakeYolo, tmp_path: Pat
         load_dataset(f"yolo:{root}@{tmp_path}")
 
 
-def test_a_list_that_data_yaml_names_comes_before_the_folder(make_yolo: MakeYolo) -> None:
+def test_what_data_yaml_names_comes_before_the_usual_folder(make_yolo: MakeYolo) -> None:
     root = make_yolo({"a": LINE, "b": LINE}, names=f"names: [cat]{chr(10)}train: train.txt")
     (root / "train.txt").write_text(f"{root}/images/train/b.png")
     assert [image.id for image in load_dataset(f"yolo:{root}@train")] == ["images/train/b"]
-    (root / "data.yaml").write_text("names: [cat]\ntrain: ../train/images")
+    (root / "data.yaml").write_text("names: [cat]\ntrain: ../images/train")
     assert [image.id for image in load_dataset(f"yolo:{root}@train")] == ["a", "b"]
     (root / "data.yaml").write_text("names: [cat]\nval: [images/train, images/more]")
     with pytest.raises(DataError, match=r"its images of 'val' are .'images/train', 'images/more'.*not all"):
         load_dataset(f"yolo:{root}@val")
     make_yolo({"a": LINE}, split="more", names=None)
+    make_yolo({"c": LINE}, split="val", names=None)
     found = [image.id for image in load_dataset(f"yolo:{root}@val")]
     assert found == ["images/train/a", "images/train/b", "images/more/a"]
+    (root / "data.yaml").write_text("names: [cat]\nval: /on/another/machine")
+    assert [image.id for image in load_dataset(f"yolo:{root}@val")] == ["c"]
 
 
 @pytest.mark.parametrize(

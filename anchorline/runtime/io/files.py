@@ -147,7 +147,7 @@ def files_below(folder: Path) -> list[Path]:
                     path = place / entry.name
                     if entry.name.startswith("."):
                         continue
-                    if not path.is_dir():
+                    if not (path.is_dir() if entry.is_symlink() else entry.is_dir()):
                         found.append(path)
                     else:
                         (linked if entry.is_symlink() else own).append(path)

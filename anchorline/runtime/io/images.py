@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -111,13 +112,17 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
 
     Raises ``DataError`` for a pipe, a socket, a device, or a link to nothing.
     """
-    found = [path for path in paths if is_image(path) and not path.is_dir()]
-    for path in found:
+    found = []
+    for path in filter(is_image, paths):
         expect_regular(path, DataError)
-        if not path.exists():
+        try:
+            is_folder = stat.S_ISDIR(path.stat().st_mode)
+        except OSError:
             raise DataError(
                 f"{path}: is a link to nothing, expected an image; restore the image or delete it"
-            )
+            ) from None
+        if not is_folder:
+            found.append(path)
     return found
 
 
