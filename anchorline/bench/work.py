@@ -21,9 +21,9 @@ from anchorline.runtime.backends.cpu_options import usable_cores
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import AnchorlineError, DataError
 from anchorline.runtime.io.files import sha256_of
-from anchorline.runtime.io.images import find_images, is_video, read_image
+from anchorline.runtime.io.images import find_inputs
 from anchorline.runtime.timing import DETECTOR_STAGES
-from anchorline.runtime.video.reader import VideoReader
+from anchorline.runtime.video.reader import open_file
 
 TOTAL = "total"  # frames to boxes by the clock, what lies between the stages included
 PERCENTILES = (50, 90, 95, 99)
@@ -138,11 +138,10 @@ def load_frames(source: str | None) -> list[Frame]:
         from anchorline.data.synthetic import generate_scene
 
         return [generate_scene(0, _SCENE_SIZE, index)[0] for index in range(_SCENES)]
-    if is_video(source):
-        with VideoReader(source) as reader:
-            frames = [frame for _, _, frame in islice(reader, MAX_HELD)]
-    else:
-        frames = [read_image(path) for path in find_images(source)[:MAX_HELD]]
+    frames: list[Frame] = []
+    for path, is_video in find_inputs(source)[:MAX_HELD]:
+        with open_file(path, is_video) as reader:
+            frames += [frame for _, _, frame in islice(reader, MAX_HELD)]
     if not frames:
         raise DataError(f"{source}: holds no frame; give a video, an image or a folder of images")
     return frames

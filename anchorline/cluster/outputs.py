@@ -66,7 +66,8 @@ class Outputs(contextlib.ExitStack):
         """The item's lines and copies are there."""
         if self.copies is not None:
             folder = item.folder_in(self.copies)
-            written = copy_targets([Path(path) for path in item.paths], folder, single=False)
+            files = [(Path(path), item.is_video) for path in item.paths]
+            written = copy_targets(files, folder, single=False)
             for own, target in zip(filter(None, written), self._targets[item.first :], strict=False):
                 copies = [own] if own.exists() else []
                 if item.is_video:  # alone in its folder, in parts where the size of its pictures changes

@@ -172,7 +172,7 @@ class DetectionWorker:
         job = self._job
         if None in item.sizes:  # gone since the run was planned, and alone in its item
             try:
-                open_file(item.paths[0], job.options.decoder).close()
+                open_file(item.paths[0], item.is_video, job.options.decoder).close()
             except DataError as error:  # as the local run says it
                 yield Piece(warnings=(str(error),), unreadable=str(error))
                 return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import itertools
 import os.path
 import re
 from collections import Counter
@@ -18,8 +19,8 @@ from numpy.typing import NDArray
 from anchorline.data.boxes import clip_labelled_boxes
 from anchorline.runtime.io.errors import DataError
 from anchorline.runtime.io.files import expect_regular, input_errors
-from anchorline.runtime.io.images import find_images, is_video, read_image
-from anchorline.runtime.video.reader import VideoReader
+from anchorline.runtime.io.images import find_inputs, read_image
+from anchorline.runtime.video.reader import open_file
 
 FORMS = "voc:DIR@split, coco:IMAGES,ANNOTATIONS.json, yolo:DIR@split, voc:DIR, yolo:DIR or synthetic:N"
 FOUND_BY_END = "file names found by their end"
@@ -217,13 +218,10 @@ def images_or_video(sources: Sequence[str | Path], names: tuple[str, ...]) -> Da
     They carry no labels. Raises ``DataError`` for what is missing or unreadable.
     """
     images: list[LabelledImage] = []
-    for source in map(Path, sources):
-        if not os.path.exists(source):
-            raise DataError(f"{source}: no such file or folder; give an image, a folder of images or a video")
-        if is_video(source):
-            images += _video_frames(source)
-            continue
-        for path in find_images(source):
+    for path, is_video in itertools.chain.from_iterable(map(find_inputs, sources)):
+        if is_video:
+            images += _video_frames(path)
+        else:
             images.append(labelled_image(path.name, path, image_size(path), np.zeros((0, 4)), []))
     spec = ", ".join(map(str, sources))
     if not images:
@@ -235,7 +233,7 @@ def _video_frames(path: Path) -> list[LabelledImage]:
     """Frames at even distances over the whole video."""
     kept: list[LabelledImage] = []
     step = 1
-    with VideoReader(path) as reader:
+    with open_file(path, is_video=True) as reader:
         for index, _, frame in reader:
             if index % step:
                 continue

@@ -294,7 +294,7 @@ def test_no_space_left_for_an_image(folder, tmp_path, detector, monkeypatch):
     [
         ([], None, SettingsError, "no sources given"),
         (["none.png"], None, DataError, "no such file or folder"),
-        (["notes.txt"], None, DataError, "neither an image nor a video by its suffix"),
+        (["notes.txt"], None, DataError, "neither an image nor a video, by its content"),
         (["empty"], None, DataError, "no images in this folder"),
         (["a.png"], "out.mp4", SettingsError, "an image is saved as one of"),
         (["a.png"], "out.xyz", SettingsError, "an image is saved as one of"),

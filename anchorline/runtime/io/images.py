@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -18,7 +19,22 @@ from anchorline.runtime.io.files import atomic_write_bytes, expect_regular, inpu
 from anchorline.runtime.io.native_log import quiet_opencv
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"),
+    *(".3gp", ".ogv", ".gif", ".apng"),
+)
+
+# What video files begin with: GIF, Matroska, AVI, Flash, ASF, Ogg, IVF, YUV4MPEG; MP4 and QuickTime, whose
+# container holds pictures as well; MPEG transport streams; and start codes, of MPEG, H.264 and HEVC.
+_VIDEO_START = re.compile(
+    rb"GIF8[79]a|\x1aE\xdf\xa3|RIFF.{4}AVI |FLV\x01|0&\xb2u\x8ef\xcf\x11|OggS|DKIF|YUV4MPEG2 "
+    rb"|.{4}(?:ftyp(?!avi[fs]|hei|mif1|msf1)|moov|mdat|free|wide)"
+    rb"|G.{187}G|\x00?\x00\x00\x01[\xb3\xba\x09\x27\x47\x67\x40\x46]",
+    re.DOTALL,
+)
+_RAW_JPEGS = (".mjpg", ".mjpeg")  # begin as one picture does
+_HEAD = 4096  # bytes
+_NAME_PATTERN = re.compile(r"%0?[0-9]*d")
 
 _JPEG_START = b"\xff\xd8"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -126,27 +142,73 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
+def holds_video(path: str | Path) -> bool | None:
+    """Whether a file holds a video and no picture: by what it begins with, or else by its name.
+
+    None where neither says. GIF and animated PNG are videos. Raises ``DataError`` for pipes and devices only.
+    """
+    expect_regular(path, DataError)
+    head = b""
+    with contextlib.suppress(OSError), Path(path).open("rb") as file:
+        head = file.read(_HEAD)
+    if _begins_as_video(head) or Path(path).suffix.lower() in _RAW_JPEGS:
+        return True
+    with quiet_opencv():
+        if cv2.haveImageReader(str(path)) or is_image(path):
+            return False
+    return True if is_video(path) else None
+
+
+def _begins_as_video(head: bytes) -> bool:
+    if head.startswith(_PNG_SIGNATURE):
+        control = head.partition(b"IDAT")[0].partition(b"acTL")[2]  # begins with the number of frames
+        return int.from_bytes(control[:4], "big") > 1
+    return _VIDEO_START.match(head) is not None
+
+
 def find_images(path: str | Path) -> list[Path]:
     """The image files of a folder (not of its subfolders) in natural order, or the one image given.
 
-    Hidden files are left out. Raises ``DataError`` where nothing is found, or what is named as an image is no
-    file.
+    A name with a number's place (``frames/%04d.png``) stands for the files of its folder that fit. Hidden
+    files are left out. Raises ``DataError`` where nothing is found, or what is named as an image is no file.
     """
     path = Path(path)
-    if not os.path.exists(path):  # unlike Path.exists, also False for a name that is too long
-        raise DataError(f"{path}: no such file or folder; give an image or a folder of images")
-    if not path.is_dir():
+    parts = _NAME_PATTERN.split(path.name)
+    is_pattern = len(parts) > 1 and not os.path.exists(path)
+    if not is_pattern and not os.path.exists(path):  # unlike Path.exists, also False for too long a name
+        raise DataError(f"{path}: no such file or folder; give an image, a folder of images or a video")
+    if not is_pattern and not path.is_dir():
         return [path]
+    fits = re.compile("[0-9]+".join(map(re.escape, parts)) if is_pattern else r"[^.].*", re.DOTALL).fullmatch
     try:
-        found = image_files(p for p in path.iterdir() if not p.name.startswith("."))
+        folder = path.parent if is_pattern else path
+        found = image_files(p for p in folder.iterdir() if fits(p.name))
     except OSError as error:
         raise DataError(
-            f"{path}: this folder cannot be read ({error.strerror}); check its permissions"
+            f"{folder}: this folder cannot be read ({error.strerror}); check its name and permissions"
         ) from None
     if not found:
         suffixes = ", ".join(IMAGE_SUFFIXES)
-        raise DataError(f"{path}: no images in this folder; expected files ending in {suffixes}")
+        what = "no images of such names" if is_pattern else "no images in this folder"
+        raise DataError(f"{path}: {what}; expected files ending in {suffixes}")
     return sorted(found, key=_natural_key)
+
+
+def find_inputs(path: str | Path) -> list[tuple[Path, bool]]:
+    """The file at ``path``, or what ``find_images`` finds there, each with whether it is a video.
+
+    Raises ``DataError`` for what is missing, or neither image nor video.
+    """
+    paths = find_images(path)
+    if paths != [Path(path)]:
+        return [(each, False) for each in paths]
+    is_a_video = holds_video(path)
+    if is_a_video is None:
+        raise DataError(
+            f"{path}: neither an image nor a video, by its content and by its suffix; "
+            f"expected one of {', '.join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)}"
+        )
+    return [(Path(path), is_a_video)]
 
 
 def read_image(path: str | Path) -> NDArray[np.uint8]:
@@ -171,7 +233,8 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
     except cv2.error as error:
         raise DataError(f"{path}: cannot be decoded ({reason_of(error, 300)}); expected an image") from error
     if image is None:
-        raise DataError(f"{path}: cannot be decoded; expected an undamaged image such as JPEG or PNG")
+        reason = "is a video" if _begins_as_video(content[:_HEAD].tobytes()) else "cannot be decoded"
+        raise DataError(f"{path}: {reason}; expected an undamaged image such as JPEG or PNG")
     return np.asarray(image, dtype=np.uint8)
 
 

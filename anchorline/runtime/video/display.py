@@ -15,7 +15,7 @@ from anchorline.runtime.io.errors import DataError, OutputError, SettingsError
 from anchorline.runtime.io.files import atomic_path
 from anchorline.runtime.timing import PERCENTILES
 from anchorline.runtime.video.figures import Figures, RecentRates, source_table
-from anchorline.runtime.video.reader import VideoReader
+from anchorline.runtime.video.reader import open_file
 from anchorline.runtime.video.source import Source
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _count_frames(sources: Sequence[Source]) -> int | None:
             count: int | None = 1
             if item.is_video:
                 try:
-                    with VideoReader(item.path) as reader:
+                    with open_file(item.path, is_video=True) as reader:
                         count = reader.frame_count
                 except DataError:
                     count = 0  # reported when its turn comes

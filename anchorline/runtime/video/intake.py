@@ -197,7 +197,7 @@ class Feed:
         """The reader of a file, or of what the source is."""
         where, decoder = self._source.where, self._options.decoder
         if item is not None:
-            return open_file(item.path, decoder)
+            return open_file(item.path, item.is_video, decoder)
         if not isinstance(where, str | int | Path):
             return IterableReader(where)
         stall, name, live = self._options.stall, self._source.describe(), bool(self._source.live)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from anchorline.runtime.canvas import check_frame
 from anchorline.runtime.io.errors import DataError, SettingsError
 from anchorline.runtime.io.files import expect_regular, input_errors
-from anchorline.runtime.io.images import is_video, read_image
+from anchorline.runtime.io.images import read_image
 from anchorline.runtime.io.native_log import ffmpeg_lines, quiet_opencv
 from anchorline.runtime.video.options import Decoder
 
@@ -26,6 +26,7 @@ MAX_FPS = 1000.0
 _COUNTED = (".mp4", ".m4v", ".mov", ".avi")  # files that state how many frames they hold
 # What may fail in a row before the rest is given up: of a file, and of a stream ten seconds of damage.
 _FILE_FAILURES, _STREAM_FAILURES = 64, 300
+_LACKING = {b"AV01": "AV1"}  # what the FFmpeg in OpenCV's packages decodes on some GPUs only
 _TURNS = {90: cv2.ROTATE_90_COUNTERCLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTATE_90_CLOCKWISE}
 
 Pixels = NDArray[np.uint8]
@@ -184,6 +185,10 @@ class StreamReader(Reader):
         return milliseconds / 1000.0 if milliseconds > 0 else None, pixels
 
 
+class CodecError(DataError):
+    """A video whose codec OpenCV has no decoder for; whether the file is whole nobody knows."""
+
+
 class VideoReader(StreamReader):
     """A video file as an iterator of (index, time in seconds, frame), read with OpenCV. A context manager.
 
@@ -216,7 +221,16 @@ class VideoReader(StreamReader):
         if not self._read_header():
             self._notes.append(f"{path}: states no usable frame rate; {FALLBACK_FPS:g} frames/s are assumed")
         self._is_counted = self.path.suffix.lower() in _COUNTED
-        self._begin("no frame of this video can be decoded; it may be damaged or empty")
+        code = int(self._capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little", signed=True)
+        try:
+            self._begin("no frame of this video can be decoded; it may be damaged or empty")
+        except DataError:
+            if code.upper() not in _LACKING:
+                raise
+            raise CodecError(
+                f"{path}: a video in {_LACKING[code.upper()]}, which this OpenCV cannot decode and PyAV can; "
+                "pip install 'anchorline[video]', or convert it to H.264"
+            ) from None
 
     def __iter__(self) -> Iterator[tuple[int, float, Pixels]]:
         is_resized = False
@@ -333,8 +347,17 @@ def import_pyav() -> ModuleType:
     return av
 
 
-def open_file(path: str | Path, decoder: Decoder) -> Reader:
-    """The reader of an image or video file."""
-    if not is_video(path):
+def open_file(path: str | Path, is_video: bool, decoder: Decoder = "opencv") -> Reader:
+    """The reader of an image or video file. A codec that OpenCV lacks is left to PyAV, if that is there."""
+    if not is_video:
         return IterableReader([read_image(path)], fps=1.0)
-    return AvReader(path) if decoder == "pyav" else VideoReader(path)
+    if decoder == "pyav":
+        return AvReader(path)
+    try:
+        return VideoReader(path)
+    except CodecError:
+        try:
+            return AvReader(path)
+        except SettingsError:  # there is no PyAV
+            pass
+        raise

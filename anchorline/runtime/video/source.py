@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.runtime.io.errors import DataError, OutputError, SettingsError
-from anchorline.runtime.io.files import expect_regular, is_stream
-from anchorline.runtime.io.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_images, is_image, is_video
+from anchorline.runtime.io.errors import OutputError, SettingsError
+from anchorline.runtime.io.files import is_stream
+from anchorline.runtime.io.images import IMAGE_SUFFIXES, find_inputs, is_image, is_video
 from anchorline.runtime.video.options import Option, Policy, check_fields
 
 _LAST_WEBCAM = 99  # OpenCV takes hundreds for the ways to reach a camera
@@ -128,21 +128,21 @@ def plan(
     ]
     if not given:
         raise SettingsError("no sources given; name an image, a folder of images or a video")
-    found = [_files(Path(str(each.where))) if each.is_path else [] for each in given]
+    found = [find_inputs(Path(str(each.where))) if each.is_path else [] for each in given]
     others = [each for each in given if not each.is_path]
     names = _names(others)
-    paths = [path for files in found for path in files]
-    single = len(given) == 1 and (bool(others) or not Path(str(given[0].where)).is_dir())
+    files = [file for each in found for file in each]
+    single = len(given) == 1 and (bool(others) or files[0][0] == Path(str(given[0].where)))
     # A stand-in for the file that a camera does not have, where no file can be.
-    places = [Path(os.devnull) / (re.sub(r"[^\w.-]", "_", name) + ".mp4") for name in names]
-    targets = copy_targets([*paths, *places], None if save is None else Path(save), single)
-    items = iter([Item(path, is_video(path), target) for path, target in zip(paths, targets, strict=False)])
-    named = iter(zip(names, targets[len(paths) :], strict=True))
+    places = [(Path(os.devnull) / (re.sub(r"[^\w.-]", "_", name) + ".mp4"), True) for name in names]
+    targets = copy_targets([*files, *places], None if save is None else Path(save), single)
+    items = iter([Item(*file, target) for file, target in zip(files, targets, strict=False)])
+    named = iter(zip(names, targets[len(files) :], strict=True))
     unnamed = [str(Path(str(each.where))) for each in given if each.is_path and not each.name]
     planned: list[Source] = []
     chain: int | None = None  # the place of the source that all files without a name are
-    for each, files in zip(given, found, strict=True):
-        own = tuple(next(items) for _ in files)
+    for each, own_files in zip(given, found, strict=True):
+        own = tuple(next(items) for _ in own_files)
         if not each.is_path:
             name, target = next(named)
             planned.append(replace(each, name=name, target=target))
@@ -186,19 +186,6 @@ def is_stdout(path: str | Path | None) -> bool:
     return str(path) in ("-", "/dev/stdout")
 
 
-def _files(source: Path) -> list[Path]:
-    """The file, or the images of the folder."""
-    if not os.path.exists(source):  # unlike Path.exists, also False for a name that is too long
-        raise DataError(f"{source}: no such file or folder; give an image, a folder of images or a video")
-    expect_regular(source, DataError)
-    if not source.is_dir() and not is_image(source) and not is_video(source):
-        raise DataError(
-            f"{source}: neither an image nor a video by its suffix; "
-            f"expected one of {', '.join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)}"
-        )
-    return find_images(source)
-
-
 def _names(sources: Sequence[Source]) -> list[str]:
     """A name for each: its own, or a webcam's camera0, a stream's host, an iterator's frames."""
     taken = {each.name for each in sources}
@@ -215,15 +202,19 @@ def _names(sources: Sequence[Source]) -> list[str]:
     return names
 
 
-def copy_targets(paths: Sequence[Path], save: Path | None, single: bool) -> Sequence[Path | None]:
-    """Where the annotated copy of each file goes; ``single`` allows ``save`` to be a file's name."""
+def copy_targets(
+    files: Sequence[tuple[Path, bool]], save: Path | None, single: bool
+) -> Sequence[Path | None]:
+    """Where the annotated copy of each file goes, of which is told whether it is a video; ``single`` allows
+    ``save`` to be a file's name."""
     if save is None:
-        return [None] * len(paths)
+        return [None] * len(files)
     targets: list[Path] = []
     if single and not save.is_dir() and save.suffix:
-        if is_video(paths[0]) and save.suffix.lower() != ".mp4":
+        _, of_video = files[0]
+        if of_video and save.suffix.lower() != ".mp4":
             raise SettingsError(f"save is {save}; a video is saved as .mp4, or into a folder")
-        if not is_video(paths[0]) and not is_image(save):
+        if not of_video and not is_image(save):
             raise SettingsError(f"save is {save}; an image is saved as one of {', '.join(IMAGE_SUFFIXES)}")
         targets.append(save)
     else:
@@ -232,11 +223,12 @@ def copy_targets(paths: Sequence[Path], save: Path | None, single: bool) -> Sequ
         if is_image(save) or is_video(save):
             raise SettingsError(f"save is {save}, one file; several results need a folder to be saved in")
         taken: set[str] = set()
-        for path in paths:
-            name = _unused(path.stem, ".mp4" if is_video(path) else path.suffix, taken)
+        for path, of_video in files:
+            suffix = ".mp4" if of_video else path.suffix if is_image(path) else ".png"
+            name = _unused(path.stem, suffix, taken)
             taken.add(name.lower())
             targets.append(save / name)
-    sources = {os.path.realpath(path) for path in paths}
+    sources = {os.path.realpath(path) for path, _ in files}
     for target in targets:
         if os.path.realpath(target) in sources:
             raise SettingsError(f"saving to {target} would overwrite the source; choose another place")
