@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
-from torchvision.ops import FrozenBatchNorm2d
 
 OBJECTNESS_SPREAD = 1.0  # in logits; much more and scores of 1.0 tie
 DELTA_SPREAD = 0.2
@@ -36,7 +35,7 @@ def draw_weights(
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.kaiming_normal_(parameter)
-    for norm in _norms(model):
+    for norm in norms(model):
         norm.bias.fill_(SHIFT)
     model.eval()
     images, _ = model.transform([as_tensor(frame) for frame in frames])
@@ -45,8 +44,8 @@ def draw_weights(
     maps = list(features.values())
     head = model.rpn.head
     hidden = [head.conv(each) for each in maps]
-    _spread(head.cls_logits, hidden, OBJECTNESS_SPREAD)
-    _spread(head.bbox_pred, hidden, DELTA_SPREAD)
+    spread(head.cls_logits, hidden, OBJECTNESS_SPREAD)
+    spread(head.bbox_pred, hidden, DELTA_SPREAD)
     proposals, _ = model.rpn(images, features)
     heads = model.roi_heads
     pooled = heads.box_roi_pool(features, proposals, images.image_sizes)
@@ -54,8 +53,8 @@ def draw_weights(
         hidden_rois = heads.box_head(pooled)
     predictor = heads.box_predictor
     outputs = predictor.cls_score.out_features
-    _spread(predictor.cls_score, [hidden_rois], LOGIT_SPREAD * math.log(outputs))
-    _spread(predictor.bbox_pred, [hidden_rois], 3 * DELTA_SPREAD)
+    spread(predictor.cls_score, [hidden_rois], LOGIT_SPREAD * math.log(outputs))
+    spread(predictor.bbox_pred, [hidden_rois], 3 * DELTA_SPREAD)
     logits, deltas = predictor(hidden_rois)
     _choose_background(model, logits, deltas, proposals, images.image_sizes, wanted)
     return model
@@ -74,7 +73,7 @@ def statistics_of_inputs(module: nn.Module) -> Iterator[None]:
         norm.running_mean.copy_(inputs[0].mean(dim=(0, 2, 3)))
         norm.running_var.copy_(inputs[0].var(dim=(0, 2, 3)))
 
-    hooks = [norm.register_forward_pre_hook(take) for norm in _norms(module)]
+    hooks = [norm.register_forward_pre_hook(take) for norm in norms(module)]
     try:
         yield
     finally:
@@ -82,11 +81,12 @@ def statistics_of_inputs(module: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _norms(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d)]
+def norms(module: nn.Module) -> list[nn.Module]:
+    """The batch norms, frozen ones of any library as well."""
+    return [m for m in module.modules() if hasattr(m, "running_mean")]
 
 
-def _spread(layer: nn.Conv2d | nn.Linear, inputs: Sequence[Tensor], spread: float) -> None:
+def spread(layer: nn.Conv2d | nn.Linear, inputs: Sequence[Tensor], spread: float) -> None:
     """Scale and shift ``layer`` so that each of its outputs has mean 0 and this standard deviation."""
     layer.bias.zero_()
     outputs = torch.cat([layer(each).movedim(1, -1).flatten(0, -2) for each in inputs])
