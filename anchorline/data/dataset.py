@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from anchorline.data.boxes import clip_labelled_boxes
 from anchorline.runtime.io.errors import DataError
-from anchorline.runtime.io.files import expect_regular, input_errors
-from anchorline.runtime.io.images import find_inputs, read_image
+from anchorline.runtime.io.files import input_errors
+from anchorline.runtime.io.images import check_pixels, find_inputs, read_header, read_image, unused_bits
 from anchorline.runtime.video.reader import open_file
 
 FORMS = "voc:DIR@split, coco:IMAGES,ANNOTATIONS.json, yolo:DIR@split, voc:DIR, yolo:DIR or synthetic:N"
@@ -27,11 +27,11 @@ FOUND_BY_END = "file names found by their end"
 VIDEO_FRAMES = 50  # how many of a video make a data set
 _SHOWN_NAMES = 12
 _LONGEST_PATH = 4096  # characters
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Start-of-frame markers carry the size; C4, C8 and CC in that range are tables and extensions.
-_JPEG_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_JPEG_EXIF, _JPEG_START_OF_SCAN = 0xE1, 0xDA
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_HEAD = 65536  # bytes of a file in which its header is looked for
+_TURNABLE = (b"Exif", b"eXIf")
+_HEADER_TELLS = (b"\xff\xd8", b"\x89PNG")  # the size of an image that is not turned
+_LOOKED_AT = 20  # images of a data set that are looked into for their depth
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class LabelledImage:
     ``boxes`` float32 [N, 4], xyxy in pixels with continuous edges (a box that covers the first
     pixel only is 0, 0, 1, 1); ``labels`` int64 [N] index the dataset's ``names``; ``difficult`` and
     ``crowd`` bool [N] mark objects that an evaluation ignores. ``size`` is (height, width).
-    ``load`` returns the pixels, uint8 BGR [H, W, 3], upright (EXIF orientation applied).
+    ``load`` returns the pixels, uint8 BGR [H, W, 3], upright (EXIF orientation applied), of the file
+    ``path`` where there is one.
     """
 
     id: str
@@ -51,6 +52,7 @@ class LabelledImage:
     difficult: NDArray[np.bool_]
     crowd: NDArray[np.bool_]
     load: Callable[[], NDArray[np.uint8]]
+    path: Path | None = None
 
     @property
     def ignored(self) -> NDArray[np.bool_]:
@@ -130,6 +132,12 @@ def load_dataset(spec: str, names: Sequence[str] | None = None) -> Dataset:
     ``synthetic:N@seed`` makes other scenes; after ``coco:...,anywhere`` names of images may lead out of their
     folder. Raises ``DataError`` for an unknown form and for anything missing, empty or broken.
     """
+    dataset = _read(spec, names)
+    dataset.remarks.update(_depth_remarks(dataset))
+    return dataset
+
+
+def _read(spec: str, names: Sequence[str] | None) -> Dataset:
     scheme, _, rest = spec.partition(":")
     if scheme not in ("voc", "coco", "yolo", "synthetic") or not rest:
         raise DataError(f"data {spec!r}: expected {FORMS}")
@@ -170,6 +178,22 @@ def load_dataset(spec: str, names: Sequence[str] | None = None) -> Dataset:
         from anchorline.data.yolo import load_yolo
 
         return load_yolo(_at_home(folder), split, names, spec)
+
+
+def _depth_remarks(dataset: Dataset) -> Counter[str]:
+    """What is to be said of images that use few of their 16 bits, by a sample of the data's."""
+    paths = [image.path for image in dataset if image.path is not None]
+    sample = paths[:: max(1, len(paths) // _LOOKED_AT)]
+    deep = [path for path in sample if (header := read_header(_head(path))) and header.bits > 8]
+    unused = [bits for bits in map(unused_bits, deep) if bits]
+    if not unused:
+        return Counter()
+    bits = min(unused)
+    text = (
+        f"images with 16-bit samples use only {16 - bits} of the bits, and are read almost black: multiply "
+        f"the samples by {2**bits} (about {_LOOKED_AT} images are looked at)"
+    )
+    return Counter({text: len(unused)})
 
 
 def load_datasets(specs: Sequence[str], names: Sequence[str] | None = None) -> Dataset:
@@ -286,12 +310,13 @@ def labelled_image(
     ``boxes`` [N, 4] are as annotated, with ``empty_side`` as in ``clip_labelled_boxes``; no flags are
     given where none is set.
     """
+    check_pixels(path, size)
     clipped, kept, reasons = clip_labelled_boxes(boxes, size, empty_side)
     if dropped is not None:
         dropped.update(reasons)
     own = np.array(labels, dtype=np.int64)[kept]
     flags = [np.array(each or [False] * len(boxes), dtype=np.bool_)[kept] for each in (difficult, crowd)]
-    return LabelledImage(id, size, clipped, own, flags[0], flags[1], partial(load_image, path, size))
+    return LabelledImage(id, size, clipped, own, flags[0], flags[1], partial(load_image, path, size), path)
 
 
 def read_lines(path: Path, expected: str) -> list[str]:
@@ -335,16 +360,18 @@ def image_size(path: Path) -> tuple[int, int]:
     An image that carries EXIF (it may be turned) or is neither JPEG nor PNG is decoded. Raises
     ``DataError`` when it cannot be read.
     """
-    expect_regular(path, DataError)
-    try:
-        with path.open("rb") as file:
-            size = _size_in_header(file.read(65536))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; expected a readable image") from None
-    if size is None or min(size) < 1:
+    head = _head(path)
+    plain = head.startswith(_HEADER_TELLS) and not any(mark in head for mark in _TURNABLE)
+    header = read_header(head) if plain else None
+    if header is None or min(header.size) < 1:
         height, width = read_image(path).shape[:2]
         return height, width
-    return size
+    return header.size
+
+
+def _head(path: Path) -> bytes:
+    with input_errors(path, "expected an image", DataError), path.open("rb") as file:
+        return file.read(_HEAD)
 
 
 def load_image(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -357,23 +384,3 @@ def load_image(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
             "annotate the image again or put the annotated one back"
         )
     return image
-
-
-def _size_in_header(head: bytes) -> tuple[int, int] | None:
-    """The size that a PNG or a JPEG begins with; None for EXIF, damage or another format."""
-
-    def number(start: int, end: int) -> int:
-        return int.from_bytes(head[start:end], "big")
-
-    if head.startswith(_PNG_SIGNATURE):
-        whole = b"eXIf" not in head and len(head) >= 24 and head[12:16] == b"IHDR"
-        return (number(20, 24), number(16, 20)) if whole else None
-    at = 2 if head.startswith(b"\xff\xd8") else len(head)
-    while at + 9 <= len(head) and head[at] == 0xFF:  # a JPEG's segments up to the start of frame
-        marker = head[at + 1]
-        if marker in (_JPEG_EXIF, _JPEG_START_OF_SCAN):
-            break
-        if marker in _JPEG_START_OF_FRAME:
-            return number(at + 5, at + 7), number(at + 7, at + 9)
-        at += 1 if marker == 0xFF else 2 + number(at + 2, at + 4)  # 0xFF: a fill byte before a marker
-    return None

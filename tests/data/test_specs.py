@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 from anchorline.data.dataset import load_dataset, load_datasets
@@ -99,3 +101,24 @@ def test_real_cells() -> None:
             assert dataset.dropped == {"zero area": 2}
     # The counts of the data set's own table, less the two boxes of zero area.
     assert sum(boxes.values()) == 4155 + 372 + 361 - 2
+
+
+def test_sixteen_bit_images_of_fewer_bits_are_counted(make_voc: Callable[..., Path]) -> None:
+    root = make_voc({name: [("cat", (1, 1, 20, 20))] for name in "abc"}, suffix=".png")
+    for name, brightest in (("a", 4095), ("b", 900)):
+        deep = np.full((60, 80), brightest, np.uint16)
+        cv2.imwrite(str(root / f"JPEGImages/{name}.png"), deep)
+    dataset = load_dataset(f"voc:{root}@train")
+    ((text, count),) = dataset.remarks.items()
+    assert count == 2
+    assert text.startswith("images with 16-bit samples use only 12 of the bits, and are read almost black")
+    assert "multiply the samples by 16" in text
+    assert dataset.images[0].load().max() == 4095 >> 8
+
+
+def test_images_larger_than_the_limit_are_refused_when_the_data_is_opened(
+    make_coco: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANCHORLINE_MAX_PIXELS", "4799")
+    with pytest.raises(DataError, match=r"a\.png: the image is 80x60, more than the 4799 pixels"):
+        load_dataset(make_coco())

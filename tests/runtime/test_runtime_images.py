@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import functools
+import io
 import os
 import struct
+import threading
 import zlib
 from pathlib import Path
 
@@ -10,9 +13,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from anchorline.runtime.io.errors import DataError, OutputError
-from anchorline.runtime.io.images import find_damage, find_images, is_image, is_video, read_image, write_image
+from anchorline.runtime.io import images
+from anchorline.runtime.io.errors import DataError, OutputError, SettingsError
+from anchorline.runtime.io.images import (
+    find_damage,
+    find_images,
+    is_image,
+    is_video,
+    read_header,
+    read_image,
+    unused_bits,
+    write_image,
+)
 from anchorline.runtime.io.native_log import quiet_opencv
 
 # What each EXIF orientation says was done to the picture, as a function of the upright one.
@@ -143,6 +157,114 @@ def test_every_cut_and_every_flipped_byte_of_a_png_is_found(picture):
         damaged = bytearray(content)
         damaged[position] ^= 0x55
         assert find_damage(bytes(damaged)) is not None, position
+
+
+def with_pillow(image: np.ndarray, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+@functools.lru_cache
+def every_format(shape: tuple[int, int]) -> dict[str, bytes]:
+    """A picture of the shape in each format that is read, and in the variants of its header."""
+    grey = np.full(shape, 77, np.uint8)
+    colour, deep = np.dstack([grey] * 3), grey.astype(np.uint16) * 257
+    height, width = shape
+    return {
+        **{suffix: encode(suffix, colour) for suffix in (".png", ".jpg", ".bmp", ".webp", ".tif", ".ppm")},
+        **{suffix: encode(suffix, colour) for suffix in (".jp2", ".avif", ".gif")},
+        "png of 16 bits": encode(".png", deep),
+        "progressive jpg": encode(".jpg", colour, cv2.IMWRITE_JPEG_PROGRESSIVE, 1),
+        "lossless webp": encode(".webp", colour, cv2.IMWRITE_WEBP_QUALITY, 101),
+        "extended webp": with_pillow(colour, "WEBP", exif=b"Exif\0\0" + exif(1)),
+        "tif of 16 bits": encode(".tif", deep),
+        "large tif": with_pillow(colour, "TIFF", big_tiff=True),
+        "codestream": with_pillow(colour, "JPEG2000", no_jp2=True),
+        "text pgm": b"P2 # a remark\n# 5 6\n%d\t%d\n255\n" % (width, height) + b"77 " * grey.size,
+        "bitmap": encode(".pbm", grey),
+        "old bmp": b"BM"
+        + struct.pack("<IIIIHHHH", 26 + 96 * 64, 0, 26, 12, width, height, 1, 24)
+        + bytes((3 * width + 3) // 4 * 4 * height),
+    }
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (33, 64)])
+def test_headers_state_what_the_decoder_finds(shape):
+    for name, content in every_format(shape).items():
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+        assert image.shape[:2] == shape, name
+        header = read_header(content)
+        assert header is not None, name
+        assert header.size == shape, name
+        assert header.bits == (16 if "16" in name else 8), name
+
+
+def test_more_pixels_than_are_allowed_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    pictures = every_format((40, 60))
+    monkeypatch.setenv("ANCHORLINE_MAX_PIXELS", "2400")
+    for content in pictures.values():
+        (tmp_path / "a.png").write_bytes(content)
+        assert read_image(tmp_path / "a.png").shape == (40, 60, 3)
+    monkeypatch.setenv("ANCHORLINE_MAX_PIXELS", "2399")
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    for name, content in pictures.items():
+        (tmp_path / "a.png").write_bytes(content)
+        with pytest.raises(DataError, match=r"a\.png: the image is 60x40, more than the 2399") as caught:
+            read_image(tmp_path / "a.png")
+        assert "set ANCHORLINE_MAX_PIXELS=2400" in str(caught.value), name
+
+
+def test_a_small_file_that_claims_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("ANCHORLINE_MAX_PIXELS", raising=False)
+    content = bytearray(encode(".png", np.zeros((8, 8), np.uint8)))
+    content[16:24] = struct.pack(">II", 30_000, 30_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(DataError, match="30000x30000, more than the 178956970 pixels"):
+        read_image(tmp_path / "a.png")
+    with (tmp_path / "sparse.png").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DataError, match="has 1099511627776 bytes, more than the"):
+        read_image(tmp_path / "sparse.png")
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "1e9", "many", "9" * 5000])
+def test_a_limit_that_is_no_number_is_refused(tmp_path, picture, monkeypatch, value):
+    (tmp_path / "a.png").write_bytes(encode(".png", picture))
+    monkeypatch.setenv("ANCHORLINE_MAX_PIXELS", value)
+    with pytest.raises(SettingsError, match=r"ANCHORLINE_MAX_PIXELS is '.*; expected a whole number"):
+        read_image(tmp_path / "a.png")
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_no_header_ends_in_a_traceback(data):
+    content = bytearray(data.draw(st.sampled_from(sorted(every_format((40, 60)).values()))))
+    for _ in range(data.draw(st.integers(0, 3))):
+        content[data.draw(st.integers(0, min(len(content) - 1, 120)))] = data.draw(st.integers(0, 255))
+    read_header(bytes(content[: data.draw(st.integers(0, len(content)))]))
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 15, 16])
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm", ".jp2"])
+def test_the_upper_eight_bits_are_read_whatever_the_picture_uses(tmp_path, monkeypatch, caplog, bits, suffix):
+    """The same sample is the same grey in every picture; that most are dark is said once."""
+    monkeypatch.setattr(images, "_told_of_depth", threading.Event())
+    deep = np.linspace(0, 2**bits - 1, 2400).astype(np.uint16).reshape(40, 60)
+    paths = [tmp_path / f"{name}{suffix}" for name in "ab"]
+    for path in paths:
+        path.write_bytes(encode(suffix, deep))
+        np.testing.assert_array_equal(read_image(path), np.dstack([deep >> 8] * 3))
+    told = [record.getMessage() for record in caplog.records]
+    if bits > 14:
+        assert not told
+        assert unused_bits(paths[0]) == 0
+    else:
+        assert len(told) == 1
+        assert f"a{suffix}: has 16-bit samples of which only {bits} bits are used" in told[0]
+        assert f"multiply the samples by {2 ** (16 - bits)}" in told[0]
+        assert unused_bits(paths[0]) == 16 - bits
 
 
 @settings(max_examples=60)

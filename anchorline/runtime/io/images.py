@@ -1,20 +1,24 @@
-"""Reading and writing image files, and finding those that were cut off or damaged."""
+"""Reading and writing image files, and finding those that were cut off, damaged or are too large."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import stat
+import struct
+import threading
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.runtime.io.errors import DataError, OutputError, reason_of
+from anchorline.runtime.io.errors import DataError, OutputError, SettingsError, reason_of, shown
 from anchorline.runtime.io.files import atomic_write_bytes, expect_regular, input_errors
 from anchorline.runtime.io.native_log import quiet_opencv
 
@@ -36,6 +40,14 @@ _RAW_JPEGS = (".mjpg", ".mjpeg")  # begin as one picture does
 _HEAD = 4096  # bytes
 _NAME_PATTERN = re.compile(r"%0?[0-9]*d")
 
+MAX_PIXELS_VARIABLE = "ANCHORLINE_MAX_PIXELS"
+_MAX_PIXELS = 178_956_970  # as Pillow: half a gigabyte of BGR
+_MOST_BYTES_PER_PIXEL = 16  # of any file that is read here
+_LEAST_UNUSED = 2  # upper bits of 16: an exposure below a half is nothing odd, one below a quarter is
+
+log = logging.getLogger("anchorline.runtime")
+_told_of_depth = threading.Event()
+
 _JPEG_START = b"\xff\xd8"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _START_OF_SCAN = 0xDA
@@ -44,6 +56,9 @@ _RESTART_INTERVAL = 0xDD
 _JPEG_BARE_MARKERS = {0x01, *range(0xD0, 0xD9)}  # TEM, restarts and a second start: no segment follows
 _JPEG_TABLES = {0xC4, *range(0xDA, 0xDE), *range(0xE0, 0xF0), 0xFE}  # tables, scans, APPn, comments
 _JPEG_SEGMENTS = _JPEG_TABLES | set(range(0xC0, 0xF0)) - set(range(0xD0, 0xDA))  # frame headers as well
+
+# Start-of-frame markers carry the size; C4, C8 and CC in that range are tables and extensions.
+_JPEG_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 # Inside a scan FF 00 is a stuffed byte and FF FF padding; FF D0..D7 are restarts where the file has
 # declared an interval for them. Anything else ends the scan.
@@ -111,6 +126,155 @@ def _png_damage(content: bytes) -> str | None:
             return None
         position = body_end + 4
     return "truncated: the PNG stops before its IEND chunk"
+
+
+class ImageHeader(NamedTuple):
+    """What an image file states of itself: (height, width) as stored, before it is turned upright, and the
+    bits of a sample."""
+
+    size: tuple[int, int]
+    bits: int = 8
+
+
+def read_header(content: bytes) -> ImageHeader | None:
+    """The header at the beginning of an image file; None where the format is none of those that are read
+    (JPEG, PNG, BMP, GIF, TIFF, WebP, PBM to PPM, JPEG 2000 and AVIF), it is damaged, or lies further on."""
+    try:
+        for start, read in _HEADERS:
+            if start.match(content):
+                return read(content)
+    except (struct.error, IndexError):
+        pass
+    return None
+
+
+def _png_header(content: bytes) -> ImageHeader:
+    width, height, bits = struct.unpack_from(">IIB", content, 16)
+    return ImageHeader((height, width), bits)
+
+
+def _jpeg_header(content: bytes) -> ImageHeader | None:
+    at = len(_JPEG_START)
+    while (at := content.find(b"\xff", at)) >= 0:  # the segments up to the start of frame
+        marker = content[at + 1]
+        if marker == _START_OF_SCAN:
+            break
+        if marker in _JPEG_START_OF_FRAME:
+            bits, height, width = struct.unpack_from(">BHH", content, at + 4)
+            return ImageHeader((height, width), bits)
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return None
+
+
+def _bmp_header(content: bytes) -> ImageHeader:
+    old = content[14] == 12
+    width, height = struct.unpack_from("<HH" if old else "<ii", content, 18)
+    return ImageHeader((abs(height), abs(width)))
+
+
+def _gif_header(content: bytes) -> ImageHeader:
+    width, height = struct.unpack_from("<HH", content, 6)
+    return ImageHeader((height, width))
+
+
+def _webp_header(content: bytes) -> ImageHeader:
+    kind = content[12:16]
+    if kind == b"VP8X":
+        sides = (int.from_bytes(content[at : at + 3], "little") for at in (24, 27))
+        width, height = (side + 1 for side in sides)
+    elif kind == b"VP8L":
+        bits = int.from_bytes(content[21:25], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    else:
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", content, 26))
+    return ImageHeader((height, width))
+
+
+def _tiff_header(content: bytes) -> ImageHeader | None:
+    """Of the first directory, which is the one that is read."""
+    order, big = "<>"[content[0] == ord("M")], 43 in content[2:4]
+    (at,) = struct.unpack_from(order + ("Q" if big else "I"), content, 8 if big else 4)
+    (count,) = struct.unpack_from(order + ("Q" if big else "H"), content, at)
+    at += 8 if big else 2
+    found: dict[int, int] = {}
+    for entry in range(at, at + min(count, 1000) * (20 if big else 12), 20 if big else 12):
+        tag, kind = struct.unpack_from(order + "HH", content, entry)
+        (length,) = struct.unpack_from(order + ("Q" if big else "I"), content, entry + 4)
+        number = {1: "B", 3: "H", 4: "I", 16: "Q"}.get(kind)
+        if tag not in (256, 257, 258) or number is None:
+            continue
+        value = entry + (12 if big else 8)
+        if length * struct.calcsize(number) > (8 if big else 4):  # it stands elsewhere
+            (value,) = struct.unpack_from(order + ("Q" if big else "I"), content, value)
+        found[tag] = max(found.get(tag, 0), *struct.unpack_from(order + number, content, value))
+    return ImageHeader((found[257], found[256]), found.get(258, 1)) if {256, 257} <= found.keys() else None
+
+
+def _pnm_header(content: bytes) -> ImageHeader | None:
+    numbers = _PNM_NUMBERS.match(content)
+    if numbers is None:
+        return None
+    bitmap = content[1:2] in b"14"
+    return ImageHeader(
+        (int(numbers[2]), int(numbers[1])), 16 if not bitmap and int(numbers[3] or b"0") > 255 else 8
+    )
+
+
+def _jpeg2000_header(content: bytes) -> ImageHeader | None:
+    at = 0
+    while content[at : at + 2] != b"\xff\x4f":  # the boxes up to the codestream
+        length, kind = struct.unpack_from(">I4s", content, at)
+        body = at + (16 if length == 1 else 8)
+        if length == 1:
+            (length,) = struct.unpack_from(">Q", content, at + 8)
+        if length < body - at and kind != b"jp2c":
+            return None
+        at = body if kind == b"jp2c" else at + length
+    right, bottom, left, top = struct.unpack_from(">4I", content, at + 8)
+    return ImageHeader((bottom - top, right - left), (content[at + 42] & 0x7F) + 1)
+
+
+def _avif_header(content: bytes) -> ImageHeader | None:
+    """The largest of the parts' sizes, all of which stand before the pixels."""
+    places = [found.end() for found in re.finditer(b"ispe", content[: content.find(b"mdat")])]
+    sizes = [struct.unpack_from(">II", content, place + 4) for place in places]
+    width, height = max(sizes, key=lambda size: size[0] * size[1], default=(0, 0))
+    return ImageHeader((height, width)) if sizes else None
+
+
+_PNM_GAP = rb"(?:\s|#[^\r\n]*[\r\n])+"
+_PNM_NUMBERS = re.compile(rb"P[1-6]%b(\d{1,10})%b(\d{1,10})(?:%b(\d{1,10}))?" % ((_PNM_GAP,) * 3))
+_HEADERS = tuple(
+    (re.compile(start, re.DOTALL), read)
+    for start, read in (
+        (rb"\xff\xd8", _jpeg_header),
+        (rb"\x89PNG\r\n\x1a\n.{4}IHDR", _png_header),
+        (rb"BM", _bmp_header),
+        (rb"GIF8", _gif_header),
+        (rb"RIFF.{4}WEBP", _webp_header),
+        (rb"II[*+]\x00|MM\x00[*+]", _tiff_header),
+        (rb"P[1-6]", _pnm_header),
+        (rb"\x00\x00\x00\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51", _jpeg2000_header),
+        (rb".{4}ftyp", _avif_header),
+    )
+)
+
+
+def _max_pixels() -> int:
+    text = os.environ.get(MAX_PIXELS_VARIABLE, "")
+    if text and not re.fullmatch("[1-9][0-9]{0,15}", text):
+        raise SettingsError(f"{MAX_PIXELS_VARIABLE} is {shown(text)}; expected a whole number of pixels")
+    return int(text or _MAX_PIXELS)
+
+
+def check_pixels(path: str | Path, size: tuple[int, int]) -> None:
+    """Raise ``DataError`` for an image of a (height, width) that is not read without being asked for."""
+    height, width = size
+    if height * width > _max_pixels():
+        raise DataError(
+            f"{path}: the image is {width}x{height}, more than the {_max_pixels()} pixels that are read; "
+            f"make it smaller, or set {MAX_PIXELS_VARIABLE}={height * width} if you trust the file"
+        )
 
 
 def is_image(path: str | Path) -> bool:
@@ -214,28 +378,72 @@ def find_inputs(path: str | Path) -> list[tuple[Path, bool]]:
 def read_image(path: str | Path) -> NDArray[np.uint8]:
     """Read an image file as uint8 BGR [H, W, 3], upright (EXIF orientation applied).
 
-    Grey becomes three channels, an alpha channel is dropped, 16-bit samples become 8-bit. A file
-    that is missing, empty, damaged, cut off or no image raises ``DataError``.
+    Grey becomes three channels, an alpha channel is dropped. Of 16-bit samples the upper 8 bits are kept,
+    whatever the picture holds, so that equal pixels are equal in all pictures; one that leaves the upper bits
+    empty becomes dark, which is said once. A file that is missing, empty, damaged, cut off, no image or
+    of more pixels than ``ANCHORLINE_MAX_PIXELS`` (default 178,956,970) raises ``DataError``, before
+    memory is taken for them.
     """
+    image, bits = _decode(path)
+    unused = _unused(image, bits)
+    if unused and not _told_of_depth.is_set():
+        _told_of_depth.set()
+        log.warning(
+            "%s: has 16-bit samples of which only %d bits are used, and is read almost black; multiply the "
+            "samples by %d, here and in all such images",
+            *(path, 16 - unused, 2**unused),
+        )
+    return image
+
+
+def unused_bits(path: str | Path) -> int:
+    """How many of the upper bits are empty in an image of 16-bit samples, from two on; 0 for others.
+
+    Who asks tells the user: ``read_image`` says nothing of it any more.
+    """
+    unused = _unused(*_decode(path))
+    if unused:
+        _told_of_depth.set()
+    return unused
+
+
+def _unused(image: NDArray[np.uint8], bits: int) -> int:
+    unused = 8 - int(image.max(initial=0)).bit_length() if bits > 8 else 0
+    return unused if _LEAST_UNUSED <= unused < 8 else 0
+
+
+def _decode(path: str | Path) -> tuple[NDArray[np.uint8], int]:
+    """The image, and the bits of a sample in the file."""
+    limit = _MOST_BYTES_PER_PIXEL * _max_pixels()
     # OpenCV's own file functions fail on non-ASCII paths on some systems.
     with input_errors(path, "expected an image", DataError):
         if Path(path).is_dir():
             raise DataError(f"{path}: is a folder, expected an image file")
-        content = np.fromfile(path, dtype=np.uint8)
-    if not len(content):
+        length = os.stat(path).st_size
+        if length > limit:
+            raise DataError(
+                f"{path}: has {length} bytes, more than the {limit} that the largest image may need; "
+                f"expected an image file, or a larger {MAX_PIXELS_VARIABLE}"
+            )
+        content = Path(path).read_bytes()
+    if not content:
         raise DataError(f"{path}: the file is empty, expected an image; copy or download it again")
-    damage = find_damage(content.tobytes())
+    damage = find_damage(content)
     if damage:
         raise DataError(f"{path}: {damage}; copy or download the image again")
+    header = read_header(content)
+    if header is None:
+        reason = "is a video" if _begins_as_video(content[:_HEAD]) else "cannot be decoded"
+        raise DataError(f"{path}: {reason}; expected an undamaged image such as JPEG or PNG")
+    check_pixels(path, header.size)
     try:
         with quiet_opencv():
-            image = cv2.imdecode(content, cv2.IMREAD_COLOR)
+            image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
         raise DataError(f"{path}: cannot be decoded ({reason_of(error, 300)}); expected an image") from error
     if image is None:
-        reason = "is a video" if _begins_as_video(content[:_HEAD].tobytes()) else "cannot be decoded"
-        raise DataError(f"{path}: {reason}; expected an undamaged image such as JPEG or PNG")
-    return np.asarray(image, dtype=np.uint8)
+        raise DataError(f"{path}: cannot be decoded; expected an undamaged image such as JPEG or PNG")
+    return np.asarray(image, dtype=np.uint8), header.bits
 
 
 def write_image(path: str | Path, image: NDArray[np.uint8]) -> None:
