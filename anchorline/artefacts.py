@@ -9,23 +9,16 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from anchorline.data.dataset import from_frames, images_or_video, load_datasets
+from anchorline.data.dataset import images_or_video, load_datasets
 from anchorline.data.proposals import SelectiveSearch, read_proposals, write_proposals
-from anchorline.data.synthetic import generate_scene, scenes
+from anchorline.data.synthetic import scenes
 from anchorline.evaluation.evaluation import Detect, Progress, run_detector
 from anchorline.runtime.backends.selection import exact_provider
-from anchorline.runtime.canvas import padded, place
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.io.errors import GpuError, OutputError, ParityError, SettingsError
-from anchorline.runtime.tensorrt.manifest import manifest_path
-from anchorline.verify.compare import TOLERANCES
+from anchorline.runtime.io.errors import GpuError, OutputError, SettingsError
 from anchorline.verify.stages import BatchDetector, Subject, onnx_subject
 from anchorline.verify.verification import VerifyReport, verify_subjects, write_not_executed, write_record
-
-# torchvision computes the same in another order, and differs from itself by as much when only the memory
-# layout of its tensors changes.
-IMPORT_TOLERANCE = dataclasses.replace(TOLERANCES["fp32"], score=1e-3, matched=0.98, confident=0.98)
 
 _ENGINE_PROVIDERS = ("tensorrt", "tensorrt-rtx")
 _TORCHVISION_NOTE = (
@@ -173,63 +166,6 @@ def _open_in_torchvision(path: Path, task: str) -> Subject:
     from anchorline.train.checkpoint import load_checkpoint
 
     return Subject(path, TorchvisionDetector.of(*load_checkpoint(path)))
-
-
-def verify_engine(model: Path, engine: Path) -> str:
-    """Compare a new ``engine`` with the ONNX ``model`` it was built from, and record it; says how it went.
-
-    Where this machine cannot run it, that is recorded and said, and is no failure. An engine that differs
-    is removed with its manifest, and ``ParityError`` raised.
-    """
-    try:
-        ours, theirs = _open_both(model, engine)
-    except GpuError as error:
-        return f"not verified: {_reason(engine, error)}"
-    with ours, theirs:
-        report = verify_subjects(ours, theirs, scenes(ours.detector.contract.names))
-    return _record_or_remove(report, f"the engine and {model.name}", engine, manifest_path(engine))
-
-
-def verify_import(path: Path) -> str:
-    """Compare an imported checkpoint with torchvision's own detector, and record it; says how it went.
-
-    On one scene of the size for which torchvision's canvas is the model's. Where there is none, or the model
-    is of a library that has no detector here, that is recorded and said. A model that differs is removed,
-    and ``ParityError`` raised.
-    """
-    from anchorline.export.importers.conversion import LIBRARY_KEY
-
-    theirs = open_subject(path)
-    contract = theirs.detector.contract
-    library, reason = contract.source.get(LIBRARY_KEY, "torchvision"), None
-    if library != "torchvision":
-        reason = f"there is no {library} here to compare with (docs/import.md)"
-    elif contract.input_dtype != "float32":
-        reason = "the fast resize is not torchvision's"
-    elif padded(place(contract.canvas, contract.canvas, contract.resize).valid) != contract.canvas:
-        reason = "the canvas is another than torchvision's for any frame of its shape"
-    if reason is not None:
-        write_not_executed(path, reason)
-        return f"not verified: {reason}"
-    report = verify_subjects(
-        _open_in_torchvision(path, contract.task),
-        theirs,
-        from_frames("a generated scene", contract.names, [generate_scene(0, contract.canvas, 0)[0]]),
-        which_traps=(),
-        tolerance=IMPORT_TOLERANCE,
-    )
-    return _record_or_remove(report, "the imported model and torchvision", path)
-
-
-def _record_or_remove(report: VerifyReport, sides: str, path: Path, *beside: Path) -> str:
-    if not report.passed:
-        for each in (path, *beside):
-            each.unlink(missing_ok=True)
-        raise ParityError(
-            f"{path}: {sides} disagree in {report.reason}; it was removed, --no-verify keeps it all the same"
-        )
-    write_record(path, report)
-    return report.describe()
 
 
 def store_proposals(

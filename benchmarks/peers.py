@@ -136,7 +136,7 @@ def make_ours(name: str, model: torch.nn.Module, frames: Sequence[Frame], target
     """Import the weights and export them for the canvas that torchvision pads these frames to."""
     checkpoint, imported = target.with_suffix(".pth"), target.with_suffix(".safetensors")
     torch.save(model.state_dict(), checkpoint)
-    result = import_checkpoint(checkpoint, imported, arch=name)
+    result = import_checkpoint(checkpoint, imported, arch=name, verify=False)
     canvases = {trimmed_canvas(frame.shape[:2], result.contract) for frame in frames}
     assert len(canvases) == 1, canvases
     (canvas,) = canvases

@@ -69,7 +69,10 @@ def import_(
     ] = None,
     verify: Annotated[
         bool,
-        typer.Option(help="Compare with torchvision's own detector; the other libraries have none here."),
+        typer.Option(
+            help="Compare with torchvision's own detector before publishing; the other libraries have none "
+            "here."
+        ),
     ] = True,
 ) -> None:
     """Turn another library's checkpoint into a model.safetensors with the same detections."""
@@ -90,17 +93,14 @@ def import_(
         fast_resize=fast_resize,
         overrides=set_ or (),
         config=config,
+        verify=verify,
+        warn=warn,
     )
-    warn(result.warnings)
-    verdict = "not verified"
-    if verify:
-        from anchorline.artefacts import verify_import
-
-        verdict = verify_import(out)
     height, width = result.contract.canvas
     print(
         f"{result.path}: {result.contract.source['arch']}, {len(result.contract.names)} classes, "
-        f"canvas {height}x{width}, batch-norm eps {result.settings.backbone_norm_eps:g}, {verdict}"
+        f"canvas {height}x{width}, batch-norm eps {result.settings.backbone_norm_eps:g}, "
+        f"{result.verification}"
     )
 
 
@@ -191,7 +191,8 @@ def build(
     images: ImagesOption = None,
     force: Annotated[bool, typer.Option("--force", help="Build even what has been built before.")] = False,
     verify: Annotated[
-        bool, typer.Option(help="Compare the engine with the ONNX file, where it can run here.")
+        bool,
+        typer.Option(help="Compare the engine with the ONNX file before publishing, where it can run here."),
     ] = True,
 ) -> None:
     """Compile an exported model into a TensorRT engine."""
@@ -205,14 +206,10 @@ def build(
             samples=samples,
             timing_cache=timing_cache,
             force=force,
+            verify=verify,
             progress=progress,
+            warn=warn,
         )
-    warn(result.warnings)
     for line in result.notes:
         print(line, file=sys.stderr)
-    verdict = ""
-    if verify and result.built:
-        from anchorline.artefacts import verify_engine
-
-        verdict = f"; {verify_engine(model, out)}"
-    print(f"{result.path}: {result.describe()}{verdict}")
+    print(f"{result.path}: {result.describe()}")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from anchorline.cluster.worker import WorkItem
-from anchorline.runtime.io.files import discard, is_stream, output_errors
+from anchorline.runtime.io.files import discard, hidden_folder, is_stream, output_errors
 from anchorline.runtime.video.sinks import JsonLines
 from anchorline.runtime.video.source import Item, copy_targets, next_name
 
@@ -38,14 +36,14 @@ class Outputs(contextlib.ExitStack):
         with contextlib.ExitStack() as undo:
             if self._targets:
                 place = self._targets[0].parent.absolute()
-                self.copies = undo.enter_context(_hidden_folder(place))
+                self.copies = undo.enter_context(_folder_inside(place))
             if jsonl is not None:
                 self._sink = JsonLines(jsonl)
                 undo.callback(self._sink.abandon)  # of no effect on one that is closed
                 place = Path(jsonl).parent
                 beside = str(jsonl) != "-" and not is_stream(Path(jsonl)) and os.access(place, os.W_OK)
                 self._parts = undo.enter_context(
-                    _hidden_folder(place if beside else Path(tempfile.gettempdir()))
+                    _folder_inside(place if beside else Path(tempfile.gettempdir()))
                 )
                 undo.push(self._finish)
             self.push(undo.pop_all())
@@ -105,16 +103,14 @@ class Outputs(contextlib.ExitStack):
 
 
 @contextlib.contextmanager
-def _hidden_folder(place: Path) -> Iterator[Path]:
-    """A folder inside ``place``, which is made where it is missing and then goes if nothing else is there."""
+def _folder_inside(place: Path) -> Iterator[Path]:
+    """A hidden folder inside ``place``, which is made where it is missing and then goes if nothing else is
+    there."""
     made = not place.exists()
-    folder = place / f".anchorline-{secrets.token_hex(8)}"  # for whom the umask allows, as are the outputs
-    with output_errors(place):
-        folder.mkdir(parents=True)
     try:
-        yield folder
+        with hidden_folder(place) as folder:
+            yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
         if made:
             with contextlib.suppress(OSError):
                 place.rmdir()

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from anchorline import __version__
+from anchorline.data.synthetic import scenes
 from anchorline.engine.fp16_range import Sample
 from anchorline.engine.graph import check_exported, read_model
 from anchorline.engine.lowering import deviations, lower
@@ -23,7 +24,8 @@ from anchorline.engine.mixed_precision import to_precision
 from anchorline.engine.options import Batch, BuildOptions
 from anchorline.engine.toolkit import Progress, Toolkit, layer_report, load_toolkit, parse, serialise
 from anchorline.runtime.contract import DOMAIN
-from anchorline.runtime.io.errors import ArtefactError, SettingsError
+from anchorline.runtime.detector import Detector
+from anchorline.runtime.io.errors import ArtefactError, GpuError, SettingsError
 from anchorline.runtime.io.files import atomic_path, plain, sha256_of, write_json
 from anchorline.runtime.tensorrt.kernels import source_hash
 from anchorline.runtime.tensorrt.manifest import (
@@ -34,6 +36,8 @@ from anchorline.runtime.tensorrt.manifest import (
     read_manifest,
 )
 from anchorline.runtime.tensorrt.plugins import PLUGIN_NAMESPACE, PLUGIN_VERSION, PLUGINS
+from anchorline.verify.stages import Subject, onnx_subject
+from anchorline.verify.verification import settle, verify_subjects, write_not_executed
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class BuildResult:
     """The engine at ``path`` and its manifest. ``built`` is false when an earlier build was the same.
 
     ``reason`` says why it was built or not; ``warnings`` are TensorRT's own and what this target computes
-    otherwise than the ONNX file, ``notes`` are on precision.
+    otherwise than the ONNX file, ``notes`` are on precision. ``verification`` is how it compared with the
+    ONNX file, or why it was not compared; empty when that was not asked for, or nothing was built.
     """
 
     path: Path
@@ -50,6 +55,7 @@ class BuildResult:
     reason: str
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    verification: str = ""
 
     def describe(self) -> str:
         """One line: what it is, for what, how large."""
@@ -60,7 +66,7 @@ class BuildResult:
         return (
             f"{manifest.flavour} {manifest.flavour_version}, {manifest.precision}, batch "
             f"{':'.join(map(str, manifest.batch))}, {capabilities}, {raw['engine']['bytes'] / 1e6:.1f} MB"
-            f"{memory}; {self.reason}"
+            f"{memory}; {self.reason}{self.verification and '; '}{self.verification}"
         )
 
 
@@ -72,15 +78,19 @@ def build_engine(
     samples: Sequence[Sample] = (),
     timing_cache: Path | None = None,
     force: bool = False,
+    verify: bool = True,
     progress: Progress | None = None,
+    warn: Callable[[Sequence[str]], None] = lambda lines: None,
 ) -> BuildResult:
     """Build ``out`` (``.engine``) and its manifest (``.engine.json``) from an exported ONNX file.
 
     ``samples`` are network inputs on which half precision's range is checked (``fp16_range.sample_inputs``);
     ``timing_cache`` is a folder; ``progress(done, total)`` is called from another thread. The same build
-    is not done twice, unless ``force``. Both files are written whole or not at all. Raises
-    ``ArtefactError``, ``SettingsError``, ``OutputError`` or ``AnchorlineError``; a Ctrl-C ends the build and
-    leaves nothing behind.
+    is not done twice, unless ``force``. With ``verify`` the engine must give what the ONNX file gives before
+    it is published, or ``ParityError`` is raised; where this machine cannot run it, that is recorded, and no
+    failure. ``warn`` is told the result's ``warnings`` before. Engine, manifest and record are written whole
+    or not at all. Raises ``ArtefactError``, ``SettingsError``, ``OutputError`` or ``AnchorlineError``; a
+    Ctrl-C ends the build and leaves nothing behind.
     """
     onnx_path, out, options = Path(onnx_path), Path(out), options or BuildOptions()
     if out.suffix.lower() != ".engine":
@@ -95,35 +105,14 @@ def build_engine(
         if earlier.options_hash == key and not force:
             return BuildResult(out, earlier, False, "not built again: the same model, options and versions")
 
-    with atomic_path(manifest_path(out)) as manifest_file, atomic_path(out) as engine_file:
-        started = time.perf_counter()
-        mixed, precision = to_precision(model, options.precision, samples)
-        lowered = lower(mixed, options.target, options.nms)
-        builder = toolkit.create_builder()
-        network = parse(toolkit, builder, lowered, batch)
-        layers = layer_report(network)
-        plan = serialise(toolkit, builder, network, options, batch, timing_cache, progress)
-        seconds = time.perf_counter() - started
-        warnings = (*deviations(model, options.target), *plan.warnings)
-        contract = dataclasses.replace(check_exported(lowered), max_batch=batch[2])
-        plugins = sorted({node.op_type for node in lowered.graph.node if node.domain == DOMAIN})
+    verification = ""
+    with atomic_path(out) as draft:
+        plan, facts, notes = _compile(model, options, batch, toolkit, samples, timing_cache, progress)
+        warn(facts["warnings"])
+        draft.write_bytes(plan)
         manifest = {
-            "contract": json.loads(contract.to_json()),
             "onnx": {"name": onnx_path.name, "sha256": identity["onnx_sha256"]},
-            "engine": {"sha256": hashlib.sha256(plan.content).hexdigest(), "bytes": len(plan.content)},
-            "flavour": toolkit.name,
-            "flavour_version": toolkit.version,
-            "compute_capabilities": list(toolkit.capabilities),
-            "gpu": toolkit.gpu,
-            "precision": precision.precision,
-            "precision_report": {
-                "half_nodes": len(precision.half),
-                "kept_fp32": [str(layer) for layer in precision.kept],
-                "samples": precision.samples,
-                "largest": None if precision.largest is None else list(precision.largest),
-            },
-            "profiles": [{"batch": list(batch), "activation_bytes": plan.activation_bytes}],
-            "activation_bytes": plan.activation_bytes,
+            **facts,
             # What a loader must have, with the sha256 of the kernels' source.
             "plugins": {
                 name: {
@@ -131,20 +120,79 @@ def build_engine(
                     "version": PLUGIN_VERSION,
                     "kernels_sha256": identity["kernels"][name],
                 }
-                for name in plugins
+                for name in facts["plugins"]
             },
             "options": identity["options"],
             "options_hash": key,
-            "build_seconds": round(seconds, 3),
             "anchorline": __version__,
-            "warnings": list(warnings),
-            "layers": layers,
         }
-        engine_file.write_bytes(plan.content)
         manifest = plain(manifest)
-        write_json(manifest_file, {**manifest, DIGEST: manifest_digest(manifest)})
-    reason, notes = f"built in {seconds:.1f} s", tuple(precision.lines())
-    return BuildResult(out, read_manifest(out), True, reason, warnings, notes)
+        write_json(manifest_path(draft), {**manifest, DIGEST: manifest_digest(manifest)})
+        if verify:
+            verification = _verify(onnx_path, draft)
+        else:
+            write_not_executed(draft, "built with --no-verify", onnx_path)
+    reason = f"built in {facts['build_seconds']:.1f} s"
+    return BuildResult(out, read_manifest(out), True, reason, tuple(facts["warnings"]), notes, verification)
+
+
+def _compile(
+    model: onnx.ModelProto,
+    options: BuildOptions,
+    batch: Batch,
+    toolkit: Toolkit,
+    samples: Sequence[Sample],
+    timing_cache: Path | None,
+    progress: Progress | None,
+) -> tuple[bytes, dict[str, Any], tuple[str, ...]]:
+    """The plan, what the manifest says of it, and lines on its precision; the builder ends here."""
+    started = time.perf_counter()
+    mixed, precision = to_precision(model, options.precision, samples)
+    lowered = lower(mixed, options.target, options.nms)
+    builder = toolkit.create_builder()
+    network = parse(toolkit, builder, lowered, batch)
+    layers = layer_report(network)
+    plan = serialise(toolkit, builder, network, options, batch, timing_cache, progress)
+    contract = dataclasses.replace(check_exported(lowered), max_batch=batch[2])
+    facts = {
+        "contract": json.loads(contract.to_json()),
+        "engine": {"sha256": hashlib.sha256(plan.content).hexdigest(), "bytes": len(plan.content)},
+        "flavour": toolkit.name,
+        "flavour_version": toolkit.version,
+        "compute_capabilities": list(toolkit.capabilities),
+        "gpu": toolkit.gpu,
+        "precision": precision.precision,
+        "precision_report": {
+            "half_nodes": len(precision.half),
+            "kept_fp32": [str(layer) for layer in precision.kept],
+            "samples": precision.samples,
+            "largest": None if precision.largest is None else list(precision.largest),
+        },
+        "profiles": [{"batch": list(batch), "activation_bytes": plan.activation_bytes}],
+        "activation_bytes": plan.activation_bytes,
+        "plugins": sorted({node.op_type for node in lowered.graph.node if node.domain == DOMAIN}),
+        "build_seconds": round(time.perf_counter() - started, 3),
+        "warnings": [*deviations(model, options.target), *plan.warnings],
+        "layers": layers,
+    }
+    return plan.content, facts, tuple(precision.lines())
+
+
+def _verify(model: Path, engine: Path) -> str:
+    """Compare a new ``engine`` with the ONNX ``model`` it was built from, and record it; says how it went.
+
+    The engine runs itself or not at all, never the ONNX file in its place. Raises ``ParityError``.
+    """
+    try:
+        candidate = Subject(engine, Detector(engine, "tensorrt"))
+    except GpuError as error:
+        reason = str(error).removeprefix(f"{engine}: ")
+        write_not_executed(engine, reason, model)
+        return f"not verified: {reason}"
+    with candidate, onnx_subject(model) as reference:
+        report = verify_subjects(reference, candidate, scenes(reference.detector.contract.names))
+    settle(engine, report, f"the engine and {model.name}")
+    return report.describe()
 
 
 def build_identity(

@@ -26,14 +26,14 @@ from anchorline.export.functions import OPSET, attach_functions
 from anchorline.export.importers.detectron2 import unpadded
 from anchorline.runtime.canvas import padded, place
 from anchorline.runtime.contract import CANVAS_KEY, CONTRACT_KEY, TASKS, Contract
-from anchorline.runtime.io.errors import ParityError, SettingsError, check_choice
+from anchorline.runtime.io.errors import SettingsError, check_choice
 from anchorline.runtime.io.files import atomic_path
 from anchorline.train.checkpoint import load_checkpoint, read_header
 from anchorline.train.model.faster_rcnn import OUTPUTS, FasterRCNN, run_task
 from anchorline.train.model.ops import MARKER
 from anchorline.train.predict import TorchDetector, TorchStages, check_own_proposals
 from anchorline.verify.stages import Subject, onnx_subject
-from anchorline.verify.verification import VerifyReport, verify_subjects, write_not_executed, write_record
+from anchorline.verify.verification import VerifyReport, settle, verify_subjects, write_not_executed
 
 _NO_LIMIT = 1 << 20  # pixels
 
@@ -106,19 +106,13 @@ def export_onnx(
     )
     proto = to_onnx(model, contract)
     report = None
-    with atomic_path(out) as temporary:
-        onnx.save(proto, temporary)
+    with atomic_path(out) as draft:
+        onnx.save(proto, draft)
         if verify:
-            report = verify_with_pytorch(checkpoint, model, temporary, images)
-            if not report.passed:
-                raise ParityError(
-                    f"{out}: onnxruntime and PyTorch disagree in {report.reason}; "
-                    "the file was not published, --no-verify publishes it all the same"
-                )
-    if report is None:
-        write_not_executed(out, "exported with --no-verify", checkpoint)
-    else:
-        write_record(out, report)
+            report = verify_with_pytorch(checkpoint, model, draft, images)
+            settle(draft, report, "onnxruntime and PyTorch")
+        else:
+            write_not_executed(draft, "exported with --no-verify", checkpoint)
     return ExportResult(out, contract, report, unpadded(contract.source))
 
 

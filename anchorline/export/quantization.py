@@ -208,8 +208,8 @@ def quantize_onnx(
         forms = _Forms(proto, usable, ranges, contract, record)
         costs = measure_sensitivity(proto, forms.form(0), usable, few, steps)
         forms.order = [cost.name for cost in costs]
-        with atomic_path(out) as temporary:
-            trial, tries = _settle(forms, meter, steps, model, temporary, verify)
+        with atomic_path(out) as draft:
+            trial, tries = _settle(forms, meter, steps, model, draft, verify)
             if not trial.holds:
                 differs = f", and differs in {trial.report.reason}" if trial.report else ""
                 raise ParityError(
@@ -217,12 +217,12 @@ def quantize_onnx(
                     f"{len(costs)} layers in float; a drop of {max_drop:g} is allowed. The file was not "
                     "published; allow more with --max-drop, or calibrate on more images"
                 )
-            contract = forms.save(len(trial.floats), trial.loss, temporary)
-            sizes = (model.stat().st_size, temporary.stat().st_size)
-    if trial.report is None:
-        write_not_executed(out, "quantised with --no-verify", model)
-    else:
-        write_record(out, trial.report)
+            contract = forms.save(len(trial.floats), trial.loss, draft)
+            sizes = (model.stat().st_size, draft.stat().st_size)
+            if trial.report is None:
+                write_not_executed(draft, "quantised with --no-verify", model)
+            else:
+                write_record(draft, trial.report)
     return QuantizeResult(
         path=out,
         contract=contract,

@@ -19,7 +19,7 @@ from anchorline.evaluation.metrics import mean_of_known
 from anchorline.evaluation.pictures import PAIR, Panel, contact_sheet, draw_pair
 from anchorline.runtime.canvas import PROPOSAL_NAMES
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.io.errors import ArtefactError, DataError, SettingsError
+from anchorline.runtime.io.errors import ArtefactError, DataError, ParityError, SettingsError
 from anchorline.runtime.io.files import plain, sha256_of, write_json
 from anchorline.verify.compare import (
     Comparison,
@@ -442,6 +442,17 @@ def write_record(artefact: Path, report: VerifyReport) -> Path:
     figures = report.to_json()
     figures["artefact"].update(_key(artefact))
     return _write(artefact, {**figures, "not_executed": None})
+
+
+def settle(artefact: Path, report: VerifyReport, sides: str) -> None:
+    """Record what a verification of a new ``artefact`` found, in the draft that both are published from
+    (``files.atomic_path``); raises ``ParityError``, so that nothing is, where ``sides`` differ."""
+    if not report.passed:
+        raise ParityError(
+            f"{artefact}: {sides} disagree in {report.reason}; the file was not published, --no-verify "
+            "publishes it all the same"
+        )
+    write_record(artefact, report)
 
 
 def write_not_executed(artefact: Path, reason: str, reference: Path | None = None) -> Path:

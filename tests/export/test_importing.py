@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -30,11 +31,13 @@ from anchorline.export.onnx_export import export_onnx, trimmed_canvas
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.io.errors import AnchorlineError
+from anchorline.runtime.io.errors import AnchorlineError, ParityError
+from anchorline.runtime.io.files import sha256_of
 from anchorline.train.checkpoint import load_checkpoint
 from anchorline.train.model.faster_rcnn import run_task
 from anchorline.train.predict import TorchDetector
 from anchorline.verify.compare import compare_all
+from anchorline.verify.verification import record_path
 
 SMALLEST = "fasterrcnn_mobilenet_v3_large_320_fpn"
 LARGE = ("fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2")
@@ -107,6 +110,7 @@ def check_import(
 ) -> None:
     """Import ``source`` and compare in PyTorch, each frame on the size that torchvision pads it to."""
     out = folder / "model.safetensors"
+    options["verify"] = False
     contract = import_checkpoint(source.path, out, arch=arch, **options).contract  # type: ignore[arg-type]
     reference = TorchvisionDetector(source.model, contract)
     expected = reference.batch(frames)
@@ -114,6 +118,41 @@ def check_import(
         TorchDetector.load(out, canvas=trimmed_canvas((f.shape[0], f.shape[1]), contract))(f) for f in frames
     ]
     check_same(expected, found, box=0.02, score=score)
+
+
+def test_what_is_torchvisions_is_published_with_its_record(smallest: Source, tmp_path: Path) -> None:
+    out = tmp_path / "model.safetensors"
+    assert "matched" in import_checkpoint(smallest.path, out, arch=SMALLEST).verification
+    record = json.loads(record_path(out).read_text(encoding="utf-8"))
+    assert record["passed"] is True
+    assert record["artefact"] == record["artefact"] | {"name": "model.safetensors", "sha256": sha256_of(out)}
+    assert record["reference"]["provider"] == "torchvision"
+    assert sorted(os.listdir(tmp_path)) == ["model.safetensors", "model.safetensors.verify.json"]
+
+
+def test_what_is_not_leaves_the_earlier_file_and_its_record(
+    smallest: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = TorchvisionDetector.batch
+
+    def shifted(self: TorchvisionDetector, frames: list[Frame]) -> list[Detections]:
+        return [dataclasses.replace(each, boxes=each.boxes * 0.99) for each in batch(self, frames)]
+
+    monkeypatch.setattr(TorchvisionDetector, "batch", shifted)
+    out = tmp_path / "model.safetensors"
+    before = {out: b"an earlier model", record_path(out): b"its record"}
+    for path, content in before.items():
+        path.write_bytes(content)
+    told: list[str] = []
+    with pytest.raises(ParityError, match="torchvision disagree in detections") as caught:
+        import_checkpoint(smallest.path, out, arch=SMALLEST, warn=told.extend)
+    assert str(caught.value).startswith(f"{out}: ")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert any("assumed" in line for line in told), "what may explain it is said before"
+    result = import_checkpoint(smallest.path, out, arch=SMALLEST, verify=False)
+    assert result.verification == "not verified"
+    assert "--no-verify" in json.loads(record_path(out).read_text(encoding="utf-8"))["not_executed"]
+    assert load_checkpoint(out)[1].names == result.contract.names
 
 
 def check_in_double(source: Source, imported: Path, frame: Frame, patch: pytest.MonkeyPatch) -> None:
@@ -156,7 +195,8 @@ def test_detections_through_onnxruntime_are_torchvisions(
 ) -> None:
     """``export --for`` finds the canvas of a camera's frames, whatever the model's own."""
     imported, onnx = tmp_path / "model.safetensors", tmp_path / "model.onnx"
-    import_checkpoint(smallest.path, imported, arch=SMALLEST, canvas=(64, 64))
+    result = import_checkpoint(smallest.path, imported, arch=SMALLEST, canvas=(64, 64))
+    assert "the canvas is another than torchvision's" in result.verification
     contract = export_onnx(imported, onnx, frame_size=(240, 320), verify=False).contract
     assert contract.canvas == (320, 448)
     assert contract.input_dtype == "float32"
@@ -282,7 +322,7 @@ def test_every_form_of_a_checkpoint_gives_the_same_tensors(
     else:
         torch.save(content, path, _use_new_zipfile_serialization=suffix == ".pth")
     out = tmp_path / "model.safetensors"
-    result = import_checkpoint(path, out, arch=SMALLEST, classes=classes)
+    result = import_checkpoint(path, out, arch=SMALLEST, classes=classes, verify=False)
     saved = load_file(out)
     for name, tensor in state.items():
         assert torch.equal(saved[name], tensor), name
@@ -323,7 +363,7 @@ def test_batch_norm_eps_is_0_for_the_official_weights_only(
     torch.save(state, path)
 
     def eps(path: Path = path, **options: float) -> float:
-        result = import_checkpoint(path, out, arch=SMALLEST, classes=classes, **options)  # type: ignore[arg-type]
+        result = import_checkpoint(path, out, arch=SMALLEST, classes=classes, verify=False, **options)  # type: ignore[arg-type]
         first = load_checkpoint(out)[0].backbone.body.get_submodule("0.1")
         assert first.eps == result.settings.backbone_norm_eps
         return result.settings.backbone_norm_eps
@@ -334,7 +374,8 @@ def test_batch_norm_eps_is_0_for_the_official_weights_only(
     named.write_bytes(path.read_bytes())
     assert eps(named) == 0
     assert eps(named, batch_norm_eps=1e-5) == 1e-5
-    sha256 = import_checkpoint(path, out, arch=SMALLEST, classes=classes).contract.source["sha256"]
+    result = import_checkpoint(path, out, arch=SMALLEST, classes=classes, verify=False)
+    sha256 = result.contract.source["sha256"]
     monkeypatch.setattr(importer, "_EPS_0_SHA256", sha256[:8])
     assert eps() == 0
 

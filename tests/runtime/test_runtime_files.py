@@ -5,6 +5,10 @@ import errno
 import json
 import os
 import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +26,7 @@ from anchorline.runtime.io.files import (
     atomic_write_bytes,
     atomic_write_text,
     files_below,
+    hidden_folder,
     sha256_of,
     write_json,
 )
@@ -39,13 +44,147 @@ def write_and_fail(target: Path, error: BaseException) -> None:
 def test_the_file_appears_whole_under_its_name(tmp_path):
     target = tmp_path / "deep" / "er" / "a.json"
     with atomic_path(target) as temporary:
-        assert temporary.parent == target.parent
-        assert temporary.suffix == ".json"
-        assert temporary.name.startswith(".")
+        assert temporary.parent.parent == target.parent
+        assert temporary.parent.name.startswith(".")
+        assert temporary.name == "a.json"
         temporary.write_text("done")
         assert not target.exists()
     assert target.read_text() == "done"
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_what_is_made_beside_it_is_published_with_it_and_before_it(tmp_path, monkeypatch):
+    """So that whoever finds a new file finds its record."""
+    places = []
+    replace = os.replace
+    monkeypatch.setattr(files.os, "replace", lambda path, place: (places.append(place), replace(path, place)))
+    target = tmp_path / "model.onnx"
+    with atomic_path(target) as draft:
+        draft.write_text("model")
+        write_json(draft.with_name("model.onnx.json"), {"of": draft.name})
+        places.clear()
+    assert places == [tmp_path / "model.onnx.json", target]
+    assert json.loads(places[0].read_text()) == {"of": "model.onnx"}
+    assert sorted(tmp_path.iterdir()) == sorted(places)
+
+
+def test_a_folder_in_the_place_of_what_stands_beside_it_leaves_all_as_it_was(tmp_path):
+    target = tmp_path / "model.onnx"
+    target.write_text("before")
+    (tmp_path / "model.onnx.json").mkdir()
+    with contextlib.ExitStack() as stack:
+        draft = stack.enter_context(atomic_path(target))
+        draft.write_text("after")
+        draft.with_name("model.onnx.json").write_text("{}")
+        with pytest.raises(OutputError, match=r"model\.onnx\.json: is a folder"):
+            stack.close()
+    assert target.read_text() == "before"
+
+
+def test_an_error_in_the_draft_names_the_file_it_would_become(tmp_path):
+    def fail(draft: Path) -> None:
+        raise DataError(f"{draft}: half of it is missing; {draft.with_suffix('.json')} as well")
+
+    target = tmp_path / "a.onnx"
+    with pytest.raises(DataError) as caught, atomic_path(target) as draft:
+        fail(draft)
+    assert str(caught.value) == f"{target}: half of it is missing; {tmp_path / 'a.json'} as well"
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.parametrize("before", [None, 0o664, 0o600])
+def test_permissions_are_those_that_open_gives(umask: None, tmp_path: Path, before: int | None) -> None:
+    """Also for what a library writes for its user alone, as safetensors does."""
+    plain, target = tmp_path / "plain", tmp_path / "a.safetensors"
+    for path in (plain, target):
+        if before is not None:
+            path.touch()
+            path.chmod(before)
+    with open(plain, "w", encoding="utf-8"):
+        pass
+    with atomic_path(target) as draft:
+        os.close(os.open(draft, os.O_WRONLY | os.O_CREAT, 0o600))
+        draft.with_name("a.json").touch(0o600)
+    assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode) == (before or 0o640)
+    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == 0o640
+
+
+# Writes two files and says so; stays at it until it is killed.
+WRITER = """
+import sys, time
+from pathlib import Path
+from anchorline.runtime.io.files import atomic_path, hidden_folder
+with atomic_path(Path(sys.argv[1], "a.jsonl")) as draft, hidden_folder(Path(sys.argv[1])) as folder:
+    draft.write_text("half")
+    folder.joinpath("copies").mkdir()
+    folder.joinpath("copies", "b.png").write_text("half")
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+
+linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system has no /proc")
+
+
+def hidden(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.name.startswith(".")}
+
+
+@linux
+def test_what_a_killed_process_leaves_goes_when_the_next_one_writes_there(tmp_path):
+    """And nothing else: not what a living one writes, nor one elsewhere, nor what somebody made himself."""
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    writers = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        for writer in writers:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == b"writing\n"
+        of_killed, of_living = (
+            sorted(name for name in hidden(tmp_path) if f"-{writer.pid}-" in name) for writer in writers
+        )
+        assert len(of_killed) == len(of_living) == 2
+        writers[0].kill()
+        os.waitid(os.P_PID, writers[0].pid, os.WEXITED | os.WNOWAIT)  # dead, though its id is not free yet
+        kernel, pid, begun, number = of_living[0].removeprefix(".anchorline-").split("-")
+        dead = of_killed[0].removeprefix(f".anchorline-{kernel}-")
+        kept = {f".anchorline-00000000-{dead}", ".anchorline", ".anchorline-notes", ".a-1a2b3c4d.jsonl"}
+        for name in (*kept, f".anchorline-{kernel}-{pid}-1-{number}"):  # the last: one that had the same id
+            (tmp_path / name).mkdir()
+        (tmp_path / f"{of_killed[0]}.txt").touch()
+        atomic_write_text(tmp_path / "c.json", "{}")
+        assert hidden(tmp_path) == {*kept, f"{of_killed[0]}.txt", *of_living}
+        assert begun != "1"
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+
+
+@linux
+def test_the_process_itself_and_one_that_cannot_be_seen_are_alive(tmp_path, monkeypatch):
+    with atomic_path(tmp_path / "a.txt") as draft:
+        draft.write_text("x")
+        files._tidied.clear()
+        atomic_write_text(tmp_path / "b.txt", "x")
+        monkeypatch.setattr(files, "_state", lambda pid: None)  # /proc is hidden, as from other users
+        files._tidied.clear()
+        with hidden_folder(tmp_path):
+            assert draft.exists()
+    assert (tmp_path / "a.txt").read_text() == "x"
+
+
+def test_a_folder_is_looked_through_once(tmp_path, monkeypatch):
+    looked = []
+    scandir = os.scandir
+    monkeypatch.setattr(files.os, "scandir", lambda place: (looked.append(place), scandir(place))[1])
+    for number in range(3):
+        atomic_write_text(tmp_path / f"{number}.txt", "x")
+        assert sum(Path(place) == tmp_path for place in looked if not isinstance(place, int)) <= 1
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(3), DataError("bad")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -15,15 +14,12 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from anchorline.artefacts import verify_engine, verify_import
 from anchorline.cli import main
 from anchorline.data.synthetic import CLASS_NAMES, generate_scene
 from anchorline.export import onnx_export as exporting
-from anchorline.export.importers.torchvision import TorchvisionDetector
-from anchorline.runtime.contract import Contract, ResizeRule
-from anchorline.runtime.detections import Detections
+from anchorline.runtime.contract import Contract
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.io.errors import GpuError, OutputError, ParityError, SettingsError
+from anchorline.runtime.io.errors import OutputError, SettingsError
 from anchorline.train.checkpoint import contract_of, save_checkpoint
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.verify import verify
@@ -146,78 +142,12 @@ def test_what_cannot_be_compared(
     assert len(error.splitlines()) == 1
 
 
-@pytest.fixture
-def imported(small_model: Callable[..., FasterRCNN], tmp_path: Path) -> Path:
-    """A checkpoint as an import leaves it: float32 pixels and torchvision's resize."""
-    model = small_model("fpn", len(CLASS_NAMES))
-    height, width = model.settings.canvas
-    contract = dataclasses.replace(
-        contract_of(model.settings, CLASS_NAMES), input_dtype="float32", resize=ResizeRule(height, width)
-    )
-    path = tmp_path / "imported.safetensors"
-    save_checkpoint(path, model.state_dict(), model.settings, contract)
-    return path
-
-
-def test_an_import_that_is_torchvision_s_is_kept(imported: Path) -> None:
-    assert "matched" in verify_import(imported)
-    record = json.loads(record_path(imported).read_text(encoding="utf-8"))
-    assert record["passed"] is True
-    assert record["reference"]["provider"] == "torchvision"
-
-
-def test_an_import_that_is_not_is_removed(imported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = TorchvisionDetector.batch
-
-    def shifted(self: TorchvisionDetector, frames: list[np.ndarray]) -> list[Detections]:
-        return [dataclasses.replace(each, boxes=each.boxes * 0.99) for each in batch(self, frames)]
-
-    monkeypatch.setattr(TorchvisionDetector, "batch", shifted)
-    with pytest.raises(ParityError, match="torchvision disagree in detections"):
-        verify_import(imported)
-    assert not imported.exists()
-
-
 def test_torchvision_as_the_reference_is_for_checkpoints(
     artefacts: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, sound, _ = artefacts
     assert main(["verify", str(sound), str(sound), "--reference", "torchvision"]) == 2
     assert "is for a model.safetensors" in capsys.readouterr().err
-
-
-def test_an_engine_that_cannot_run_here_is_recorded_and_no_failure(
-    artefacts: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = tmp_path / "model.engine"
-    engine.write_bytes(b"an engine for another machine")
-
-    def refused(*_: object, **__: object) -> None:
-        raise GpuError(f"{engine}: cannot run here: there is no NVIDIA GPU")
-
-    monkeypatch.setattr("anchorline.artefacts.Detector", refused)
-    assert "cannot run here" in verify_engine(artefacts[1], engine)
-    record = json.loads(record_path(engine).read_text(encoding="utf-8"))
-    assert record["passed"] is None
-    assert record["not_executed"] == "cannot run here: there is no NVIDIA GPU"
-    assert engine.exists()
-
-
-def test_an_engine_that_differs_is_removed(
-    artefacts: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A stand-in for TensorRT: the faulty ONNX file under the engine's name."""
-    _, sound, faulty = artefacts
-    engine = tmp_path / "model.engine"
-    engine.write_bytes(b"an engine")
-    monkeypatch.setattr("anchorline.artefacts.Detector", lambda *_: Detector(faulty, "cpu"))
-    with pytest.raises(ParityError, match="it was removed"):
-        verify_engine(sound, engine)
-    assert list(tmp_path.iterdir()) == []
-    engine.write_bytes(b"an engine")
-    monkeypatch.setattr("anchorline.artefacts.Detector", lambda *_: Detector(sound, "cpu"))
-    assert "13 traps hold" in verify_engine(sound, engine)
-    assert json.loads(record_path(engine).read_text(encoding="utf-8"))["passed"] is True
 
 
 def test_a_checkpoint_takes_task_and_canvas_from_the_other_side_whichever_it_is(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anchorline import __version__
+from anchorline.data.dataset import from_frames
+from anchorline.data.synthetic import generate_scene
 from anchorline.export.importers import detectron2, mmdetection, py_faster_rcnn, torchvision
 from anchorline.export.importers.checkpoint_files import (
     CheckpointFile,
@@ -26,29 +28,43 @@ from anchorline.export.importers.library import (
     output_count,
     with_widths,
 )
+from anchorline.export.onnx_export import trimmed_canvas
 from anchorline.runtime.canvas import padded
 from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
-from anchorline.train.checkpoint import contract_of, save_checkpoint
+from anchorline.runtime.io.files import atomic_path
+from anchorline.train.checkpoint import contract_of, load_checkpoint, save_checkpoint
 from anchorline.train.model.settings import ModelSettings, expect, settings_from
+from anchorline.train.predict import checkpoint_subject
 from anchorline.train.settings import parse_override
+from anchorline.verify.compare import TOLERANCES
+from anchorline.verify.stages import Subject
+from anchorline.verify.verification import settle, verify_subjects, write_not_executed
 
 LIBRARIES = tuple(module.LIBRARY for module in (torchvision, detectron2, mmdetection, py_faster_rcnn))
 
 LIBRARY_KEY = "library"
 """In ``Contract.source``: the library that an imported model comes from."""
 
+# torchvision computes the same in another order, and differs from itself by as much when only the memory
+# layout of its tensors changes.
+TOLERANCE = dataclasses.replace(TOLERANCES["fp32"], score=1e-3, matched=0.98, confident=0.98)
+
 _NO_FILE = CheckpointFile("", {}, "")
 
 
 @dataclass(frozen=True)
 class ImportResult:
-    """The file that was written, its contract and architecture, and what the user should know."""
+    """The file that was written, its contract and architecture, and what the user should know.
+
+    ``verification`` is how it compared with torchvision, or that it was not compared, and why.
+    """
 
     path: Path
     contract: Contract
     settings: ModelSettings
     warnings: tuple[str, ...]
+    verification: str
 
 
 def import_checkpoint(
@@ -63,6 +79,8 @@ def import_checkpoint(
     fast_resize: bool = False,
     overrides: Sequence[str] = (),
     config: Path | None = None,
+    verify: bool = True,
+    warn: Callable[[Sequence[str]], None] = lambda lines: None,
 ) -> ImportResult:
     """Write the detector in ``checkpoint``, of any of ``LIBRARIES``, to ``out`` as a checkpoint of ours.
 
@@ -74,8 +92,10 @@ def import_checkpoint(
     that holds landscape frames. ``batch_norm_eps`` belongs to the body's batch norms. ``fast_resize``
     resizes plainly and in whole grey levels. ``overrides`` change settings that the tensors do not show,
     as ``score_threshold=0.3``. ``config`` is the configuration that Detectron2 or MMDetection wrote in
-    training; the default is that in the checkpoint or beside it. Raises ``ArtefactError`` and
-    ``SettingsError``.
+    training; the default is that in the checkpoint or beside it. With ``verify`` a model of torchvision's
+    must give what torchvision's own detector gives before it is published; the verdict, or that there is
+    none, goes to the record beside the file. ``warn`` is told the result's ``warnings`` before. Raises
+    ``ArtefactError``, ``SettingsError`` and ``ParityError``.
     """
     out = Path(out)
     if out.suffix != ".safetensors":
@@ -125,7 +145,6 @@ def import_checkpoint(
         resize=rule,
         input_dtype=input_dtype,
     )
-    save_checkpoint(out, fitted, settings, contract)
     warnings = (
         *taken_as,
         *_assumptions({name: used[name] for name in assumed}, arch, library, described.configuration),
@@ -133,7 +152,44 @@ def import_checkpoint(
         *eps_warnings,
         *detectron2.unpadded(origin),
     )
-    return ImportResult(out, contract, settings, warnings)
+    warn(warnings)
+    with atomic_path(out) as draft:
+        save_checkpoint(draft, fitted, settings, contract)
+        if verify:
+            verification = _verify(draft)
+        else:
+            verification = "not verified"
+            write_not_executed(draft, "imported with --no-verify")
+    return ImportResult(out, contract, settings, warnings, verification)
+
+
+def _verify(path: Path) -> str:
+    """Compare an imported checkpoint with torchvision's own detector, and record it; says how it went.
+
+    On one scene of the size for which torchvision's canvas is the model's. Where there is none, or the model
+    is of a library that has no detector here, that is recorded and said. Raises ``ParityError``.
+    """
+    with checkpoint_subject(path) as ours:
+        contract, reason = ours.detector.contract, None
+        library = contract.source[LIBRARY_KEY]
+        if library != torchvision.LIBRARY.name:
+            reason = f"there is no {library} here to compare with (docs/import.md)"
+        elif contract.input_dtype != "float32":
+            reason = "the fast resize is not torchvision's"
+        elif trimmed_canvas(contract.canvas, contract) != contract.canvas:
+            reason = "the canvas is another than torchvision's for any frame of its shape"
+        if reason is not None:
+            write_not_executed(path, reason)
+            return f"not verified: {reason}"
+        report = verify_subjects(
+            Subject(path, torchvision.TorchvisionDetector.of(*load_checkpoint(path))),
+            ours,
+            from_frames("a generated scene", contract.names, [generate_scene(0, contract.canvas, 0)[0]]),
+            which_traps=(),
+            tolerance=TOLERANCE,
+        )
+    settle(path, report, "the imported model and torchvision")
+    return report.describe()
 
 
 def _open_settings(library: Library, settings: ModelSettings, rule: ResizeRule) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from anchorline.runtime.backends.cpu_options import CpuOptions, adds_in_16_bits,
 from anchorline.runtime.backends.onnxruntime import check_file, write_inlined
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError, one_line
-from anchorline.runtime.io.files import atomic_path, cache_folder, sha256_of
+from anchorline.runtime.io.files import atomic_path, cache_folder, hidden_folder, sha256_of
 
 LIMIT_BYTES = 2 << 30  # of the compiled networks on disk
 _TELEMETRY = "openvino_telemetry"
@@ -197,8 +197,8 @@ def _open(path: Path, options: CpuOptions) -> tuple[Contract, Any]:
             _said.add(kept_at)
             reason = str(error).strip().splitlines()[-1]
             log.warning("%s: the kept network %s is damaged (%s); made again", path, kept_at, reason)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        inlined = Path(folder) / "inlined.onnx"
+    with hidden_folder(Path(tempfile.gettempdir()), 0o700) as folder:
+        inlined = folder / "inlined.onnx"
         contract = write_inlined(path, inlined)
         precision = network_precision(options.precision, contract.precision)
         network = _compile(path, inlined, {**settings, "INFERENCE_PRECISION_HINT": _HINTS[precision]})

@@ -1,13 +1,18 @@
-"""Writing files whole or not at all: a temporary sibling, renamed when it is complete."""
+"""Writing files whole or not at all: made in a hidden folder beside their place, renamed when complete."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
+import platform
+import re
 import secrets
+import shutil
 import stat
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -21,55 +26,166 @@ from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, DataErr
 
 _OPEN_FILES = ("/dev", "/dev/fd", "/proc/self/fd")
 _SPECIAL = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
-_KEPT_NAME_LENGTH = 60  # of the target's name in the temporary one, well under the 255 bytes of a file name
+
+# The hidden folder that this or another process of the same kernel is making something in.
+_HIDDEN = re.compile(r"\.anchorline-(?P<kernel>[0-9a-f]{8})-(?P<pid>\d{1,9})-(?P<begun>\d{1,19})-[0-9a-f]{8}")
+_LOOKED_AT = 10_000  # names of a folder among which those of dead processes are looked for
+_tidied: set[str] = set()  # folders in which this process has done so
+
+
+class Draft:
+    """The hidden folder beside ``target`` in which it is made, under its own name as ``path``.
+
+    Missing parent folders are made. What is put beside ``path``, such as the record of an artefact, is
+    published with it. A draft ends with ``publish`` or ``discard``; one whose process was killed is removed
+    by the next that writes into the same folder. Raises ``OutputError``.
+    """
+
+    def __init__(self, target: Path) -> None:
+        if target.is_dir():
+            raise OutputError(f"{target}: is a folder, expected a file to write; give a file name")
+        self._target = target
+        with output_errors(target):
+            self._folder = make_hidden_folder(target.parent)
+        self.path = self._folder / target.name
+
+    def publish(self) -> None:
+        """Give all files their names: ``target`` last, so that it never stands there without the others.
+
+        Everything is flushed to the disk before, where late "no space left" errors appear. Permissions are
+        those that ``open`` would give: a file that is replaced passes its own on, a new one has what the
+        umask allows.
+        """
+        usual = self._folder.stat().st_mode & 0o666
+        beside = [path for path in self._folder.iterdir() if path != self.path]
+        moves = [(path, self._target.with_name(path.name)) for path in (*beside, self.path)]
+        for path, place in moves:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if place.is_dir():
+                raise OutputError(f"{place}: is a folder, expected a file to write; remove or rename it")
+            with contextlib.suppress(OSError):  # a file system without permissions
+                path.chmod(stat.S_IMODE(place.stat().st_mode) if place.is_file() else usual)
+        for path, place in moves:
+            os.replace(path, place)
+
+    def discard(self) -> None:
+        """Remove the draft, if it is there."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` with the same suffix; rename it to ``path`` on success.
+    """Yield the path of a draft of ``path`` (``Draft``); publish it on success.
 
-    Missing parent folders are made. On any failure, an interrupt included, the temporary file is
-    removed and a file that stood at ``path`` before is left as it was. An ``OSError`` inside the
-    block becomes an ``OutputError``. A device or a pipe (``/dev/stdout``) is handed out as it is.
+    On any failure, an interrupt included, the draft is removed and files that stood there before are left
+    as they were. An ``OSError`` inside the block becomes an ``OutputError``, and our own errors name
+    ``path`` where they would name the draft. A device or a pipe (``/dev/stdout``) is handed out as it is.
     """
     target = Path(path)
     if is_stream(target):
         with output_errors(target):
             yield target
         return
-    temporary = temporary_sibling(target)
+    draft = Draft(target)
     try:
         with output_errors(target):
-            yield temporary
-            publish(temporary, target)
-    except BaseException:
-        discard(temporary)
+            yield draft.path
+            draft.publish()
+    except AnchorlineError as error:
+        hidden = f"{draft.path.parent.name}{os.sep}"
+        error.args = tuple(arg.replace(hidden, "") if isinstance(arg, str) else arg for arg in error.args)
         raise
-
-
-def temporary_sibling(target: Path) -> Path:
-    """A hidden, unused name beside ``target`` with its suffix; makes the folder when it is missing."""
-    if target.is_dir():
-        raise OutputError(f"{target}: is a folder, expected a file to write; give a file name")
-    with output_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    return target.with_name(f".{target.stem[:_KEPT_NAME_LENGTH]}-{secrets.token_hex(4)}{target.suffix}")
-
-
-def publish(temporary: Path, target: Path) -> None:
-    """Flush ``temporary`` to the disk, where late "no space left" errors appear, and rename it."""
-    descriptor = os.open(temporary, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
-        os.close(descriptor)
-    os.replace(temporary, target)
+        draft.discard()
 
 
-def discard(temporary: Path) -> None:
-    """Remove a temporary file, if it is there."""
+def make_hidden_folder(place: Path, mode: int = 0o777) -> Path:
+    """A new folder inside ``place``, with what the umask leaves of ``mode``, that goes with this process.
+
+    Where that was killed, the next one that makes one in ``place`` removes it: on the same machine since it
+    was started, and in the same container. Whether processes elsewhere are alive cannot be known.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    _tidy(place)
+    pid, kernel = os.getpid(), _kernel()
+    state = _state(pid) if kernel else None
+    owner = "0" if state is None else f"{kernel}-{pid}-{state[1]}"
+    folder = place / f".anchorline-{owner}-{secrets.token_hex(4)}"
+    folder.mkdir(mode)
+    return folder
+
+
+@contextlib.contextmanager
+def hidden_folder(place: Path, mode: int = 0o777) -> Iterator[Path]:
+    """A hidden folder inside ``place`` for the time of the block; raises ``OutputError``."""
+    with output_errors(place):
+        folder = make_hidden_folder(place, mode)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tidy(place: Path) -> None:
+    """Remove what killed processes have left in ``place``; once for each folder and process."""
+    key = os.path.abspath(place)
+    if key in _tidied or not (kernel := _kernel()):
+        return
+    _tidied.add(key)
+    with contextlib.suppress(OSError), os.scandir(place) as entries:
+        for entry in itertools.islice(entries, _LOOKED_AT):
+            made = _HIDDEN.fullmatch(entry.name)
+            if made and made["kernel"] == kernel and not _is_alive(int(made["pid"]), made["begun"]):
+                shutil.rmtree(entry.path, ignore_errors=True)
+
+
+@functools.cache
+def _kernel() -> str:
+    """Eight digits for the run of the kernel and the container, in which alone a process id means something.
+
+    Empty on systems that do not tell.
+    """
+    try:
+        run = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        container = os.stat("/proc/self/ns/pid").st_ino
+        numbered_here = os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        return ""
+    if not numbered_here:  # /proc is another container's
+        return ""
+    return hashlib.sha256(f"{platform.node()} {run} {container}".encode()).hexdigest()[:8]
+
+
+def _state(pid: int) -> tuple[str, str] | None:
+    """A process's state and when it began, as proc_pid_stat(5) has them; None where that is not shown."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+    except OSError:
+        return None
+    state, begun = fields.split()[0], fields.split()[19]
+    return state, begun
+
+
+def _is_alive(pid: int, begun: str) -> bool:
+    """Whether the process runs that had this id and began then; yes where it cannot be known."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # another user's, which may be hidden in /proc
+    state = _state(pid)
+    return state is None or (state[1] == begun and state[0] not in "ZX")  # not dead, and the id not taken
+
+
+def discard(path: Path) -> None:
+    """Remove a file, if it is there."""
     with contextlib.suppress(OSError):
-        temporary.unlink()
+        path.unlink()
 
 
 def is_stream(path: Path) -> bool:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from anchorline.runtime.io.errors import SettingsError, one_line
-from anchorline.runtime.io.files import cache_folder
+from anchorline.runtime.io.files import cache_folder, make_hidden_folder
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _load_rtx_libraries() -> None:
     except OSError:
         writable = False
     if not writable:
-        links = Path(tempfile.mkdtemp(prefix="anchorline-tensorrt-rtx-"))
+        links = make_hidden_folder(Path(tempfile.gettempdir()), 0o700)
     for name in names:
         for link in (links / f"{name}.1", links / name):
             _link(link, folder / f"{name}.1")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.canvas import check_frame
 from anchorline.runtime.io.errors import FrameError, OutputError, SettingsError
-from anchorline.runtime.io.files import discard, output_errors, publish, temporary_sibling
+from anchorline.runtime.io.files import Draft, output_errors
 from anchorline.runtime.io.native_log import ffmpeg_lines, quiet_opencv
 from anchorline.runtime.video.reader import MAX_FPS
 
@@ -42,9 +42,8 @@ class VideoWriter:
         self.size = size
         self.frames = 0  # written so far
         self._padding = (size[0] % 2, size[1] % 2)
-        self._temporary = temporary_sibling(self.path)
-        with output_errors(self.path):
-            self._temporary.touch()  # tells a folder without permission or space apart from a missing codec
+        self._draft = Draft(self.path)  # which tells a folder without permission apart from a missing codec
+        self._temporary = self._draft.path
         width, height = size[1] + self._padding[1], size[0] + self._padding[0]
         self._is_open = self._open_encoder(width, height, fps)
         if not self._is_open:
@@ -84,7 +83,7 @@ class VideoWriter:
             self._release()
             self._check()
             with output_errors(self.path):
-                publish(self._temporary, self.path)
+                self._draft.publish()
         finally:
             self.abandon()
 
@@ -92,7 +91,7 @@ class VideoWriter:
         """Drop what was written; the file under its name, if any, stays. Safe to call twice."""
         self._is_open = False
         self._release()
-        discard(self._temporary)
+        self._draft.discard()
 
     def _open_encoder(self, width: int, height: int, fps: float) -> bool:
         """Start the file; ``False`` where no codec can."""

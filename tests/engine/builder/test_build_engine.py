@@ -9,20 +9,26 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+from onnx import numpy_helper
 
+from anchorline.data.synthetic import scenes
 from anchorline.doctor.artefact import read_artefact
+from anchorline.engine import build as building
 from anchorline.engine.build import BuildResult, build_engine
 from anchorline.engine.options import BuildOptions
-from anchorline.runtime.io.errors import ArtefactError
+from anchorline.runtime.detector import Detector
+from anchorline.runtime.io.errors import ArtefactError, GpuError, ParityError
 from anchorline.runtime.io.files import sha256_of
 from anchorline.runtime.tensorrt.kernels import source_hash
 from anchorline.runtime.tensorrt.manifest import manifest_path, read_manifest
 from anchorline.runtime.tensorrt.plugins import register_plugins
+from anchorline.verify.verification import record_path, verify_subjects
 
 RTX = "tensorrt-rtx"
 CAPABILITIES = (86, 89, 120)
@@ -151,6 +157,53 @@ def test_what_makes_a_build_be_done_again(change: str, small: Path, tmp_path: Pa
         options["force"] = True
     assert build(source, out, **options).built
     assert sha256_of(out) == read_manifest(out).engine_sha256
+
+
+def test_an_engine_that_cannot_run_here_is_published_with_a_record_that_says_so(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, provider: str) -> None:
+        raise GpuError(f"{path}: cannot run here: there is no NVIDIA GPU")
+
+    monkeypatch.setattr(building, "Detector", refused)
+    out = tmp_path / "m.engine"
+    result = build(small / "m.onnx", out, precision="fp32")
+    assert result.verification == "not verified: cannot run here: there is no NVIDIA GPU"
+    record = json.loads(record_path(out).read_text(encoding="utf-8"))
+    assert (record["passed"], record["not_executed"]) == (None, "cannot run here: there is no NVIDIA GPU")
+    assert record["artefact"] == {"name": "m.engine", "sha256": sha256_of(out)}
+    assert record["reference"] == {"name": "m.onnx", "sha256": sha256_of(small / "m.onnx")}
+
+
+def test_an_engine_that_differs_leaves_the_earlier_one(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for TensorRT: an ONNX file under the engine's name, with a fault or without."""
+    model = onnx.load(small / "m.onnx")
+    (weight,) = [t for t in model.graph.initializer if t.name.endswith("cls_logits.weight")]
+    weight.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(weight), weight.name))
+    onnx.save(model, tmp_path / "faulty.onnx")
+    out = tmp_path / "made" / "m.engine"
+    out.parent.mkdir()
+    for name in ("m.engine", "m.engine.json", "m.engine.verify.json"):
+        shutil.copyfile(small / name, out.with_name(name))
+    before = {path: path.read_bytes() for path in out.parent.iterdir()}
+    monkeypatch.setattr(building, "scenes", partial(scenes, count=1))
+    monkeypatch.setattr(building, "verify_subjects", partial(verify_subjects, which_traps=("noise",)))
+
+    monkeypatch.setattr(building, "Detector", lambda *_: Detector(tmp_path / "faulty.onnx", "cpu"))
+    with pytest.raises(
+        ParityError, match=r"the engine and m\.onnx disagree in .*was not published"
+    ) as caught:
+        build(small / "m.onnx", out, precision="fp32", force=True)
+    assert str(caught.value).startswith(f"{out}: ")
+    assert {path: path.read_bytes() for path in out.parent.iterdir()} == before
+
+    monkeypatch.setattr(building, "Detector", lambda *_: Detector(small / "m.onnx", "cpu"))
+    assert "1 traps hold" in build(small / "m.onnx", out, precision="fp32", force=True).describe()
+    record = json.loads(record_path(out).read_text(encoding="utf-8"))
+    assert record["passed"] is True
+    assert record["artefact"]["sha256"] == sha256_of(out) == read_manifest(out).engine_sha256
 
 
 def test_progress_rises_to_the_end(rtx: Any, model_file: ModelFile, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_signal_completes_all_files(command, video, tmp_path, name, code, unti
         stderr=subprocess.PIPE,
         text=True,
     )
-    until(lambda: out.is_dir() and any(path.suffix == ".mp4" for path in out.iterdir()), 60.0)
+    until(lambda: any(out.rglob("*.mp4")), 60.0)
     process.send_signal(getattr(signal, name))
     shown, complaints = process.communicate(timeout=120)
     assert process.returncode == code
@@ -117,7 +117,7 @@ def test_a_closed_terminal_completes_all_files(command, video, tmp_path, until):
         stdin=subprocess.PIPE,
     )
     assert terminal.stdin is not None
-    until(lambda: out.is_dir() and any(path.suffix == ".mp4" for path in out.iterdir()), 60.0)
+    until(lambda: any(out.rglob("*.mp4")), 60.0)
     terminal.stdin.close()
     assert terminal.wait(timeout=120) == 0
     assert sorted(os.listdir(out)) == ["a.json", "a.jsonl", "a.mp4"]
