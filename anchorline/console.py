@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
+from anchorline.runtime.io.addresses import without_secrets
 from anchorline.runtime.io.errors import AnchorlineError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def show_report(report: Report, json: Path | None = None, *, to_stderr: bool = F
 def warn(lines: Iterable[str]) -> None:
     """Print each line on stderr as a warning."""
     for line in lines:
-        print(f"anchorline: warning: {line}", file=sys.stderr)
+        print(f"anchorline: warning: {without_secrets(line)}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -81,6 +82,12 @@ def progress_bar(description: str) -> Iterator[Callable[..., None]]:
 
 def run(app: typer.Typer, arguments: Sequence[str]) -> int:
     """Run ``app`` on ``arguments`` and return its exit code."""
+
+    def fail(message: str, code: int = USER_ERROR) -> int:
+        line = " ".join(filter(None, map(str.strip, message.splitlines())))
+        print("anchorline:", without_secrets(line, arguments), file=sys.stderr)
+        return code
+
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="anchorline", standalone_mode=False)
         if code == INTERRUPTED:  # typer's way to hand on a KeyboardInterrupt
@@ -88,33 +95,28 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> int:
         sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+        return fail("interrupted", INTERRUPTED)
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context is not None else ""
-        return _fail(f"{error.format_message()}{hint}")
+        return fail(f"{error.format_message()}{hint}")
     except BrokenPipeError:  # the reader of our output has gone, as in `anchorline ... | head`
         _abandon_stdout()
         return 1
     except AnchorlineError as error:
-        return _fail(str(error))
+        return fail(str(error))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
         extra = f"anchorline[{EXTRAS[package]}]"
-        return _fail(f"{package} is not installed, and this needs it: pip install '{extra}'")
+        return fail(f"{package} is not installed, and this needs it: pip install '{extra}'")
     except OSError as error:
         if error.errno not in _OUT_OF_SPACE:
             raise
         _abandon_stdout()
         where = error.filename or "output"
-        return _fail(f"{where}: {error.strerror}; free some space and run the command again")
-
-
-def _fail(message: str, code: int = USER_ERROR) -> int:
-    print("anchorline:", " ".join(filter(None, map(str.strip, message.splitlines()))), file=sys.stderr)
-    return code
+        return fail(f"{where}: {error.strerror}; free some space and run the command again")
 
 
 def _abandon_stdout() -> None:

@@ -25,6 +25,7 @@ from anchorline import __version__
 from anchorline.cluster.connection import AUTO, ClusterError, check_address, connected, share_out, why_dead
 from anchorline.cluster.outputs import Outputs
 from anchorline.cluster.worker import DetectionWorker, Job, NotHere, Piece, WorkerState, WorkItem, model_files
+from anchorline.runtime.io.addresses import shown_address
 from anchorline.runtime.io.errors import AnchorlineError, DataError, SettingsError, check_count, one_line
 from anchorline.runtime.timing import StageTimes
 from anchorline.runtime.video.figures import DetectSummary
@@ -206,8 +207,8 @@ def plan_files(sources: Sequence[str | Path], save: str | Path | None, stride: i
             )
         if source.name:
             raise SettingsError(
-                f"{given}: names are for sources that are read side by side; a cluster's results stand in "
-                f"the order of the files; give {source.where} without a name"
+                f"{source.name}=...: names are for sources that are read side by side; a cluster's results "
+                f"stand in the order of the files; give {shown_address(str(source.where))} without a name"
             )
     return [item for source in plan(sources, save, stride=stride) for item in source.items]
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from anchorline.runtime.io.addresses import without_secrets
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, DataError, OutputError
 
 _OPEN_FILES = ("/dev", "/dev/fd", "/proc/self/fd")
@@ -207,9 +208,9 @@ def output_errors(path: str | Path) -> Iterator[None]:
     except AnchorlineError:
         raise
     except OSError as error:
+        reason = error.strerror or error
         raise OutputError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another place for "
-            "the output"
+            f"{_shown(path)}: cannot be written ({reason}); free space or choose another place for the output"
         ) from error
 
 
@@ -234,11 +235,16 @@ def input_errors(
     try:
         yield
     except FileNotFoundError:
-        raise error_class(f"{path}: no such file; {missing}") from None
+        raise error_class(f"{_shown(path)}: no such file; {missing}") from None
     except AnchorlineError:
         raise
     except OSError as error:
-        raise error_class(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+        reason = error.strerror or error
+        raise error_class(f"{_shown(path)}: cannot be read ({reason}); check the file") from error
+
+
+def _shown(path: str | Path) -> str:
+    return without_secrets(str(path), [str(path)])  # it may be a URL, which none of our files is
 
 
 def files_below(folder: Path) -> list[Path]:

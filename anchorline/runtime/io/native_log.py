@@ -1,7 +1,9 @@
-"""Keeping what C libraries print on stderr, past Python: FFmpeg's lines for us, OpenCV's for nobody."""
+"""What C libraries print on stderr, past Python: FFmpeg's lines kept for us or stripped of secrets, OpenCV's
+for nobody."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
@@ -11,10 +13,18 @@ from collections.abc import Iterator
 
 import cv2
 
+from anchorline.runtime.io.addresses import HIDDEN, hidden_parts, without_secrets
+
 _STDERR = 2
 _FFMPEG = re.compile(rb"^(?:\[[^\]\n]+ @ 0x[0-9a-f]+\]|OpenCV: FFMPEG:).*\n?", re.MULTILINE)
 _SILENT = 0
 _stderr = threading.Lock()
+_passage: tuple[int, threading.Thread] | None = None  # where stderr led before, and who passes lines on
+_passage_blocks = 0
+_hidden: set[str] = set()  # since the passage began: a line may come out after its block
+_JOIN_SECONDS = 1.0
+_LINE_END = re.compile(rb"(?<=[\r\n])")
+_NATIVE = "[", "\x1b["  # as FFmpeg and OpenCV begin their lines, without and with colours
 _quiet = threading.Lock()
 _quiet_blocks = 0  # running now, in any thread
 _level_before = _SILENT
@@ -45,10 +55,86 @@ def ffmpeg_lines() -> Iterator[list[str]]:
                 os.close(saved)
                 scratch.seek(0)
                 text = scratch.read()
-                lines += [line.decode("utf-8", "replace").strip() for line in _FFMPEG.findall(text)]
+                found = [line.decode("utf-8", "replace").strip() for line in _FFMPEG.findall(text)]
+                lines += map(without_secrets, found)
                 if rest := _FFMPEG.sub(b"", text):
                     with contextlib.suppress(OSError):
                         os.write(_STDERR, rest)
+
+
+@contextlib.contextmanager
+def without_secrets_on_stderr(address: str) -> Iterator[None]:
+    """Inside the block nothing that is printed on stderr shows what is to be hidden of the address.
+
+    The FFmpeg inside OpenCV quotes the address, or one that it was led to, in some of its complaints, and has
+    no other switch than for the whole process. So stderr leads through a pipe, whose lines a thread passes
+    on at once. Blocks may overlap in several threads.
+    """
+    global _passage_blocks
+    with _stderr:
+        if _passage_blocks == 0:
+            _begin_passage()
+        _passage_blocks += 1
+        _hidden.update(hidden_parts(address))
+    try:
+        yield
+    finally:
+        with _stderr:
+            _passage_blocks -= 1
+            if _passage_blocks == 0:
+                _end_passage()
+
+
+def _begin_passage() -> None:
+    global _passage
+    try:
+        before = os.dup(_STDERR)
+    except OSError:  # there is no stderr
+        return
+    outlet, inlet = os.pipe()
+    os.dup2(inlet, _STDERR)
+    os.close(inlet)
+    thread = threading.Thread(target=_pass_on, args=(outlet, before), name="stderr", daemon=True)
+    thread.start()
+    _passage = before, thread
+
+
+@atexit.register  # or the last lines would stay in the pipe where a camera hangs
+def _end_passage() -> None:
+    global _passage
+    if _passage is not None:
+        (before, thread), _passage = _passage, None
+        os.dup2(before, _STDERR)
+        thread.join(_JOIN_SECONDS)  # it ends with the pipe, which a child of this process may still hold
+        _hidden.clear()
+
+
+def _pass_on(source: int, target: int) -> None:
+    """The thread's work: whole lines, and what is no beginning of a line of a C library's."""
+    rest = b""
+    with open(source, "rb", buffering=0) as pipe:
+        while piece := pipe.read(1 << 16):
+            *lines, rest = _LINE_END.split(rest + piece)
+            if not rest.decode("latin-1").startswith(_NATIVE):
+                lines, rest = [*lines, rest], b""
+            _write(target, b"".join(map(_stripped, lines)))
+    _write(target, _stripped(rest))
+    os.close(target)
+
+
+def _stripped(line: bytes) -> bytes:
+    text = line.decode("utf-8", "surrogateescape")
+    if text.startswith(_NATIVE):  # what others say of other addresses is theirs
+        text = without_secrets(text)
+    for part in sorted(_hidden.copy(), key=len, reverse=True):
+        text = text.replace(part, HIDDEN)
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _write(target: int, text: bytes) -> None:
+    with contextlib.suppress(OSError):
+        while text:
+            text = text[os.write(target, text) :]
 
 
 @contextlib.contextmanager

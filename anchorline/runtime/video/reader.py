@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.canvas import check_frame
+from anchorline.runtime.io.addresses import shown_address, without_secrets
 from anchorline.runtime.io.errors import DataError, SettingsError
 from anchorline.runtime.io.files import expect_regular, input_errors
 from anchorline.runtime.io.images import read_image
-from anchorline.runtime.io.native_log import ffmpeg_lines, quiet_opencv
+from anchorline.runtime.io.native_log import ffmpeg_lines, quiet_opencv, without_secrets_on_stderr
 from anchorline.runtime.video.options import Decoder
 
 FALLBACK_FPS = 25.0
@@ -54,6 +55,7 @@ class Reader:
         self._damaged: list[int] = []  # near these frames
         self._notes: list[str] = []  # further warnings
         self._ended = False
+        self._closing = contextlib.ExitStack()  # what ends with the reader
 
     def _next(self) -> Timed | None:
         raise NotImplementedError
@@ -137,6 +139,8 @@ class StreamReader(Reader):
     def __init__(self, where: str | int | Path, stall: float, name: str, live: bool = True) -> None:
         super().__init__(name, live)
         self._stall = stall
+        if isinstance(where, str) and shown_address(where) != where:
+            self._closing.enter_context(without_secrets_on_stderr(where))
         self._capture = cv2.VideoCapture()
         with quiet_opencv(), contextlib.suppress(cv2.error):
             if isinstance(where, int):
@@ -163,6 +167,7 @@ class StreamReader(Reader):
 
     def close(self) -> None:
         self._capture.release()
+        self._closing.close()
 
     def _next(self) -> Timed | None:
         """Grab until a frame comes: a packet that cannot be decoded fails as a lost connection does."""
@@ -269,7 +274,7 @@ class AvReader(Reader):
     def __init__(
         self, where: str | Path, stall: float | None = None, name: str = "", live: bool = False
     ) -> None:
-        super().__init__(name or str(where), live)
+        super().__init__(name or without_secrets(str(where), [str(where)]), live)
         av = import_pyav()
         expect_regular(where, DataError)
         self._errors = av.FFmpegError
@@ -279,7 +284,7 @@ class AvReader(Reader):
         try:
             self._container = av.open(str(where), timeout=limits, options=options)
         except (av.FFmpegError, OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
+            reason = getattr(error, "strerror", None) or without_secrets(str(error), [str(where)])
             raise DataError(
                 f"{self._name}: cannot be read as a video ({reason}); check that it is there and whole"
             ) from None

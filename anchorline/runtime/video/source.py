@@ -9,12 +9,12 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.runtime.io.errors import OutputError, SettingsError
+from anchorline.runtime.io.addresses import shown_address, take_apart
+from anchorline.runtime.io.errors import DataError, OutputError, SettingsError
 from anchorline.runtime.io.files import is_stream
 from anchorline.runtime.io.images import IMAGE_SUFFIXES, find_inputs, is_image, is_video
 from anchorline.runtime.video.options import Option, Policy, check_fields
@@ -23,7 +23,6 @@ _LAST_WEBCAM = 99  # OpenCV takes hundreds for the ways to reach a camera
 _LONGEST_NUMBER = 10  # digits; Python refuses to read thousands
 _NAMED = re.compile(r"([^\W\d][\w.-]*)=(.+)", re.DOTALL)
 _WEBCAM = re.compile(r"/dev/video([0-9]{1,9})")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.+", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,14 @@ class Source:
         if isinstance(self.where, int) and not 0 <= self.where <= _LAST_WEBCAM:
             raise SettingsError(f"webcam {self.where}; expected a number from 0 to {_LAST_WEBCAM}")
         live = isinstance(self.where, int)
-        if isinstance(self.where, str) and _URL.fullmatch(self.where):
-            try:
-                parts = urlsplit(self.where)
-            except ValueError as error:
-                shown = _without_password(self.where)
+        address = take_apart(self.where) if isinstance(self.where, str) else None
+        if address is not None:
+            if not address.is_valid:
                 raise SettingsError(
-                    f"{shown}: no address ({error}); expected SCHEME://HOST:PORT/PATH"
-                ) from None
-            live = not (parts.scheme.lower() in ("http", "https", "file") and is_video(parts.path))
+                    f"{self.describe()}: no address; expected SCHEME://USER:PASSWORD@HOST:PORT/PATH, in a "
+                    "user or password with %2F for /, %3F for ?, %23 for # and %40 for @"
+                )
+            live = not (address.scheme.lower() in ("http", "https", "file") and is_video(address.path))
         if self.live is None:
             object.__setattr__(self, "live", live)
         if self.policy is None:
@@ -83,14 +81,18 @@ class Source:
     def is_path(self) -> bool:
         """Whether this names a file or folder, rather than a camera, a URL or frames."""
         where = self.where
-        return isinstance(where, Path) or (isinstance(where, str) and not _URL.fullmatch(where))
+        return isinstance(where, Path) or (isinstance(where, str) and take_apart(where) is None)
 
     def describe(self) -> str:
-        """What to call the source in a message; passwords in URLs are left out."""
+        """What to call the source in a message: of an address only what may be shown."""
         if isinstance(self.where, str | Path):
-            shown = _without_password(str(self.where))
+            shown = str(self.where) if self.items else shown_address(str(self.where))
             return self.name if shown == self.name else f"{self.name} ({shown})" if self.name else shown
         return self.name
+
+    def __repr__(self) -> str:
+        what = self.describe() or (self.where if isinstance(self.where, int) else type(self.where).__name__)
+        return f"Source({what!r}, live={self.live}, policy={self.policy!r}, stride={self.stride})"
 
 
 def parse_source(text: str | Path | int) -> Source:
@@ -128,7 +130,7 @@ def plan(
     ]
     if not given:
         raise SettingsError("no sources given; name an image, a folder of images or a video")
-    found = [find_inputs(Path(str(each.where))) if each.is_path else [] for each in given]
+    found = [_inputs(str(each.where), place) if each.is_path else [] for place, each in enumerate(given, 1)]
     others = [each for each in given if not each.is_path]
     names = _names(others)
     files = [file for each in found for file in each]
@@ -186,6 +188,21 @@ def is_stdout(path: str | Path | None) -> bool:
     return str(path) in ("-", "/dev/stdout")
 
 
+def _inputs(where: str, place: int) -> list[tuple[Path, bool]]:
+    """What ``find_inputs`` finds for the source of this ``place``, from 1."""
+    try:
+        return find_inputs(Path(where))
+    except DataError:
+        shown = shown_address(where)
+        if shown == where or os.path.exists(where):
+            raise
+        raise DataError(  # by its place: there may be another one of which no more can be said
+            f"source {place} ({shown}): neither a file or folder that is there nor an address; expected "
+            "SCHEME://HOST:PORT/PATH, where it has a name with NAME= before it, which begins with a letter "
+            "and holds letters, digits, _, - and . only"
+        ) from None
+
+
 def _names(sources: Sequence[Source]) -> list[str]:
     """A name for each: its own, or a webcam's camera0, a stream's host, an iterator's frames."""
     taken = {each.name for each in sources}
@@ -195,7 +212,8 @@ def _names(sources: Sequence[Source]) -> list[str]:
         if isinstance(each.where, int):
             default = f"camera{each.where}"
         elif isinstance(each.where, str):
-            default = urlsplit(each.where).hostname or "stream"
+            address = take_apart(each.where)
+            default = (address and address.host) or "stream"
         name = each.name or _unused(default, "", taken)
         taken.add(name)
         names.append(name)
@@ -241,7 +259,3 @@ def _unused(stem: str, suffix: str, taken: set[str]) -> str:
     while name.lower() in taken:
         name, number = f"{stem}-{number}{suffix}", number + 1
     return name
-
-
-def _without_password(where: str) -> str:
-    return re.sub(r"//[^/]*@", "//", where)
