@@ -277,6 +277,18 @@ def check_pixels(path: str | Path, size: tuple[int, int]) -> None:
         )
 
 
+def check_header(path: str | Path) -> None:
+    """``check_pixels`` by the file's own header, where it is that of an image."""
+    expect_regular(path, DataError)
+    try:
+        with open(path, "rb") as file:
+            header = read_header(file.read(_HEAD))
+    except (OSError, ValueError):  # who reads it says so
+        return
+    if header is not None:
+        check_pixels(path, header.size)
+
+
 def is_image(path: str | Path) -> bool:
     """Whether the name of ``path`` ends as an image's does; the file itself is not opened."""
     return Path(path).suffix.lower() in IMAGE_SUFFIXES

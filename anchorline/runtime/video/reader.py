@@ -18,7 +18,7 @@ from anchorline.runtime.canvas import check_frame
 from anchorline.runtime.io.addresses import shown_address, without_secrets
 from anchorline.runtime.io.errors import DataError, SettingsError
 from anchorline.runtime.io.files import expect_regular, input_errors
-from anchorline.runtime.io.images import read_image
+from anchorline.runtime.io.images import check_header, check_pixels, read_image
 from anchorline.runtime.io.native_log import ffmpeg_lines, quiet_opencv, without_secrets_on_stderr
 from anchorline.runtime.video.options import Decoder
 
@@ -26,6 +26,7 @@ FALLBACK_FPS = 25.0
 MAX_FPS = 1000.0
 _COUNTED = (".mp4", ".m4v", ".mov", ".avi")  # files that state how many frames they hold
 # What may fail in a row before the rest is given up: of a file, and of a stream ten seconds of damage.
+_NO_FRAME = "no frame of this video can be decoded; it may be damaged or empty"
 _FILE_FAILURES, _STREAM_FAILURES = 64, 300
 _LACKING = {b"AV01": "AV1"}  # what the FFmpeg in OpenCV's packages decodes on some GPUs only
 _TURNS = {90: cv2.ROTATE_90_COUNTERCLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTATE_90_CLOCKWISE}
@@ -70,11 +71,16 @@ class Reader:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _begin(self, complaint: str) -> None:
-        self._first = self._next()
-        if self._first is None:
+    def _begin(self, complaint: str, size: tuple[int, int] = (0, 0)) -> None:
+        """Take the first frame, of the (height, width) that the header states."""
+        try:
+            check_pixels(self._name, size)
+            self._first = self._next()
+            if self._first is None:
+                raise DataError(f"{self._name}: {complaint}")
+        except DataError:
             self.close()
-            raise DataError(f"{self._name}: {complaint}")
+            raise
         self.size: tuple[int, int] = (self._first[1].shape[0], self._first[1].shape[1])
 
     def __iter__(self) -> Iterator[tuple[int, float, Pixels]]:
@@ -155,7 +161,9 @@ class StreamReader(Reader):
             self.close()
             raise DataError(f"{name}: cannot be opened; check the address and that the camera is on")
         self._read_header()
-        self._begin("opens but delivers no frame; check the address and that the camera is on")
+        self._begin(
+            "opens but delivers no frame; check the address and that the camera is on", self._stated_size()
+        )
 
     def _read_header(self) -> bool:
         """Set ``frame_count`` and ``fps``; whether the latter is stated."""
@@ -164,6 +172,10 @@ class StreamReader(Reader):
         is_stated = 0 < fps <= MAX_FPS
         self.fps = float(fps) if is_stated else FALLBACK_FPS
         return is_stated
+
+    def _stated_size(self) -> tuple[int, int]:
+        height, width = map(self._capture.get, (cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_WIDTH))
+        return int(height), int(width)
 
     def close(self) -> None:
         self._capture.release()
@@ -228,7 +240,7 @@ class VideoReader(StreamReader):
         self._is_counted = self.path.suffix.lower() in _COUNTED
         code = int(self._capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little", signed=True)
         try:
-            self._begin("no frame of this video can be decoded; it may be damaged or empty")
+            self._begin(_NO_FRAME, self._stated_size())
         except DataError:
             if code.upper() not in _LACKING:
                 raise
@@ -298,7 +310,8 @@ class AvReader(Reader):
         # Where the video begins: not at 0 in a transport stream, or in what was cut out of a longer one.
         self._start = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
         self._frames = self._decoded()
-        self._begin("no frame of this video can be decoded; it may be damaged or empty")
+        codec = stream.codec_context  # None where FFmpeg knows of none
+        self._begin(_NO_FRAME, (codec.height, codec.width) if codec else (0, 0))
 
     def close(self) -> None:
         self._container.close()
@@ -356,6 +369,7 @@ def open_file(path: str | Path, is_video: bool, decoder: Decoder = "opencv") -> 
     """The reader of an image or video file. A codec that OpenCV lacks is left to PyAV, if that is there."""
     if not is_video:
         return IterableReader([read_image(path)], fps=1.0)
+    check_header(path)  # of a GIF or an APNG: FFmpeg decodes while it opens
     if decoder == "pyav":
         return AvReader(path)
     try:

@@ -162,3 +162,23 @@ def test_mutated_files_are_read_or_refused(tmp_path, picture):
     arguments = [sys.executable, "-c", READ, "40", *map(str, paths)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (0, "True True\n"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("form", ENCODERS)
+@pytest.mark.parametrize("decoder", ["opencv", "pyav"])
+def test_pictures_beyond_the_limit_are_refused_in_videos_too(tmp_path, monkeypatch, form, decoder):
+    path = encode(tmp_path / f"a.{form}", form, ENCODERS[form])
+    monkeypatch.setenv("ANCHORLINE_MAX_PIXELS", str(128 * 64 - 1))
+    with pytest.raises(DataError, match=r"the image is 128x64, more than the 8191 pixels that are read"):
+        open_file(path, is_video=True, decoder=decoder)
+    monkeypatch.setenv("ANCHORLINE_MAX_PIXELS", str(128 * 64))
+    open_file(path, is_video=True, decoder=decoder).close()
+
+
+def test_a_small_gif_that_claims_much_is_refused(tmp_path):
+    path = encode(tmp_path / "a.gif", "gif", "gif")
+    content = bytearray(path.read_bytes())
+    content[6:10] = struct.pack("<HH", 65_535, 65_535)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="the image is 65535x65535, more than the 178956970 pixels"):
+        images_or_video([path], ("thing",))
