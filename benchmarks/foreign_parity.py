@@ -25,6 +25,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -172,7 +173,8 @@ class Detectron2:
         import detectron2
         from detectron2.config import get_cfg
 
-        self.version = f"detectron2 {detectron2.__version__} {commit_of(checkout)}".strip()
+        at = commit_of(checkout)
+        self.version = f"detectron2 {detectron2.__version__} {at}, pillow {version('pillow')}"
         self.cfg = get_cfg()
         self.cfg.merge_from_file(str(checkout / "configs" / "COCO-Detection" / case.config))
         self.cfg.merge_from_list([part for change in case.changes.items() for part in change])
@@ -312,11 +314,12 @@ def main() -> None:
         libraries.append((MMDetection, MMDETECTION))
     if not libraries:
         sys.exit("give --detectron2 CHECKOUT, --mmdetection, or both")
+    sides = tuple(arguments.sides) if arguments.sides else None
     exact = True
     for library, cases in libraries:
         for name in (name for name in cases if name in chosen):
             with tempfile.TemporaryDirectory() as folder:
-                foreign = library(cases[name], arguments.sides, arguments.detectron2)
+                foreign = library(cases[name], sides, arguments.detectron2)
                 exact &= try_case(foreign, name, cases[name], frames, Path(folder), arguments.exports)
             del foreign
             gc.collect()
@@ -441,7 +444,7 @@ def try_case(
 
 
 def record(
-    version: str, name: str, resize: str, form: str, sizes: str, group: Sequence[tuple[int, Comparison]]
+    library: str, name: str, resize: str, form: str, sizes: str, group: Sequence[tuple[int, Comparison]]
 ) -> bool:
     """Append a row for ``group``, of each frame the library's number of detections and the comparison.
 
@@ -449,14 +452,14 @@ def record(
     """
     summary = summarise([compared for _, compared in group])
     total = summary.total
-    print(f"{version}, {name}, {resize}, {form}, sizes: {sizes}: {summary.describe()}")
+    print(f"{library}, {name}, {resize}, {form}, sizes: {sizes}: {summary.describe()}")
     if total.first_disagreement:
         print(f"    {total.first_disagreement}")
     append_row(
         "foreign_parity",
         "python benchmarks/foreign_parity.py --detectron2 DIR --mmdetection --mmcv DIR --images DIR",
         {
-            "library": version,
+            "library": library,
             "case": name,
             "resize": resize,
             "form": form,
