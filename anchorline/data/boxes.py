@@ -10,10 +10,13 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
+from anchorline.runtime.io.errors import DataError
+
 # Why a labelled box cannot be used.
 ZERO_AREA, OUTSIDE = "zero area", "outside the image"
 REVERSED = "reversed (xmax below xmin or ymax below ymin)"
 
+_LARGEST_FRACTION = 1.5  # of an image's side, with room for boxes beyond its edge
 _DIGITS = re.compile(r"[+-]?[0-9]{1,19}")
 _FARTHEST_PIXEL = 1e9  # annotated coordinates beyond this are damage, not boxes
 
@@ -51,6 +54,20 @@ def as_flag(value: object) -> bool | None:
         return words[value.strip().lower()]
     number = float(value) if isinstance(value, bool) else as_number(value)
     return bool(number) if number in (0, 1) else None
+
+
+def count_fractions(boxes: NDArray[np.floating], where: str) -> Counter[str]:
+    """A remark on the boxes [N, 4] with an area that seem to be in 0..1, as fractions of the image, not in
+    pixels; raises ``DataError`` where all of them are."""
+    boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)]
+    fractions = int((abs(boxes) <= _LARGEST_FRACTION).all(axis=1).sum())
+    if fractions and fractions == len(boxes):
+        raise DataError(
+            f"{where}: all boxes ({fractions}) lie between 0 and 1, as fractions of the image; expected "
+            "pixels: multiply them by the width and height of their image"
+        )
+    text = "boxes between 0 and 1, as fractions of the image, read as pixels"
+    return Counter({text: fractions} if fractions else {})
 
 
 def box_areas(boxes: NDArray[np.floating]) -> NDArray[np.float64]:

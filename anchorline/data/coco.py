@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from anchorline.data.boxes import as_flag, as_number, as_whole, is_coordinate
+from anchorline.data.boxes import as_flag, as_number, as_whole, count_fractions, is_coordinate
 from anchorline.data.dataset import (
     FOUND_BY_END,
     Dataset,
@@ -33,7 +33,6 @@ from anchorline.runtime.io.files import expect_regular, input_errors
 Record = dict[str, Any]
 
 WITHOUT_BOX = "without a box"
-_LARGEST_FRACTION = 1.5  # of an image's side, with room for boxes beyond its edge
 # A run's length in a compressed mask: five bits a character from the lowest on, 32 says that more follow.
 _RUN = re.compile("[P-o]{0,6}[0-O]")
 _ELSEWHERE = re.compile(r"(?P<upload>/?(data/)?upload/)|/|[A-Za-z][A-Za-z0-9+.-]*:/")
@@ -73,7 +72,8 @@ def load_coco(
     own_names = check_names(categories.values(), f"{annotations}: categories", DataError)
     names = own_names if names is None else tuple(names)
     index = class_index(names, [categories[id] for id in sorted(used)], str(annotations))
-    _check_units(objects, remarks, annotations)
+    every = np.array([each.box for own in objects.values() for each in own]).reshape(-1, 4)
+    remarks += count_fractions(every, str(annotations))
     paths = _find_images(content, folder, anywhere, remarks, annotations)
     images: list[LabelledImage] = []
     for (id, own), record, path in zip(objects.items(), content["images"], paths, strict=True):
@@ -182,20 +182,6 @@ def _stated_size(record: Record, where: str) -> tuple[int, int] | None:
             raise DataError(f"{where}: {key} is {shown(record[key])}; expected a whole number of pixels")
         sides.append(side)
     return (sides[0], sides[1]) if min(sides) > 0 else None
-
-
-def _check_units(objects: dict[int, list[_Object]], remarks: Counter[str], path: Path) -> None:
-    """Refuse a file whose boxes are all fractions of the image, and remark on single ones."""
-    boxes = np.array([each.box for own in objects.values() for each in own]).reshape(-1, 4)
-    boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)]
-    fractions = int(((boxes >= 0) & (boxes <= _LARGEST_FRACTION)).all(axis=1).sum())
-    if fractions and fractions == len(boxes):
-        raise DataError(
-            f"{path}: all boxes ({fractions}) lie between 0 and 1, as fractions of the image; expected x, y, "
-            "width, height in pixels: multiply them by the width and height of their image"
-        )
-    if fractions:
-        remarks["boxes between 0 and 1, as fractions of the image, read as pixels"] += fractions
 
 
 def _read_box(record: Record, where: str) -> tuple[float, float, float, float] | None:
@@ -308,9 +294,13 @@ def _find_images(
         paths.append(folder / name)
     if absent:
         expect_regular(folder / absent[0], DataError)
+        above = os.path.isfile(folder.parent / absent[0])
+        remedy = (
+            f"give {folder.parent} as the folder" if above else "restore them or take them out of the file"
+        )
         raise DataError(
             f"{annotations}: lists {len(paths)} images and {len(absent)} are not in {folder}, the first is "
-            f"{shown(absent[0])}; restore them or take them out of the file"
+            f"{shown(absent[0])}; {remedy}"
         )
     for path, count in Counter(paths).items():
         if count > 1 and path in read_otherwise:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.data.boxes import as_flag, as_number, is_coordinate
+from anchorline.data.boxes import as_flag, as_number, count_fractions, is_coordinate
 from anchorline.data.dataset import (
     FOUND_BY_END,
     UTF16_MARKS,
@@ -68,6 +68,7 @@ def load_voc(folder: Path, split: str | None, names: Sequence[str] | None = None
             raise DataError(
                 f"{spec}: no image of the split has an object; expected at least one labelled object"
             )
+    remarks += count_fractions(np.concatenate([boxes for _, boxes, _ in annotations]), spec)
     images = []
     for (id, path, xml), (found, boxes, difficult) in zip(files, annotations, strict=True):
         index = class_index(names, found, str(xml))

@@ -446,6 +446,12 @@ def test_damaged_json_is_refused(make_coco: MakeCoco, tmp_path: Path, text: str)
         load_dataset(spec)
 
 
+def test_names_that_hold_the_folder_s_own(make_coco: MakeCoco, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'images/a\.png'; give .* as the folder") as caught:
+        load_dataset(make_coco(_set(("images", 0, "file_name"), "images/a.png")))
+    assert f"give {tmp_path} as the folder" in str(caught.value)
+
+
 def test_missing_places_are_named(make_coco: MakeCoco, tmp_path: Path) -> None:
     make_coco()
     with pytest.raises(DataError, match="no such folder"):

@@ -428,3 +428,9 @@ def test_random_bytes_never_crash_the_reader(
     path.write_bytes(content)
     with pytest.raises(AnchorlineError):
         _read_annotation(path, Counter())
+
+
+def test_boxes_that_are_fractions_are_refused(make_voc: MakeVoc) -> None:
+    root = make_voc({"a": [("cat", (0.1, 0.2, 0.6, 0.9))], "b": [("cat", (0, 0, 1, 1))]})
+    with pytest.raises(DataError, match=r"all boxes \(2\) lie between 0 and 1, as fractions of the image"):
+        load_dataset(f"voc:{root}@train")
