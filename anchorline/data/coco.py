@@ -293,7 +293,8 @@ def _find_images(
                 )
         paths.append(folder / name)
     if absent:
-        expect_regular(folder / absent[0], DataError)
+        if os.path.exists(folder / absent[0]):
+            expect_regular(folder / absent[0], DataError)
         above = os.path.isfile(folder.parent / absent[0])
         remedy = (
             f"give {folder.parent} as the folder" if above else "restore them or take them out of the file"

@@ -8,6 +8,7 @@ resize, so boxes move with one factor per axis and no offset.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -271,8 +272,12 @@ def check_frame(frame: object) -> NDArray[np.uint8]:
     """Return ``frame`` if it is uint8 [H, W, 3] with at least one pixel; else raise ``FrameError``."""
     if frame is None:
         raise FrameError(f"{_BGR}, got None; an image or video that could not be read gives None")
+    if isinstance(frame, str | bytes | os.PathLike):
+        raise FrameError(f"{_BGR}, got a {type(frame).__name__}; read it first, with read_image(path)")
     if not isinstance(frame, np.ndarray):
-        raise FrameError(f"{_BGR}, got a {type(frame).__name__}; convert it with numpy.asarray")
+        # Pillow's pictures are RGB.
+        convert = "(image.convert('RGB'))[:, :, ::-1]" if hasattr(frame, "convert") else ""
+        raise FrameError(f"{_BGR}, got a {type(frame).__name__}; convert it with numpy.asarray{convert}")
     got = f"got {frame.dtype} {list(frame.shape)}"
     if frame.ndim == 2 or (frame.ndim == 3 and frame.shape[2] == 1):
         raise FrameError(f"{_BGR}, {got}; convert grey with cv2.cvtColor(frame, cv2.COLOR_GRAY2BGR)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import threading
 import time
 from collections import deque
@@ -21,6 +22,7 @@ from anchorline.runtime.canvas import Nv12, Placement, Preprocessor, check_frame
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import FrameError, SettingsError, check_count
+from anchorline.runtime.io.files import expect_regular
 from anchorline.runtime.tensorrt.cuda import GpuOptions
 from anchorline.runtime.tensorrt.frames import is_device_frame
 from anchorline.runtime.timing import DETECTOR_STAGES
@@ -43,6 +45,7 @@ class Detector:
 
     ``contract`` is what the model promises (task, class names, canvas, thresholds, origin), ``provider`` what
     the network runs on, such as ``"cpu"``, and ``precision`` its arithmetic, such as ``"fp32"``.
+    Pickled or copied it is its arguments, with which the file is opened anew.
     Raises ``ArtefactError``, ``SettingsError`` and ``GpuError``.
     """
 
@@ -58,7 +61,20 @@ class Detector:
         cpu_precision: str = "auto",
         tuning: str = "latency",
     ) -> None:
+        expect_regular(model)
         check_count("workers", workers)
+        if gpu is not None and not isinstance(gpu, GpuOptions):
+            raise SettingsError(f"gpu is {gpu!r}; expected GpuOptions(...), or None")
+        self._arguments = {
+            "model": os.path.abspath(model),
+            "provider": provider,
+            "score_threshold": score_threshold,
+            "threads": threads,
+            "workers": workers,
+            "gpu": gpu,
+            "cpu_precision": cpu_precision,
+            "tuning": tuning,
+        }
         cpu = CpuOptions(threads, cpu_precision, tuning)
         self._backend = open_backend(Path(model), provider, cpu, gpu or GpuOptions())
         self.contract = self._backend.contract
@@ -96,7 +112,7 @@ class Detector:
         Each frame's result is the one it has alone. ``timings`` holds the seconds of the whole call.
         """
         self._lanes.check()
-        checked = self._checked(frames)
+        checked = self._checked(list(_several(frames)))
         timings = dict.fromkeys(DETECTOR_STAGES, 0.0)
         step = self.contract.max_batch or max(1, len(checked))
         found: list[Detections] = []
@@ -121,7 +137,7 @@ class Detector:
         if most is not None and batch > most:
             raise SettingsError(f"batch is {batch}; the model takes at most {most} at a time")
         self._lanes.check()
-        return self._streamed(iter(frames), batch, in_flight)
+        return self._streamed(_several(frames), batch, in_flight)
 
     def prepare(
         self, frames: Sequence[NDArray[np.uint8]]
@@ -171,7 +187,7 @@ class Detector:
         timings["postprocess"] += time.perf_counter() - start
         return found
 
-    def _checked(self, frames: Sequence[Frame]) -> list[Frame]:
+    def _checked(self, frames: list[Frame]) -> list[Frame]:
         for index, frame in enumerate(frames):
             try:
                 if is_device_frame(frame):
@@ -188,7 +204,7 @@ class Detector:
                 if len(frames) == 1:
                     raise
                 raise FrameError(f"frame {index} of the batch: {error}") from None
-        return list(frames)
+        return frames
 
     def close(self) -> None:
         """Release the model, once the calls of other threads have ended. Safe to call twice."""
@@ -200,11 +216,29 @@ class Detector:
         with contextlib.suppress(Exception):  # it may be half made, or Python at its end
             self.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied as its arguments: whoever takes it opens the file anew."""
+        return _opened, (type(self), self._arguments)
+
     def __enter__(self) -> Detector:
         return self
 
     def __exit__(self, *failure: object) -> None:
         self.close()
+
+
+def _opened(kind: type[Detector], arguments: dict[str, Any]) -> Detector:
+    return kind(**arguments)
+
+
+def _several(frames: Iterable[Frame]) -> Iterator[Frame]:
+    """An iterator of ``frames``; ``FrameError`` where they are none, or a single one."""
+    if getattr(frames, "ndim", None) == 3:
+        raise FrameError("Expected several frames, got a single one; give [frame], or call the detector")
+    try:
+        return iter(frames)
+    except TypeError:
+        raise FrameError(f"Expected several frames, got a {type(frames).__name__}; give a list") from None
 
 
 def _choose_threshold(wanted: float | None, contract: Contract) -> float:

@@ -1,18 +1,34 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import io
 import json
+import multiprocessing
+import pickle
 import threading
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from anchorline.runtime import VideoPipeline, VideoReader, VideoWriter, read_image
 from anchorline.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from anchorline.runtime.canvas import Preprocessor, to_detections
 from anchorline.runtime.contract import Thresholds
 from anchorline.runtime.detector import Detector
-from anchorline.runtime.io.errors import ArtefactError, FrameError, SettingsError
+from anchorline.runtime.io.errors import (
+    AnchorlineError,
+    ArtefactError,
+    DataError,
+    FrameError,
+    OutputError,
+    SettingsError,
+)
+from anchorline.runtime.tensorrt.cuda import CudaError, OutOfDeviceMemoryError
 
 pytest.importorskip("onnxruntime")
 
@@ -157,6 +173,8 @@ def test_a_processor_without_openvino_takes_one_call_at_a_time(model_path):
         (np.zeros((0, 4, 3), np.uint8), r"got uint8 \[0, 4, 3\]; the frame has no pixels"),
         (np.zeros((4, 0, 3), np.uint8), "no pixels"),
         (np.zeros(0, np.uint8), "give one frame"),
+        ("a.jpg", r"got a str; read it first, with read_image"),
+        (Image.new("L", (4, 4)), r"got a Image; .* numpy.asarray\(image.convert\('RGB'\)\)\[:, :, ::-1\]"),
     ],
 )
 def test_what_is_no_frame_is_refused(detector, frame, message):
@@ -171,8 +189,112 @@ def test_a_bad_frame_of_a_batch_is_named(detector):
         detector.batch([grey(4, 4, 0), None])
 
 
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (None, "Expected several frames, got a NoneType; give a list"),
+        (grey(4, 4, 0), r"Expected several frames, got a single one; give \[frame\]"),
+        (["a.jpg"], "got a str; read it first"),
+    ],
+)
+def test_what_is_no_row_of_frames_is_refused(detector, frames, message):
+    with pytest.raises(FrameError, match=message):
+        detector.batch(frames)
+    with pytest.raises(FrameError, match=message):
+        list(detector.stream(frames))
+
+
+def test_a_batch_may_come_from_any_iterable(detector):
+    frames = [grey(8, 8, 40), grey(9, 7, 200)]
+    expected = [detector(frame).scores.tolist() for frame in frames]
+    for given in (iter(frames), tuple(frames), deque(frames)):
+        assert [found.scores.tolist() for found in detector.batch(given)] == expected
+
+
+@pytest.mark.parametrize("model", [b"content", None, 3, "", "a\0b", "\udc00", io.BytesIO(b"content")])
+def test_what_is_no_path_is_refused_in_one_line(model):
+    for read, kind in ((Detector, ArtefactError), (read_image, DataError), (VideoReader, DataError)):
+        with pytest.raises(kind, match=r"expected the path of a file|no file can be called so") as caught:
+            read(model)
+        assert "\n" not in str(caught.value)
+
+
+def test_pickled_and_copied_it_is_its_arguments(tmp_path, model_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model_path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    frame = grey(20, 30, 200)
+    with Detector("model.onnx", "cpu", 0.5, threads=1) as detector:
+        expected = detector(frame).scores
+        content = pickle.dumps(detector)
+        monkeypatch.chdir("/")
+        for again in (pickle.loads(content), copy.copy(detector), copy.deepcopy(detector)):
+            with again:
+                np.testing.assert_array_equal(again(frame).scores, expected)
+                assert again.score_threshold == 0.5
+            np.testing.assert_array_equal(detector(frame).scores, expected)  # which is open still
+    path.unlink()
+    with pytest.raises(ArtefactError, match=r"model\.onnx: no such file"):
+        pickle.loads(content)
+
+
+def test_another_process_opens_it_for_itself(model_path):
+    with Detector(model_path, "cpu", threads=1) as detector:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found = pool.submit(detector.batch, [grey(20, 30, 200)]).result(timeout=300)
+        np.testing.assert_array_equal(found[0].scores, detector(grey(20, 30, 200)).scores)
+
+
+@pytest.mark.parametrize("change", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_readers_writers_and_pipelines_are_neither_pickled_nor_copied(
+    change, detector, tmp_path, video_frames, write_raw_video
+):
+    path = write_raw_video(tmp_path / "a.mp4", video_frames)
+    with VideoReader(path) as reader, VideoWriter(tmp_path / "b.mp4", (48, 64), 10) as writer:
+        writer.write(video_frames[0])
+        for each in (reader, writer, VideoPipeline(detector, [path])):
+            with pytest.raises(SettingsError, match=f"a {type(each).__name__} cannot be pickled or copied"):
+                change(each)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FrameError("a frame"),
+        OutputError("a: cannot be written"),
+        CudaError("running a", "CUDA_ERROR_ILLEGAL_ADDRESS", "why"),
+        OutOfDeviceMemoryError(2**30, 2**20, "loading a", "lower the batch"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_cross_processes_whole(error):
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, []), "the detector is None"),
+        (("clip.mp4",), r"a single one; expected several: \[source\]"),
+        (([None],), "a source is None"),
+        ((["a\0b"],), "no such file or folder"),
+    ],
+)
+def test_pipelines_that_cannot_be(detector, arguments, message):
+    with pytest.raises(AnchorlineError, match=message):
+        VideoPipeline(*(arguments if len(arguments) > 1 else (detector, *arguments)))
+
+
 def test_frames_of_any_memory_layout(detector, picture):
-    for view in (picture[:, ::-1], picture[..., ::-1], picture[5:30, 7:50], np.asfortranarray(picture)):
+    read_only = np.frombuffer(picture.tobytes(), np.uint8).reshape(picture.shape)
+    for view in (
+        read_only,
+        picture[:, ::-1],
+        picture[..., ::-1],
+        picture[5:30, 7:50],
+        np.asfortranarray(picture),
+    ):
         np.testing.assert_array_equal(detector(view).scores, detector(np.array(view, order="C")).scores)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Collection
+from typing import Any, NoReturn
 
 # Control characters and escape sequences, line ends and changes of direction, what cannot be seen, and halves
 # of UTF-16 pairs, which are no characters. What joins letters (U+200C, U+200D) is part of many scripts.
@@ -22,6 +23,16 @@ _bounded.maxlevel = 2  # a list of lists of lists may hold itself many times ove
 
 class AnchorlineError(Exception):
     """Base of every error that a user can mend."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its text, past the constructors that make one: a pool of processes hangs otherwise."""
+        return _remade, (type(self), self.args, self.__dict__)
+
+
+def _remade(kind: type[AnchorlineError], args: tuple[Any, ...], state: dict[str, Any]) -> AnchorlineError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class SettingsError(AnchorlineError, ValueError):
@@ -54,6 +65,16 @@ class GpuError(AnchorlineError, RuntimeError):
 
 class ParityError(AnchorlineError, RuntimeError):
     """Two forms of one model that should agree and do not."""
+
+
+class NotCopied:
+    """Base of what holds threads, open files or a device: pickling or copying it is one clear error."""
+
+    def __reduce__(self) -> NoReturn:
+        raise SettingsError(
+            f"a {type(self).__name__} cannot be pickled or copied, since it holds threads, open files or a "
+            "device; make one where it is needed"
+        )
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:

@@ -216,10 +216,16 @@ def output_errors(path: str | Path) -> Iterator[None]:
 
 def expect_regular(path: str | Path, error_class: type[AnchorlineError] = ArtefactError) -> None:
     """Raise ``error_class`` where ``path`` is a pipe, a socket or a device: opening it may block for ever,
-    and what it gives can be read once only. Anything else, or nothing, is left to whoever opens it."""
+    and what it gives can be read once only; or where it is no path. Anything else, or nothing, is left to
+    whoever opens it."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        given = "nothing" if isinstance(path, str) else type(path).__name__
+        raise error_class(f"{given} is given, expected the path of a file")
     try:
         kind = _SPECIAL.get(stat.S_IFMT(os.stat(path).st_mode))
-    except (OSError, ValueError):
+    except ValueError:  # a null character, half of a surrogate pair
+        raise error_class(f"{str(path)!a}: no file can be called so; check the name") from None
+    except OSError:
         return
     if kind is not None:
         raise error_class(f"{path}: is a {kind}, expected a file; write what it carries to a file first")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from anchorline.runtime.contract import NMS_CONVERGED, Contract
-from anchorline.runtime.io.errors import ArtefactError, GpuError, OutputError
+from anchorline.runtime.io.errors import ArtefactError, GpuError, NotCopied, OutputError
 from anchorline.runtime.io.files import atomic_write_bytes, cache_folder, input_errors
 from anchorline.runtime.tensorrt.cuda import Cuda, CudaError, OutOfDeviceMemoryError
 from anchorline.runtime.tensorrt.library import FLAVOURS, errors, tensorrt_logger
@@ -60,7 +60,7 @@ class InferenceSlot:
     graph: int | None = None
 
 
-class TensorRTEngine:
+class TensorRTEngine(NotCopied):
     """The plan at ``path``, loaded by the module ``trt`` on the current CUDA context.
 
     Plugins are registered before. Raises ``ArtefactError`` for a plan that cannot be loaded or is at odds

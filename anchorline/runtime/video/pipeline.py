@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.io.errors import NotCopied, SettingsError
 from anchorline.runtime.video.display import displayed, plot_latency
 from anchorline.runtime.video.figures import DetectSummary, Figures
 from anchorline.runtime.video.frames import Result
@@ -50,7 +50,7 @@ class FrameDetector(Protocol):
     def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]: ...
 
 
-class VideoPipeline:
+class VideoPipeline(NotCopied):
     """Detect in every source at once: an iterator of ``Result`` and a context manager.
 
     >>> options = DetectOptions(save="out")
@@ -77,6 +77,8 @@ class VideoPipeline:
         sinks: Sequence[Sink] = (),
         callback: Callable[[Result], object] | None = None,
     ) -> None:
+        if not callable(getattr(detector, "batch", None)):
+            raise SettingsError(f"the detector is {detector!r}; expected a Detector, or one with its batch()")
         self.detector = detector
         self.options = options = options or DetectOptions()
         self.sources = plan(sources, options.save, policy=options.policy, stride=options.stride)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.canvas import check_frame
 from anchorline.runtime.io.addresses import shown_address, without_secrets
-from anchorline.runtime.io.errors import DataError, SettingsError
+from anchorline.runtime.io.errors import DataError, NotCopied, SettingsError
 from anchorline.runtime.io.files import expect_regular, input_errors
 from anchorline.runtime.io.images import check_header, check_pixels, read_image
 from anchorline.runtime.io.native_log import ffmpeg_lines, quiet_opencv, without_secrets_on_stderr
@@ -26,8 +26,8 @@ FALLBACK_FPS = 25.0
 MAX_FPS = 1000.0
 _COUNTED = (".mp4", ".m4v", ".mov", ".avi")  # files that state how many frames they hold
 # What may fail in a row before the rest is given up: of a file, and of a stream ten seconds of damage.
-_NO_FRAME = "no frame of this video can be decoded; it may be damaged or empty"
 _FILE_FAILURES, _STREAM_FAILURES = 64, 300
+_NO_FRAME = "no frame of this video can be decoded; it may be damaged or empty"
 _LACKING = {b"AV01": "AV1"}  # what the FFmpeg in OpenCV's packages decodes on some GPUs only
 _TURNS = {90: cv2.ROTATE_90_COUNTERCLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTATE_90_CLOCKWISE}
 
@@ -36,7 +36,7 @@ R = TypeVar("R", bound="Reader")
 Timed = tuple[float | None, Pixels]  # the frame's own time in seconds, where it has one
 
 
-class Reader:
+class Reader(NotCopied):
     """One opening of a source, which is its constructor's work. A context manager.
 
     Iterated once it yields (index, time in seconds, uint8 BGR frame [H, W, 3]), and ends where the source
@@ -218,12 +218,13 @@ class VideoReader(StreamReader):
 
     def __init__(self, path: str | Path) -> None:
         Reader.__init__(self, str(path), live=False)
-        self.path = Path(path)
-        if self.path.is_dir():
-            raise DataError(f"{path}: is a folder, expected a video file")
-        with input_errors(path, "expected a video", DataError), self.path.open("rb") as file:
-            if not file.read(1):
-                raise DataError(f"{path}: the file is empty, expected a video; copy or download it again")
+        with input_errors(path, "expected a video", DataError):
+            self.path = Path(path)
+            if self.path.is_dir():
+                raise DataError(f"{path}: is a folder, expected a video file")
+            with self.path.open("rb") as file:
+                if not file.read(1):
+                    raise DataError(f"{path}: the file is empty, expected a video; copy or download it again")
         self._capture = cv2.VideoCapture()
         with quiet_opencv(), ffmpeg_lines() as messages:
             # One decoding thread: FFmpeg then reports damage during the very grab that meets it.
@@ -241,8 +242,8 @@ class VideoReader(StreamReader):
         code = int(self._capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little", signed=True)
         try:
             self._begin(_NO_FRAME, self._stated_size())
-        except DataError:
-            if code.upper() not in _LACKING:
+        except DataError as error:
+            if code.upper() not in _LACKING or _NO_FRAME not in str(error):
                 raise
             raise CodecError(
                 f"{path}: a video in {_LACKING[code.upper()]}, which this OpenCV cannot decode and PyAV can; "

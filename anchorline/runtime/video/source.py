@@ -57,8 +57,14 @@ class Source:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not isinstance(self.where, str | int | Path | Iterable):
+            raise SettingsError(
+                f"a source is {self.where!r}; expected a path, a webcam's number, a URL or frames"
+            )
         if isinstance(self.where, str | Path):
-            webcam = _WEBCAM.fullmatch(os.path.realpath(self.where))
+            # What does not exist may be no name at all.
+            exists = os.path.exists(self.where)
+            webcam = _WEBCAM.fullmatch(os.path.realpath(self.where) if exists else str(self.where))
             if webcam is not None:
                 object.__setattr__(self, "where", int(webcam[1]))
         if isinstance(self.where, int) and not 0 <= self.where <= _LAST_WEBCAM:
@@ -124,6 +130,8 @@ def plan(
     ``OutputError`` and ``SettingsError`` where ``save`` does not go with the sources, and
     ``SettingsError`` where two of them share a name.
     """
+    if isinstance(sources, str | Path | int | Source):
+        raise SettingsError(f"the sources are {sources!r}, a single one; expected several: [source]")
     given = [
         each if isinstance(each, Source) else replace(parse_source(each), policy=policy, stride=stride)
         for each in sources

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.canvas import check_frame
-from anchorline.runtime.io.errors import FrameError, OutputError, SettingsError
+from anchorline.runtime.io.errors import FrameError, NotCopied, OutputError, SettingsError
 from anchorline.runtime.io.files import Draft, output_errors
 from anchorline.runtime.io.native_log import ffmpeg_lines, quiet_opencv
 from anchorline.runtime.video.reader import MAX_FPS
@@ -24,7 +24,7 @@ _THREADS = 4  # each holds frames in memory, and there may be many cameras
 _TICKS = 90_000  # a second; time stamps are whole numbers of these
 
 
-class VideoWriter:
+class VideoWriter(NotCopied):
     """An mp4 file to write frames to. A context manager.
 
     ``size`` is the (height, width) of the frames; odd sides are padded by one repeated row or column,
