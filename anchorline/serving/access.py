@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anchorline.runtime.io.errors import SettingsError
 
@@ -40,8 +40,9 @@ class Gate:
     in the ``Host`` header. Accepted are IP addresses, which Starlette's TrustedHostMiddleware cannot say,
     ``localhost``, this machine's own name and ``names``. With a ``token`` a request has to carry it or gets
     401: as ``Authorization: Bearer``, as ``?token=`` of the page, or by the cookie that the page sets then
-    and that does not hold the token itself; only the bare health is told to everybody. Raises
-    ``SettingsError`` for a token or a name that cannot be used.
+    and that does not hold the token itself; only the bare health is told to everybody. The answer to a
+    request that is not granted is the last one on its connection. Raises ``SettingsError`` for a token or a
+    name that cannot be used.
     """
 
     def __init__(self, app: ASGIApp, token: str | None, names: Iterable[str]) -> None:
@@ -62,8 +63,15 @@ class Gate:
         self._cookie = hmac.new((token or "").encode(), b"anchorline live view", hashlib.sha256).hexdigest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = self._refusal(scope) or self._app
+
+        async def send_last(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
         try:
-            await (self._refusal(scope) or self._app)(scope, receive, send)
+            await answer(scope, receive, send if scope.get(GRANTED) else send_last)
         except (ClientDisconnect, OSError):  # the client has gone
             return
         except Exception:

@@ -23,6 +23,7 @@ from anchorline.serving.access import GRANTED, HEALTH
 from anchorline.serving.live_state import LiveState
 from anchorline.serving.metrics import RunCollector
 
+WATCHING = "anchorline.watching"  # in the scope of a request that is answered with a stream
 MOST_VIEWERS = 64
 PATIENCE = 10.0  # seconds that a viewer may read nothing
 _TICK = 1.0  # seconds between two states of the figures
@@ -145,6 +146,7 @@ class LiveStream(StreamingResponse):
         live = self._live
         live.loop = asyncio.get_running_loop()
         self._abort = scope["state"]["abort"]
+        scope[WATCHING] = True
         live.viewers.add(self._news)
         live.painter.watch(self._source)
         try:

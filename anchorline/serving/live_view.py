@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import ipaddress
-import logging
 import os
 import re
 import socket
@@ -13,24 +11,18 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
-
-import h11
-import uvicorn
-from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from anchorline.runtime.io.errors import SettingsError
 from anchorline.runtime.video.frames import Result
 from anchorline.runtime.video.pipeline import VideoPipeline
 from anchorline.serving.access import Gate
 from anchorline.serving.application import Pages, content_policy, read_page
+from anchorline.serving.connections import BACKLOG, Limits, Server
 from anchorline.serving.live_state import LiveState
 
 _LOOPBACK = "127.0.0.1"
 _FORM = re.compile(r"(?:(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):)?(\d{1,5})")
 _LAST_PORT = 65535
-_BACKLOG = 128
 # What the kernel may hold for one viewer. Its own choice grows to megabytes, seconds of pictures that
 # a slow viewer would have to see before the newest one.
 _SEND_BUFFER = 256 * 1024
@@ -47,15 +39,6 @@ _HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
-_IDLE_SECONDS = 15.0  # that a connection may take to send a request, or to take the last of an answer
-_MOST_CONNECTIONS = 256
-_LEAVE_SECONDS = 1  # that connections get to end in good order
-
-# Nonsense from outside is no event, and our own mistakes are logged by the gate. uvicorn's own loggers are
-# left alone: they may be those of the program that we run in.
-_nowhere = logging.getLogger("anchorline.live.http")
-_nowhere.addHandler(logging.NullHandler())
-_nowhere.propagate = False
 
 
 class LiveView:
@@ -69,14 +52,21 @@ class LiveView:
 
     ``where`` is ``HOST:PORT``, or a port alone for this machine only; port 0 is any free one, and ``url``
     says which. The port is taken at once, served inside the ``with`` block. ``token`` is what viewers have to
-    show, ``names`` are host names of this machine beside its own. ``warnings`` are lines for whoever
-    starts it. Raises ``SettingsError`` for an address, token or name that cannot be used, such as a
-    port that is taken.
+    show, ``names`` are host names of this machine beside its own, ``limits`` what connections may take.
+    ``warnings`` are lines for whoever starts it. Raises ``SettingsError`` for an address, token or name that
+    cannot be used, such as a port that is taken.
     """
 
     wants_drawing = False
 
-    def __init__(self, where: str | int, *, token: str | None = None, names: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        where: str | int,
+        *,
+        token: str | None = None,
+        names: Iterable[str] = (),
+        limits: Limits | None = None,
+    ) -> None:
         html = read_page()
         self._live = LiveState()
         gate = Gate(Pages(self._live, html).router, token, names)
@@ -89,7 +79,8 @@ class LiveView:
                 f"the live view at {self.address} has no token: whoever reaches it on the network sees the "
                 "pictures and moves the controls; set --serve-token, or serve at 127.0.0.1"
             )
-        self._server = Server(gate, {**_HEADERS, "content-security-policy": content_policy(html)})
+        headers = {**_HEADERS, "content-security-policy": content_policy(html)}
+        self._server = Server(gate, headers, limits or Limits())
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._serve, name="anchorline live server", daemon=True)
 
@@ -175,7 +166,7 @@ def listen(address: Address) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, place = min(found, key=lambda each: each[0] != socket.AF_INET)
         both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
-        opened = socket.create_server(place, family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+        opened = socket.create_server(place, family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except (socket.gaierror, UnicodeError):
         reason = f"there is no host {host!r}; expected this machine's name or IP address"
         raise SettingsError(f"{address}: {reason}") from None
@@ -185,76 +176,3 @@ def listen(address: Address) -> socket.socket:
         raise SettingsError(f"{address}: {reason.format(host=host, port=port)}") from None
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)  # for all that it accepts
     return opened
-
-
-class _Protocol(H11Protocol):
-    """uvicorn's, whose ``limit_concurrency`` and ``timeout_keep_alive`` wait for a request.
-
-    Here a connection also ends that sends none or does not take its answer, or that is one too many.
-    """
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.logger = _nowhere
-        self.access_log = False  # it would show tokens
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.app_state = {"abort": transport.abort}  # the ``state`` of each request
-        self._idle = self.loop.call_later(_IDLE_SECONDS, transport.abort)
-        if len(self.connections) > _MOST_CONNECTIONS:
-            transport.abort()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._is_answering():
-            self._idle.cancel()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()  # goes on to the next request where it is there
-        self._idle.cancel()
-        if not self._is_answering():
-            self._idle = self.loop.call_later(_IDLE_SECONDS, self.transport.abort)
-
-    def _is_answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def send_400_response(self, msg: str) -> None:
-        """Refuse; where an answer is under way already, only cut the connection."""
-        try:
-            super().send_400_response(msg)
-        except h11.LocalProtocolError:
-            self.transport.abort()
-
-
-class Server(uvicorn.Server):
-    """Serves ``app`` over HTTP/1.1, quietly; ``run`` takes the sockets and blocks until ``should_exit``.
-
-    Every answer carries the ``headers``, refusals and failures included.
-    """
-
-    def __init__(self, app: ASGIApp, headers: dict[str, str]) -> None:
-        config = uvicorn.Config(
-            app,
-            http=_Protocol,
-            loop="asyncio",
-            ws="none",
-            lifespan="off",
-            interface="asgi3",
-            log_config=None,
-            proxy_headers=False,
-            server_header=False,
-            headers=list(headers.items()),
-            timeout_graceful_shutdown=2 * _LEAVE_SECONDS,
-        )
-        super().__init__(config)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Also cuts the connections of who does not read, for which uvicorn would wait and then complain."""
-
-        def abort_all() -> None:
-            for connection in list(self.server_state.connections):
-                connection.transport.abort()
-
-        asyncio.get_running_loop().call_later(_LEAVE_SECONDS, abort_all)
-        await super().shutdown(sockets)

@@ -73,7 +73,7 @@ class Run:
     """A pipeline in a thread, seen through a live view; ``error`` is what it raised."""
 
     def __init__(self, cameras: Sequence[str] = ("cam1",), *, begins: bool = True, **options: Any) -> None:
-        serving = {key: options.pop(key) for key in ("token", "names") if key in options}
+        serving = {key: options.pop(key) for key in ("token", "names", "limits") if key in options}
         self.finder, self.cameras = Finder(), {name: Camera() for name in cameras}
         self.view = LiveView(options.pop("where", 0), **serving)
         sources = [Source(iter(camera), name=name, live=True) for name, camera in self.cameras.items()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import itertools
 import logging
 import socket
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 from anchorline.runtime.video.frames import Result, Stream
-from anchorline.serving import application, live_view, painting
+from anchorline.serving import application, painting
 from anchorline.serving.painting import Painter
 
 
@@ -139,50 +138,6 @@ def test_there_is_an_end_to_the_number_of_viewers(run, monkeypatch, until):
     until(lambda: len(run.live.viewers) == 0)
     with run.opened("/feed"):
         pass
-
-
-def test_connections_that_ask_nothing_are_ended(run, monkeypatch):
-    with dialled(run.port, *ASKING) as watching:
-        assert watching.recv(4) == b"HTTP"
-        monkeypatch.setattr(live_view, "_IDLE_SECONDS", 0.3)
-        for lines in ((), ("GET / HTTP/1.1", "Host: localh")):
-            with dialled(run.port, *lines) as opened, contextlib.suppress(ConnectionError):
-                assert opened.recv(10) == b""
-        assert watching.recv(10) != b""  # who watches is not idle
-        assert len(run.live.viewers) == 1
-
-
-def test_there_is_an_end_to_the_number_of_connections(run, monkeypatch, until):
-    monkeypatch.setattr(live_view, "_MOST_CONNECTIONS", 3)
-
-    def is_open(opened):
-        opened.settimeout(0.01)
-        try:
-            return opened.recv(1) != b""
-        except TimeoutError:
-            return True
-        except ConnectionError:
-            return False
-
-    with contextlib.ExitStack() as stack:
-        left = [stack.enter_context(dialled(run.port)) for _ in range(6)]
-
-        def are_three_left():
-            left[:] = filter(is_open, left)
-            return len(left) <= 3
-
-        until(are_three_left)
-        for opened in left:  # and these stay
-            opened.settimeout(60.0)
-            opened.sendall("".join(f"{line}\r\n" for line in ASKING).encode())
-            assert opened.recv(4) == b"HTTP"
-    until(lambda: len(run.live.viewers) == 0)
-
-    def is_served():
-        with contextlib.suppress(ConnectionError, http.client.HTTPException):
-            return run.ask("/status")[0] == 200
-
-    until(is_served)
 
 
 def test_it_ends_at_once_with_viewers_connected(live_run, until, monkeypatch):

@@ -1,0 +1,188 @@
+"""Who holds a connection, and for how long: the server, and the end of those who only take up room."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from anchorline.serving.access import GRANTED
+from anchorline.serving.application import WATCHING
+
+BACKLOG = 1024  # connections that wait to be taken; who finds no place here tries again after a second
+_AT_ONCE = 16  # taken in one turn of the loop, so that those who ask are heard before many others come
+_LONGEST_HEAD = 16 * 1024  # bytes of a request line and headers
+_LEAVE_SECONDS = 1  # that connections get to end in good order
+_SUBNET = 64  # bits of an IPv6 address, which are one customer's
+
+# Nonsense from outside is no event, and our own mistakes are logged by the gate. uvicorn's own loggers are
+# left alone: they may be those of the program that we run in.
+_nowhere = logging.getLogger("anchorline.live.http")
+_nowhere.addHandler(logging.NullHandler())
+_nowhere.propagate = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What connections may take of a server.
+
+    A stranger is a connection whose request was not granted yet: one that has sent none, or not the token.
+    Behind a proxy all of them have its address, so ``strangers`` is no less than the viewers that may come
+    back at the same moment.
+    """
+
+    connections: int = 256
+    strangers: int = 64  # of one address, or of one IPv6 network
+    head_seconds: float = 5.0  # until a first request is there, to the end of its headers
+    idle_seconds: float = 15.0  # until an answer that is no stream is taken, and until the next request
+
+
+class Connection(H11Protocol):
+    """uvicorn's, whose ``limit_concurrency`` and ``timeout_keep_alive`` wait for a request.
+
+    Here a connection also ends that sends none in time, however it spreads its bytes, or does not take its
+    answer. And where there are too many, room is made for the newest: the oldest stranger goes that waits for
+    nothing, of the address with the most of them, then whoever waits for nothing, then who has been
+    answered for longest. Streams are never cut; they drop who does not read by themselves.
+    """
+
+    def __init__(self, *arguments: Any, limits: Limits, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.logger = _nowhere
+        self.access_log = False  # it would show tokens
+        self._limits = limits
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.app_state = {"abort": transport.abort}  # the ``state`` of each request
+        self.network = network_of(self.client[0] if self.client else "")
+        self._timer = self.loop.call_later(self._limits.head_seconds, self._time_is_up)
+        self.since = self.loop.time()  # when it began to wait, or to be answered
+        self._make_room()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._timer.cancel()
+        super().connection_lost(error)
+
+    def data_received(self, data: bytes) -> None:
+        before = self.cycle
+        super().data_received(data)
+        if self.cycle is not before:
+            self._allow(self._limits.idle_seconds)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()  # goes on to the next request where it is there
+        self._allow(self._limits.idle_seconds if self.is_granted else self._limits.head_seconds)
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether a request is there whose answer is not complete."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def is_granted(self) -> bool:
+        """Whether its last request might see more than the bare health."""
+        return self.cycle is not None and bool(self.cycle.scope.get(GRANTED))
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether it is answered with a stream."""
+        return self.is_answering and WATCHING in self.cycle.scope
+
+    def cut(self) -> None:
+        """End it now, and count it no more."""
+        self.connections.discard(self)
+        self.transport.abort()
+
+    def _allow(self, seconds: float) -> None:
+        self._timer.cancel()
+        self._timer = self.loop.call_later(seconds, self._time_is_up)
+        self.since = self.loop.time()
+
+    def _time_is_up(self) -> None:
+        if not self.is_watching:
+            self.cut()
+
+    def _make_room(self) -> None:
+        """Cut another connection where this one is one too many, or this one where all others are streams."""
+        everybody: Iterable[Connection] = self.connections  # type: ignore[assignment]
+        strangers = Counter(each.network for each in everybody if not each.is_granted)
+        if len(self.connections) <= self._limits.connections:
+            if strangers[self.network] <= self._limits.strangers:
+                return
+            everybody = [each for each in everybody if each.network == self.network and not each.is_granted]
+
+        def order(each: Connection) -> tuple[bool, bool, int, float]:
+            return each.is_answering, each.is_granted, -strangers[each.network], each.since
+
+        others = (each for each in everybody if each is not self and not each.is_watching)
+        min(others, key=order, default=self).cut()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse; where an answer is under way already, only cut the connection."""
+        try:
+            super().send_400_response(msg)
+        except h11.LocalProtocolError:
+            self.transport.abort()
+
+
+def network_of(host: str) -> str:
+    """What counts as one address: an IPv4 address, also inside an IPv6 one, or an IPv6 network of 64 bits."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:  # no IP socket
+        return host
+    if address.version == 4 or address.ipv4_mapped is not None:
+        return str(getattr(address, "ipv4_mapped", None) or address)
+    return str(ipaddress.ip_network((address, _SUBNET), strict=False))
+
+
+class Server(uvicorn.Server):
+    """Serves ``app`` over HTTP/1.1, quietly; ``run`` takes the sockets and blocks until ``should_exit``.
+
+    Every answer carries the ``headers``, refusals and failures included.
+    """
+
+    def __init__(self, app: ASGIApp, headers: dict[str, str], limits: Limits) -> None:
+        config = uvicorn.Config(
+            app,
+            http=partial(Connection, limits=limits),  # type: ignore[arg-type]
+            loop="asyncio",
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            log_config=None,
+            proxy_headers=False,
+            server_header=False,
+            headers=list(headers.items()),
+            backlog=_AT_ONCE,
+            h11_max_incomplete_event_size=_LONGEST_HEAD,
+            timeout_graceful_shutdown=2 * _LEAVE_SECONDS,
+        )
+        super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for each in sockets or ():
+            each.listen(BACKLOG)  # asyncio has made one number of this and of how many it takes at once
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Also cuts the connections of who does not read, for which uvicorn would wait and then complain."""
+
+        def abort_all() -> None:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+
+        asyncio.get_running_loop().call_later(_LEAVE_SECONDS, abort_all)
+        await super().shutdown(sockets)
