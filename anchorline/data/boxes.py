@@ -23,36 +23,35 @@ _FARTHEST_PIXEL = 1e9  # annotated coordinates beyond this are damage, not boxes
 
 def is_coordinate(value: object) -> bool:
     """Whether a value read from a file is a number that can be a place in an image, in pixels."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _FARTHEST_PIXEL
+    return type(value) in (float, int) and abs(value) <= _FARTHEST_PIXEL  # type: ignore[arg-type]
 
 
 def as_number(value: object) -> float:
     """The number that a file states, also as text; NaN for what is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if type(value) not in (float, int, str):
         return math.nan
     try:
-        return math.nan if isinstance(value, str) and "_" in value else float(value)
+        return math.nan if type(value) is str and "_" in value else float(value)  # type: ignore[arg-type]
     except (ValueError, OverflowError):
         return math.nan
 
 
 def as_whole(value: object) -> int | None:
     """The whole number of up to 64 bits that a file states, also as text or 1.0; None for what is none."""
-    if isinstance(value, str) and _DIGITS.fullmatch(value.strip()):
+    if type(value) is str and _DIGITS.fullmatch(value.strip()):
         value = int(value)
-    if isinstance(value, float | str) and as_number(value).is_integer():
+    elif type(value) in (float, str) and as_number(value).is_integer():
         value = int(as_number(value))
-    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
-        return None
-    return value
+    return value if type(value) is int and -(2**63) <= value < 2**63 else None
 
 
 def as_flag(value: object) -> bool | None:
     """The yes or no that a file states as 0 or 1, true or false, also as text; None for anything else."""
-    words = {"false": False, "true": True}
-    if isinstance(value, str) and value.strip().lower() in words:
-        return words[value.strip().lower()]
-    number = float(value) if isinstance(value, bool) else as_number(value)
+    if type(value) is bool:
+        return value
+    if type(value) is str and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    number = as_number(value)
     return bool(number) if number in (0, 1) else None
 
 
