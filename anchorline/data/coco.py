@@ -115,6 +115,8 @@ def _read_categories(content: Record, path: Path) -> dict[int, Any]:
     for number, record in enumerate(content["categories"], start=1):
         where = f"{path}: category {number}"
         id = _whole(record, "id", where)
+        if abs(id) >= 2**53:  # more than a model's contract can keep
+            raise DataError(f"{where}: id is {id}; expected a whole number under 2^53")
         if id in categories:
             raise DataError(f"{where}: id {id} stands twice; expected each category once")
         categories[id] = record.get("name")

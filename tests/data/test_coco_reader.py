@@ -133,6 +133,10 @@ def _set(path: tuple[Any, ...], value: Any) -> Callable[[dict[str, Any]], None]:
         (_set(("categories", 0, "name"), 5), "class name 1 is 5; expected 1 to 200 characters"),
         (_set(("categories", 0, "name"), "person"), "class name 'person' stands twice"),
         (_set(("categories", 0, "id"), 1), "category 2: id 1 stands twice"),
+        (
+            _set(("categories", 0, "id"), 2**53),
+            r"category 1: id is 9007199254740992; expected .* under 2\^53",
+        ),
     ],
 )
 def test_contradictions_are_refused_in_one_line(
