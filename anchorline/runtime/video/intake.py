@@ -15,7 +15,7 @@ from anchorline.runtime.io.errors import DataError
 from anchorline.runtime.video.figures import Figures
 from anchorline.runtime.video.frames import Result, Stream
 from anchorline.runtime.video.options import DetectOptions
-from anchorline.runtime.video.reader import AvReader, IterableReader, Reader, StreamReader, open_file
+from anchorline.runtime.video.reader import IterableReader, Reader, StreamReader, open_file, open_stream
 from anchorline.runtime.video.source import Item, Source
 
 FIRST_PAUSE = 0.5  # seconds before a lost source is opened again; doubled each time, up to
@@ -201,9 +201,9 @@ class Feed:
         if not isinstance(where, str | int | Path):
             return IterableReader(where)
         stall, name, live = self._options.stall, self._source.describe(), bool(self._source.live)
-        if isinstance(where, int) or decoder == "opencv":
+        if isinstance(where, int):
             return StreamReader(where, stall, name, live)
-        return AvReader(where, stall, name, live)
+        return open_stream(where, decoder, stall, name, live)
 
     def _pump(self, item: Item | None = None) -> None:
         """Open the source, or a file of it, and hand the frames on until it ends."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -135,6 +135,10 @@ class IterableReader(Reader):
             close()
 
 
+class CodecError(DataError):
+    """A video whose codec OpenCV has no decoder for; whether it is whole nobody knows."""
+
+
 class StreamReader(Reader):
     """A webcam (by number) or a URL, read with OpenCV.
 
@@ -173,6 +177,19 @@ class StreamReader(Reader):
         self.fps = float(fps) if is_stated else FALLBACK_FPS
         return is_stated
 
+    def _begin(self, complaint: str, size: tuple[int, int] = (0, 0)) -> None:
+        code = int(self._capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little", signed=True)
+        try:
+            super()._begin(complaint, size)
+        except DataError as error:
+            codec = _LACKING.get(code.upper())
+            if codec is None or complaint not in str(error):
+                raise
+            raise CodecError(
+                f"{self._name}: a video in {codec}, which this OpenCV cannot decode and PyAV can; "
+                "pip install 'anchorline[video]', or convert it to H.264"
+            ) from None
+
     def _stated_size(self) -> tuple[int, int]:
         height, width = map(self._capture.get, (cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_WIDTH))
         return int(height), int(width)
@@ -200,10 +217,6 @@ class StreamReader(Reader):
             pixels = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_GRAY2BGR), np.uint8)
         milliseconds = float(self._capture.get(cv2.CAP_PROP_POS_MSEC))
         return milliseconds / 1000.0 if milliseconds > 0 else None, pixels
-
-
-class CodecError(DataError):
-    """A video whose codec OpenCV has no decoder for; whether the file is whole nobody knows."""
 
 
 class VideoReader(StreamReader):
@@ -239,16 +252,7 @@ class VideoReader(StreamReader):
         if not self._read_header():
             self._notes.append(f"{path}: states no usable frame rate; {FALLBACK_FPS:g} frames/s are assumed")
         self._is_counted = self.path.suffix.lower() in _COUNTED
-        code = int(self._capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little", signed=True)
-        try:
-            self._begin(_NO_FRAME, self._stated_size())
-        except DataError as error:
-            if code.upper() not in _LACKING or _NO_FRAME not in str(error):
-                raise
-            raise CodecError(
-                f"{path}: a video in {_LACKING[code.upper()]}, which this OpenCV cannot decode and PyAV can; "
-                "pip install 'anchorline[video]', or convert it to H.264"
-            ) from None
+        self._begin(_NO_FRAME, self._stated_size())
 
     def __iter__(self) -> Iterator[tuple[int, float, Pixels]]:
         is_resized = False
@@ -371,13 +375,22 @@ def open_file(path: str | Path, is_video: bool, decoder: Decoder = "opencv") -> 
     if not is_video:
         return IterableReader([read_image(path)], fps=1.0)
     check_header(path)  # of a GIF or an APNG: FFmpeg decodes while it opens
+    return _opened(decoder, lambda: VideoReader(path), lambda: AvReader(path))
+
+
+def open_stream(where: str | Path, decoder: Decoder, stall: float, name: str, live: bool) -> Reader:
+    """The reader of a URL, as ``open_file`` chooses it."""
+    return _opened(
+        decoder, lambda: StreamReader(where, stall, name, live), lambda: AvReader(where, stall, name, live)
+    )
+
+
+def _opened(decoder: Decoder, opencv: Callable[[], Reader], pyav: Callable[[], Reader]) -> Reader:
     if decoder == "pyav":
-        return AvReader(path)
+        return pyav()
     try:
-        return VideoReader(path)
+        return opencv()
     except CodecError:
-        try:
-            return AvReader(path)
-        except SettingsError:  # there is no PyAV
-            pass
+        with contextlib.suppress(SettingsError):  # there is no PyAV
+            return pyav()
         raise

@@ -109,6 +109,11 @@ def test_av1_is_read_with_pyav(stub, av1):
     assert (summary.frames, summary.warnings) == (FRAMES, ())
 
 
+def test_av1_by_its_address_is_read_with_pyav(stub, av1):
+    summary = detect([f"file://{av1}"], stub(), DetectOptions(), progress=False)
+    assert (summary.frames, summary.warnings) == (FRAMES, ())
+
+
 def test_av1_without_pyav_is_not_called_damaged(stub, av1, monkeypatch):
     with contextlib.suppress(DataError), VideoReader(av1):
         pytest.skip("this OpenCV decodes AV1")
