@@ -46,15 +46,17 @@ class Limits:
     strangers: int = 64  # of one address, or of one IPv6 network
     head_seconds: float = 5.0  # until a first request is there, to the end of its headers
     idle_seconds: float = 15.0  # until an answer that is no stream is taken, and until the next request
+    young_seconds: float = 1.0  # in which a stranger's request may be on its way
 
 
 class Connection(H11Protocol):
     """uvicorn's, whose ``limit_concurrency`` and ``timeout_keep_alive`` wait for a request.
 
     Here a connection also ends that sends none in time, however it spreads its bytes, or does not take its
-    answer. And where there are too many, room is made for the newest: the oldest stranger goes that waits for
-    nothing, of the address with the most of them, then whoever waits for nothing, then who has been
-    answered for longest. Streams are never cut; they drop who does not read by themselves.
+    answer. And where there are too many, room is made for the newest: one goes that waits for nothing, first
+    a stranger, of the address with the most of them, then anybody, then a young stranger; and at last one
+    that is answered. Of several it is the oldest. Streams are never cut; they drop who does not read by
+    themselves.
     """
 
     def __init__(self, *arguments: Any, limits: Limits, **options: Any) -> None:
@@ -83,7 +85,8 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()  # goes on to the next request where it is there
-        self._allow(self._limits.idle_seconds if self.is_granted else self._limits.head_seconds)
+        is_known = self.is_answering or self.is_granted
+        self._allow(self._limits.idle_seconds if is_known else self._limits.head_seconds)
 
     @property
     def is_answering(self) -> bool:
@@ -123,8 +126,11 @@ class Connection(H11Protocol):
                 return
             everybody = [each for each in everybody if each.network == self.network and not each.is_granted]
 
-        def order(each: Connection) -> tuple[bool, bool, int, float]:
-            return each.is_answering, each.is_granted, -strangers[each.network], each.since
+        young = self.since - self._limits.young_seconds
+
+        def order(each: Connection) -> tuple[bool, bool, bool, int, float]:
+            is_young = each.since > young and not each.is_granted
+            return each.is_answering, is_young, each.is_granted, -strangers[each.network], each.since
 
         others = (each for each in everybody if each is not self and not each.is_watching)
         min(others, key=order, default=self).cut()

@@ -97,11 +97,15 @@ def test_a_run_is_served_and_ends_by_a_signal(words, material, tmp_path, number)
     while ask(port, "/healthz")[0] != 200:
         assert time.monotonic() < end
         time.sleep(0.1)
-    status = json.loads(ask(port, "/status", **token)[1])
+    status, metrics = (ask(port, path, **token)[1].decode() for path in ("/status", "/metrics"))
+    assert ask(port, "/status?token=from-the-environment")[0] == 401
+    told = status + metrics
+    status = json.loads(status)
     assert status["sources"][0]["name"] == "cam"
     assert status["controls"]["lowest_score"] == 0.05
     process.send_signal(number)
-    _, complaints = process.communicate(timeout=120)
+    shown, complaints = process.communicate(timeout=120)
+    assert "from-the-environment" not in line + shown + complaints + told
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     assert "Traceback" not in complaints
     assert (tmp_path / "lines.jsonl").is_file()
@@ -178,3 +182,11 @@ def test_the_command_does_not_need_the_packages_until_it_serves():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert not {"starlette", "uvicorn", "prometheus_client", "h11"} & set(done.stdout.split())
+
+
+def test_the_help_does_not_show_the_token(monkeypatch, capfd):
+    from anchorline import cli
+
+    monkeypatch.setenv("ANCHORLINE_SERVE_TOKEN", "from-the-environment")
+    assert cli.main(["detect", "--help"]) == 0
+    assert "from-the-environment" not in "".join(capfd.readouterr())

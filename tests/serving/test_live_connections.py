@@ -112,7 +112,7 @@ def test_an_answer_to_a_stranger_is_the_last_one(live_run, dial, path):
 
 def test_a_full_house_lets_the_oldest_idle_stranger_go(live_run, dial, until):
     """Not who is answered, who watches, or who comes."""
-    limits = Limits(connections=4, head_seconds=PATIENT, idle_seconds=PATIENT)
+    limits = Limits(connections=4, head_seconds=PATIENT, idle_seconds=PATIENT, young_seconds=0.0)
     with live_run(token=TOKEN, limits=limits) as run, run.opened("/feed", **BEARER) as watching:
         kept = dial(run, ASKING.replace(b"\r\n\r\n", f"\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()))
         assert kept.recv(12) == b"HTTP/1.1 200"
@@ -124,6 +124,19 @@ def test_a_full_house_lets_the_oldest_idle_stranger_go(live_run, dial, until):
         assert run.ask("/status", **BEARER)[0] == 200
         assert is_open(kept)
         assert watching.read(8)
+
+
+def test_a_full_house_spares_a_stranger_whose_request_may_be_on_its_way(live_run, dial, until):
+    """Rather than one that was answered and asks no more."""
+    limits = Limits(connections=3, head_seconds=PATIENT, idle_seconds=PATIENT, young_seconds=PATIENT)
+    with live_run(limits=limits) as run:
+        answered = [dial(run, ASKING) for _ in range(2)]
+        assert all(each.recv(12) == b"HTTP/1.1 200" for each in answered)
+        until(lambda: not any(each.is_answering for each in run.view._server.server_state.connections))
+        young = [dial(run) for _ in range(3)]
+        for each in answered:
+            assert b"HTTP/1.1 " not in ends(each)
+        assert all(map(is_open, young))
 
 
 def test_no_address_fills_the_house_with_strangers(live_run, dial, until):

@@ -23,6 +23,7 @@ _passage: tuple[int, threading.Thread] | None = None  # where stderr led before,
 _passage_blocks = 0
 _hidden: set[str] = set()  # since the passage began: a line may come out after its block
 _JOIN_SECONDS = 1.0
+_PIPE_SIZE = 1 << 20  # bytes, the most that Linux gives everybody
 _LINE_END = re.compile(rb"(?<=[\r\n])")
 _NATIVE = "[", "\x1b["  # as FFmpeg and OpenCV begin their lines, without and with colours
 _quiet = threading.Lock()
@@ -89,9 +90,14 @@ def _begin_passage() -> None:
     global _passage
     try:
         before = os.dup(_STDERR)
-    except OSError:  # there is no stderr
+        outlet, inlet = os.pipe()
+    except OSError:  # there is no stderr, or no room for more files
         return
-    outlet, inlet = os.pipe()
+    # Room for what a library prints while it holds Python's lock, and the thread cannot read.
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        import fcntl
+
+        fcntl.fcntl(inlet, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
     os.dup2(inlet, _STDERR)
     os.close(inlet)
     thread = threading.Thread(target=_pass_on, args=(outlet, before), name="stderr", daemon=True)
