@@ -18,8 +18,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     import torch
 
-    from anchorline.export.importers.library import expected_shapes
     from anchorline.export.importers.torchvision import ARCHITECTURES
+    from anchorline.train.checkpoint import expected_shapes
 
     narrow = dataclasses.replace(ARCHITECTURES[SMALLEST].settings, fpn_channels=4, representation=8)
     torch.manual_seed(0)
@@ -54,6 +54,37 @@ def test_a_checkpoint_becomes_a_model(
     assert (contract.resize.shorter_side, contract.resize.longer_side) == (60, 96)
     assert contract.input_dtype == "uint8"
     assert (contract.thresholds.score, contract.thresholds.max_detections) == (0.2, 7)
+
+
+def test_one_of_several_weights_is_named_or_chosen(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    both, out = tmp_path / "both.pth", tmp_path / "model.safetensors"
+    state = torch.load(checkpoint, weights_only=True)["model"]
+    torch.save({"model": state, "model_ema": {name: tensor * 2 for name, tensor in state.items()}}, both)
+    arguments = [
+        "import",
+        str(both),
+        "--arch",
+        SMALLEST,
+        "--out",
+        str(out),
+        "--classes",
+        "a,b",
+        "--no-verify",
+    ]
+    name = "rpn.head.cls_logits.bias"
+    assert cli.main(arguments) == 0
+    assert "the weights are those under 'model_ema', the averaged ones" in capsys.readouterr().err
+    assert torch.equal(load_file(out)[name], state[name] * 2)
+    assert cli.main([*arguments, "--weights", "model"]) == 0
+    assert "the weights are" not in capsys.readouterr().err
+    assert torch.equal(load_file(out)[name], state[name])
+    assert cli.main([*arguments, "--weights", "net"]) == 2
+    assert "--weights is 'net'; expected one of model, model_ema" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -92,7 +123,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import numpy as np
 
     from anchorline.export.importers.detectron2 import ARCHITECTURES, LIBRARY
-    from anchorline.export.importers.library import expected_shapes
+    from anchorline.train.checkpoint import expected_shapes
 
     narrow = dataclasses.replace(
         ARCHITECTURES["detectron2_r50_fpn"].settings, fpn_channels=4, representation=8

@@ -67,6 +67,12 @@ def import_(
             "(default: that in the checkpoint or beside it).",
         ),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", help="Which state dict, where the file has several (default: averaged ones)."
+        ),
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -93,6 +99,7 @@ def import_(
         fast_resize=fast_resize,
         overrides=set_ or (),
         config=config,
+        weights=weights,
         verify=verify,
         warn=warn,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anchorline.runtime.contract import CONTRACT_KEY, Contract, ResizeRule, Thresholds
-from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, one_line
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, one_line, reason_of, shown
 from anchorline.runtime.io.files import atomic_path, expect_regular
 from anchorline.train.model.faster_rcnn import OUTPUTS, FasterRCNN
 from anchorline.train.model.settings import ModelSettings
 
 MODEL_KEY = "anchorline.model"
+
+# What safetensors and torch raise for damaged files, and torch for settings that no model can have.
+_UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, ArithmeticError, MemoryError)
 
 
 def contract_of(
@@ -65,17 +68,31 @@ def save_checkpoint(
             raise OSError(str(error)) from error
 
 
+@functools.cache
+def expected_shapes(settings: ModelSettings, classes: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that the model has, by name; nothing is allocated."""
+    with torch.device("meta"):
+        model = FasterRCNN(settings, classes)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
 def read_header(path: Path) -> tuple[ModelSettings, Contract]:
     """Architecture and contract of a checkpoint; raises ``ArtefactError`` if it is not one of ours."""
+    return _read_header(path)[:2]
+
+
+def _read_header(path: Path) -> tuple[ModelSettings, Contract, dict[str, tuple[int, ...]]]:
+    """The same, and the shapes of the tensors by name."""
     expect_regular(path)
     if not path.is_file():
         raise ArtefactError(f"{path}: no such file; expected a model.safetensors written by anchorline train")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except _UNREADABLE as error:
         raise ArtefactError(
-            f"{path}: not a readable safetensors file ({error}); it may be cut short"
+            f"{path}: not a readable safetensors file ({reason_of(error)}); it may be cut short"
         ) from None
     if CONTRACT_KEY not in metadata or MODEL_KEY not in metadata:
         raise ArtefactError(
@@ -84,27 +101,44 @@ def read_header(path: Path) -> tuple[ModelSettings, Contract]:
         )
     contract = Contract.from_json(metadata[CONTRACT_KEY], str(path))
     try:
-        return ModelSettings.from_json(metadata[MODEL_KEY]), contract
-    except (AnchorlineError, json.JSONDecodeError) as error:
+        settings = ModelSettings.from_json(metadata[MODEL_KEY])
+    except AnchorlineError as error:
         raise ArtefactError(f"{path}: damaged architecture in the header: {error}") from None
+    if settings.canvas != contract.canvas:
+        raise ArtefactError(
+            f"{path}: damaged header: the architecture has the canvas {settings.canvas} and the contract "
+            f"{contract.canvas}"
+        )
+    return settings, contract, shapes
 
 
 def load_checkpoint(path: Path, canvas: tuple[int, int] | None = None) -> tuple[FasterRCNN, Contract]:
-    """The model in ``path``, in evaluation mode, and its contract; ``canvas`` replaces its own."""
-    settings, contract = read_header(path)
+    """The model in ``path``, in evaluation mode, and its contract; ``canvas`` replaces its own.
+
+    Raises ``ArtefactError`` where the file's tensors are not those of its architecture, before any of the
+    memory that this claims is taken.
+    """
+    settings, contract, held = _read_header(path)
     if canvas is not None:
         settings = dataclasses.replace(settings, canvas=canvas)
         contract = dataclasses.replace(contract, canvas=canvas)
+    misfit = f"{path}: the weights do not fit the architecture in the header"
     try:
+        expected = expected_shapes(settings, len(contract.names))
+        for name in sorted(held.keys() ^ expected.keys()):
+            what = "is no tensor of it" if name in held else "is missing"
+            raise ArtefactError(f"{misfit} ({shown(name)} {what})")
+        for name, shape in expected.items():
+            if held[name] != shape:
+                raise ArtefactError(f"{misfit} ({name} is {list(held[name])}, expected {list(shape)})")
         model = FasterRCNN(settings, len(contract.names))
         state = load_file(path)
         model.load_state_dict(state)
-    except ArtefactError as error:
-        raise ArtefactError(f"{path}: {error}") from None
-    except (SafetensorError, RuntimeError) as error:
-        raise ArtefactError(
-            f"{path}: the weights do not fit the architecture in the header ({one_line(error)[:200]})"
-        ) from None
+    except AnchorlineError as error:
+        text = str(error)
+        raise ArtefactError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+    except _UNREADABLE as error:
+        raise ArtefactError(f"{misfit} ({one_line(error)[:200]})") from None
     not_finite = [name for name, tensor in state.items() if not torch.isfinite(tensor.float()).all()]
     if not_finite:
         raise ArtefactError(

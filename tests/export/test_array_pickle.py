@@ -17,7 +17,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from anchorline.export.importers.checkpoint_files import PickledArray, read_array_pickle, read_checkpoint_file
+from anchorline.export.importers.array_pickle import PickledArray, read_array_pickle
+from anchorline.export.importers.checkpoint_files import read_checkpoint_file
 from anchorline.runtime.io.errors import ArtefactError
 
 ARRAYS: dict[str, NDArray[Any]] = {

@@ -20,12 +20,11 @@ from anchorline.export.importers.library import (
     Architecture,
     background_first,
     choose_class_names,
-    expected_shapes,
     ratio_by_ratio,
 )
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError
-from anchorline.train.checkpoint import load_checkpoint
+from anchorline.train.checkpoint import expected_shapes, load_checkpoint
 from anchorline.train.model.settings import ModelSettings
 
 Shapes = dict[str, tuple[int, ...]]
@@ -648,7 +647,7 @@ def refusal(
     def refuse(arch: str = "detectron2_r50_fpn", without: str = "-", **changes: Tensor) -> str:
         state = {**{n: t for n, t in fpn_state.items() if without not in n}, **changes}
         monkeypatch.setattr(
-            conversion, "read_checkpoint_file", lambda path: CheckpointFile(path.name, state, "")
+            conversion, "read_checkpoint_file", lambda path, _: CheckpointFile(path.name, state, "")
         )
         with pytest.raises(AnchorlineError) as caught:
             import_checkpoint(

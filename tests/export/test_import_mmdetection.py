@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import types
@@ -19,11 +20,10 @@ from anchorline.export.importers import conversion, mmdetection
 from anchorline.export.importers.checkpoint_files import CheckpointFile
 from anchorline.export.importers.configuration import Configuration, from_python
 from anchorline.export.importers.conversion import import_checkpoint
-from anchorline.export.importers.library import expected_shapes
 from anchorline.export.importers.mmdetection import configuration_of, read_settings
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError
-from anchorline.train.checkpoint import load_checkpoint
+from anchorline.train.checkpoint import expected_shapes, load_checkpoint
 
 Shapes = dict[str, tuple[int, ...]]
 BLOCKS = {"r50": (3, 4, 6, 3), "r101": (3, 4, 23, 3)}
@@ -466,6 +466,78 @@ def test_a_checkpoint_of_version_2_in_caffes_style(state: dict[str, Tensor], tmp
         import_checkpoint(path, out, arch="mmdet_r50_fpn")
 
 
+def test_the_configuration_beside_a_checkpoint_and_one_that_is_given(
+    state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """The one Python file beside it that describes a model; one with a base is not the whole one."""
+    text = VERSION_3.replace("ratios=[0.5, 1.0]", "ratios=[0.5, 1.0, 3.0]").replace(
+        "scales=[4, 6.0]", "scales=[6]"
+    )
+    source = CheckpointFile("epoch_1.pth", state, "", folder=tmp_path)
+
+    def described(source: CheckpointFile = source) -> mmdetection.Architecture:
+        return mmdetection.LIBRARY.describe(source, state, "mmdet_r50_fpn")
+
+    assert described().configuration is None
+    (tmp_path / "tools.py").write_text("import os\n", encoding="utf-8")
+    (tmp_path / "own.py").write_text("_base_ = 'x.py'\nmodel = dict(type='FasterRCNN')", encoding="utf-8")
+    whole = tmp_path / "faster-rcnn.py"
+    whole.write_text(text, encoding="utf-8")
+    assert described().configuration == str(whole)
+    assert described().settings.anchor_sizes[0] == (24.0,)
+    (tmp_path / "second.py").write_text(text, encoding="utf-8")
+    assert described().configuration is None, "which of two, nobody knows"
+    given = dataclasses.replace(source, config=whole)
+    assert described(given).settings.anchor_sizes[0] == (24.0,)
+    kept = dataclasses.replace(given, meta={"cfg": text.replace("scales=[6]", "scales=[8]")})
+    assert described(kept).settings.anchor_sizes[0] == (24.0,), "what is given counts"
+    for name, part in (
+        ("own.py", "is built on x.py; expected the whole one"),
+        ("tools.py", "has no model with a"),
+    ):
+        with pytest.raises(ArtefactError, match=part):
+            described(dataclasses.replace(source, config=tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "part"),
+    [
+        (
+            "num_classes=2",
+            "num_classes=80",
+            "gives 80 classes, and the checkpoint has 2; it belongs to another",
+        ),
+        ("scales=[6]", "scales=[6, 7]", "gives 6 anchors at each place, and the checkpoint has 3"),
+        ("depth=50", "depth=101", "model.backbone.depth is 101; can be imported with 50"),
+        ("iou_threshold=0.4", "iou_threshold=4", "model.nms_iou is 4.0; expected a number from 0 to 1"),
+    ],
+)
+def test_a_configuration_of_another_model_is_told_by_the_tensors(
+    state: dict[str, Tensor], old: str, new: str, part: str
+) -> None:
+    text = VERSION_3.replace("ratios=[0.5, 1.0]", "ratios=[0.5, 1.0, 3.0]").replace(
+        "scales=[4, 6.0]", "scales=[6]"
+    )
+    source = CheckpointFile("epoch_1.pth", state, "", {"cfg": text.replace(old, new)})
+    with pytest.raises(ArtefactError) as caught:
+        mmdetection.LIBRARY.describe(source, state, "mmdet_r50_fpn")
+    assert part in str(caught.value)
+
+
+def test_a_teachers_configuration_is_that_of_its_detector() -> None:
+    text = f"{VERSION_3}\nmodel = dict(type='SoftTeacher', detector=model)"
+    assert read(text) == read(VERSION_3)
+
+
+def test_class_names_of_the_configuration_where_there_are_no_others(state: dict[str, Tensor]) -> None:
+    text = VERSION_3.replace("ratios=[0.5, 1.0]", "ratios=[0.5, 1.0, 3.0]").replace(
+        "scales=[4, 6.0]", "scales=[6]"
+    )
+    text += "test_dataloader = dict(dataset=dict(metainfo=dict(classes=('ox', 'ass'))))\n"
+    source = CheckpointFile("epoch_1.pth", state, "", {"cfg": text})
+    assert mmdetection.LIBRARY.describe(source, state, "mmdet_r50_fpn").names == ("ox", "ass")
+
+
 def test_without_a_configuration_the_usual_settings_are_named(
     state: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -519,7 +591,7 @@ def test_what_does_not_fit_is_listed_by_mmdetections_names(
 
     def refusal(changed: dict[str, Tensor], **options: str) -> str:
         source = CheckpointFile(path.name, changed, "", meta)
-        monkeypatch.setattr(conversion, "read_checkpoint_file", lambda path: source)
+        monkeypatch.setattr(conversion, "read_checkpoint_file", lambda path, _: source)
         with pytest.raises(AnchorlineError) as caught:
             import_checkpoint(path, tmp_path / "out.safetensors", **options)  # type: ignore[arg-type]
         text = str(caught.value)

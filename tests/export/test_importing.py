@@ -25,7 +25,7 @@ from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from anchorline.data.synthetic import generate_scene
 from anchorline.export.importers import torchvision as importer
 from anchorline.export.importers.conversion import import_checkpoint
-from anchorline.export.importers.library import coco_90, expected_shapes
+from anchorline.export.importers.library import coco_90
 from anchorline.export.importers.torchvision import ARCHITECTURES, TorchvisionDetector
 from anchorline.export.onnx_export import export_onnx, trimmed_canvas
 from anchorline.runtime.contract import ResizeRule
@@ -33,7 +33,7 @@ from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import AnchorlineError, ParityError
 from anchorline.runtime.io.files import sha256_of
-from anchorline.train.checkpoint import load_checkpoint
+from anchorline.train.checkpoint import expected_shapes, load_checkpoint
 from anchorline.train.model.faster_rcnn import run_task
 from anchorline.train.predict import TorchDetector
 from anchorline.verify.compare import compare_all
@@ -305,6 +305,8 @@ FORMS: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "transposed in memory": lambda s: {
         name: tensor.transpose(0, -1).contiguous().transpose(0, -1) for name, tensor in s.items()
     },
+    "compiled": lambda s: prefixed(s, "_orig_mod."),
+    "an average": lambda s: {"model": {n: t + 1 for n, t in s.items()}, "ema": prefixed(s, "module.")},
     "step counters": lambda s: {**s, "backbone.body.0.1.num_batches_tracked": torch.tensor(7)},
 }
 
@@ -316,7 +318,7 @@ def test_every_form_of_a_checkpoint_gives_the_same_tensors(
 ) -> None:
     content, path = FORMS[form](state), tmp_path / f"checkpoint{suffix}"
     if suffix == ".safetensors":
-        if form in ("training checkpoint", "lightning"):
+        if form in ("training checkpoint", "lightning", "an average"):
             pytest.skip("safetensors holds tensors only")
         save_file({name: tensor.contiguous() for name, tensor in content.items()}, path)  # type: ignore[attr-defined]
     else:
@@ -344,6 +346,14 @@ def test_the_contract_says_what_the_model_is(state: dict[str, Tensor], classes: 
     assert contract.source["imported_from"] == "checkpoint.pth"
     assert contract.source["arch"] == SMALLEST
     assert len(contract.source["sha256"]) == 64
+    (assumed,) = import_checkpoint(
+        path, out, arch=SMALLEST, classes=classes, overrides=["nms_iou=0.4"]
+    ).warnings
+    start = f"the checkpoint holds no settings: assumed {SMALLEST}'s usual --resize 320x640, anchor_sizes="
+    assert assumed.startswith(start)
+    assert assumed.endswith("with others every box is wrong: give those with --set NAME=VALUE")
+    assert "rpn_post_nms=150" in assumed
+    assert "nms_iou=0.4" not in assumed
     fast = import_checkpoint(path, out, arch=SMALLEST, classes=classes, fast_resize=True, canvas=(96, 64))
     assert fast.contract.input_dtype == "uint8"
     assert fast.contract.canvas == load_checkpoint(out)[0].settings.canvas == (96, 64)
@@ -420,13 +430,19 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], object], tuple[str, ...]]]
             "rpn.head.bbox_pred.weight": torch.zeros(36, 4, 1, 1),
             "rpn.head.bbox_pred.bias": torch.zeros(36),
         },
-        ("predicts 9 anchors at each place", "--set"),
+        (
+            "predicts 9 anchors at each place",
+            '--set "anchor_sizes=[[32, 40, 51], [32, 40, 51], [32, 40, 51]]" --set "aspect_ratios=[0.5, 1, 2',
+        ),
     ),
     "NaN": (
         lambda s: {**s, "rpn.head.cls_logits.bias": torch.full((15,), float("nan"))},
-        ("'rpn.head.cls_logits.bias'", "not finite"),
+        ("checkpoint.pth: tensor 'rpn.head.cls_logits.bias' holds values", "the training diverged"),
     ),
-    "no tensors": (lambda s: {"model": "resnet", "epoch": 3}, ("holds no state dict", "model, epoch")),
+    "no tensors": (
+        lambda s: {"model": "resnet", "epoch": 3},
+        ("holds no state dict", "model (str), epoch (int)"),
+    ),
     "a list": (lambda s: [1, 2], ("holds a list",)),
     "scalar classifier": (
         lambda s: {**s, "roi_heads.box_predictor.cls_score.weight": torch.tensor(1.0)},
@@ -539,7 +555,7 @@ def test_missing_files_and_unknown_weights_are_refused(
 ) -> None:
     out = tmp_path / "out.safetensors"
     assert "no such file" in refusal(tmp_path / "absent.pth", out)
-    assert "no such file" in refusal(tmp_path, out)
+    assert "is a folder" in refusal(tmp_path, out)
     os.mkfifo(tmp_path / "pipe.pth")
     assert "is a pipe, expected a file" in refusal(tmp_path / "pipe.pth", out)
     assert "not weights of a Faster R-CNN" in refusal("ResNet50_Weights.IMAGENET1K_V1", out, arch=None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -202,6 +204,90 @@ def test_weights_that_are_not_numbers_are_refused(pristine: Path, tmp_path: Path
     text = message_of(path)
     assert "'rpn.head.cls_logits.bias'" in text
     assert "not finite" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"representation": 900_000}, "expected [900000, "),
+        ({"fpn_channels": 10**12}, "fpn_channels is 1000000000000; expected a number at most 1000000"),
+        ({"rpn_convs": 10**9}, "rpn_convs is 1000000000; expected a number at most 100"),
+        ({"roi_size": -1}, "roi_size is -1"),
+        ({"representation": True}, "representation is True"),
+        ({"rpn_nms_iou": float("inf")}, "rpn_nms_iou is inf"),
+        ({"mean": [float("nan")] * 3}, "mean is nan; expected a finite number"),
+        ({"max_detections": 10**400}, "expected a number at most 1000000"),
+        ({"std": [10**400] * 3}, "std is 1000"),
+        ({"neck": ["fpn"]}, "neck is ['fpn']"),
+        ({"canvas": [64, 64]}, "the architecture has the canvas (64, 64) and the contract"),
+        ({"a\nb" * 100: 1}, "is not a setting"),
+    ],
+)
+def test_a_header_that_claims_what_cannot_be_is_refused_before_it_takes_memory(
+    pristine: Path, tmp_path: Path, change: dict[str, Any], part: str
+) -> None:
+    raw = json.loads(read_header(pristine)[0].to_json())
+    header = {checkpoint.MODEL_KEY: json.dumps({**raw, **change})}
+    path = rewritten(pristine, tmp_path / "claim.safetensors", header)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    text = message_of(path)
+    assert part in text
+    assert len(text) < 1500
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "KiB"
+
+
+def test_names_of_a_million_classes_are_refused_before_they_take_memory(
+    pristine: Path, tmp_path: Path
+) -> None:
+    """Of as many as may be named, the tensors are none of this file's."""
+    raw = json.loads(read_header(pristine)[1].to_json())
+    for count, part in ((1_000_000, "class names"), (40_000, "expected [40001")):
+        changed = {**raw, "names": [f"c{number}" for number in range(count)], "category_ids": None}
+        path = rewritten(pristine, tmp_path / "many.safetensors", {CONTRACT_KEY: json.dumps(changed)})
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert part in message_of(path)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000, "KiB"
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '"', "NaN", "9" * 10_000, "1e999", '{"a": ' + "9" * 5000 + "}"]
+)
+def test_a_header_that_is_no_json_is_refused(pristine: Path, tmp_path: Path, text: str) -> None:
+    for key in (checkpoint.MODEL_KEY, CONTRACT_KEY):
+        message_of(rewritten(pristine, tmp_path / "odd.safetensors", {key: text}))
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(5000, marks=pytest.mark.slow)])
+def test_damaged_bytes_of_the_header_end_in_one_line_or_a_model(
+    pristine: Path, tmp_path: Path, count: int
+) -> None:
+    content, draw, path = pristine.read_bytes(), random.Random(3), tmp_path / "x.safetensors"
+    length = 8 + int.from_bytes(content[:8], "little")
+    refused = 0
+    for _ in range(count):
+        changed = bytearray(content[:length])
+        for _ in range(draw.randint(1, 3)):
+            at = draw.randrange(len(changed))
+            match draw.randrange(4):
+                case 0:
+                    changed[at] ^= 1 << draw.randrange(8)
+                case 1:
+                    changed[at] = draw.choice(b'0123456789-.eE"[]{},:\\nN\xff')
+                case 2:  # digits in the middle of whatever stands there
+                    changed[at : at + 4] = draw.choice((b"9999", b"null", b"1e99", b"-1.0", b"[[[[", b"true"))
+                case _:
+                    changed[:8] = draw.choice((length, 2**40, length - 9)).to_bytes(8, "little")
+        path.write_bytes(bytes(changed) + content[length:])
+        with contextlib.suppress(ArtefactError):
+            refused += 1
+            load_checkpoint(path)
+            refused -= 1
+    assert refused > count / 2
+
+
+def test_a_pipe_is_called_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert "pipe" in message_of(tmp_path / "model.safetensors")
 
 
 @pytest.fixture

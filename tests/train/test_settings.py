@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.io.errors import AnchorlineError, SettingsError
 from anchorline.train.model.settings import ModelSettings, settings_from
 from anchorline.train.settings import Settings, TrainingSettings, load_preset, preset_names
 
@@ -217,7 +217,7 @@ def test_model_settings_survive_json() -> None:
     "text", ["[]", "3", "null", '"model"', '{"neck": null}', '{"canvas": [64, "64"]}', '{"x": 1}']
 )
 def test_json_of_something_else_is_refused(text: str) -> None:
-    with pytest.raises(SettingsError, match="expected"):
+    with pytest.raises(AnchorlineError, match="expected"):
         ModelSettings.from_json(text)
 
 

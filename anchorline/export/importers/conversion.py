@@ -21,6 +21,7 @@ from anchorline.export.importers.checkpoint_files import (
 )
 from anchorline.export.importers.library import (
     Library,
+    Misfit,
     State,
     choose_class_names,
     fit_state,
@@ -79,6 +80,7 @@ def import_checkpoint(
     fast_resize: bool = False,
     overrides: Sequence[str] = (),
     config: Path | None = None,
+    weights: str | None = None,
     verify: bool = True,
     warn: Callable[[Sequence[str]], None] = lambda lines: None,
 ) -> ImportResult:
@@ -92,7 +94,8 @@ def import_checkpoint(
     that holds landscape frames. ``batch_norm_eps`` belongs to the body's batch norms. ``fast_resize``
     resizes plainly and in whole grey levels. ``overrides`` change settings that the tensors do not show,
     as ``score_threshold=0.3``. ``config`` is the configuration that Detectron2 or MMDetection wrote in
-    training; the default is that in the checkpoint or beside it. With ``verify`` a model of torchvision's
+    training; the default is that in the checkpoint or beside it. ``weights`` is the key of the state dict, of
+    several in the checkpoint; the default is an averaged one. With ``verify`` a model of torchvision's
     must give what torchvision's own detector gives before it is published; the verdict, or that there is
     none, goes to the record beside the file. ``warn`` is told the result's ``warnings`` before. Raises
     ``ArtefactError``, ``SettingsError`` and ``ParityError``.
@@ -100,7 +103,7 @@ def import_checkpoint(
     out = Path(out)
     if out.suffix != ".safetensors":
         raise SettingsError(f"output is {str(out)!r}; expected a file name that ends in .safetensors")
-    source, library, arch, taken_as = _read(checkpoint, arch, config)
+    source, library, arch, taken_as = _read(checkpoint, arch, config, weights)
     state = library.current_names(source.state)
     described = library.describe(source, state, arch)
     settings = with_widths(library, described.settings, state)
@@ -122,9 +125,11 @@ def import_checkpoint(
     outputs = output_count(library, state, settings)
     try:
         fitted = fit_state(library, state, settings, outputs - 1)
-    except ArtefactError as error:
+    except Misfit as error:
         cause = _likely_cause(library, arch, state, settings)
         raise ArtefactError(f"{source.name}: does not fit {arch}: {error}{cause}") from None
+    except ArtefactError as error:
+        raise ArtefactError(f"{source.name}: {error}") from None
     chosen = choose_class_names(classes, described.names, library.coco_classes(), outputs, source.name)
     changed = {"resize"} if resize is not None else set()
     changed |= {text.partition("=")[0].strip().removeprefix("model.") for text in overrides}
@@ -146,6 +151,7 @@ def import_checkpoint(
         input_dtype=input_dtype,
     )
     warnings = (
+        *source.notes,
         *taken_as,
         *_assumptions({name: used[name] for name in assumed}, arch, library, described.configuration),
         *described.warnings,
@@ -220,7 +226,7 @@ def _assumptions(
 
 
 def _read(
-    checkpoint: str | Path, arch: str | None, config: Path | None
+    checkpoint: str | Path, arch: str | None, config: Path | None, weights: str | None
 ) -> tuple[CheckpointFile, Library, str, tuple[str, ...]]:
     """The checkpoint, its library, the name of its architecture, and what was assumed about that."""
     name = str(checkpoint)
@@ -238,7 +244,7 @@ def _read(
         if arch not in (None, own):
             raise SettingsError(f"arch is {arch!r}; {name} are weights of {own}, leave --arch out")
         return read_weights_enum(name), library, own, ()
-    source = dataclasses.replace(read_checkpoint_file(Path(checkpoint)), config=config)
+    source = dataclasses.replace(read_checkpoint_file(Path(checkpoint), weights), config=config)
     if given is not None and arch is not None:
         _takes(given, config)
         return source, given, arch, ()
@@ -294,8 +300,14 @@ def _likely_cause(library: Library, arch: str, state: State, settings: ModelSett
     anchors = 0 if scores is None else scores.numel() // (2 if settings.rpn_score == "softmax" else 1)
     if scores is None or anchors == settings.anchors_per_place:
         return ""
-    sizes = [[int(size) for size in level] for level in library.architectures[arch].settings.anchor_sizes]
+    # An example that fits: three ratios where they divide the number, and as many sizes as are left.
+    ratios = [0.5, 1, 2] if anchors % 3 == 0 else [1]
+    each = max(1, anchors // len(ratios))
+    firsts = [level[0] for level in library.architectures[arch].settings.anchor_sizes]
+    sizes = [[round(first * 2 ** (step / each)) for step in range(each)] for first in firsts]
+    if len(firsts) == 1:
+        sizes = [[int(firsts[0]) * 2**step for step in range(each)]]
     return (
         f"; its RPN predicts {anchors} anchors at each place: give the ones it was trained with, as in "
-        f'--set "anchor_sizes={sizes}" --set "aspect_ratios=[0.5, 1, 2]"'
+        f'--set "anchor_sizes={sizes}" --set "aspect_ratios={ratios}"'
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import re
@@ -20,8 +19,8 @@ from anchorline.export.importers.checkpoint_files import CheckpointFile
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
 from anchorline.runtime.io.files import expect_regular
+from anchorline.train.checkpoint import expected_shapes
 from anchorline.train.model.backbones import BACKBONES
-from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.model.settings import ModelSettings, settings_from
 
 State = Mapping[str, Tensor]
@@ -216,12 +215,8 @@ def output_count(library: Library, state: State, settings: ModelSettings) -> int
     return max(2, weight.shape[0]) if weight is not None and weight.dim() == 2 else 2
 
 
-@functools.cache
-def expected_shapes(settings: ModelSettings, classes: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor that the model has, by name; nothing is allocated."""
-    with torch.device("meta"):
-        model = FasterRCNN(settings, classes)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+class Misfit(ArtefactError):
+    """Tensors that are missing, unknown or of another shape."""
 
 
 def has_shapes(state: State, settings: ModelSettings, classes: int) -> bool:
@@ -234,8 +229,8 @@ def has_shapes(state: State, settings: ModelSettings, classes: int) -> bool:
 def fit_state(library: Library, state: State, settings: ModelSettings, classes: int) -> dict[str, Tensor]:
     """``state`` as ``FasterRCNN(settings, classes)`` loads it: float32, with step counters added.
 
-    Raises ``ArtefactError`` that lists tensors which are missing, unknown, of another shape or not
-    finite, by the library's names.
+    Raises ``Misfit`` that lists tensors which are missing, unknown or of another shape, by the library's
+    names, and ``ArtefactError`` for one that is not of finite numbers.
     """
     expected = expected_shapes(settings, classes)
     their_name = {name: library.their_name(name, settings) for name in expected}
@@ -267,16 +262,21 @@ def fit_state(library: Library, state: State, settings: ModelSettings, classes: 
         if names
     ]
     if faults:
-        raise ArtefactError("; ".join(faults))
+        raise Misfit("; ".join(faults))
     fitted = {}
     for name, shape in expected.items():
         if name.endswith(_STEP_COUNTER):
             fitted[name] = torch.zeros(shape, dtype=torch.int64)
             continue
+        if given[name].is_complex():
+            raise ArtefactError(f"tensor {their_name[name]!r} holds complex numbers; expected real ones")
         fitted[name] = given[name].float()
         # Not isfinite(...).all(), which allocates as much again; a NaN comes through as both extremes.
         if not torch.isfinite(torch.stack(fitted[name].aminmax())).all():
-            raise ArtefactError(f"tensor {their_name[name]!r} holds values that are not finite")
+            raise ArtefactError(
+                f"tensor {their_name[name]!r} holds values that are not finite: the training diverged, or "
+                "the file is damaged; take an earlier checkpoint"
+            )
     return fitted
 
 

@@ -63,7 +63,10 @@ def configuration_of(source: CheckpointFile) -> Configuration | None:
             values = plain(kept) if isinstance(kept, Mapping) else {}
         except ValueError:
             values = {}
-    if values.get("model") is not None:
+    model = values.get("model")
+    if isinstance(model, dict) and isinstance(model.get("detector"), dict):  # a teacher's and a student's
+        values = {**values, "model": model["detector"]}
+    if model is not None:
         found = Configuration(values, f"{source.name}: its configuration")
         return found if found.get("model.type") is not None else None
     beside = []

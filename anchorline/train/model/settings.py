@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError, printable, shown
+from anchorline.runtime.io.schema import read_object
 
 _Settings = TypeVar("_Settings")
 
@@ -16,6 +17,8 @@ _INSIDE: dict[str, Callable[[float], bool]] = {
     "at least 1": lambda v: v >= 1,
     "above 0": lambda v: v > 0,
     "0 or more": lambda v: v >= 0,
+    "at most 100": lambda v: v <= 100,
+    "at most 1000000": lambda v: v <= 1_000_000,
     "from 0 to 1": lambda v: 0 <= v <= 1,
 }
 
@@ -26,9 +29,8 @@ def settings_from(cls: type[_Settings], values: Mapping[str, Any], table: str) -
     hints = get_type_hints(cls)
     unknown = set(values) - set(hints)
     if unknown:
-        raise SettingsError(
-            f"{table}.{sorted(unknown)[0]} is not a setting; expected one of {', '.join(sorted(hints))}"
-        )
+        first = printable(sorted(unknown)[0][:80])
+        raise SettingsError(f"{table}.{first} is not a setting; expected one of {', '.join(sorted(hints))}")
     return cls(**{name: coerce(value, hints[name], f"{table}.{name}") for name, value in values.items()})
 
 
@@ -75,7 +77,7 @@ def _numbers(value: Any) -> list[float]:
 def expect(condition: bool, name: str, value: object, expectation: str) -> None:
     """Raise ``SettingsError`` that ``name`` is ``value`` unless ``condition`` holds."""
     if not condition:
-        raise SettingsError(f"{name} is {value!r}; expected {expectation}")
+        raise SettingsError(f"{name} is {shown(value)}; expected {expectation}")
 
 
 # ImageNet's statistics in grey levels, RGB: what the pretrained backbones expect.
@@ -88,6 +90,9 @@ _RANGES = {
     "0 or more": "rpn_convs rpn_channels rpn_min_side box_min_side box_convs backbone_norm_eps box_init_std "
     "roi_sampling shorter_side longer_side",
     "from 0 to 1": "box_dropout rpn_nms_iou nms_iou score_threshold rpn_score_threshold",
+    # A damaged number would take all memory before it is found to fit no tensor.
+    "at most 100": "rpn_convs box_convs roi_size roi_sampling",
+    "at most 1000000": "fpn_channels rpn_channels representation rpn_pre_nms rpn_post_nms max_detections",
 }
 
 
@@ -230,4 +235,5 @@ class ModelSettings:
 
     @classmethod
     def from_json(cls, text: str) -> ModelSettings:
-        return settings_from(cls, json.loads(text), "model")
+        """Read what ``to_json`` gives; raises ``ArtefactError`` and ``SettingsError``."""
+        return settings_from(cls, read_object(text, "the architecture", "train or import again"), "model")
