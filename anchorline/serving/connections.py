@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import math
 import socket
 from collections import Counter
 from collections.abc import Iterable
@@ -17,6 +18,8 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from anchorline.runtime.io.errors import SettingsError, check_count
+from anchorline.runtime.video.options import is_number
 from anchorline.serving.access import GRANTED
 from anchorline.serving.application import WATCHING
 
@@ -39,7 +42,7 @@ class Limits:
 
     A stranger is a connection whose request was not granted yet: one that has sent none, or not the token.
     Behind a proxy all of them have its address, so ``strangers`` is no less than the viewers that may come
-    back at the same moment.
+    back at the same moment. Raises ``SettingsError``.
     """
 
     connections: int = 256
@@ -47,6 +50,14 @@ class Limits:
     head_seconds: float = 5.0  # until a first request is there, to the end of its headers
     idle_seconds: float = 15.0  # until an answer that is no stream is taken, and until the next request
     young_seconds: float = 1.0  # in which a stranger's request may be on its way
+
+    def __post_init__(self) -> None:
+        check_count("connections", self.connections)
+        check_count("strangers", self.strangers)
+        for name in ("head_seconds", "idle_seconds", "young_seconds"):
+            value = getattr(self, name)
+            if not is_number(value) or not 0.0 <= value < math.inf:
+                raise SettingsError(f"{name} is {value!r}; expected seconds from 0")
 
 
 class Connection(H11Protocol):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import math
 import socket
 import time
 
 import pytest
 
+from anchorline.runtime.io.errors import SettingsError
 from anchorline.serving.connections import Limits, network_of
 
 TOKEN = "correct-horse-7"
@@ -219,3 +221,11 @@ def test_timers_go_with_their_connections(live_run, dial, until):
             assert held._timer.cancelled()
         begun = time.monotonic()
     assert time.monotonic() - begun < 60.0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"connections": 0}, {"strangers": 1.5}, {"head_seconds": -1.0}, {"idle_seconds": math.nan}]
+)
+def test_limits_that_are_none(wrong):
+    with pytest.raises(SettingsError, match=f"^{next(iter(wrong))} is "):
+        Limits(**wrong)

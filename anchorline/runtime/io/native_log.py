@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import cv2
 
-from anchorline.runtime.io.addresses import HIDDEN, hidden_parts, without_secrets
+from anchorline.runtime.io.addresses import HIDDEN, hidden_parts, shown_address, without_secrets
 
 _STDERR = 2
 _FFMPEG = re.compile(rb"^(?:\[[^\]\n]+ @ 0x[0-9a-f]+\]|OpenCV: FFMPEG:).*\n?", re.MULTILINE)
@@ -21,7 +21,7 @@ _SILENT = 0
 _stderr = threading.Lock()
 _passage: tuple[int, threading.Thread] | None = None  # where stderr led before, and who passes lines on
 _passage_blocks = 0
-_hidden: set[str] = set()  # since the passage began: a line may come out after its block
+_addresses: set[str] = set()  # since the passage began: a line may come out after its block
 _JOIN_SECONDS = 1.0
 _PIPE_SIZE = 1 << 20  # bytes, the most that Linux gives everybody
 _LINE_END = re.compile(rb"(?<=[\r\n])")
@@ -76,7 +76,7 @@ def without_secrets_on_stderr(address: str) -> Iterator[None]:
         if _passage_blocks == 0:
             _begin_passage()
         _passage_blocks += 1
-        _hidden.update(hidden_parts(address))
+        _addresses.add(address)
     try:
         yield
     finally:
@@ -112,7 +112,7 @@ def _end_passage() -> None:
         (before, thread), _passage = _passage, None
         os.dup2(before, _STDERR)
         thread.join(_JOIN_SECONDS)  # it ends with the pipe, which a child of this process may still hold
-        _hidden.clear()
+        _addresses.clear()
 
 
 def _pass_on(source: int, target: int) -> None:
@@ -130,10 +130,13 @@ def _pass_on(source: int, target: int) -> None:
 
 def _stripped(line: bytes) -> bytes:
     text = line.decode("utf-8", "surrogateescape")
-    if text.startswith(_NATIVE):  # what others say of other addresses is theirs
+    known = sorted(_addresses.copy(), key=len, reverse=True)
+    if text.startswith(_NATIVE):
         text = without_secrets(text)
-    for part in sorted(_hidden.copy(), key=len, reverse=True):
-        text = text.replace(part, HIDDEN)
+        for part in sorted({part for each in known for part in hidden_parts(each)}, key=len, reverse=True):
+            text = text.replace(part, HIDDEN)
+    for each in known:  # what others say of other addresses is theirs, and so are their words
+        text = text.replace(each, shown_address(each))
     return text.encode("utf-8", "surrogateescape")
 
 

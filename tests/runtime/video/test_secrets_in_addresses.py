@@ -264,19 +264,20 @@ def test_cameras_that_refuse(stub, refusing, decoder, tmp_path, capfd, caplog, m
 def test_stderr_is_handed_on(capfd):
     """All that others print there, at once, and none of the secrets, in whatever pieces it comes."""
     before = os.fstat(2)
-    with without_secrets_on_stderr(f"rtsp://u:{SECRET}@host/x"):
+    with without_secrets_on_stderr(f"rtsp://user:{SECRET}@host/x"):
         with without_secrets_on_stderr(f"rtsp://u:{SECRET}2@host/x"):
             os.write(2, b"half a line, ")
             _wait_for(capfd, "half a line, ")
-            for piece in ("[rtsp @ 0x1] ", "rtsp://u:hun", f"ter2ZQ@host/x?{SECRET}: 401\n"):
+            for piece in ("[rtsp @ 0x1] ", "rtsp://user:hun", f"ter2ZQ@host/x?{SECRET}: 401\n"):
                 os.write(2, piece.encode())
-            print("of Python, http://other/?page=2\r", end="", file=sys.__stderr__, flush=True)
+            print("user of Python, http://other/?page=2, ", end="", file=sys.__stderr__, flush=True)
+            os.write(2, f"rtsp://user:{SECRET}@host/x\r".encode())
         os.write(2, f"[tcp @ 0x2] cannot resolve {SECRET}2, {SECRET}\n\xff".encode("latin-1"))
     os.write(2, b"after\n")
     after, shown = os.fstat(2), capfd.readouterr().err
     assert (before.st_dev, before.st_ino) == (after.st_dev, after.st_ino)
     assert shown == (
-        "[rtsp @ 0x1] rtsp://host/x?...: 401\nof Python, http://other/?page=2\r"
+        "[rtsp @ 0x1] rtsp://host/x?...: 401\nuser of Python, http://other/?page=2, rtsp://host/x\r"
         "[tcp @ 0x2] cannot resolve ..., ...\n\ufffdafter\n"
     )
 
