@@ -10,15 +10,20 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import IO, Any, cast
 
 from anchorline.runtime.backends.cpu_options import usable_cores
 from anchorline.runtime.io.errors import AnchorlineError, SettingsError, one_line
+from anchorline.runtime.io.files import is_alive, process_state
 
 LOCAL, AUTO = "local", "auto"
-_ADDRESS = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):(?P<port>\d{1,5})")
+_ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):\d{1,5}")
 _REACH_SECONDS = 5.0  # Ray itself tries for a minute
+_PULSE_SECONDS = 1.0  # between two looks at whether the cluster is there, and as long for each
+_LOST_SECONDS = 3.0  # without an answer; to end a cluster without a head takes Ray some seven more
 _OBJECT_STORE = 200 << 20  # bytes: what travels is small, and the default takes a third of the memory
 _CORES = 4  # of a worker: more of them gain little for a network on one frame
 _ERROR_LINE = re.compile(r"^\s*(\w+(?:\.\w+)*(?:Error|Exception): .+)$", re.MULTILINE)
@@ -59,7 +64,56 @@ def connected(address: str, cores: int | None = None) -> Iterator[Any]:
             yield ray
         finally:
             if not joined_before:
+                below = _below_raylet()
                 ray.shutdown()
+                for pid, begun in below:  # which are slow to notice, or do not without a head
+                    if is_alive(pid, begun):
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+
+
+class Pulse:
+    """Whether the head of the cluster that ``ray`` has joined answers, and Ray's process on this machine.
+
+    Ray says nothing where they do not: it waits a minute for a head and then ends the process that it runs
+    in, and it waits for ever for new workers where its own process here has died.
+    """
+
+    def __init__(self, ray: Any) -> None:
+        context = ray.get_runtime_context()
+        (here,) = (node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+        self._places = {
+            context.gcs_address: "its head",
+            f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}": "Ray's process on this machine",
+        }
+        self._silent_since: dict[str, float] = {}
+        self._looked = time.monotonic()
+
+    def check(self) -> None:
+        """Look at most once a second; raises ``ClusterError`` where one has not answered for some seconds."""
+        now = time.monotonic()
+        if now - self._looked < _PULSE_SECONDS:
+            return
+        self._looked = now
+        for place, name in self._places.items():
+            reason = _cannot_reach(place, _PULSE_SECONDS)
+            if reason is None:
+                self._silent_since.pop(place, None)
+            elif now - self._silent_since.setdefault(place, now) >= _LOST_SECONDS:
+                raise ClusterError(
+                    f"the cluster is lost: {name} ({place}) does not answer any more ({reason}); see to it "
+                    "and start again"
+                )
+
+
+def _cannot_reach(address: str, seconds: float) -> str | None:
+    """Why no connection to ``HOST:PORT`` can be made; None where one can."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
+    except (OSError, OverflowError) as error:
+        return str(error)
+    return None
 
 
 def share_out(nodes: Iterable[Mapping[str, Any]], provider: str, threads: int | None) -> tuple[int, int, int]:
@@ -102,15 +156,10 @@ def _import_ray(address: str) -> Any:
 
 
 def _join(ray: Any, address: str, cores: int) -> None:
-    if parts := _ADDRESS.fullmatch(address):
-        try:
-            place = (parts["host"].strip("[]"), int(parts["port"]))
-            socket.create_connection(place, timeout=_REACH_SECONDS).close()
-        except (OSError, OverflowError) as error:
-            raise ClusterError(
-                f"--ray {address}: nobody answers there ({error}); "
-                "give the address that ray start has printed"
-            ) from None
+    if _ADDRESS.fullmatch(address) and (reason := _cannot_reach(address, _REACH_SECONDS)):
+        raise ClusterError(
+            f"--ray {address}: nobody answers there ({reason}); give the address that ray start has printed"
+        )
     settings: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
         settings |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _OBJECT_STORE}
@@ -124,15 +173,33 @@ def _join(ray: Any, address: str, cores: int) -> None:
             ray.shutdown()  # a machine under load was too slow for the half minute that Ray grants
             ray.init(**settings)
     except ConnectionError as error:
-        text = "; start one with ray start --head, or take --ray local" if address == AUTO else ""
+        text = "start one with ray start --head, or take --ray local"
+        if address != AUTO:  # for an address that is given Ray does not look for its token by itself
+            text = "set RAY_AUTH_MODE=token where it was started with a token"
         raise ClusterError(
-            f"--ray {address}: no cluster is to be reached ({one_line(error)}){text}"
+            f"--ray {address}: no cluster is to be reached ({one_line(error)}); {text}"
         ) from None
     except Exception as error:  # Ray raises many kinds, RuntimeError for another version of itself
         raise ClusterError(f"--ray {address}: the cluster cannot be joined ({one_line(error)})") from error
     finally:
         if threading.current_thread() is threading.main_thread():  # Ray puts its own in the place of ours
             signal.signal(signal.SIGTERM, handler)
+
+
+def _below_raylet() -> list[tuple[int, str]]:
+    """The workers and agents of a cluster that this process has started: their ids, and when they began."""
+
+    def children(pid: int) -> list[int]:
+        found: list[int] = []
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += map(int, path.read_text(encoding="ascii").split())
+        return found
+
+    names = {pid: process_state(pid) for pid in children(os.getpid())}
+    raylets = [pid for pid, state in names.items() if state and state.name == "raylet"]
+    below = {pid: process_state(pid) for raylet in raylets for pid in children(raylet)}
+    return [(pid, state.begun) for pid, state in below.items() if state]
 
 
 class _WithoutRay:

@@ -18,25 +18,22 @@ class Outputs(contextlib.ExitStack):
     """The lines and annotated copies of ``files``, whose items are answered in any order.
 
     Lines that come before their turn wait in files beside the output, not in memory; ``jsonl`` is as for
-    ``JsonLines``, and None keeps no lines. Workers write copies into the hidden folder ``copies`` beside
-    the targets (None where there are none), and each gets its name, whole, when its item is answered.
+    ``JsonLines``, and None keeps no lines. Workers write copies into the folder ``copies``
+    (``copies_folder``), and each gets its name, whole, when its item is answered.
 
     Leaving it completes the lines with what there is (files without an answer are left out), or drops
     them after an error. Raises ``OutputError``.
     """
 
-    def __init__(self, files: Sequence[Item], jsonl: str | Path | None) -> None:
+    def __init__(self, files: Sequence[Item], jsonl: str | Path | None, copies: Path | None = None) -> None:
         super().__init__()
         self._targets = [file.target for file in files if file.target is not None]  # of all files, or of none
         self._taken = set(self._targets)
         self._next = 0
         self._waiting: dict[int, int] = {}  # complete before their turn: the first file to how many
         self._sink: JsonLines | None = None
-        self.copies: Path | None = None
+        self.copies = copies
         with contextlib.ExitStack() as undo:
-            if self._targets:
-                place = self._targets[0].parent.absolute()
-                self.copies = undo.enter_context(_folder_inside(place))
             if jsonl is not None:
                 self._sink = JsonLines(jsonl)
                 undo.callback(self._sink.abandon)  # of no effect on one that is closed
@@ -100,6 +97,17 @@ class Outputs(contextlib.ExitStack):
                 for line in file:
                     self._sink.write_line(line)
             discard(path)
+
+
+@contextlib.contextmanager
+def copies_folder(files: Sequence[Item]) -> Iterator[Path | None]:
+    """A hidden folder beside the targets of ``files`` for copies that are being written; None without any.
+
+    It has to outlive the workers: one that goes on for a moment would make it again.
+    """
+    targets = [file.target for file in files if file.target is not None]
+    with contextlib.ExitStack() as stack:
+        yield stack.enter_context(_folder_inside(targets[0].parent.absolute())) if targets else None
 
 
 @contextlib.contextmanager

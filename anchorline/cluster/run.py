@@ -22,8 +22,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anchorline import __version__
-from anchorline.cluster.connection import AUTO, ClusterError, check_address, connected, share_out, why_dead
-from anchorline.cluster.outputs import Outputs
+from anchorline.cluster.connection import (
+    AUTO,
+    ClusterError,
+    Pulse,
+    check_address,
+    connected,
+    share_out,
+    why_dead,
+)
+from anchorline.cluster.outputs import Outputs, copies_folder
 from anchorline.cluster.worker import DetectionWorker, Job, NotHere, Piece, WorkerState, WorkItem, model_files
 from anchorline.runtime.io.addresses import shown_address
 from anchorline.runtime.io.errors import AnchorlineError, DataError, SettingsError, check_count, one_line
@@ -146,8 +154,9 @@ def detect_on_cluster(
     for; ``options.threads`` are the cores of each. ``tries`` bounds how often an item (up to
     ``images_per_item`` images, or a video) is tried whose worker dies or says nothing for ``silence``
     seconds; files that are given up stand in the summary's ``failed``. ``progress`` is called a few times
-    a second. ``conclude`` gets the summary in any case: on Ctrl-C and SIGTERM the outputs hold the files
-    that were answered, and ``KeyboardInterrupt`` or ``SystemExit`` goes on. Raises ``SettingsError``,
+    a second. ``conclude`` gets the summary in any case: on Ctrl-C and SIGTERM, and where the cluster is
+    lost, the outputs hold the files that were answered, and ``KeyboardInterrupt``, ``SystemExit`` or
+    ``ClusterError`` goes on. Raises ``SettingsError``,
     ``DataError`` (also where no file could be read), ``ArtefactError``, ``OutputError`` and
     ``ClusterError``; what can be checked before is checked before a cluster is started.
     """
@@ -168,21 +177,26 @@ def detect_on_cluster(
     check_address(address)
     parts = model_files(model)
     ended: BaseException | None = None
-    with connected(address) as ray, signals_as_exit():
+    with copies_folder(files) as copies, connected(address) as ray, signals_as_exit():
         cpus, gpus, room = share_out(ray.nodes(), options.provider, options.threads)
         workers = workers or room
         actor = ray.remote(worker_type).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
         )
-        with Outputs(files, options.jsonl) as outputs:
+        with Outputs(files, options.jsonl, copies) as outputs:
             shared = options if gpus else replace(options, threads=cpus)
-            job = Job(__version__, os.getcwd(), parts, shared, outputs.copies)
+            job = Job(__version__, os.getcwd(), parts, shared, copies)
             items = make_items(files, workers, images_per_item)
-            run = _Run(ray, actor, job, items, outputs, workers, tries, silence, progress)
+            run = _Run(ray, actor, job, items, outputs, workers, tries, silence, Pulse(ray), progress)
             try:
                 run.work()
             except (KeyboardInterrupt, SystemExit) as interrupt:
                 ended = interrupt
+            except ClusterError as error:
+                if not run.answers:
+                    raise
+                answered = sum(len(each.item.paths) for each in run.answers)
+                ended = ClusterError(f"{error}; the outputs hold {answered} of {len(files)} files")
         summary = run.summary()
         if conclude is not None:
             conclude(summary)
@@ -279,6 +293,7 @@ class _Run:
     workers: int
     tries: int
     silence: float
+    pulse: Pulse
     progress: Callable[[Progress], object] | None
 
     def __post_init__(self) -> None:
@@ -398,6 +413,7 @@ class _Run:
         pieces = worker.actor.answer.options(**streamed).remote(item)
         yield pieces, self.silence
         while (call := next(pieces, None)) is not None:
+            yield call, self.silence  # it may have to come from another machine
             piece: Piece = self.ray.get(call)
             self.outputs.add(item, piece.lines)
             answer.frames += len(piece.times)
@@ -433,6 +449,7 @@ class _Run:
 
     def _look(self) -> None:
         """What has to be noticed although nobody says it; and the report."""
+        self.pulse.check()
         now = time.monotonic()
         for call, (steps, until) in list(self._waiting.items()):
             if now > until:
@@ -446,6 +463,11 @@ class _Run:
         if self.progress is not None and now - self._told >= _LOOK:
             self._told = now
             self.progress(self._state())
+
+    @property
+    def answers(self) -> list[_Answer]:
+        """In the order of the files."""
+        return [answer for _, answer in sorted(self._answers.items())]
 
     def _state(self) -> Progress:
         return Progress(
@@ -463,7 +485,7 @@ class _Run:
 
     def summary(self) -> ClusterSummary:
         """What the run amounted to."""
-        answers = [answer for _, answer in sorted(self._answers.items())]
+        answers = self.answers
         nodes: dict[str, dict[str, Any]] = {}
         for each in sorted(self._opened, key=lambda each: each.node):
             node = nodes.setdefault(each.node, {"workers": 0, "files": 0, "frames": 0})

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import pytest
@@ -17,6 +19,7 @@ from anchorline.cluster import Progress, detect_on_cluster
 from anchorline.cluster.worker import DetectionWorker
 from anchorline.runtime import DetectOptions, Detector, detect
 from anchorline.runtime.io.errors import DataError, SettingsError
+from anchorline.runtime.io.files import process_state
 
 pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -152,13 +155,40 @@ def test_workers_that_refuse(pictures, on_cluster, tmp_path):
 
 @pytest.fixture
 def command(model):
-    """``command(options...)``: the words of a run on a cluster of its own."""
+    """``command(options...)``: the words of a run on a cluster of its own, or the one at ``ray``."""
 
-    def words(*options):
+    def words(*options, ray="local"):
         base = [sys.executable, "-m", "anchorline", "detect", *map(str, options)]
-        return [*base, "--model", str(model), "--ray", "local", "--threads", "1"]
+        return [*base, "--model", str(model), "--ray", ray, "--threads", "1"]
 
     return words
+
+
+def below(pid: int) -> dict[int, str]:
+    """The programs of the processes that ``pid`` has started, and those have, and so on."""
+    found, looked_at = {}, [pid]
+    while looked_at:
+        for children in Path(f"/proc/{looked_at.pop()}/task").glob("*/children"):
+            with contextlib.suppress(OSError):  # it has ended
+                for each in map(int, children.read_text().split()):
+                    found[each] = Path(f"/proc/{each}/comm").read_text().strip()
+                    looked_at.append(each)
+    return found
+
+
+def running(processes: dict[int, str]) -> list[str]:
+    """Those of the ``processes`` that have not ended; who has not been waited for yet, has."""
+    states = {pid: process_state(pid) for pid in processes}
+    return [processes[pid] for pid, found in states.items() if found and found.state not in "ZX"]
+
+
+def until_answered(process, pictures, out) -> None:
+    """Wait until all pictures have their copies."""
+    until = time.monotonic() + 400.0
+    while not out.is_dir() or len([path for path in out.iterdir() if path.suffix == ".png"]) < len(pictures):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
@@ -182,13 +212,87 @@ def test_signals_leave_whole_outputs(number, code, command, pictures, local, wri
     process = subprocess.Popen(
         command(*pictures, clip, "--jsonl", lines, "--save", out), start_new_session=True
     )
-    until = time.monotonic() + 400.0
-    while not out.is_dir() or len([path for path in out.iterdir() if path.suffix == ".png"]) < len(pictures):
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    until_answered(process, pictures, out)
+    started = below(process.pid)
     process.send_signal(number)
     assert process.wait(400) == code
+    assert not running(started)
     assert lines.read_bytes() == expected
     assert sorted(os.listdir(out)) == sorted(path.name for path in pictures)
     assert sorted(os.listdir(tmp_path)) == ["in", "local.jsonl", "long.mp4", "out", "out.jsonl"]
+
+
+needs_linux = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="finds Ray's processes in Linux's /proc"
+)
+
+
+@needs_linux
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("killed", "named"), [("gcs_server", "its head"), ("raylet", "Ray's process on this machine")]
+)
+def test_a_local_cluster_that_is_lost_is_one_line_and_leaves_nothing_running(
+    killed, named, command, pictures, local, write_clip, tmp_path
+):
+    pytest.importorskip("ray", reason="needs Ray: pip install 'anchorline[ray]'")
+    expected, _ = local(pictures)
+    clip, out, lines = write_clip(tmp_path / "long.mp4", 50_000), tmp_path / "out", tmp_path / "out.jsonl"
+    process = subprocess.Popen(
+        command(*pictures, clip, "--jsonl", lines, "--save", out), stderr=subprocess.PIPE, text=True
+    )
+    until_answered(process, pictures, out)
+    started = below(process.pid)
+    (victim,) = (pid for pid, name in started.items() if name == killed)
+    os.kill(victim, signal.SIGKILL)
+    _, complaints = process.communicate(timeout=400)
+    assert process.returncode == 2, complaints
+    (line,) = (line for line in complaints.splitlines() if line.startswith("anchorline: "))
+    assert line.startswith(f"anchorline: the cluster is lost: {named} (127.0.0.1:"), complaints
+    assert line.endswith("; the outputs hold 8 of 9 files")
+    assert lines.read_bytes() == expected
+    assert sorted(os.listdir(tmp_path)) == ["in", "local.jsonl", "long.mp4", "out", "out.jsonl"]
+    assert len(started) >= 6
+    assert not running(started)
+
+
+@needs_linux
+@pytest.mark.slow
+def test_the_head_of_a_cluster_that_is_lost_is_one_line(command, pictures, local, write_clip, tmp_path):
+    pytest.importorskip("ray", reason="needs Ray: pip install 'anchorline[ray]'")
+    expected, _ = local(pictures)
+    clip, out, lines = write_clip(tmp_path / "long.mp4", 50_000), tmp_path / "out", tmp_path / "out.jsonl"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus", "2"]
+    start += ["--node-ip-address", "127.0.0.1", "--port", str(port), "--include-dashboard", "false"]
+    own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    environment = {**os.environ, **own, "RAY_AUTH_MODE": "disabled"}
+    with open(tmp_path / "head.log", "wb") as log:
+        head = subprocess.Popen(
+            [*start, "--object-store-memory", "200000000"], env=environment, stdout=log, stderr=log
+        )
+    started: dict[int, str] = {}
+    try:
+        until = time.monotonic() + 200.0
+        while "raylet" not in below(head.pid).values():
+            assert head.poll() is None, (tmp_path / "head.log").read_text()
+            assert time.monotonic() < until
+            time.sleep(0.5)
+        run = command(*pictures, clip, "--jsonl", lines, "--save", out, ray=f"127.0.0.1:{port}")
+        process = subprocess.Popen(run, env=environment, stderr=subprocess.PIPE, text=True)
+        until_answered(process, pictures, out)
+        started = below(head.pid)
+        (victim,) = (pid for pid, name in started.items() if name == "gcs_server")
+        os.kill(victim, signal.SIGKILL)
+        _, complaints = process.communicate(timeout=400)
+        assert process.returncode == 2, complaints
+        (line,) = (line for line in complaints.splitlines() if line.startswith("anchorline: "))
+        assert line.startswith(f"anchorline: the cluster is lost: its head (127.0.0.1:{port})"), complaints
+        assert lines.read_bytes() == expected
+        assert not below(process.pid)
+    finally:
+        for pid in (head.pid, *started):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        head.wait()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchorline.cluster.outputs import Outputs
+from anchorline.cluster.outputs import Outputs, copies_folder
 from anchorline.cluster.worker import WorkItem
 from anchorline.runtime.io.errors import OutputError
 from anchorline.runtime.video.source import Item
@@ -101,12 +101,12 @@ def test_copies_get_their_names_when_the_item_is_answered(tmp_path):
     names = ("a.mp4", "a-2.mp4", "b.mp4")
     files = [Item(tmp_path / "x.mp4", True, tmp_path / "out" / name) for name in names]
     items = [WorkItem(place, (f"{place}.mp4",), True) for place in range(3)]
-    with Outputs(files, None) as outputs:
-        assert outputs.copies is not None
+    with copies_folder(files) as copies, Outputs(files, None, copies) as outputs:
+        assert copies is not None
         for item, parts in ((items[0], ("0", "0-2")), (items[1], ("1",)), (items[2], ("2",))):
-            item.folder_in(outputs.copies).mkdir()
+            item.folder_in(copies).mkdir()
             for part in parts:
-                (item.folder_in(outputs.copies) / f"{part}.mp4").write_text(part)
+                (item.folder_in(copies) / f"{part}.mp4").write_text(part)
         outputs.answered(items[0])
         assert not (tmp_path / "out" / "a-2.mp4").exists()  # another file's place
         outputs.answered(items[2])
@@ -115,16 +115,17 @@ def test_copies_get_their_names_when_the_item_is_answered(tmp_path):
 
 
 def test_no_copies_leave_no_folder(tmp_path):
-    with Outputs([Item(tmp_path / "x.png", False, tmp_path / "out" / "x.png")], None):
+    with copies_folder([Item(tmp_path / "x.png", False, tmp_path / "out" / "x.png")]):
         assert (tmp_path / "out").is_dir()
     assert list(tmp_path.iterdir()) == []
-    with Outputs([Item(tmp_path / "x.png", False, None)], None) as none:
-        assert none.copies is None
+    with copies_folder([Item(tmp_path / "x.png", False, None)]) as none:
+        assert none is None
 
 
 def test_a_place_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="file: cannot be written"):
-        Outputs([Item(tmp_path / "x.png", False, tmp_path / "file" / "x.png")], None)
+    files = [Item(tmp_path / "x.png", False, tmp_path / "file" / "x.png")]
+    with pytest.raises(OutputError, match="file: cannot be written"), copies_folder(files):
+        pass
     with pytest.raises(OutputError, match="cannot be written"):
         Outputs([], tmp_path / "file" / "out.jsonl")

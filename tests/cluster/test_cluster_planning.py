@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -123,6 +125,40 @@ print(ray.util.get_node_ip_address())
 def test_nobody_answers():
     with pytest.raises(ClusterError, match=r"--ray 127\.0\.0\.1:9: nobody answers there"):
         connection._join(None, "127.0.0.1:9", 1)
+
+
+@pytest.mark.parametrize(("gone", "named"), [(0, "its head"), (1, "Ray's process on this machine")])
+def test_a_head_and_a_raylet_that_do_not_answer_any_more(monkeypatch, gone, named):
+    """Real connections; for what Ray does meanwhile see test_cluster_on_ray.py."""
+    listening = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    head, raylet = (each.getsockname()[1] for each in listening)
+    own = {"NodeID": "b", "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": raylet}
+    ray = SimpleNamespace(
+        get_runtime_context=lambda: SimpleNamespace(gcs_address=f"127.0.0.1:{head}", get_node_id=lambda: "b"),
+        nodes=lambda: [{**own, "NodeID": "a", "NodeManagerPort": 9}, own],
+    )
+    now = 0.0
+    monkeypatch.setattr(connection, "time", SimpleNamespace(monotonic=lambda: now))
+    pulse = connection.Pulse(ray)
+
+    def live(seconds: int) -> None:
+        nonlocal now
+        for _ in range(4 * seconds):
+            now += 0.25
+            pulse.check()
+
+    with contextlib.ExitStack() as stack:
+        for each in listening:
+            stack.enter_context(each)
+        live(20)
+        place = listening[gone].getsockname()
+        listening[gone].close()
+        live(2)
+        with socket.create_server(place):  # it was away for a moment
+            live(10)
+        live(2)
+        with pytest.raises(ClusterError, match=f"the cluster is lost: {named} .*{place[1]}.* refused"):
+            live(10)
 
 
 def test_what_ray_prints_stays_out_of_the_results(capsys):

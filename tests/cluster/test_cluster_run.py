@@ -58,7 +58,7 @@ class Call:
     def __next__(self) -> Any:
         if not self.gives:
             raise StopIteration
-        return SimpleNamespace(gives=[self.gives.pop(0)])
+        return Call([self.gives.pop(0)])
 
 
 class Ray:
@@ -85,6 +85,9 @@ class Ray:
 
     def nodes(self) -> list[dict[str, Any]]:
         return [{"Alive": True, "Resources": {"CPU": float(self.cores)}}]
+
+    def check(self) -> None:
+        """The cluster is there."""
 
     def remote(self, worker_type: type) -> Ray:
         actor = SimpleNamespace(remote=self._start)
@@ -151,6 +154,7 @@ def detected(model):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cluster_run, "check_address", lambda address: None)
             patch.setattr(cluster_run, "connected", connected)
+            patch.setattr(cluster_run, "Pulse", lambda ray: SimpleNamespace(check=ray.check))
             patch.setattr(cluster_run, "time", SimpleNamespace(monotonic=lambda: ray.now))
             summary = detect_on_cluster(paths, model, options, images_per_item=group, **settings)
         return summary, [Path(line) for line in out.read_text().splitlines()]
@@ -345,6 +349,32 @@ def test_an_interrupt_keeps_what_was_answered(run, many, tmp_path):
     (summary,) = told
     assert (summary.answered, summary.files, summary.failed) == (6, 20, ())
     assert not ray.alive
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("answered", [0, 6])
+def test_a_cluster_that_is_lost_keeps_what_was_answered(run, many, tmp_path, answered):
+    told, begun = [], []
+
+    class Lost(Ray):
+        def check(self) -> None:
+            if len(begun) > answered:
+                raise ClusterError("the cluster is lost")
+
+    def behave(worker: int, item: WorkItem) -> list[Any]:
+        begun.append(item)
+        return good(worker, item)
+
+    ray = Lost(behave)
+    kept = f"; the outputs hold {answered} of 20 files" if answered else ""
+    with pytest.raises(ClusterError, match=f"^the cluster is lost{kept}$"):
+        run(ray, 20, 1, 1, conclude=told.append)
+    assert not ray.alive
+    if not answered:
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert [Path(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == many[:answered]
+    assert [summary.answered for summary in told] == [answered]
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 

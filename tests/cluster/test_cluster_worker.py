@@ -14,7 +14,7 @@ import pytest
 from anchorline import __version__
 from anchorline.cluster import WorkerState
 from anchorline.cluster import worker as worker_module
-from anchorline.cluster.outputs import Outputs
+from anchorline.cluster.outputs import Outputs, copies_folder
 from anchorline.cluster.worker import DetectionWorker, Job, NotHere, WorkItem, find_model, model_files
 from anchorline.runtime import Detector, detect
 from anchorline.runtime.io.errors import ArtefactError, OutputError, SettingsError
@@ -189,8 +189,8 @@ def test_copies_wait_in_the_folder_for_them(opened, write_clip, write_picture, t
     files = [
         Item(path, path == clip, target) for path, target in zip([*pictures, clip], targets, strict=True)
     ]
-    with Outputs(files, None) as outputs:
-        worker = opened(copies=outputs.copies)
+    with copies_folder(files) as copies, Outputs(files, None, copies) as outputs:
+        worker = opened(copies=copies)
         for item in (item_of(*pictures), replace(item_of(clip, is_video=True), first=2)):
             whole_answer(worker, item)
             assert not any(target.exists() for target in targets[item.first :])

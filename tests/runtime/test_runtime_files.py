@@ -171,7 +171,7 @@ def test_the_process_itself_and_one_that_cannot_be_seen_are_alive(tmp_path, monk
         draft.write_text("x")
         files._tidied.clear()
         atomic_write_text(tmp_path / "b.txt", "x")
-        monkeypatch.setattr(files, "_state", lambda pid: None)  # /proc is hidden, as from other users
+        monkeypatch.setattr(files, "process_state", lambda pid: None)  # /proc is hidden, as from other users
         files._tidied.clear()
         with hidden_folder(tmp_path):
             assert draft.exists()

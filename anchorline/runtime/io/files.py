@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -113,8 +113,8 @@ def make_hidden_folder(place: Path, mode: int = 0o777) -> Path:
     place.mkdir(parents=True, exist_ok=True)
     _tidy(place)
     pid, kernel = os.getpid(), _kernel()
-    state = _state(pid) if kernel else None
-    owner = "0" if state is None else f"{kernel}-{pid}-{state[1]}"
+    process = process_state(pid) if kernel else None
+    owner = "0" if process is None else f"{kernel}-{pid}-{process.begun}"
     folder = place / f".anchorline-{owner}-{secrets.token_hex(4)}"
     folder.mkdir(mode)
     return folder
@@ -140,7 +140,7 @@ def _tidy(place: Path) -> None:
     with contextlib.suppress(OSError), os.scandir(place) as entries:
         for entry in itertools.islice(entries, _LOOKED_AT):
             made = _HIDDEN.fullmatch(entry.name)
-            if made and made["kernel"] == kernel and not _is_alive(int(made["pid"]), made["begun"]):
+            if made and made["kernel"] == kernel and not is_alive(int(made["pid"]), made["begun"]):
                 shutil.rmtree(entry.path, ignore_errors=True)
 
 
@@ -161,17 +161,26 @@ def _kernel() -> str:
     return hashlib.sha256(f"{platform.node()} {run} {container}".encode()).hexdigest()[:8]
 
 
-def _state(pid: int) -> tuple[str, str] | None:
-    """A process's state and when it began, as proc_pid_stat(5) has them; None where that is not shown."""
+class ProcessState(NamedTuple):
+    """What proc_pid_stat(5) has of a process: its program, R, S, Z and so on, and when it began."""
+
+    name: str
+    state: str
+    begun: str
+
+
+def process_state(pid: int) -> ProcessState | None:
+    """The state of a process; None where it is not shown, or there is none."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    state, begun = fields.split()[0], fields.split()[19]
-    return state, begun
+    name, _, rest = text.partition("(")[2].rpartition(")")
+    fields = rest.split()
+    return ProcessState(name, fields[0], fields[19])
 
 
-def _is_alive(pid: int, begun: str) -> bool:
+def is_alive(pid: int, begun: str) -> bool:
     """Whether the process runs that had this id and began then; yes where it cannot be known."""
     try:
         os.kill(pid, 0)
@@ -179,8 +188,8 @@ def _is_alive(pid: int, begun: str) -> bool:
         return False
     except OSError:
         return True  # another user's, which may be hidden in /proc
-    state = _state(pid)
-    return state is None or (state[1] == begun and state[0] not in "ZX")  # not dead, and the id not taken
+    process = process_state(pid)
+    return process is None or (process.begun == begun and process.state not in "ZX")  # else dead, or another
 
 
 def discard(path: Path) -> None:
