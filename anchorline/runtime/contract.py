@@ -37,7 +37,9 @@ NMS_CONVERGED = "nms_converged"
 # In ``Contract.source``: the canvas that an export was told to use instead of the checkpoint's.
 CANVAS_KEY = "canvas"
 
+# As many classes as are named: a head of them takes memory. Who has more says so.
 MOST_NAMES = 50_000
+NAMES_VARIABLE = "ANCHORLINE_MOST_CLASSES"
 LONGEST_NAME = 200  # characters
 # The largest canvas in pixels, beyond which a damaged number would take all memory; and who may raise it.
 LARGEST_CANVAS = 1 << 26
@@ -65,6 +67,7 @@ def check_names(
     ``MOST_NAMES``. Data, imports and options are held to this as well: a model can be saved when it is made.
     """
     seen: dict[str, None] = {}
+    most = most_names()
     for number, name in enumerate(names):
         text = name if isinstance(name, str) else ""
         if not text.strip() or len(text) > LONGEST_NAME or UNPRINTABLE.search(text):
@@ -75,9 +78,17 @@ def check_names(
         if text in seen:
             raise error(f"{where}: class name {shown(text)} stands twice; expected each once")
         seen[text] = None
-        if len(seen) > MOST_NAMES:
-            raise error(f"{where}: there are over {MOST_NAMES} class names; expected at most that many")
+        if len(seen) > most:
+            raise error(
+                f"{where}: there are over {most} class names; expected at most that many (the environment "
+                f"variable {NAMES_VARIABLE} sets another bound)"
+            )
     return tuple(seen)
+
+
+def most_names() -> int:
+    """How many classes a model may have; ``ArtefactError`` is for who sets it wrongly."""
+    return _bound(NAMES_VARIABLE, MOST_NAMES, "a number of classes")
 
 
 @dataclass(frozen=True)
@@ -174,7 +185,8 @@ class Contract:
     def __post_init__(self) -> None:
         check_fields(self, "contract ")
         check_names(self.names, "contract names")
-        pixels, largest = math.prod(self.canvas), _largest_canvas()
+        pixels = math.prod(self.canvas)
+        largest = _bound(CANVAS_VARIABLE, LARGEST_CANVAS, "a number of pixels")
         if pixels > largest:
             raise ArtefactError(
                 f"contract canvas is {shown(self.canvas)}, {pixels} pixels; expected at most {largest} (the "
@@ -241,12 +253,12 @@ class Contract:
             raise ArtefactError(f"{where}: damaged contract: {error}; export the model again") from None
 
 
-def _largest_canvas() -> int:
-    """In pixels; ``SettingsError`` is for who sets it wrongly."""
-    stated = os.environ.get(CANVAS_VARIABLE, "")
+def _bound(variable: str, usual: int, expected: str) -> int:
+    """What the environment variable says, or what is usual."""
+    stated = os.environ.get(variable, "")
     if stated and not (stated.isascii() and stated.isdecimal() and len(stated) < 16):
-        raise ArtefactError(f"{CANVAS_VARIABLE} is {shown(stated)}; expected a number of pixels")
-    return int(stated or LARGEST_CANVAS)
+        raise ArtefactError(f"{variable} is {shown(stated)}; expected {expected}")
+    return int(stated or usual)
 
 
 def _fits_json(value: object, room: int) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError, reason_of
 from anchorline.runtime.io.files import expect_regular
 from anchorline.train.model.settings import ModelSettings, check_fields, expect, settings_from
 
@@ -186,8 +186,10 @@ def load_preset(name: str, overrides: Sequence[str] = ()) -> Settings:
         )
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: not a TOML file ({error}); mend it or use a preset") from None
+    except (OSError, ValueError, RecursionError) as error:  # numbers of thousands of digits among them
+        raise SettingsError(
+            f"{path}: not a TOML file ({reason_of(error)}); mend it or use a preset"
+        ) from None
     for table, content in tables.items():
         expect(isinstance(content, dict), f"{path}: {table}", content, "a table [model] or [training]")
     training = tables.get("training", {})
@@ -217,7 +219,7 @@ def parse_override(text: str) -> tuple[str, str, Any]:
     expect(bool(equals) and table in _TABLES, "override", text, "table.field=value")
     try:
         return table, name, tomllib.loads(f"value = {literal}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return table, name, literal.strip()
 
 

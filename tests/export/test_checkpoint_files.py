@@ -8,6 +8,7 @@ import functools
 import io
 import os
 import pathlib
+import pickle
 import random
 import struct
 import subprocess
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from anchorline.export.importers.array_pickle import Refused
@@ -337,7 +338,8 @@ def checkpoints() -> list[bytes]:
     }
     old = io.BytesIO()
     torch.save(content, old, _use_new_zipfile_serialization=False)
-    return [saved(content), old.getvalue()]
+    arrays = pickle.dumps({"model": {name: tensor.numpy() for name, tensor in state(PLAIN).items()}})
+    return [saved(content), old.getvalue(), arrays, save(state(PLAIN))]
 
 
 def mutated(content: bytes, draw: random.Random) -> bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pickle
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -593,6 +595,29 @@ def test_lazy_configurations_are_refused_and_other_programs_files_left_alone(
         detectron2.configuration_of(source)
     with pytest.raises(ArtefactError, match="no such file"):
         detectron2.configuration_of(dataclasses.replace(source, config=tmp_path / "absent.yaml"))
+
+
+def test_a_damaged_configuration_is_read_or_refused(configured: Callable[..., Architecture]) -> None:
+    """Whatever is wrong in its text, no other exception comes out."""
+    draw = random.Random(5)
+    odd = (
+        "9" * 400,
+        "!!timestamp ",
+        "!!python/object/apply:os.system ",
+        "*id001",
+        "<<: ",
+        "? ",
+        "!!float ",
+        "0b2",
+    )
+    for _ in range(200):
+        text = CONFIG
+        for _ in range(draw.randint(1, 4)):
+            at = draw.randrange(len(text))
+            cut = draw.choice((0, 1, 20))
+            text = text[:at] + draw.choice((*odd, *"0123.-:,[]{}&*!'#|>%@`\n ")) + text[at + cut :]
+        with contextlib.suppress(AnchorlineError):
+            configured(text)
 
 
 def test_a_configuration_that_is_given_and_one_beside_the_checkpoint(

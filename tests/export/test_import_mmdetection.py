@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import random
 import sys
 import types
 from collections import OrderedDict
@@ -522,6 +524,19 @@ def test_a_configuration_of_another_model_is_told_by_the_tensors(
     with pytest.raises(ArtefactError) as caught:
         mmdetection.LIBRARY.describe(source, state, "mmdet_r50_fpn")
     assert part in str(caught.value)
+
+
+def test_a_damaged_configuration_is_read_or_refused() -> None:
+    draw = random.Random(5)
+    for _ in range(300):
+        text = draw.choice((VERSION_2, VERSION_3))
+        for _ in range(draw.randint(1, 4)):
+            at, cut = draw.randrange(len(text)), draw.choice((0, 1, 20))
+            odd = ("9" * 400, "dict(**", "lambda: ", "None", "[[", "x", *"0123.-:,()[]{}*'=\n ")
+            text = text[:at] + draw.choice(odd) + text[at + cut :]
+        source = CheckpointFile("model.pth", {}, "", {"cfg": text})
+        with contextlib.suppress(AnchorlineError):
+            mmdetection.LIBRARY.describe(source, {}, "mmdet_r50_fpn")
 
 
 def test_a_teachers_configuration_is_that_of_its_detector() -> None:

@@ -28,7 +28,7 @@ from anchorline.export.importers.conversion import import_checkpoint
 from anchorline.export.importers.library import coco_90
 from anchorline.export.importers.torchvision import ARCHITECTURES, TorchvisionDetector
 from anchorline.export.onnx_export import export_onnx, trimmed_canvas
-from anchorline.runtime.contract import ResizeRule
+from anchorline.runtime.contract import NAMES_VARIABLE, ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import AnchorlineError, ParityError
@@ -593,6 +593,7 @@ def test_weights_by_name_know_their_architecture(
         ("", "expected class names"),
         ("[1, 2, 3]", "expected class names"),
         ('["a", "b"', "cannot be read as class names"),
+        ("[" * 100_000, "cannot be read as class names"),
     ],
 )
 def test_class_names_have_to_fit(
@@ -604,6 +605,20 @@ def test_class_names_have_to_fit(
         names.write_text(content, encoding="utf-8")
     out = tmp_path / "out.safetensors"
     assert part in refusal(path, out, classes=None if content is None else names)
+
+
+def test_more_classes_than_are_usual_are_asked_about(
+    state: dict[str, Tensor], classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "checkpoint.pth", tmp_path / "out.safetensors"
+    torch.save(state, path)
+    monkeypatch.setenv(NAMES_VARIABLE, "2")
+    text = refusal(path, out, classes=classes)
+    assert "has 3 classes; expected at most 2 (the environment variable ANCHORLINE_MOST_CLASSES sets" in text
+    monkeypatch.setenv(NAMES_VARIABLE, "3")
+    assert (
+        import_checkpoint(path, out, arch=SMALLEST, classes=classes, verify=False).contract.names[2] == "bird"
+    )
 
 
 def test_settings_that_cannot_be_are_refused(state: dict[str, Tensor], classes: Path, tmp_path: Path) -> None:

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from anchorline.runtime.contract import CANVAS_VARIABLE, LONGEST_NAME, MOST_NAMES, Contract, check_names
+from anchorline.runtime.contract import (
+    CANVAS_VARIABLE,
+    LONGEST_NAME,
+    MOST_NAMES,
+    NAMES_VARIABLE,
+    Contract,
+    check_names,
+)
 from anchorline.runtime.io.errors import ArtefactError, DataError, printable
 
 # Half a UTF-16 pair, an escape sequence, a line end, a change of direction, a zero byte.
@@ -28,6 +35,22 @@ def test_names_stand_once_and_have_a_bound() -> None:
         check_names(["cat", "dog", "cat"], "model")
     with pytest.raises(ArtefactError, match=f"over {MOST_NAMES} class names"):
         check_names(map(str, range(MOST_NAMES + 1)), "model")
+
+
+def test_who_has_more_classes_raises_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = tuple(map(str, range(MOST_NAMES + 1)))
+    monkeypatch.setenv(NAMES_VARIABLE, str(MOST_NAMES + 1))
+    assert check_names(names, "model") == names
+    monkeypatch.setenv(NAMES_VARIABLE, "2")
+    with pytest.raises(
+        ArtefactError, match=r"over 2 class names; .* variable ANCHORLINE_MOST_CLASSES sets anoth"
+    ):
+        check_names(names[:3], "model")
+    monkeypatch.setenv(NAMES_VARIABLE, "many")
+    with pytest.raises(
+        ArtefactError, match="ANCHORLINE_MOST_CLASSES is 'many'; expected a number of classes"
+    ):
+        check_names(names[:3], "model")
 
 
 def test_names_of_every_script_are_taken() -> None:

@@ -7,6 +7,7 @@ dictionaries of texts, numbers, booleans and lists.
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class Configuration:
 
     def refuse(self, path: str, value: object, expected: str) -> ArtefactError:
         """The error that ``path`` has a ``value`` for which there is no form here."""
-        return ArtefactError(f"{self.name}: {path} is {_shown(value)}; can be imported with {expected}")
+        return ArtefactError(f"{self.name}: {path} is {_shown(value)}; can be imported {expected}")
 
     def check(self, allowed: Mapping[str, tuple[object, ...]]) -> None:
         """Raise ``ArtefactError`` for the first of these paths that has another value than is ``allowed``."""
@@ -68,7 +69,9 @@ class Configuration:
             # Types may stand with their module.
             plain = found.rpartition(".")[2] if isinstance(found, str) and found not in choices else found
             if found is not None and plain not in choices:
-                raise self.refuse(path, found, " or ".join(map(_shown, choices)) or "nothing there")
+                raise self.refuse(
+                    path, found, f"with {' or '.join(map(_shown, choices))}" if choices else "without it"
+                )
 
     def agree(self, path: str, what: str, held: int | None, said: int | None = None) -> None:
         """Raise ``ArtefactError`` where the checkpoint has ``held`` and ``path`` says another number."""
@@ -90,7 +93,7 @@ class Configuration:
             try:
                 settings[name] = field.read(value)
             except Unfit as error:
-                raise self.refuse(path, value, str(error)) from None
+                raise self.refuse(path, value, f"with {error}") from None
         return settings
 
 
@@ -123,7 +126,7 @@ def from_yaml(text: str, name: str) -> dict[str, Any]:
     Loader.add_multi_constructor("tag:yaml.org,2002:python/", built)
     try:
         found = plain(yaml.load(text, Loader=Loader))  # a safe loader, with tuples
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+    except Exception as error:  # of odd tags PyYAML raises nearly anything
         raise ArtefactError(f"{name}: cannot be read as YAML ({reason_of(error)})") from None
     return found if isinstance(found, dict) else {}
 
@@ -137,7 +140,10 @@ def from_python(text: str) -> dict[str, Any]:
     if len(text) > LONGEST:
         return values
     try:
-        for statement in ast.parse(text).body:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of literals that are odd
+            statements = ast.parse(text).body
+        for statement in statements:
             match statement:
                 case ast.Assign(targets=[ast.Name(id=name)], value=value):
                     values[name] = _value(value, values)

@@ -31,7 +31,7 @@ from anchorline.export.importers.library import (
 )
 from anchorline.export.onnx_export import trimmed_canvas
 from anchorline.runtime.canvas import padded
-from anchorline.runtime.contract import Contract, ResizeRule
+from anchorline.runtime.contract import NAMES_VARIABLE, Contract, ResizeRule, most_names
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
 from anchorline.runtime.io.files import atomic_path
 from anchorline.train.checkpoint import contract_of, load_checkpoint, save_checkpoint
@@ -122,7 +122,12 @@ def import_checkpoint(
             )
         canvas = padded((shorter, longer))
     settings = dataclasses.replace(settings, canvas=canvas)
-    outputs = output_count(library, state, settings)
+    outputs, most = output_count(library, state, settings), most_names()
+    if outputs - 1 > most:
+        raise ArtefactError(
+            f"{source.name}: has {outputs - 1} classes; expected at most {most} (the environment variable "
+            f"{NAMES_VARIABLE} sets another bound)"
+        )
     try:
         fitted = fit_state(library, state, settings, outputs - 1)
     except Misfit as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -212,7 +213,9 @@ def _decoded(value: Any) -> Any:
     if isinstance(value, list):
         return list(map(_decoded, value))
     if isinstance(value, str):
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        odd = (ValueError, SyntaxError, RecursionError, MemoryError, TypeError)
+        with contextlib.suppress(*odd), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return plain(ast.literal_eval(value))
     return value
 
@@ -253,7 +256,7 @@ def describe(source: CheckpointFile, state: State, arch: str) -> Architecture:
     sides = configuration.settings(_RESIZE)
     if not all(side >= 1 for side in sides.values()):
         raise configuration.refuse(
-            "INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST", sides, "sides of at least 1 pixel"
+            "INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST", sides, "with sides of at least 1 pixel"
         )
     known = frozenset(said) | ({"resize"} if len(sides) == 2 else set())
     resize = dataclasses.replace(resize, **sides)

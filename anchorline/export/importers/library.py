@@ -17,8 +17,9 @@ from torch import Tensor
 from anchorline.data.dataset import list_names
 from anchorline.export.importers.checkpoint_files import CheckpointFile
 from anchorline.runtime.contract import ResizeRule
-from anchorline.runtime.io.errors import ArtefactError, SettingsError
+from anchorline.runtime.io.errors import ArtefactError, SettingsError, reason_of, shown
 from anchorline.runtime.io.files import expect_regular
+from anchorline.runtime.io.schema import LARGEST_TEXT
 from anchorline.train.checkpoint import expected_shapes
 from anchorline.train.model.backbones import BACKBONES
 from anchorline.train.model.settings import ModelSettings, settings_from
@@ -337,7 +338,7 @@ def choose_class_names(
     if given is not None:
         names = given if isinstance(given, tuple) else _read(given)
         if not are_class_names(names):
-            raise SettingsError(f"classes are {', '.join(names)!r}; expected class names, each once")
+            raise SettingsError(f"classes are {shown(', '.join(names))}; expected class names, each once")
         return ClassNames(_fitting(names, outputs, "--classes" if given is names else str(given), where))
     if in_checkpoint is not None:
         names = _fitting(in_checkpoint, outputs, f"{where}: its description", "the model")
@@ -366,15 +367,17 @@ def _read(path: Path) -> tuple[str, ...]:
     """The names in ``path``: a JSON list, or one a line."""
     expect_regular(path, SettingsError)
     try:
+        if path.stat().st_size > LARGEST_TEXT:
+            raise ValueError(f"more than {LARGEST_TEXT} bytes")
         text = path.read_text(encoding="utf-8-sig").strip()
         found = json.loads(text) if text.startswith("[") else [line.strip() for line in text.splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(
-            f"{path}: cannot be read as class names ({error}); expected one name a line, or a JSON list"
+            f"{path}: cannot be read as class names ({reason_of(error)}); expected one a line or a JSON list"
         ) from None
     names = [name for name in found if name != ""]
     if not are_class_names(names):
-        raise SettingsError(f"{path}: expected class names, each once; got {str(found)[:80]}")
+        raise SettingsError(f"{path}: expected class names, each once; got {shown(found)}")
     return tuple(names)
 
 

@@ -277,7 +277,7 @@ def _sides(configuration: Configuration, steps: Mapping[str, dict[str, Any]]) ->
     for name, allowed in (("size_divisor", 32), ("size", None), ("pad_to_square", False)):
         if pad.get(name) not in (None, allowed):
             raise configuration.refuse(
-                f"{name} of the pipeline's Pad", pad[name], "a size_divisor of 32 alone"
+                f"{name} of the pipeline's Pad", pad[name], "with a size_divisor of 32 alone"
             )
     resize = steps.get("Resize")
     if resize is None:
@@ -289,7 +289,7 @@ def _sides(configuration: Configuration, steps: Mapping[str, dict[str, Any]]) ->
         ("backend", "cv2", "cv2"),
     ):
         if (found := resize.get(name, default)) != usual:
-            raise configuration.refuse(f"{name} of the pipeline's Resize", found, repr(usual))
+            raise configuration.refuse(f"{name} of the pipeline's Resize", found, f"with {usual!r}")
     scale = resize.get("scale", resize.get("img_scale"))
     if isinstance(scale, list) and len(scale) == 1:
         scale = scale[0]
