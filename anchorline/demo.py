@@ -71,6 +71,7 @@ class DemoReport:
     def render(self) -> Table:
         """One table: each step, what it gave, how long it took."""
         from rich.table import Table
+        from rich.text import Text
 
         accuracy = self.accuracy
         verified = self.export.verification.describe() if self.export.verification else "not verified"
@@ -82,7 +83,7 @@ class DemoReport:
             "evaluate": f"mAP50 {accuracy.map50:.3f}, VOC07 {accuracy.voc07:.3f}, COCO {accuracy.map:.3f}",
             "pictures": "loss curve, precision-recall curves, contact sheet",
         }
-        table = Table(title="Anchorline demo", caption=f"everything is in {self.folder}/")
+        table = Table(title="Anchorline demo", caption=Text(f"everything is in {self.folder}/"))
         for column in ("step", "result", "file"):
             table.add_column(column)
         table.add_column("seconds", justify="right")

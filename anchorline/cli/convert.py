@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from anchorline.cli.options import ImagesOption, JsonOption, size, spelled_out
-from anchorline.console import progress_bar, show_report, warn
+from anchorline.console import progress_bar, say, show_report, warn
 from anchorline.engine.options import BuildOptions
 from anchorline.runtime.io.errors import SettingsError
 
@@ -104,7 +103,7 @@ def import_(
         warn=warn,
     )
     height, width = result.contract.canvas
-    print(
+    say(
         f"{result.path}: {result.contract.source['arch']}, {len(result.contract.names)} classes, "
         f"canvas {height}x{width}, batch-norm eps {result.settings.backbone_norm_eps:g}, "
         f"{result.verification}"
@@ -141,7 +140,7 @@ def export(
     warn(result.notes)
     verdict = "not verified" if result.verification is None else result.verification.describe()
     height, width = result.contract.canvas
-    print(f"{result.path}: {result.contract.task}, canvas {height}x{width}, {verdict}")
+    say(f"{result.path}: {result.contract.task}, canvas {height}x{width}, {verdict}")
 
 
 def quantize(
@@ -183,7 +182,7 @@ def quantize(
             warn=warn,
         )
     show_report(result, json)
-    print(f"{result.path}: {result.describe()}")
+    say(f"{result.path}: {result.describe()}")
 
 
 @spelled_out
@@ -218,5 +217,5 @@ def build(
             warn=warn,
         )
     for line in result.notes:
-        print(line, file=sys.stderr)
-    print(f"{result.path}: {result.describe()}")
+        say(line, to_stderr=True)
+    say(f"{result.path}: {result.describe()}")

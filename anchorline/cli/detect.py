@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anchorline.cli.options import JsonOption, picture_file, spelled_out
-from anchorline.console import progress_bar, show_report, warn
+from anchorline.console import progress_bar, say, show_report, warn
 from anchorline.runtime.io.errors import DataError, SettingsError
 from anchorline.runtime.video.options import DetectOptions
 
@@ -114,7 +114,7 @@ def detect(
             live = stack.enter_context(LiveView(serve, token=serve_token, names=serve_name or ()))
             warn(live.warnings)
             shown = live.url if serve_token is None else f"{live.url}?token=... (with the token)"
-            print(f"anchorline: live view at {shown}", file=sys.stderr)
+            say(f"anchorline: live view at {shown}", to_stderr=True)
         detector = stack.enter_context(options.open_detector(model, tuning))
         progress = sys.stderr.isatty()
         detect_sources(sources, detector, options, progress=progress, live=live, conclude=conclude)
@@ -145,6 +145,6 @@ def _detect_on_ray(
         for summary in summaries:
             conclude(summary)
             for line in summary.failed:
-                print(f"anchorline: failed: {line}", file=sys.stderr)
+                say(f"anchorline: failed: {line}", to_stderr=True)
     if any(summary.failed for summary in summaries):
         raise typer.Exit(1)

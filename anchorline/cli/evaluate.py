@@ -15,7 +15,7 @@ from anchorline.cli.options import (
     ProviderOption,
     tell_dropped,
 )
-from anchorline.console import progress_bar, show_report
+from anchorline.console import progress_bar, say, show_report
 
 
 def evaluate(
@@ -87,4 +87,4 @@ def proposals(
         boxes = store_proposals(
             data, out, model=model, method=method, count=count, provider=provider, progress=progress
         )
-    print(f"{out}: {boxes} proposals")
+    say(f"{out}: {boxes} proposals")

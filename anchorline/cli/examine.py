@@ -15,7 +15,7 @@ from anchorline.cli.options import (
     ProviderOption,
     picture_file,
 )
-from anchorline.console import progress_bar, show_report
+from anchorline.console import progress_bar, show, show_report
 
 
 def verify(
@@ -81,8 +81,6 @@ def bench(
     json: JsonOption = None,
 ) -> None:
     """Measure how fast models run here: percentiles of each stage, throughput, peak memory."""
-    from rich.console import Console
-
     from anchorline.bench.bench import bench as measure
 
     with progress_bar("measuring") as progress:
@@ -100,7 +98,7 @@ def bench(
             plot=picture_file(pictures, "bench.png"),
             progress=progress,
         )
-    Console().print(report.render())
+    show(report.render())
 
 
 def doctor(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from anchorline.console import say
 from anchorline.runtime.io.errors import SettingsError
 from anchorline.runtime.video.options import CpuPrecision, DetectOptions, Provider, option_fields
 
@@ -134,7 +134,7 @@ def respelled(arguments: Sequence[str]) -> list[str]:
         if new == "--data" and not value.startswith(("voc:", "coco:", "yolo:", "synthetic:")):
             new = "--images"
         if new is not None:
-            print(f"anchorline: {verb} {option} is now spelled {new}", file=sys.stderr)
+            say(f"anchorline: {verb} {option} is now spelled {new}", to_stderr=True)
         found.append(argument if new is None else new + argument.removeprefix(option))
     return found
 
@@ -155,4 +155,4 @@ def tell_dropped(dataset: Dataset | None) -> None:
         else None,
     ]
     for line in filter(None, told):
-        print(f"{dataset.spec}: {line}", file=sys.stderr)
+        say(f"{dataset.spec}: {line}", to_stderr=True)

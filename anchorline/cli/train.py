@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from anchorline.cli.options import DataOption, JsonOption, tell_dropped
-from anchorline.console import USER_ERROR, show_report
+from anchorline.console import USER_ERROR, say, show_report
 
 
 def train(
@@ -88,7 +88,7 @@ def train(
             if result.recall is not None:
                 reached = f", recall {result.recall:.3f} at IoU 0.5 on the validation data"
             if is_main():
-                print(f"{result.checkpoint}: {result.steps} steps{reached}")
+                say(f"{result.checkpoint}: {result.steps} steps{reached}")
             if result.interrupted:
                 raise KeyboardInterrupt
     except OtherProcessError:  # whose own line says why

@@ -116,6 +116,7 @@ class ClusterSummary:
     def render(self) -> Table:
         """The closing tables, one below the other, for ``rich``'s console."""
         from rich.table import Table
+        from rich.text import Text
 
         nodes = Table(
             caption=f"{self.answered} of {self.files} files answered, {len(self.failed)} failed, "
@@ -126,7 +127,7 @@ class ClusterSummary:
         for column in columns:
             nodes.add_column(column, justify="right", no_wrap=True)
         for name, figures in self.nodes.items():
-            nodes.add_row(name, *(str(figures[column]) for column in columns))
+            nodes.add_row(Text(name), *(str(figures[column]) for column in columns))
         tables = Table.grid(padding=(0, 0))
         tables.add_row(self.detect.render())
         tables.add_row(nodes)

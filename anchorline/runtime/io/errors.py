@@ -102,9 +102,9 @@ def shown(value: object) -> str:
 def reason_of(error: BaseException, longest: int = 120) -> str:
     """What a foreign ``error`` says first, for a line of ours; the name of its kind where it says nothing."""
     lines = str(error).strip().splitlines()
-    return lines[0][:longest] if lines else type(error).__name__
+    return printable(lines[0])[:longest] if lines else type(error).__name__
 
 
 def one_line(error: BaseException | str) -> str:
-    """An error's text without line ends, for the reason inside a message."""
-    return " ".join(str(error).split())
+    """An error's text without line ends, for the reason inside a message; it may quote what a file holds."""
+    return printable(" ".join(str(error).split()))

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from anchorline.runtime.io.errors import DataError
+from anchorline.runtime.io.errors import DataError, printable
 from anchorline.runtime.timing import PERCENTILES, Durations, StageTimes
 
 if TYPE_CHECKING:
@@ -282,6 +282,7 @@ def stage_table(stages: Mapping[str, Mapping[str, float]], total: str, **options
 def source_table(sources: Mapping[str, Mapping[str, Any]], states: Mapping[str, str] | None = None) -> Table:
     """The snapshots of sources as a table for ``rich``, with the state of each where it goes on."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table()
     table.add_column("source", overflow="fold")
@@ -293,7 +294,7 @@ def source_table(sources: Mapping[str, Mapping[str, Any]], states: Mapping[str, 
         rates = [f"{each[rate]:.1f}" for rate in ("fps_in", "fps_out")]
         counts = [str(each[count]) for count in ("dropped", "reconnects")]
         state = [states[name]] if states else []
-        table.add_row(name, *state, str(each["frames"]), *rates, *counts, *ages)
+        table.add_row(Text(printable(name)), *state, str(each["frames"]), *rates, *counts, *ages)
     return table
 
 
