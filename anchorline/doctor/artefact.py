@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import mmap
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from anchorline.doctor.conflicts import Finding
-from anchorline.runtime.contract import CONTRACT_KEY, Contract
-from anchorline.runtime.io.errors import ArtefactError
-from anchorline.runtime.io.files import expect_regular, input_errors, sha256_of
-from anchorline.runtime.io.protobuf import fields
+from anchorline.runtime.contract import Contract
+from anchorline.runtime.io.errors import ArtefactError, printable
+from anchorline.runtime.io.files import expect_regular, sha256_of
+from anchorline.runtime.model_file import read_onnx, read_safetensors
 from anchorline.runtime.tensorrt.library import FLAVOURS
-from anchorline.runtime.tensorrt.manifest import EngineManifest, read_manifest
+from anchorline.runtime.tensorrt.manifest import EngineManifest, name_and_sha256, read_manifest
 
-_LARGEST_HEADER = 100_000_000  # bytes; safetensors' own bound
-_LONGEST_LIST = 12  # class names that are shown
-# Field numbers of ModelProto.
-_PRODUCER, _GRAPH, _OPSET_IMPORT, _METADATA = 2, 7, 8, 14
+_LONGEST_LIST = 12  # class names, or notes on the origin, that are shown
+_LONGEST_TEXT = 200  # characters of such a note
+_NO_DIGEST = "none: nothing tells whether it is as it was written; an export by this version has one"
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,8 @@ class Artefact:
         names = contract.names[:_LONGEST_LIST]
         more = f", ... ({len(contract.names)} in all)" if len(contract.names) > len(names) else ""
         # Where the model came from, without the long list of its settings.
-        origin = {key.replace("_", " "): v for key, v in contract.source.items() if isinstance(v, str)}
+        texts = [(key, text) for key, text in contract.source.items() if isinstance(text, str)]
+        origin = {_note(key.replace("_", " ")): _note(text) for key, text in texts[:_LONGEST_LIST]}
         return {
             "file": f"{self.path}, {self.path.stat().st_size / 1e6:.1f} MB",
             **self.details,
@@ -81,83 +79,14 @@ def read_artefact(path: Path) -> Artefact:
             "built from": name_and_sha256(manifest.raw.get("onnx"))[0] or "not stated",
         }
         return Artefact(path, "engine", manifest.contract, details, manifest)
-    metadata: Mapping[str, Any]
-    with input_errors(path):
-        if suffix == ".onnx":
-            producer, opset, metadata = read_onnx_header(path)
-            kind = f"ONNX graph, opset {opset}" + (f", written by {producer}" if producer else "")
-        else:
-            metadata, kind = _safetensors_metadata(path), "checkpoint of PyTorch weights (safetensors)"
-    text = metadata.get(CONTRACT_KEY)
-    if not isinstance(text, str):
-        raise ArtefactError(
-            f"{path}: has no anchorline contract, so nothing says what it expects; "
-            "only files written by anchorline train, import, export or build have one"
-        )
-    contract = Contract.from_json(text, str(path))
-    return Artefact(path, "onnx" if suffix == ".onnx" else "checkpoint", contract, {"kind": kind})
+    model = read_onnx(path) if suffix == ".onnx" else read_safetensors(path)
+    model.check()
+    details = {"kind": model.kind, "digest": "as it was written" if model.digest else _NO_DIGEST}
+    return Artefact(path, "onnx" if suffix == ".onnx" else "checkpoint", model.contract, details)
 
 
-def name_and_sha256(entry: Any) -> tuple[str, str]:
-    """What a manifest or record says of a file; empty where it is not stated."""
-    match entry:
-        case {"name": str(name), "sha256": str(sha256)}:
-            return name, sha256
-    return "", ""
-
-
-def _safetensors_metadata(path: Path) -> Mapping[str, Any]:
-    """The header's ``__metadata__``: eight bytes of length, then JSON (safetensors' format)."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            whole = file.read(length) if 0 < length <= _LARGEST_HEADER else b""
-        header = json.loads(whole if len(whole) == length else b"")
-        metadata = header.pop("__metadata__", {})
-        end = max((each["data_offsets"][1] for each in header.values()), default=0)
-        missing = 8 + length + end - path.stat().st_size
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        raise ArtefactError(
-            f"{path}: not a readable safetensors file; it may be cut short, copy it again"
-        ) from None
-    if missing > 0:
-        raise ArtefactError(f"{path}: {missing} bytes are missing at its end; copy it again")
-    return metadata if isinstance(metadata, dict) else {}
-
-
-def read_onnx_header(path: Path) -> tuple[str, int, dict[str, str]]:
-    """The producer, the opset of ONNX's own domain, and the ``metadata_props`` of an ONNX file.
-
-    Without onnx, and without the graph: only the outermost level of ``ModelProto`` (onnx.proto3) is walked,
-    which takes milliseconds at any size. Raises ``ArtefactError`` for a file that is none, empty or cut off.
-    """
-    producer, opset, metadata, has_graph = "", 0, {}, False
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            for number, place in fields(content, "ONNX"):
-                has_graph |= number == _GRAPH
-                if number == _PRODUCER:
-                    producer = _text(content, place)
-                elif number in (_OPSET_IMPORT, _METADATA) and isinstance(place, slice):
-                    # OperatorSetIdProto is a domain and a version, StringStringEntryProto a key and a value.
-                    inner = dict(fields(content, "ONNX", place.start, place.stop))
-                    first, second = inner.get(1, 0), inner.get(2, 0)
-                    if number == _METADATA:
-                        metadata[_text(content, first)] = _text(content, second)
-                    elif _text(content, first) in ("", "ai.onnx") and isinstance(second, int):
-                        opset = second
-        if not has_graph or not opset:
-            raise ValueError("it has no graph")
-    except ValueError as error:
-        reason = "it is empty" if path.stat().st_size == 0 else error
-        raise ArtefactError(
-            f"{path}: not an ONNX file, or one that was cut off ({reason}); export or copy it again"
-        ) from None
-    return producer, opset, metadata
-
-
-def _text(content: mmap.mmap, place: int | slice) -> str:
-    return content[place].decode("utf-8", "replace") if isinstance(place, slice) else ""
+def _note(text: str) -> str:
+    return printable(text)[:_LONGEST_TEXT]
 
 
 @dataclass(frozen=True)
@@ -195,9 +124,10 @@ def read_verification(artefact: Path) -> Verification:
     reason, passed, date = (record.get(key) for key in ("not_executed", "passed", "date"))
     if not own or (reason is None and not isinstance(passed, bool)):
         return Verification("damaged", f"{sidecar.name} is damaged: it names no artefact or no verdict")
-    date = date if isinstance(date, str) else "an unknown date"
+    date = _note(date) if isinstance(date, str) else "an unknown date"
+    reason = _note(reason) if isinstance(reason, str) else reason and "of a reason that cannot be read"
     state: Literal["verified", "failed", "not executed", "stale"] = "stale"
-    beside = artefact.parent / Path(reference).name
+    beside = artefact.parent / reference
     if own_digest != sha256_of(artefact):
         text = f"not verified: it has changed since {date}"
     elif beside.is_file() and sha256_of(beside) != digest:

@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from anchorline.doctor.artefact import Artefact, name_and_sha256
+from anchorline.doctor.artefact import Artefact
 from anchorline.doctor.conflicts import Finding, tensorrt_packages
 from anchorline.doctor.machine import Machine, numbers
 from anchorline.runtime.backends.cpu_options import CpuOptions, adds_in_16_bits, has_native_bf16
@@ -16,7 +16,13 @@ from anchorline.runtime.io.errors import AnchorlineError, ArtefactError
 from anchorline.runtime.io.files import sha256_of
 from anchorline.runtime.tensorrt.cuda import GpuOptions
 from anchorline.runtime.tensorrt.library import FLAVOURS
-from anchorline.runtime.tensorrt.manifest import CannotRunHereError, EngineManifest, check_fit, onnx_of
+from anchorline.runtime.tensorrt.manifest import (
+    CannotRunHereError,
+    EngineManifest,
+    check_fit,
+    name_and_sha256,
+    onnx_of,
+)
 
 _TENSORRT_PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
 

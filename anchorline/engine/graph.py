@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.io.errors import ArtefactError
 from anchorline.runtime.io.files import input_errors
+from anchorline.runtime.model_file import read_onnx
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 # The functions in the file and those put in their place are written for this opset.
@@ -28,7 +29,8 @@ def read_model(path: Path) -> onnx.ModelProto:
 
     Raises ``ArtefactError`` for a file that is missing, unreadable, no ONNX, or not an export of ours.
     """
-    with input_errors(path, "give an ONNX file written by anchorline export"):
+    read_onnx(path).check()
+    with input_errors(path):
         content = path.read_bytes()
     try:
         model = onnx.load_model_from_string(content)

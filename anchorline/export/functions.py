@@ -6,10 +6,13 @@ described, in the same terms, in ``anchorline/train/model/ops.py``. Opset 18.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx
 import onnx.parser
 
 from anchorline.runtime.contract import DOMAIN, OP_VERSION
+from anchorline.runtime.model_file import DIGEST_KEY, with_digest
 
 OPSET = 18
 
@@ -121,3 +124,10 @@ def attach_functions(model: onnx.ModelProto) -> None:
         model.functions.append(onnx.parser.parse_function(text))
     if used and DOMAIN not in {opset.domain for opset in model.opset_import}:
         model.opset_import.add(domain=DOMAIN, version=OP_VERSION)
+
+
+def save_model(model: onnx.ModelProto, path: Path) -> None:
+    """Write ``model`` to ``path`` with the digest of what it is now."""
+    for entry in [each for each in model.metadata_props if each.key == DIGEST_KEY]:
+        model.metadata_props.remove(entry)
+    path.write_bytes(with_digest(model.SerializeToString()))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from anchorline import __version__
 from anchorline.data.dataset import from_frames
 from anchorline.data.synthetic import scenes
-from anchorline.export.functions import OPSET, attach_functions
+from anchorline.export.functions import OPSET, attach_functions, save_model
 from anchorline.export.importers.detectron2 import unpadded
 from anchorline.runtime.canvas import padded, place
 from anchorline.runtime.contract import CANVAS_KEY, CONTRACT_KEY, TASKS, Contract
@@ -107,7 +107,7 @@ def export_onnx(
     proto = to_onnx(model, contract)
     report = None
     with atomic_path(out) as draft:
-        onnx.save(proto, draft)
+        save_model(proto, draft)
         if verify:
             report = verify_with_pytorch(checkpoint, model, draft, images)
             settle(draft, report, "onnxruntime and PyTorch")

@@ -31,6 +31,7 @@ from anchorline.evaluation.evaluation import (
     run_detector,
 )
 from anchorline.export.calibration import METHODS, Sensitivity, measure_ranges, measure_sensitivity
+from anchorline.export.functions import save_model
 from anchorline.export.integer_graph import (
     TARGETS,
     WEIGHT_BITS,
@@ -436,7 +437,7 @@ class _Forms:
             if entry.key == CONTRACT_KEY:
                 entry.value = contract.to_json()
         onnx.checker.check_model(form)
-        onnx.save(form, path)
+        save_model(form, path)
         return contract
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from anchorline.runtime.io.errors import UNPRINTABLE, AnchorlineError, ArtefactError, shown
+from anchorline.runtime.io.images import MAX_PIXELS_VARIABLE, max_pixels
 from anchorline.runtime.io.schema import NAME, Name, build, check_fields, choice, read_object
 
 CONTRACT_KEY = "anchorline.contract"
@@ -41,9 +41,6 @@ CANVAS_KEY = "canvas"
 MOST_NAMES = 50_000
 NAMES_VARIABLE = "ANCHORLINE_MOST_CLASSES"
 LONGEST_NAME = 200  # characters
-# The largest canvas in pixels, beyond which a damaged number would take all memory; and who may raise it.
-LARGEST_CANVAS = 1 << 26
-CANVAS_VARIABLE = "ANCHORLINE_LARGEST_CANVAS"
 _DEEPEST_SOURCE = 32  # objects and lists inside each other
 
 _OUTPUT_COUNTS = {"detections": 4, "proposals": 3}
@@ -88,7 +85,10 @@ def check_names(
 
 def most_names() -> int:
     """How many classes a model may have; ``ArtefactError`` is for who sets it wrongly."""
-    return _bound(NAMES_VARIABLE, MOST_NAMES, "a number of classes")
+    stated = os.environ.get(NAMES_VARIABLE, "")
+    if stated and not (stated.isascii() and stated.isdecimal() and len(stated) < 16):
+        raise ArtefactError(f"{NAMES_VARIABLE} is {shown(stated)}; expected a number of classes")
+    return int(stated or MOST_NAMES)
 
 
 @dataclass(frozen=True)
@@ -185,12 +185,11 @@ class Contract:
     def __post_init__(self) -> None:
         check_fields(self, "contract ")
         check_names(self.names, "contract names")
-        pixels = math.prod(self.canvas)
-        largest = _bound(CANVAS_VARIABLE, LARGEST_CANVAS, "a number of pixels")
-        if pixels > largest:
+        height, width = self.canvas
+        if height * width > max_pixels():
             raise ArtefactError(
-                f"contract canvas is {shown(self.canvas)}, {pixels} pixels; expected at most {largest} (the "
-                f"environment variable {CANVAS_VARIABLE} sets another bound)"
+                f"contract canvas is {shown(self.canvas)}; expected at most {max_pixels()} pixels, or "
+                f"{MAX_PIXELS_VARIABLE}={height * width} if you trust it"
             )
         ids = self.category_ids
         if ids is not None and len(ids) != len(self.names):
@@ -251,14 +250,6 @@ class Contract:
             return made
         except ArtefactError as error:
             raise ArtefactError(f"{where}: damaged contract: {error}; export the model again") from None
-
-
-def _bound(variable: str, usual: int, expected: str) -> int:
-    """What the environment variable says, or what is usual."""
-    stated = os.environ.get(variable, "")
-    if stated and not (stated.isascii() and stated.isdecimal() and len(stated) < 16):
-        raise ArtefactError(f"{variable} is {shown(stated)}; expected {expected}")
-    return int(stated or usual)
 
 
 def _fits_json(value: object, room: int) -> bool:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anchorline.runtime.contract import CONTRACT_KEY, Contract, ResizeRule, Thresholds
-from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, one_line, reason_of, shown
-from anchorline.runtime.io.files import atomic_path, expect_regular
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, one_line, shown
+from anchorline.runtime.io.files import atomic_path
+from anchorline.runtime.model_file import DIGEST_KEY, NO_DIGEST, ModelFile, read_safetensors, write_digest
 from anchorline.train.model.faster_rcnn import OUTPUTS, FasterRCNN
 from anchorline.train.model.settings import ModelSettings
 
@@ -60,12 +61,18 @@ def save_checkpoint(
 ) -> None:
     """Write the weights, ``settings`` and ``contract`` to ``path``; all or nothing."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    metadata = {CONTRACT_KEY: contract.to_json(), MODEL_KEY: settings.to_json(), "format": "pt"}
+    metadata = {
+        CONTRACT_KEY: contract.to_json(),
+        MODEL_KEY: settings.to_json(),
+        DIGEST_KEY: NO_DIGEST,
+        "format": "pt",
+    }
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(str(error)) from error
+        write_digest(temporary)
 
 
 @functools.cache
@@ -78,38 +85,27 @@ def expected_shapes(settings: ModelSettings, classes: int) -> dict[str, tuple[in
 
 def read_header(path: Path) -> tuple[ModelSettings, Contract]:
     """Architecture and contract of a checkpoint; raises ``ArtefactError`` if it is not one of ours."""
-    return _read_header(path)[:2]
+    settings, file = _read(path)
+    return settings, file.contract
 
 
-def _read_header(path: Path) -> tuple[ModelSettings, Contract, dict[str, tuple[int, ...]]]:
-    """The same, and the shapes of the tensors by name."""
-    expect_regular(path)
-    if not path.is_file():
-        raise ArtefactError(f"{path}: no such file; expected a model.safetensors written by anchorline train")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except _UNREADABLE as error:
+def _read(path: Path) -> tuple[ModelSettings, ModelFile]:
+    file = read_safetensors(path)
+    if MODEL_KEY not in file.metadata:
         raise ArtefactError(
-            f"{path}: not a readable safetensors file ({reason_of(error)}); it may be cut short"
-        ) from None
-    if CONTRACT_KEY not in metadata or MODEL_KEY not in metadata:
-        raise ArtefactError(
-            f"{path}: has no anchorline contract in its header; "
-            "expected a checkpoint written by anchorline train or import"
+            f"{path}: has no architecture in its header; expected a checkpoint written by anchorline train "
+            "or import"
         )
-    contract = Contract.from_json(metadata[CONTRACT_KEY], str(path))
     try:
-        settings = ModelSettings.from_json(metadata[MODEL_KEY])
+        settings = ModelSettings.from_json(file.metadata[MODEL_KEY])
     except AnchorlineError as error:
         raise ArtefactError(f"{path}: damaged architecture in the header: {error}") from None
-    if settings.canvas != contract.canvas:
+    if settings.canvas != file.contract.canvas:
         raise ArtefactError(
             f"{path}: damaged header: the architecture has the canvas {settings.canvas} and the contract "
-            f"{contract.canvas}"
+            f"{file.contract.canvas}"
         )
-    return settings, contract, shapes
+    return settings, file
 
 
 def load_checkpoint(path: Path, canvas: tuple[int, int] | None = None) -> tuple[FasterRCNN, Contract]:
@@ -118,7 +114,8 @@ def load_checkpoint(path: Path, canvas: tuple[int, int] | None = None) -> tuple[
     Raises ``ArtefactError`` where the file's tensors are not those of its architecture, before any of the
     memory that this claims is taken.
     """
-    settings, contract, held = _read_header(path)
+    settings, file = _read(path)
+    contract, held = file.contract, file.shapes
     if canvas is not None:
         settings = dataclasses.replace(settings, canvas=canvas)
         contract = dataclasses.replace(contract, canvas=canvas)
@@ -132,7 +129,8 @@ def load_checkpoint(path: Path, canvas: tuple[int, int] | None = None) -> tuple[
             if held[name] != shape:
                 raise ArtefactError(f"{misfit} ({name} is {list(held[name])}, expected {list(shape)})")
         model = FasterRCNN(settings, len(contract.names))
-        state = load_file(path)
+        with file.checked():
+            state = load_file(path)
         model.load_state_dict(state)
     except AnchorlineError as error:
         text = str(error)

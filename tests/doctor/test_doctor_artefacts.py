@@ -18,13 +18,14 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from anchorline.doctor import runtimes
-from anchorline.doctor.artefact import Artefact, read_artefact, read_onnx_header, read_verification
+from anchorline.doctor.artefact import Artefact, read_artefact, read_verification
 from anchorline.doctor.machine import GpuState, Imported, Machine, find_gpus
 from anchorline.doctor.runtimes import Runtime, runtime_findings, runtimes_for
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import ArtefactError, GpuError
 from anchorline.runtime.io.files import sha256_of
+from anchorline.runtime.model_file import read_onnx, with_digest
 from anchorline.verify.verification import write_not_executed
 
 Make = Callable[..., Machine]
@@ -137,7 +138,8 @@ def test_every_artefact_tells_what_it_is_and_what_made_it(kind: str, artefacts: 
 
 
 def test_the_kinds_are_named(artefacts: dict[str, Artefact]) -> None:
-    assert artefacts["onnx"].details == {"kind": "ONNX graph, opset 18, written by anchorline"}
+    assert artefacts["onnx"].details["kind"] == "ONNX graph, opset 18, written by anchorline"
+    assert artefacts["onnx"].details["digest"].startswith("none: nothing tells whether")
     assert artefacts["engine"].details == {
         "kind": "engine of TensorRT 10.16.1.11",
         "compute capability": "sm_86",
@@ -148,10 +150,9 @@ def test_the_kinds_are_named(artefacts: dict[str, Artefact]) -> None:
 
 def test_the_onnx_header_is_what_onnx_reads(tmp_path: Path) -> None:
     path = write_onnx(tmp_path / "model.onnx")
-    (producer, opset, metadata), model = read_onnx_header(path), onnx.load(path)
-    assert metadata == {each.key: each.value for each in model.metadata_props}
-    assert producer == model.producer_name
-    assert opset == 18
+    found, model = read_onnx(path), onnx.load(path)
+    assert found.metadata == {each.key: each.value for each in model.metadata_props}
+    assert found.kind == f"ONNX graph, opset 18, written by {model.producer_name}"
 
 
 def test_an_artefact_without_origin_says_so(tmp_path: Path) -> None:
@@ -180,7 +181,7 @@ def test_a_wrong_path_is_one_line(name: str, expected: str, tmp_path: Path) -> N
 def test_a_file_of_something_else_is_told(suffix: str, content: bytes, tmp_path: Path) -> None:
     path = tmp_path / f"model{suffix}"
     path.write_bytes(content)
-    with pytest.raises(ArtefactError, match=r"not an ONNX file|not a readable safetensors file"):
+    with pytest.raises(ArtefactError, match=r"not an ONNX file|not a readable safetensors file|is empty"):
         read_artefact(path)
 
 
@@ -309,10 +310,34 @@ def test_onnxruntime_loads_the_file_itself(artefacts: dict[str, Artefact], make_
 
 
 def test_a_file_that_onnxruntime_refuses_does_not_run(tmp_path: Path, make_machine: Make) -> None:
-    path = write_onnx(tmp_path / "model.onnx", dataclasses.replace(CONTRACT, canvas=(32, 32)))
-    (cpu,) = runtimes_for(read_artefact(path), make_machine())
+    model = onnx.load(write_onnx(tmp_path / "model.onnx"))
+    model.graph.node[0].op_type = "NoSuchOp"
+    onnx.save(model, tmp_path / "model.onnx")
+    (cpu,) = runtimes_for(read_artefact(tmp_path / "model.onnx"), make_machine())
     assert not cpu.runs
-    assert "its contract expects uint8 [B, 32, 32, 3]" in cpu.reason
+    assert "NoSuchOp" in cpu.reason
+
+
+def test_a_contract_at_odds_with_its_graph_is_told(tmp_path: Path) -> None:
+    path = write_onnx(tmp_path / "model.onnx", dataclasses.replace(CONTRACT, canvas=(32, 32)))
+    assert "its contract expects uint8 [B, 32, 32, 3]" in complaint(path)
+
+
+def test_a_damaged_file_is_told_by_its_digest(tmp_path: Path) -> None:
+    path = write_onnx(tmp_path / "model.onnx")
+    path.write_bytes(with_digest(path.read_bytes()))
+    assert read_artefact(path).details["digest"] == "as it was written"
+    path.write_bytes(path.read_bytes().replace(b"constant", b"Constant"))  # the graph's name
+    assert "model.onnx: is not as anchorline wrote it (another SHA-256" in complaint(path)
+
+
+def test_what_is_shown_of_a_source_is_escaped_and_bounded(tmp_path: Path) -> None:
+    source = {f"key {number}": "\x1b[2J\n" + "x" * 5000 for number in range(99)}
+    path = write_onnx(tmp_path / "model.onnx", dataclasses.replace(CONTRACT, source=source))
+    rows = read_artefact(path).rows()
+    assert rows["key 0"].startswith(r"\x1b[2J\nxxx")
+    assert len(rows) < 25
+    assert max(map(len, rows.values())) < 400
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import AnchorlineError, ParityError
 from anchorline.runtime.io.images import write_image
+from anchorline.runtime.model_file import DIGEST_KEY
 from anchorline.verify import verify
 from anchorline.verify.stages import is_stage
 from anchorline.verify.verification import record_path
@@ -492,7 +493,7 @@ def test_functions_stages_contract_and_batch_survive(
         {name for n in model.graph.node for name in n.output if is_stage(name)} for model in (before, after)
     ]
     assert stages[0] == stages[1] > {"pixels", "backbone.0", "fpn.0", "box_regression"}
-    assert [entry.key for entry in after.metadata_props] == [CONTRACT_KEY]
+    assert [entry.key for entry in after.metadata_props] == [CONTRACT_KEY, DIGEST_KEY]
     contract = Contract.from_json(after.metadata_props[0].value)
     assert contract.precision == "int8"
     assert contract.source["quantised"]["for"] == target

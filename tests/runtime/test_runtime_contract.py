@@ -8,15 +8,9 @@ from typing import Any
 
 import pytest
 
-from anchorline.runtime.contract import (
-    CANVAS_VARIABLE,
-    LONGEST_NAME,
-    MOST_NAMES,
-    NAMES_VARIABLE,
-    Contract,
-    check_names,
-)
-from anchorline.runtime.io.errors import ArtefactError, DataError, printable
+from anchorline.runtime.contract import LONGEST_NAME, MOST_NAMES, NAMES_VARIABLE, Contract, check_names
+from anchorline.runtime.io.errors import ArtefactError, DataError, SettingsError, printable
+from anchorline.runtime.io.images import MAX_PIXELS_VARIABLE
 
 # Half a UTF-16 pair, an escape sequence, a line end, a change of direction, a zero byte.
 UNPRINTABLE = ("ca\ud800t", "\x1b[31mcat", "c\nat", "\u202etac", "cat\0", "\x9b31mcat")
@@ -129,7 +123,7 @@ def test_a_field_of_another_kind_is_named_with_its_value(field: str, contract: C
     ("changes", "expected"),
     [
         ({"canvas": [10**9, 10**9]}, "contract canvas is"),
-        ({"canvas": [8193, 8192]}, "expected at most 67108864 "),
+        ({"canvas": [20_000, 20_000]}, "expected at most 178956970 pixels"),
         ({"category_ids": [7, 7]}, "category_ids are (7, 7); expected each once"),
         ({"category_ids": [7]}, "1 category ids for 2 names"),
         ({"category_ids": [7, 2**63]}, "whole numbers under 2^53"),
@@ -172,10 +166,10 @@ def test_a_source_is_json_of_bounded_depth(contract: Contract) -> None:
 
 
 def test_who_has_larger_images_raises_the_bound(monkeypatch: pytest.MonkeyPatch, contract: Contract) -> None:
-    monkeypatch.setenv(CANVAS_VARIABLE, str(8193 * 8192))
-    assert dataclasses.replace(contract, canvas=(8193, 8192)).canvas == (8193, 8192)
-    monkeypatch.setenv(CANVAS_VARIABLE, "1e9")
-    with pytest.raises(ArtefactError, match=f"{CANVAS_VARIABLE} is '1e9'; expected a number of pixels"):
+    monkeypatch.setenv(MAX_PIXELS_VARIABLE, str(20_000 * 20_000))
+    assert dataclasses.replace(contract, canvas=(20_000, 20_000)).canvas == (20_000, 20_000)
+    monkeypatch.setenv(MAX_PIXELS_VARIABLE, "1e9")
+    with pytest.raises(SettingsError, match=f"{MAX_PIXELS_VARIABLE} is '1e9'; expected a whole number"):
         dataclasses.replace(contract)
 
 

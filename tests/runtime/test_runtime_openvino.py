@@ -330,14 +330,14 @@ def test_cores_by_affinity_siblings_quota_and_openmp(tmp_path, monkeypatch):
 def test_the_cache_stays_within_its_limit(tmp_path, contract):
     paths = [tmp_path / "new" / f"{number}.network" for number in range(4)]
     for path in paths[:3]:
-        store_network(path, contract, bytes(5000), limit=20_000)
+        store_network(path, bytes(5000), limit=20_000)
     for age, path in zip((30, 20, 10), paths[:3], strict=True):
         stamp = path.stat().st_mtime - age
         cpu_options.os.utime(path, (stamp, stamp))
-    assert load_network(paths[0]) == (contract, bytes(5000))  # so it is the newest now
-    store_network(paths[3], contract, bytes(5000), limit=20_000)
+    assert load_network(paths[0]) == bytes(5000)  # so it is the newest now
+    store_network(paths[3], bytes(5000), limit=20_000)
     assert [path.is_file() for path in paths] == [True, False, True, True]
-    store_network(paths[1], contract, bytes(30_000), limit=20_000)  # larger than all together
+    store_network(paths[1], bytes(30_000), limit=20_000)  # larger than all together
     assert not paths[1].is_file()
     assert load_network(paths[1]) is None
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 
 from anchorline.runtime.contract import CONTRACT_KEY
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, OutputError
+from anchorline.runtime.model_file import DIGEST_KEY, read_safetensors
 from anchorline.train import checkpoint
 from anchorline.train.checkpoint import contract_of, load_checkpoint, read_header, save_checkpoint
 from anchorline.train.model.faster_rcnn import FasterRCNN
@@ -44,9 +46,9 @@ def pristine(model: FasterRCNN, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def rewritten(
     pristine: Path, out: Path, header: dict[str, str] | None = None, **tensors: torch.Tensor | None
 ) -> Path:
-    """``pristine`` with a changed header and changed (or, with None, dropped) tensors."""
+    """``pristine`` with a changed header and changed (or, with None, dropped) tensors, and without digest."""
     with safe_open(pristine, framework="pt") as file:
-        metadata = dict(file.metadata())
+        metadata = {key: text for key, text in file.metadata().items() if key != DIGEST_KEY}
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     state.update({name: tensor for name, tensor in tensors.items() if tensor is not None})
     kept = {name: tensor for name, tensor in state.items() if tensors.get(name, tensor) is not None}
@@ -127,7 +129,7 @@ def test_another_kind_of_file_is_refused(tmp_path: Path, content: bytes) -> None
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     assert "no such file" in message_of(tmp_path / "absent.safetensors")
-    assert "no such file" in message_of(tmp_path)
+    assert "is a folder" in message_of(tmp_path)
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
@@ -139,11 +141,55 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
             read()
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {CONTRACT_KEY: "{}"}])
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
 def test_another_programs_safetensors_are_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     path = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.zeros(3)}, path, metadata=metadata)
     assert "no anchorline contract" in message_of(path)
+
+
+def test_a_contract_without_an_architecture_is_no_checkpoint(pristine: Path, tmp_path: Path) -> None:
+    path = tmp_path / "foreign.safetensors"
+    contract = read_header(pristine)[1].to_json()
+    save_file({"weight": torch.zeros(3)}, path, metadata={CONTRACT_KEY: contract})
+    assert "no architecture in its header" in message_of(path)
+
+
+def test_every_damage_of_a_checkpoint_is_told(pristine: Path, tmp_path: Path) -> None:
+    """A flipped bit in weights or settings gave other boxes without a word."""
+    content = pristine.read_bytes()
+    assert read_safetensors(pristine).digest is not None
+    generator = np.random.default_rng(0)
+    path = tmp_path / "damaged.safetensors"
+    header = 8 + int.from_bytes(content[:8], "little")
+    places = [
+        *generator.integers(0, header, 60).tolist(),
+        *generator.integers(header, len(content), 60).tolist(),
+    ]
+    expected = load_checkpoint(pristine)[0].state_dict()
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(generator.integers(8))
+        path.write_bytes(damaged)
+        try:
+            found = load_checkpoint(path)
+        except ArtefactError:
+            continue
+        # What is left: other programs' metadata, and the key of the digest itself.
+        assert place < header
+        assert found[1] == read_header(pristine)[1]
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found[0].state_dict().items())
+
+
+def test_another_tool_may_add_metadata_of_its_own(pristine: Path, tmp_path: Path) -> None:
+    with safe_open(pristine, framework="pt") as file:
+        metadata = {**file.metadata(), "note": "mine"}
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    save_file(state, tmp_path / "noted.safetensors", metadata=metadata)
+    load_checkpoint(tmp_path / "noted.safetensors")
+    state["rpn.head.cls_logits.bias"] += 1
+    save_file(state, tmp_path / "other.safetensors", metadata=metadata)
+    assert "another SHA-256 than its anchorline.digest" in message_of(tmp_path / "other.safetensors")
 
 
 def test_a_newer_contract_asks_for_an_upgrade(pristine: Path, tmp_path: Path) -> None:

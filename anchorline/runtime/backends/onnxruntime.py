@@ -18,9 +18,9 @@ import numpy as np
 
 from anchorline.runtime.backends.base import Arrays, HostLane
 from anchorline.runtime.backends.cpu_options import CpuOptions, adds_in_16_bits, core_budget
-from anchorline.runtime.contract import CONTRACT_KEY, Contract
+from anchorline.runtime.contract import Contract
 from anchorline.runtime.io.errors import ArtefactError, GpuError, SettingsError, one_line
-from anchorline.runtime.io.files import input_errors
+from anchorline.runtime.model_file import read_onnx
 from anchorline.runtime.tensorrt.cuda import CudaError, GpuOptions
 
 # By their names on the command line; those of a GPU come with onnxruntime-gpu.
@@ -37,7 +37,6 @@ _GRAPH_OPTIONS = {
 }
 _LOST = range(700, 721)  # cudaError_t from an illegal address to a failed launch
 _FATAL_ONLY = 4  # onnxruntime's log severity: its errors come back as exceptions anyway
-_ONNX_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
 # Quantises float layers that stand between rounded values, with one scale for all channels.
 _UNWANTED_OPTIMIZERS = ["WeightBiasQuantization"]
@@ -79,11 +78,12 @@ class OnnxRuntimeBackend:
         self.path, self.provider = Path(path), provider
         options = options or GpuOptions()
         self._threads = CpuOptions(threads).thread_count
-        self._session: Any = _open_session(self.path, provider, options, self._threads)
-        self.contract = _checked_contract(self.path, self._session)
-        exact = exact_sums(self.contract)
-        if provider == "cpu" and exact:
-            self._session = _open_session(self.path, provider, options, self._threads, exact)
+        model = read_onnx(self.path)
+        self.contract = model.contract
+        exact = exact_sums(self.contract) if provider == "cpu" else {}
+        with model.checked():
+            self._session: Any = _open_session(self.path, provider, options, self._threads, exact)
+        if exact:
             log.warning(
                 "%s: its 8-bit weights need VNNI, which this processor has not; it is computed in float32, "
                 "quantise the float model again for full speed",
@@ -197,13 +197,13 @@ class BoundNetwork:
         return binding, options, buffers
 
 
-def write_inlined(path: Path, target: Path) -> Contract:
+def write_inlined(path: Path, target: Path) -> None:
     """Write the graph of ``path`` to ``target`` with our custom ops replaced by their function bodies.
 
-    For runtimes that do not know model-local functions. Returns the contract; raises ``ArtefactError``
-    as ``OnnxRuntimeBackend`` does.
+    For runtimes that do not know model-local functions. Raises ``ArtefactError`` where onnxruntime cannot
+    load it.
     """
-    return _checked_contract(path, _open_session(path, "cpu", GpuOptions(), inlined=target))
+    _open_session(path, "cpu", GpuOptions(), inlined=target)
 
 
 def open_for_checks(
@@ -258,7 +258,6 @@ def _open_session(
     inlined: Path | None = None,
 ) -> Any:
     """A session of the file; its graph without custom ops is written to the file ``inlined``."""
-    check_file(path)
     try:
         import onnxruntime
     except ImportError as error:
@@ -322,44 +321,6 @@ def _gpu_failure(path: Path, provider: str, error: Exception) -> GpuError:
         f"{path}: onnxruntime cannot run it on {provider} ({reason}); close other programs on the GPU, lower "
         "the batch or the workers, or use the provider cpu"
     )
-
-
-def check_file(path: Path) -> None:
-    """Raise ``ArtefactError`` unless ``path`` is a file that can be read and is not empty."""
-    with input_errors(path, "give an ONNX file written by anchorline export"):
-        if path.is_dir():
-            raise ArtefactError(f"{path}: is a folder, expected an ONNX file")
-        with path.open("rb") as file:
-            if not file.read(1):
-                raise ArtefactError(f"{path}: the file is empty, expected an ONNX file; export it again")
-
-
-def _checked_contract(path: Path, session: Any) -> Contract:
-    """The tensors that the contract names must be there, and ``images`` must be the canvas it states."""
-    text = session.get_modelmeta().custom_metadata_map.get(CONTRACT_KEY)
-    if text is None:
-        raise ArtefactError(
-            f"{path}: has no anchorline contract; export it with anchorline export (a file that was cut "
-            "off loses it as well)"
-        )
-    contract = Contract.from_json(text, where=str(path))
-    inputs = {tensor.name: tensor for tensor in session.get_inputs()}
-    outputs = [tensor.name for tensor in session.get_outputs()]
-    for kind, have, want in (("inputs", [*inputs], contract.inputs), ("outputs", outputs, contract.outputs)):
-        missing = set(want) - set(have)
-        if missing or (kind == "inputs" and len(have) != len(want)):
-            raise ArtefactError(
-                f"{path}: graph {kind} are {', '.join(have)}; its contract expects {', '.join(want)}; "
-                "export the model again"
-            )
-    images = inputs[contract.inputs[0]]
-    expected = [*contract.canvas, 3]
-    if images.type != _ONNX_TYPES[contract.input_dtype] or list(images.shape[1:]) != expected:
-        raise ArtefactError(
-            f"{path}: input {images.name} is {images.type} {images.shape}; its contract expects "
-            f"{contract.input_dtype} [B, {', '.join(map(str, expected))}]; export the model again"
-        )
-    return contract
 
 
 def _reason(error: Exception) -> str:

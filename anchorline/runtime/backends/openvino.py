@@ -23,15 +23,16 @@ import numpy as np
 
 from anchorline.runtime.backends.base import Arrays, HostLane
 from anchorline.runtime.backends.cpu_options import CpuOptions, adds_in_16_bits, network_precision
-from anchorline.runtime.backends.onnxruntime import check_file, write_inlined
+from anchorline.runtime.backends.onnxruntime import write_inlined
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError, one_line
-from anchorline.runtime.io.files import atomic_path, cache_folder, hidden_folder, sha256_of
+from anchorline.runtime.io.files import atomic_path, cache_folder, hidden_folder
+from anchorline.runtime.model_file import ModelFile, read_onnx
 
 LIMIT_BYTES = 2 << 30  # of the compiled networks on disk
 _TELEMETRY = "openvino_telemetry"
 _SUFFIX = ".network"
-_CACHE_FORMAT = "2"
+_CACHE_FORMAT = "3"
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 _said: set[Path] = set()  # damaged entries that were logged already
@@ -85,7 +86,7 @@ class OpenVINOBackend:
 
     def __init__(self, path: str | Path, options: CpuOptions | None = None) -> None:
         self.path = Path(path)
-        check_file(self.path)
+        model = read_onnx(self.path)
         try:
             load_openvino()
         except Exception as error:  # a damaged package may raise anything
@@ -93,8 +94,8 @@ class OpenVINOBackend:
                 f"provider is 'openvino', which cannot be loaded here ({error}); "
                 "pip install 'anchorline[openvino]', or use the provider cpu"
             ) from error
-        self._network: Any
-        self.contract, self._network = _open(self.path, options or CpuOptions())
+        self.contract = model.contract
+        self._network: Any = _open(model, options or CpuOptions())
         if self.contract.needs_vnni and adds_in_16_bits():
             raise ArtefactError(
                 f"{self.path}: its 8-bit weights need VNNI, which this processor has not; quantise the float "
@@ -165,46 +166,42 @@ class OpenVINOLane(HostLane):
         return ArtefactError(f"{self._path}: OpenVINO cannot run it ({reason}); use the provider cpu")
 
 
-def _open(path: Path, options: CpuOptions) -> tuple[Contract, Any]:
-    """The contract and the compiled network, kept on disk so that a model opens at once the second time.
+def _open(model: ModelFile, options: CpuOptions) -> Any:
+    """The compiled network, kept on disk so that a model opens at once the second time.
 
     The file's name is the hash of everything that decides the network, so it never goes stale.
     """
-    # The contract's precision is known after the first look only, so the wish is part of the key.
-    wish = network_precision(options.precision, "fp32")
+    precision = network_precision(options.precision, model.contract.precision)
     settings = {
         "INFERENCE_NUM_THREADS": str(options.thread_count),
         "PERFORMANCE_HINT": options.tuning.upper(),
     }
     facts = {
         "format": _CACHE_FORMAT,
-        "model": sha256_of(path),
+        "model": model.check(),
         "openvino": str(load_openvino().__version__),
         "device": str(core().get_property("CPU", "FULL_DEVICE_NAME")),
         "capabilities": str(core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
-        "precision": wish,
+        "precision": precision,
         **settings,
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     kept_at = cache_folder() / "networks" / f"{key[:40]}{_SUFFIX}"
     try:
         if kept := load_network(kept_at):
-            contract, network = kept[0], core().import_model(kept[1], "CPU", settings)
-            network_precision(options.precision, contract.precision)
-            return contract, network
+            return core().import_model(kept, "CPU", settings)
     except (ArtefactError, RuntimeError) as error:
         if kept_at not in _said:
             _said.add(kept_at)
             reason = str(error).strip().splitlines()[-1]
-            log.warning("%s: the kept network %s is damaged (%s); made again", path, kept_at, reason)
+            log.warning("%s: the kept network %s is damaged (%s); made again", model.path, kept_at, reason)
     with hidden_folder(Path(tempfile.gettempdir()), 0o700) as folder:
         inlined = folder / "inlined.onnx"
-        contract = write_inlined(path, inlined)
-        precision = network_precision(options.precision, contract.precision)
-        network = _compile(path, inlined, {**settings, "INFERENCE_PRECISION_HINT": _HINTS[precision]})
+        write_inlined(model.path, inlined)
+        network = _compile(model.path, inlined, {**settings, "INFERENCE_PRECISION_HINT": _HINTS[precision]})
     exported = network.export_model()
-    store_network(kept_at, contract, exported if isinstance(exported, bytes) else bytes(exported.read()))
-    return contract, network
+    store_network(kept_at, exported if isinstance(exported, bytes) else bytes(exported.read()))
+    return network
 
 
 def _compile(path: Path, inlined: Path, settings: dict[str, str]) -> Any:
@@ -231,43 +228,34 @@ def _keep_coordinates(model: Any) -> None:
         model.add_outputs(rois)
 
 
-def load_network(path: Path) -> tuple[Contract, bytes] | None:
-    """The contract and the payload that ``store_network`` kept, None where there is no such file.
-
-    ``ArtefactError`` where it cannot be used.
-    """
+def load_network(path: Path) -> bytes | None:
+    """The payload that ``store_network`` kept, None where there is no such file; ``ArtefactError`` where it
+    cannot be used."""
     try:
         with path.open("rb") as file:
-            header, payload = file.readline(), file.read()
+            digest, payload = file.readline(), file.read()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ArtefactError(error.strerror or str(error)) from error
-    try:
-        fields = json.loads(header)
-        contract = Contract.from_json(fields["contract"], where=str(path))
-        whole = hashlib.sha256(payload).hexdigest() == fields["sha256"]
-    except (ValueError, KeyError, TypeError) as error:  # an ArtefactError is a ValueError
-        raise ArtefactError("its header cannot be read") from error
-    if not whole:
+    if hashlib.sha256(payload).hexdigest().encode() != digest.strip():
         raise ArtefactError("its contents have changed")
     with contextlib.suppress(OSError):
         os.utime(path)  # used just now
-    return contract, payload
+    return payload
 
 
-def store_network(path: Path, contract: Contract, payload: bytes, limit: int = LIMIT_BYTES) -> None:
-    """Keep a compiled network as a line of JSON, with the contract and its SHA-256, and the payload.
+def store_network(path: Path, payload: bytes, limit: int = LIMIT_BYTES) -> None:
+    """Keep a compiled network: a line with its SHA-256, and the payload.
 
     Those in its folder that were not used for longest make room, down to ``limit`` bytes. Where it cannot be
     kept, the log says so and all goes on without.
     """
     if len(payload) > limit:
         return
-    header = {"contract": contract.to_json(), "sha256": hashlib.sha256(payload).hexdigest()}
     try:
         with atomic_path(path) as temporary, temporary.open("wb") as file:
-            file.write(json.dumps(header).encode() + b"\n")
+            file.write(hashlib.sha256(payload).hexdigest().encode() + b"\n")
             file.write(payload)
     except AnchorlineError as error:
         log.info("the compiled network is not kept: %s", error)

@@ -260,7 +260,8 @@ _HEADERS = tuple(
 )
 
 
-def _max_pixels() -> int:
+def max_pixels() -> int:
+    """The most that an image, or a model's canvas, may have: a damaged number would take all memory."""
     text = os.environ.get(MAX_PIXELS_VARIABLE, "")
     if text and not re.fullmatch("[1-9][0-9]{0,15}", text):
         raise SettingsError(f"{MAX_PIXELS_VARIABLE} is {shown(text)}; expected a whole number of pixels")
@@ -270,9 +271,9 @@ def _max_pixels() -> int:
 def check_pixels(path: str | Path, size: tuple[int, int]) -> None:
     """Raise ``DataError`` for an image of a (height, width) that is not read without being asked for."""
     height, width = size
-    if height * width > _max_pixels():
+    if height * width > max_pixels():
         raise DataError(
-            f"{path}: the image is {width}x{height}, more than the {_max_pixels()} pixels that are read; "
+            f"{path}: the image is {width}x{height}, more than the {max_pixels()} pixels that are read; "
             f"make it smaller, or set {MAX_PIXELS_VARIABLE}={height * width} if you trust the file"
         )
 
@@ -426,7 +427,7 @@ def _unused(image: NDArray[np.uint8], bits: int) -> int:
 
 def _decode(path: str | Path) -> tuple[NDArray[np.uint8], int]:
     """The image, and the bits of a sample in the file."""
-    limit = _MOST_BYTES_PER_PIXEL * _max_pixels()
+    limit = _MOST_BYTES_PER_PIXEL * max_pixels()
     # OpenCV's own file functions fail on non-ASCII paths on some systems.
     with input_errors(path, "expected an image", DataError):
         if Path(path).is_dir():

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
+from typing import Protocol
 
 _VARINT, _BYTES = 0, 2  # wire types
 _FIXED = {1: 8, 5: 4}  # the bytes of the others
 _VARINT_BYTES = 10
 
-Buffer = bytes | mmap.mmap
+
+class Buffer(Protocol):
+    """Bytes, a mapped file, or what reads a file where it is asked to."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: slice, /) -> bytes: ...
 
 
 def fields(
@@ -46,6 +52,19 @@ def packed_numbers(content: Buffer, place: slice) -> Iterator[int]:
     while at < place.stop:
         value, at = _varint(content, at, place.stop)
         yield (value + 2**63) % 2**64 - 2**63
+
+
+def bytes_field(number: int, content: bytes) -> bytes:
+    """The field ``number`` of a message, which holds these bytes."""
+    return _number(number << 3 | _BYTES) + _number(len(content)) + content
+
+
+def _number(value: int) -> bytes:
+    written = bytearray()
+    while value > 127:
+        written.append(value & 127 | 128)
+        value >>= 7
+    return bytes((*written, value))
 
 
 def _varint(content: Buffer, start: int, end: int) -> tuple[int, int]:

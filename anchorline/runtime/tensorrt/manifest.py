@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from anchorline.runtime.contract import Contract
-from anchorline.runtime.io.errors import ArtefactError, GpuError
+from anchorline.runtime.io.errors import UNPRINTABLE, ArtefactError, GpuError, printable
 from anchorline.runtime.io.files import input_errors, sha256_of
 from anchorline.runtime.io.schema import Name, check_fields, choice, read_object
 from anchorline.runtime.tensorrt.library import FLAVOURS
 
 _RELEASE_NUMBERS = 3  # a plan is loaded by the very release that built it
 _AMPERE = 80
+_LONGEST_FILE_NAME = 255  # bytes
 DIGEST = "digest"  # in the manifest: the SHA-256 of all the rest of it
 
 Release = Annotated[
@@ -145,13 +147,22 @@ def check_fit(manifest: EngineManifest, version: str, capability: int, gpu: str)
         )
 
 
+def name_and_sha256(entry: Any) -> tuple[str, str]:
+    """What a manifest or record says of a file beside it; empty where that can be no file's name."""
+    match entry:
+        case {"name": str(name), "sha256": str(sha256)}:
+            name = Path(name).name
+            if len(os.fsencode(printable(name))) <= _LONGEST_FILE_NAME and not UNPRINTABLE.search(name):
+                return name, sha256
+    return "", ""
+
+
 def onnx_of(engine: Path, manifest: EngineManifest) -> Path:
     """The ONNX file beside an engine that it was built from; ``ArtefactError`` unless it is the very one."""
-    stated = manifest.raw.get("onnx")
-    name, sha256 = (stated.get("name"), stated.get("sha256")) if isinstance(stated, dict) else (None, None)
-    if not isinstance(name, str) or not name or not isinstance(sha256, str):
+    name, sha256 = name_and_sha256(manifest.raw.get("onnx"))
+    if not name:
         raise ArtefactError(f"{manifest.path}: does not say which ONNX file the engine was built from")
-    path = engine.parent / Path(name).name
+    path = engine.parent / name
     if not path.is_file():
         raise ArtefactError(f"{path}: no such file; copy the ONNX file to where the engine is")
     if sha256_of(path) != sha256:

@@ -113,7 +113,7 @@ def other_opset(path: Path, source: Path) -> None:
     ("kind", "message"),
     [
         ("missing", "no such file"),
-        ("folder", "cannot be read"),
+        ("folder", "is a folder"),
         ("text", "not an ONNX file"),
         ("cut off", "not an ONNX file, or one that was cut off"),
         ("foreign", "has no anchorline contract"),
