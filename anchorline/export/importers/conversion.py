@@ -146,7 +146,7 @@ def import_checkpoint(
         LIBRARY_KEY: library.name,
         "arch": arch,
         "imported_by": f"anchorline {__version__}",
-        "configuration": described.configuration,
+        "configuration": described.configuration and Path(described.configuration).name,
         "settings": used,
         "assumed": assumed,
     }
@@ -213,9 +213,9 @@ def _open_settings(library: Library, settings: ModelSettings, rule: ResizeRule) 
 def _assumptions(
     assumed: Mapping[str, Any], arch: str, library: Library, configuration: str | None
 ) -> tuple[str, ...]:
-    """One line that lists the settings that were assumed; none where there are none."""
+    """Which configuration the settings are from, or one line that lists those that were assumed."""
     if not assumed:
-        return ()
+        return (f"the settings are those of {configuration}",) if configuration else ()
     where = "no configuration of the training was found" if library.takes_configuration else ""
     where = f"{configuration} does not give all settings" if configuration else where
     sides = {"resize": "--resize {}x{}"}
