@@ -13,6 +13,7 @@ import heapq
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -51,6 +52,7 @@ _SILENCE = 600.0  # seconds without a word in which a worker counts as dead: mor
 _LOOK = 0.25  # seconds between two looks at what is silent, and two reports
 _WAITING = 30.0  # seconds without a worker before somebody should know
 _AHEAD = 2  # pieces of an answer that wait to be taken, in Ray's memory
+_PATIENCE, _NO_PATIENCE = 1.0, 0.05  # seconds for a worker to end; once one has not ended
 _START_TRIES = 3
 _FAILURES_IN_VAIN = 12
 
@@ -310,6 +312,7 @@ class _Run:
         self._computed = self._retries = self._failures = 0
         self._stages = StageTimes()
         self._seconds = self._told = 0.0
+        self._patience = _PATIENCE
         self._begun: float | None = None
         self._without_since = time.monotonic()
 
@@ -383,10 +386,20 @@ class _Run:
                 told = f"{worker.describe()} died: {reason}"
             finally:
                 self._alive.remove(worker)
-                self.ray.kill(worker.actor)
+                self._end(worker)
             if worker.answer is not None:
                 self._try_again(worker.answer.item, told)
         self._refusals.append(ClusterError(f"a worker cannot be started: {reason}"))
+
+    def _end(self, worker: _Worker) -> None:
+        """End its process, if it has not ended; in a thread, since Ray waits here for a head that is lost."""
+        ending = threading.Thread(
+            target=self.ray.kill, args=[worker.actor], name="ray_ends_a_worker", daemon=True
+        )
+        ending.start()
+        ending.join(self._patience)
+        if ending.is_alive():
+            self._patience = _NO_PATIENCE
 
     def _open(self, worker: _Worker) -> _Steps:
         """Let it open its detector, for which it may have to wait for its resources first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -353,10 +354,17 @@ def test_an_interrupt_keeps_what_was_answered(run, many, tmp_path):
 
 
 @pytest.mark.parametrize("answered", [0, 6])
-def test_a_cluster_that_is_lost_keeps_what_was_answered(run, many, tmp_path, answered):
-    told, begun = [], []
+def test_a_cluster_that_is_lost_keeps_what_was_answered(run, many, tmp_path, answered, monkeypatch):
+    """Ray may wait for the head with whatever it is asked to do, such as to end a worker."""
+    told, begun, waited = [], [], []
+    monkeypatch.setattr(cluster_run, "_PATIENCE", 0.01)
+    the_head_is_back = threading.Event()
 
     class Lost(Ray):
+        def kill(self, actor: Any) -> None:
+            super().kill(actor)
+            waited.append(the_head_is_back.wait(60))
+
         def check(self) -> None:
             if len(begun) > answered:
                 raise ClusterError("the cluster is lost")
@@ -369,6 +377,8 @@ def test_a_cluster_that_is_lost_keeps_what_was_answered(run, many, tmp_path, ans
     kept = f"; the outputs hold {answered} of 20 files" if answered else ""
     with pytest.raises(ClusterError, match=f"^the cluster is lost{kept}$"):
         run(ray, 20, 1, 1, conclude=told.append)
+    assert not waited
+    the_head_is_back.set()
     assert not ray.alive
     if not answered:
         assert list(tmp_path.iterdir()) == []
