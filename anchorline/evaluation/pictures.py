@@ -28,7 +28,7 @@ from anchorline.evaluation.metrics import (
 )
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.drawing import draw
-from anchorline.runtime.io.errors import DataError, SettingsError
+from anchorline.runtime.io.errors import DataError, SettingsError, printable
 from anchorline.runtime.io.files import atomic_path, expect_regular, write_json
 from anchorline.runtime.io.images import write_image
 
@@ -129,7 +129,7 @@ def contact_sheet(
     for index, image in enumerate(images):
         top, left = index // columns * row_height + _GAP, index % columns * column_width + _GAP
         if titles is not None:
-            title = titles[index]
+            title = printable(titles[index])
             while len(title) > 1 and cv2.getTextSize(title, font, size, 1)[0][0] > cell[1]:
                 title = title[:-1]
             base = left, top + _TITLE_HEIGHT - 7

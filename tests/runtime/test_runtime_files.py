@@ -18,7 +18,7 @@ from anchorline.data.dataset import image_size, images_or_video, read_lines
 from anchorline.data.proposals import read_proposals
 from anchorline.data.synthetic import synthetic_dataset
 from anchorline.doctor.artefact import read_artefact
-from anchorline.runtime import Detector
+from anchorline.runtime import DetectOptions, Detector, VideoWriter, detect
 from anchorline.runtime.io import files
 from anchorline.runtime.io.errors import AnchorlineError, DataError, OutputError
 from anchorline.runtime.io.files import (
@@ -30,7 +30,7 @@ from anchorline.runtime.io.files import (
     sha256_of,
     write_json,
 )
-from anchorline.runtime.io.images import read_image
+from anchorline.runtime.io.images import holds_video, read_image, write_image
 from anchorline.runtime.video.reader import VideoReader
 from anchorline.runtime.video.source import plan
 
@@ -341,3 +341,38 @@ def test_what_is_no_file_is_refused_and_never_waited_for(read, suffix, tmp_path)
             path = path.rename(path.with_name(f"{kind}.engine.json")).with_name(f"{kind}.engine")
         with pytest.raises(AnchorlineError, match=rf"is a {kind}, expected a file; write what it carries"):
             read(path)
+
+
+# Names whose bytes are no UTF-8 reach Python as halves of UTF-16 pairs, over which OpenCV ends the process.
+
+LATIN = os.fsdecode(b"caf\xe9")
+
+
+def test_a_picture_with_a_name_of_another_encoding_is_detected_in(tmp_path: Path, model_path: Path) -> None:
+    write_image(tmp_path / f"{LATIN}.png", np.zeros((20, 30, 3), np.uint8))
+    (tmp_path / f"{LATIN}.data").write_bytes(b"nothing known")
+    lines = tmp_path / "lines.jsonl"
+    with Detector(model_path, "cpu") as detector:
+        detect([tmp_path / f"{LATIN}.png"], detector, DetectOptions(jsonl=lines))
+    assert json.loads(lines.read_text(encoding="utf-8"))["source"] == str(tmp_path / f"{LATIN}.png")
+    write_json(tmp_path / "figures.json", {"source": LATIN})
+    assert json.loads((tmp_path / "figures.json").read_text(encoding="utf-8")) == {"source": LATIN}
+    assert holds_video(tmp_path / f"{LATIN}.png") is False
+    assert holds_video(tmp_path / f"{LATIN}.data") is None
+
+
+def test_a_video_with_a_name_of_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / f"{LATIN}.mp4").write_bytes(bytes(100))
+    with pytest.raises(DataError, match="the name is not UTF-8"):
+        VideoReader(tmp_path / f"{LATIN}.mp4")
+    with pytest.raises(OutputError, match="the name is not UTF-8"):
+        VideoWriter(tmp_path / f"{LATIN}.new.mp4", (20, 30), 10.0)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{LATIN}.mp4"]
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2Jb.png", f"{LATIN}.png", "new\nline.png"])
+def test_a_source_is_called_by_what_can_be_shown(name: str, tmp_path: Path) -> None:
+    write_image(tmp_path / name, np.zeros((20, 30, 3), np.uint8))
+    (source,) = plan([tmp_path / name])
+    assert source.name.isprintable()
+    assert [item.path.name for item in source.items] == [name]

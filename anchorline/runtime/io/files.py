@@ -240,6 +240,16 @@ def expect_regular(path: str | Path, error_class: type[AnchorlineError] = Artefa
         raise error_class(f"{path}: is a {kind}, expected a file; write what it carries to a file first")
 
 
+def utf8_path(path: str | Path, error_class: type[AnchorlineError] = DataError) -> str:
+    """``path`` for OpenCV, which ends the process over a name whose bytes are no UTF-8."""
+    text = str(path)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise error_class(f"{path}: the name is not UTF-8, as OpenCV needs it; rename the file") from None
+    return text
+
+
 @contextlib.contextmanager
 def input_errors(
     path: str | Path, missing: str = "check the name", error_class: type[AnchorlineError] = ArtefactError
@@ -308,8 +318,12 @@ def atomic_write_text(path: str | Path, content: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented JSON; NumPy values become plain ones, NaN and infinities ``null``."""
-    atomic_write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write ``value`` as indented JSON; NumPy values become plain ones, NaN and infinities ``null``.
+
+    What UTF-8 has no bytes for, as in a file name of another encoding, is escaped as JSON knows it.
+    """
+    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    atomic_write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def plain(value: Any) -> Any:

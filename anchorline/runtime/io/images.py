@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.io.errors import DataError, OutputError, SettingsError, reason_of, shown
-from anchorline.runtime.io.files import atomic_write_bytes, expect_regular, input_errors
+from anchorline.runtime.io.files import atomic_write_bytes, expect_regular, input_errors, utf8_path
 from anchorline.runtime.io.native_log import quiet_opencv
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
@@ -330,8 +330,8 @@ def holds_video(path: str | Path) -> bool | None:
         head = file.read(_HEAD)
     if _begins_as_video(head) or Path(path).suffix.lower() in _RAW_JPEGS:
         return True
-    with quiet_opencv():
-        if cv2.haveImageReader(str(path)) or is_image(path):
+    with quiet_opencv(), contextlib.suppress(DataError):
+        if is_image(path) or cv2.haveImageReader(utf8_path(path)):
             return False
     return True if is_video(path) else None
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from anchorline.runtime.canvas import check_frame
 from anchorline.runtime.io.addresses import shown_address, without_secrets
 from anchorline.runtime.io.errors import DataError, NotCopied, SettingsError
-from anchorline.runtime.io.files import expect_regular, input_errors
+from anchorline.runtime.io.files import expect_regular, input_errors, utf8_path
 from anchorline.runtime.io.images import check_header, check_pixels, read_image
 from anchorline.runtime.io.native_log import ffmpeg_lines, quiet_opencv, without_secrets_on_stderr
 from anchorline.runtime.video.options import Decoder
@@ -149,6 +149,7 @@ class StreamReader(Reader):
     def __init__(self, where: str | int | Path, stall: float, name: str, live: bool = True) -> None:
         super().__init__(name, live)
         self._stall = stall
+        utf8_path(str(where))
         if isinstance(where, str) and shown_address(where) != where:
             self._closing.enter_context(without_secrets_on_stderr(where))
         self._capture = cv2.VideoCapture()
@@ -232,7 +233,7 @@ class VideoReader(StreamReader):
     def __init__(self, path: str | Path) -> None:
         Reader.__init__(self, str(path), live=False)
         with input_errors(path, "expected a video", DataError):
-            self.path = Path(path)
+            self.path = Path(utf8_path(path))
             if self.path.is_dir():
                 raise DataError(f"{path}: is a folder, expected a video file")
             with self.path.open("rb") as file:

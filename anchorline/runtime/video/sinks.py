@@ -97,7 +97,7 @@ class JsonLines:
 
 
 def line_of(result: Result) -> str:
-    """The result as a line of the detections JSON lines."""
+    """The result as a line of the detections JSON lines, in characters that UTF-8 has."""
     height, width = result.frame.shape[:2]
     record = {
         "source": result.stream.origin,
@@ -106,7 +106,8 @@ def line_of(result: Result) -> str:
         "size": [height, width],
         "detections": result.detections.to_records(),
     }
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    return line.encode("utf-8", "backslashreplace").decode("utf-8")  # of a file name: bytes that are no text
 
 
 class AnnotatedFiles:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.io.addresses import shown_address, take_apart
-from anchorline.runtime.io.errors import DataError, OutputError, SettingsError
+from anchorline.runtime.io.errors import DataError, OutputError, SettingsError, printable
 from anchorline.runtime.io.files import is_stream
 from anchorline.runtime.io.images import IMAGE_SUFFIXES, find_inputs, is_image, is_video
 from anchorline.runtime.video.options import Option, Policy, check_fields
@@ -57,6 +57,7 @@ class Source:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        object.__setattr__(self, "name", printable(str(self.name)))  # for terminals, pages and figures
         if not isinstance(self.where, str | int | Path | Iterable):
             raise SettingsError(
                 f"a source is {self.where!r}; expected a path, a webcam's number, a URL or frames"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.canvas import check_frame
 from anchorline.runtime.io.errors import FrameError, NotCopied, OutputError, SettingsError
-from anchorline.runtime.io.files import Draft, output_errors
+from anchorline.runtime.io.files import Draft, output_errors, utf8_path
 from anchorline.runtime.io.native_log import ffmpeg_lines, quiet_opencv
 from anchorline.runtime.video.reader import MAX_FPS
 
@@ -34,7 +34,7 @@ class VideoWriter(NotCopied):
     """
 
     def __init__(self, path: str | Path, size: tuple[int, int], fps: float) -> None:
-        self.path = Path(path)
+        self.path = Path(utf8_path(path, OutputError))
         if self.path.suffix.lower() != ".mp4":
             raise OutputError(f"{self.path}: unknown video suffix {self.path.suffix!r}; expected .mp4")
         if not (math.isfinite(fps) and 0 < fps <= MAX_FPS):
