@@ -1,10 +1,7 @@
-"""Boxes of labelled data and metrics: xyxy in pixels with continuous edges (width = x2 - x1); the numbers and
-flags that they are read from."""
+"""Boxes of labelled data and metrics: xyxy in pixels with continuous edges (width = x2 - x1)."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections import Counter
 
 import numpy as np
@@ -17,42 +14,6 @@ ZERO_AREA, OUTSIDE = "zero area", "outside the image"
 REVERSED = "reversed (xmax below xmin or ymax below ymin)"
 
 _LARGEST_FRACTION = 1.5  # of an image's side, with room for boxes beyond its edge
-_DIGITS = re.compile(r"[+-]?[0-9]{1,19}")
-_FARTHEST_PIXEL = 1e9  # annotated coordinates beyond this are damage, not boxes
-
-
-def is_coordinate(value: object) -> bool:
-    """Whether a value read from a file is a number that can be a place in an image, in pixels."""
-    return type(value) in (float, int) and abs(value) <= _FARTHEST_PIXEL  # type: ignore[arg-type]
-
-
-def as_number(value: object) -> float:
-    """The number that a file states, also as text; NaN for what is none."""
-    if type(value) not in (float, int, str):
-        return math.nan
-    try:
-        return math.nan if type(value) is str and "_" in value else float(value)  # type: ignore[arg-type]
-    except (ValueError, OverflowError):
-        return math.nan
-
-
-def as_whole(value: object) -> int | None:
-    """The whole number of up to 64 bits that a file states, also as text or 1.0; None for what is none."""
-    if type(value) is str and _DIGITS.fullmatch(value.strip()):
-        value = int(value)
-    elif type(value) in (float, str) and as_number(value).is_integer():
-        value = int(as_number(value))
-    return value if type(value) is int and -(2**63) <= value < 2**63 else None
-
-
-def as_flag(value: object) -> bool | None:
-    """The yes or no that a file states as 0 or 1, true or false, also as text; None for anything else."""
-    if type(value) is bool:
-        return value
-    if type(value) is str and value.strip().lower() in ("true", "false"):
-        return value.strip().lower() == "true"
-    number = as_number(value)
-    return bool(number) if number in (0, 1) else None
 
 
 def count_fractions(boxes: NDArray[np.floating], where: str) -> Counter[str]:

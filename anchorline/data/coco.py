@@ -17,15 +17,9 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from anchorline.data.boxes import as_flag, as_number, as_whole, count_fractions, is_coordinate
-from anchorline.data.dataset import (
-    FOUND_BY_END,
-    Dataset,
-    LabelledImage,
-    class_index,
-    image_size,
-    labelled_image,
-)
+from anchorline.data.boxes import count_fractions
+from anchorline.data.dataset import Dataset, LabelledImage, class_index, image_size, labelled_image
+from anchorline.data.files import FOUND_BY_END, absent_images, as_flag, as_number, as_whole, is_coordinate
 from anchorline.runtime.contract import check_names
 from anchorline.runtime.io.errors import DataError, shown
 from anchorline.runtime.io.files import expect_regular, input_errors
@@ -301,10 +295,7 @@ def _find_images(
         remedy = (
             f"give {folder.parent} as the folder" if above else "restore them or take them out of the file"
         )
-        raise DataError(
-            f"{annotations}: lists {len(paths)} images and {len(absent)} are not in {folder}, the first is "
-            f"{shown(absent[0])}; {remedy}"
-        )
+        raise absent_images(annotations, len(paths), absent, folder, remedy)
     for path, count in Counter(paths).items():
         if count > 1 and path in read_otherwise:
             raise DataError(

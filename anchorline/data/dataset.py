@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 import itertools
 import os.path
@@ -11,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +22,8 @@ from anchorline.runtime.io.images import check_pixels, find_inputs, read_header,
 from anchorline.runtime.video.reader import open_file
 
 FORMS = "voc:DIR@split, coco:IMAGES,ANNOTATIONS.json, yolo:DIR@split, voc:DIR, yolo:DIR or synthetic:N"
-FOUND_BY_END = "file names found by their end"
 VIDEO_FRAMES = 50  # how many of a video make a data set
 _SHOWN_NAMES = 12
-_LONGEST_PATH = 4096  # characters
-UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _HEAD = 65536  # bytes of a file in which its header is looked for
 _TURNABLE = (b"Exif", b"eXIf")
 _HEADER_TELLS = (b"\xff\xd8", b"\x89PNG")  # the size of an image that is not turned
@@ -317,41 +313,6 @@ def labelled_image(
     own = np.array(labels, dtype=np.int64)[kept]
     flags = [np.array(each or [False] * len(boxes), dtype=np.bool_)[kept] for each in (difficult, crowd)]
     return LabelledImage(id, size, clipped, own, flags[0], flags[1], partial(load_image, path, size), path)
-
-
-def read_lines(path: Path, expected: str) -> list[str]:
-    """The lines of a text file in UTF-8, or in UTF-16 with a byte-order mark, without their ends.
-
-    Raises ``DataError``, which says what was ``expected`` on each.
-    """
-    with input_errors(path, f"expected {expected} a line", DataError):
-        content = path.read_bytes()
-    try:
-        text = content.decode("utf-16" if content.startswith(UTF16_MARKS) else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: cannot be read ({error}); expected {expected} a line in UTF-8") from None
-    if "\0" in text:
-        raise DataError(f"{path}: holds NUL characters; expected text, {expected} a line")
-    return re.split("\r\n|\r|\n", text)  # str.splitlines would also cut at U+0085, U+2028 and others
-
-
-def path_tails(text: str) -> Iterator[str]:
-    """A path in a list, and what is left of it without its first folders, which another machine had.
-
-    ``./data/images/a.jpg`` gives itself, ``images/a.jpg`` and ``a.jpg``. Windows' backslashes become slashes.
-    """
-    if len(text) > _LONGEST_PATH:
-        return
-    for written in dict.fromkeys((text, text.replace("\\", "/"))):
-        parts = PurePosixPath(written).parts
-        yield from (str(PurePosixPath(*parts[start:])) for start in range(len(parts)))
-
-
-def is_shortened(text: str, path: Path) -> bool:
-    """Whether only the end of what a list calls ``text`` leads to ``path``."""
-    written = os.path.normpath(text.strip().replace("\\", "/")).lstrip("./").lower()
-    whole = path.as_posix().lower()
-    return not any(f"/{end}".endswith(f"/{written}") for end in (whole, whole.rpartition(".")[0]))
 
 
 def image_size(path: Path) -> tuple[int, int]:

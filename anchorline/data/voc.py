@@ -12,24 +12,24 @@ import os.path
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.data.boxes import as_flag, as_number, count_fractions, is_coordinate
-from anchorline.data.dataset import (
-    FOUND_BY_END,
+from anchorline.data.boxes import count_fractions
+from anchorline.data.dataset import Dataset, class_index, image_size, labelled_image, list_names
+from anchorline.data.files import (
     UTF16_MARKS,
-    Dataset,
-    class_index,
-    image_size,
-    is_shortened,
-    labelled_image,
-    list_names,
+    ImageFile,
+    as_flag,
+    as_number,
+    files_in_folder,
+    is_coordinate,
+    listed_images,
     path_tails,
-    read_lines,
+    without_suffix,
 )
 from anchorline.runtime.contract import check_names
 from anchorline.runtime.io.errors import DataError, shown
@@ -38,7 +38,6 @@ from anchorline.runtime.io.images import IMAGE_SUFFIXES, image_files
 
 Annotation = tuple[list[str], NDArray[np.float64], list[bool]]
 
-WITHOUT_IMAGE = "annotation without an image"
 POLYGON, ROTATED = "taken as the box around a polygon", "taken as the upright box around a rotated one"
 
 # A class's own split (cat_train.txt) adds -1, 0 or 1 after the image id.
@@ -61,7 +60,7 @@ def load_voc(folder: Path, split: str | None, names: Sequence[str] | None = None
     remarks: Counter[str] = Counter()
     files = _find_files(folder, split, dropped, remarks)
     nothing: Annotation = ([], np.zeros((0, 4)), [])
-    annotations = [nothing if xml is None else _read_annotation(xml, remarks) for _, _, xml in files]
+    annotations = [_read_annotation(each.labels, remarks) if each.has_labels else nothing for each in files]
     if names is None:
         names = check_names(sorted({name for found, *_ in annotations for name in found}), spec, DataError)
         if not names:
@@ -70,56 +69,58 @@ def load_voc(folder: Path, split: str | None, names: Sequence[str] | None = None
             )
     remarks += count_fractions(np.concatenate([boxes for _, boxes, _ in annotations]), spec)
     images = []
-    for (id, path, xml), (found, boxes, difficult) in zip(files, annotations, strict=True):
-        index = class_index(names, found, str(xml))
+    for each, (found, boxes, difficult) in zip(files, annotations, strict=True):
+        index = class_index(names, found, str(each.labels))
         labels = [index[name] for name in found]
-        size = image_size(path)  # the image's own: <size> is often absent, zero or swapped
+        size = image_size(each.path)  # the image's own: <size> is often absent, zero or swapped
         # xmin = xmax in the file becomes a side of 1 pixel, so that is what an empty box has.
         images.append(
-            labelled_image(id, path, size, boxes, labels, dropped, difficult=difficult, empty_side=1.0)
+            labelled_image(
+                each.id, each.path, size, boxes, labels, dropped, difficult=difficult, empty_side=1.0
+            )
         )
-    unlabelled = sum(xml is None for *_, xml in files)
+    unlabelled = sum(not each.has_labels for each in files)
     return Dataset(spec, tuple(names), tuple(images), dropped=dropped, unlabelled=unlabelled, remarks=remarks)
 
 
 def _find_files(
     folder: Path, split: str | None, dropped: Counter[str], remarks: Counter[str]
-) -> list[tuple[str, Path, Path | None]]:
-    """The id, image and annotation, if there is one, of each image of the split, in its order."""
+) -> list[ImageFile]:
+    """The images of the split, in its order, or in the order of their names where it has no list."""
     place, listing = _find_split(folder, split)
     image_folder = part if (part := place / "JPEGImages").is_dir() else place
-    annotation_folder = part if (part := place / "Annotations").is_dir() else image_folder
-    images = {p.relative_to(image_folder).as_posix(): p for p in image_files(files_below(image_folder))}
-    if split is None and image_folder == place and all("/" in name for name in images):
-        subfolders = sorted({name.partition("/")[0] for name in images})
-        remedy = (
-            f"did you mean voc:{folder}@{subfolders[0]}, or voc:{folder}@. for all of its subfolders?"
-            if subfolders
-            else "expected images and their annotations side by side, or JPEGImages and Annotations"
-        )
-        raise DataError(f"{folder}: has no images; {_nested(folder) or remedy}")
-    names = list(images) if listing is None else _listed(listing, images, image_folder, remarks)
-    files = [(_id(name), images[name], annotation_folder / f"{_id(name)}.xml") for name in names]
-    unlabelled = [id for id, _, xml in files if not os.path.lexists(xml)]
+    label_folder = part if (part := place / "Annotations").is_dir() else image_folder
+    if listing is None:
+        if split is None and image_folder == place:
+            _expect_images(folder)
+        files = files_in_folder(image_folder, label_folder, ".xml", dropped)
+    else:
+        find = _finder(image_files(files_below(image_folder)), image_folder)
+        flag = _CLASS_FLAG if _CLASS_SPLIT.fullmatch(listing.stem) else None
+        files = []
+        for path in listed_images(listing, image_folder, find, remarks, flag):
+            id = without_suffix(path.relative_to(image_folder))
+            files.append(ImageFile(id, path, label_folder / f"{id}.xml"))
+    unlabelled = [each.id for each in files if not each.has_labels]
     if unlabelled and (listing is not None or len(unlabelled) == len(files)):
         raise DataError(
             f"{listing or image_folder}: of its {len(files)} images {len(unlabelled)} have no annotation, "
-            f"the first is {shown(unlabelled[0])}; add {annotation_folder.name}/{unlabelled[0]}.xml"
+            f"the first is {shown(unlabelled[0])}; add {label_folder.name}/{unlabelled[0]}.xml"
             + (" or take it out of the split" if listing is not None else "")
         )
-    if not files:
-        raise DataError(f"{image_folder}: has no images; expected at least one")
-    if listing is None:
-        known = {id: path for id, path, _ in reversed(files)}
-        twice = next((path for id, path, _ in files if known[id] != path), None)
-        if twice is not None:
-            raise DataError(f"{twice}: shares its annotation with another image; rename one of the images")
-        unused = {p for p in files_below(annotation_folder) if p.suffix == ".xml"} - {
-            xml for *_, xml in files
-        }
-        dropped.update({WITHOUT_IMAGE: len(unused)} if unused else {})
-    without = set(unlabelled)
-    return [(id, path, None if id in without else xml) for id, path, xml in files]
+    return files
+
+
+def _expect_images(folder: Path) -> None:
+    """Raise ``DataError`` where ``folder`` has no images of its own: those of subfolders may be splits."""
+    if image_files(folder.iterdir()):
+        return
+    found = image_files(files_below(folder))
+    remedy = "expected images and their annotations side by side, or JPEGImages and Annotations"
+    if found:
+        first = found[0].relative_to(folder).parts[0]
+        remedy = f"did you mean voc:{folder}@{first}, or voc:{folder}@. for all of its subfolders?"
+    raise DataError(f"{folder}: has no images; {_nested(folder) or remedy}")
 
 
 def _find_split(folder: Path, split: str | None) -> tuple[Path, Path | None]:
@@ -152,50 +153,21 @@ def _nested(folder: Path) -> str:
     return f"it has no JPEGImages folder, did you mean {nested[0]}?" if nested and not has_own else ""
 
 
-def _id(name: str) -> str:
-    """An image's name without its suffix; dots inside it stay."""
-    return name.rpartition(".")[0]
+def _finder(images: Sequence[Path], folder: Path) -> Callable[[str], Path | None]:
+    """A search of ``images`` by their names in ``folder`` or the ends of paths, with or without a suffix, and
+    in other letters' cases where none fits as it stands."""
+    names = {path.relative_to(folder).as_posix(): path for path in images}
+    by_suffix = sorted(names.items(), key=lambda item: IMAGE_SUFFIXES.index(item[1].suffix.lower()))
+    called: dict[str, Path] = {}
+    for form in (without_suffix, str, lambda name: without_suffix(name).lower(), str.lower):
+        for name, path in by_suffix:
+            called.setdefault(form(name), path)
 
-
-def _listed(listing: Path, images: dict[str, Path], folder: Path, remarks: Counter[str]) -> list[str]:
-    """The images of a split list, each line of which is an id, a file name or a path, and in the list of a
-    class also a flag."""
-    by_suffix = sorted(images, key=lambda name: IMAGE_SUFFIXES.index(images[name].suffix.lower()))
-    called: dict[str, str] = {}
-    for form in (_id, str, lambda name: _id(name).lower(), str.lower):
-        for each in by_suffix:
-            called.setdefault(form(each), each)
-
-    def find(text: str) -> str | None:
+    def find(text: str) -> Path | None:
         keys = (key for tail in path_tails(text) for key in (tail, tail.lower()))
         return next((called[key] for key in keys if key in called), None)
 
-    lines = [line for line in read_lines(listing, "one image id") if line.strip()]
-    if not lines:
-        raise DataError(f"{listing}: the split is empty; expected one image id a line")
-    flagged = _CLASS_SPLIT.fullmatch(listing.stem)
-    line_of: dict[str, str] = {}
-    found: list[str] = []
-    absent: list[str] = []
-    for line in lines:
-        forms = [line, line.strip(), *([_CLASS_FLAG.sub("", line.strip())] if flagged else [])]
-        text = next(filter(find, forms), forms[-1])
-        name = find(text)
-        if name is None:
-            absent.append(text)
-            continue
-        found.append(name)
-        if is_shortened(text, images[name]):
-            remarks[FOUND_BY_END] += 1
-        if line_of.setdefault(name, line) != line:
-            both = f"{shown(line_of[name])} and {shown(line)}"
-            raise DataError(f"{listing}: {both} both name {images[name].name}; expected each image once")
-    if absent:
-        raise DataError(
-            f"{listing}: lists {len(lines)} images and {len(absent)} are not in {folder}, the first is "
-            f"{shown(absent[0])}; restore them or take them out of the split"
-        )
-    return found
+    return find
 
 
 def _read_annotation(path: Path, remarks: Counter[str]) -> Annotation:

@@ -9,6 +9,7 @@ becomes its bounding box. Fractions become continuous edges, clipped to the imag
 
 from __future__ import annotations
 
+import functools
 import os.path
 from collections import Counter
 from collections.abc import Sequence
@@ -19,24 +20,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.data.boxes import as_number, as_whole
-from anchorline.data.dataset import (
-    FOUND_BY_END,
-    Dataset,
-    class_index,
-    image_size,
-    is_shortened,
-    labelled_image,
-    list_names,
+from anchorline.data.dataset import Dataset, class_index, image_size, labelled_image, list_names
+from anchorline.data.files import (
+    SPLITS,
+    ImageFile,
+    as_number,
+    as_whole,
+    files_in_folder,
+    listed_images,
     path_tails,
     read_lines,
+    without_suffix,
 )
 from anchorline.runtime.contract import check_names
 from anchorline.runtime.io.errors import DataError, SettingsError, one_line, printable, shown
-from anchorline.runtime.io.files import files_below, input_errors
+from anchorline.runtime.io.files import input_errors
 from anchorline.runtime.io.images import IMAGE_SUFFIXES, image_files, is_image
-
-WITHOUT_IMAGE = "label file without an image"
 
 _CLASS_FILES = ("classes.txt", "labels/classes.txt", "obj.names")
 _SPLIT_CLASS_FILES = (
@@ -45,8 +44,6 @@ _SPLIT_CLASS_FILES = (
     "labels/{}/classes.txt",
     "images/{}/classes.txt",
 )
-_SPLITS = ("train", "val", "valid", "test")
-_NO_LABELS = {"classes.txt", *(f"{split}.txt" for split in _SPLITS)}
 # Boxes may reach a little over the edge. Beyond this, the numbers are pixels or damage.
 _FARTHEST_FRACTION = 2.0
 _MOST_BRACKETS = 10_000  # PyYAML's time grows with the square of those that are open
@@ -62,15 +59,6 @@ class YoloConfig:
     names: tuple[str, ...]
     keypoints: bool = False
     splits: dict[str, list[str]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _File:
-    """An image of a split, and where its labels are, if it has any."""
-
-    id: str
-    path: Path
-    labels: Path
 
 
 def load_yolo(folder: Path, split: str | None, names: Sequence[str] | None = None, spec: str = "") -> Dataset:
@@ -89,36 +77,35 @@ def load_yolo(folder: Path, split: str | None, names: Sequence[str] | None = Non
     dropped: Counter[str] = Counter()
     remarks: Counter[str] = Counter()
     files = _find_files(folder, split, config, dropped, remarks)
-    labelled = [os.path.lexists(each.labels) for each in files]
-    if not any(labelled):
+    unlabelled = sum(not each.has_labels for each in files)
+    if unlabelled == len(files):
         raise DataError(
             f"{spec}: none of its {len(files)} images has a label file, the first would be "
             f"{files[0].labels}; give images without objects empty label files"
         )
     images = []
-    for each, has_labels in zip(files, labelled, strict=True):
-        classes, fractions = _read_labels(each.labels, config) if has_labels else ([], np.zeros((0, 4)))
+    for each in files:
+        classes, fractions = _read_labels(each.labels, config) if each.has_labels else ([], np.zeros((0, 4)))
         used = [config.names[index] for index in classes]
         index = class_index(own_names, used, str(each.labels))
         size = height, width = image_size(each.path)
         boxes = fractions * [width, height, width, height]
         labels = [index[name] for name in used]
         images.append(labelled_image(each.id, each.path, size, boxes, labels, dropped))
-    unlabelled = labelled.count(False)
     return Dataset(spec, own_names, tuple(images), dropped=dropped, unlabelled=unlabelled, remarks=remarks)
 
 
 def _find_files(
     folder: Path, split: str | None, config: YoloConfig, dropped: Counter[str], remarks: Counter[str]
-) -> list[_File]:
+) -> list[ImageFile]:
     """The images of what the data's own file names for the split, folders or lists; else of the split's usual
     folder, else of a list or a folder called ``split``."""
     if split is None:
         images = folder / "images"
         if any(os.path.lexists(path.with_suffix(".txt")) for path in image_files(folder.iterdir())):
-            return _in_folder(folder, folder, folder, dropped)
+            return files_in_folder(folder, folder, ".txt", dropped)
         if images.is_dir() and image_files(images.iterdir()):
-            return _in_folder(images, images, folder, dropped)
+            return files_in_folder(images, _label_folder(images, folder), ".txt", dropped)
         raise DataError(f"{folder}: has no images with label files beside them; {_remedy(folder, config)}")
     if Path(split).is_absolute():
         raise DataError(f"{folder}: no split {shown(split)}; {_remedy(folder, config)}")
@@ -134,8 +121,11 @@ def _find_files(
         raise DataError(f"{folder}: no split {shown(split)}; {_remedy(folder, config)}")
     files = []
     for path in found:
-        base = path if len(found) == 1 else folder
-        files += _in_folder(path, base, folder, dropped) if path.is_dir() else _in_list(path, folder, remarks)
+        if path.is_dir():
+            base = path if len(found) == 1 else folder
+            files += files_in_folder(path, _label_folder(path, folder), ".txt", dropped, base)
+        else:
+            files += _in_list(path, folder, remarks)
     return files
 
 
@@ -144,7 +134,7 @@ def _remedy(folder: Path, config: YoloConfig) -> str:
     found = {path.name for path in folder.glob("images/*") if path.is_dir()}
     found |= {path.parent.name for path in folder.glob("*/images") if path.is_dir()}
     found |= {split for split, named in config.splits.items() if all(_find(text, folder) for text in named)}
-    found |= {split for split in _SPLITS if (folder / split).is_dir() or (folder / f"{split}.txt").is_file()}
+    found |= {split for split in SPLITS if (folder / split).is_dir() or (folder / f"{split}.txt").is_file()}
     if found:
         return f"use one of {list_names(sorted(found))}"
     if (folder / "images").is_dir():
@@ -171,60 +161,23 @@ def _label_folder(images: Path, folder: Path) -> Path:
     return labels if found and labels.is_dir() else images
 
 
-def _in_folder(place: Path, base: Path, folder: Path, dropped: Counter[str]) -> list[_File]:
-    """The images of ``place`` and its subfolders; an id is the path from ``base`` without its suffix."""
-    label_folder = _label_folder(place, folder)
-    paths = image_files(files_below(place))
-    files: dict[Path, _File] = {}
-    for path in paths:
-        labels = label_folder / f"{_without_suffix(path.relative_to(place))}.txt"
-        if labels in files:
-            other = files[labels].path.name
-            raise DataError(f"{path}: shares its label file with {other}; rename one of the images")
-        files[labels] = _File(_without_suffix(path.relative_to(base)), path, labels)
-    if not files:
-        raise DataError(f"{place}: has no images; expected at least one")
-    found = {p for p in files_below(label_folder) if p.suffix == ".txt" and p.name not in _NO_LABELS}
-    unused = len(found - set(files))
-    dropped.update({WITHOUT_IMAGE: unused} if unused else {})
-    return list(files.values())
-
-
-def _without_suffix(path: Path) -> str:
-    return path.as_posix().rpartition(".")[0]
-
-
-def _in_list(listing: Path, folder: Path, remarks: Counter[str]) -> list[_File]:
-    """The images that a text file lists, one a line: a path, a file name or an id."""
-    lines = [line.strip() for line in read_lines(listing, "one image") if line.strip()]
-    if not lines:
-        raise DataError(f"{listing}: the list is empty; expected one image a line")
+def _in_list(listing: Path, folder: Path, remarks: Counter[str]) -> list[ImageFile]:
+    """The images that a text file lists; an id is the path from ``folder`` without its suffix."""
     starts = (listing.parent, folder, folder / "images")
-    label_folders: dict[Path, Path] = {}
-    files: list[_File] = []
-    line_of: dict[Path, str] = {}
-    absent = []
-    for line in lines:
-        names = [line] if is_image(line) else [line + suffix for suffix in IMAGE_SUFFIXES]
-        path = next(filter(None, (_find(name, folder, *starts) for name in names)), None)
-        if path is None:
-            absent.append(line)
-            continue
-        if line_of.setdefault(path, line) != line:
-            both = f"{shown(line_of[path])} and {shown(line)}"
-            raise DataError(f"{listing}: {both} both name {path.name}; expected each image once")
-        if path.parent not in label_folders:
-            label_folders[path.parent] = _label_folder(path.parent, folder)
-        if is_shortened(line, path):
-            remarks[FOUND_BY_END] += 1
-        labels = label_folders[path.parent] / f"{_without_suffix(Path(path.name))}.txt"
-        files.append(_File(_without_suffix(path.relative_to(folder)), path, labels))
-    if absent:
-        raise DataError(
-            f"{listing}: lists {len(lines)} images and {len(absent)} are not in {folder}, the first is "
-            f"{shown(absent[0])}; restore them, link their folder into it, or take them out of the list"
+    label_folder = functools.cache(lambda parent: _label_folder(parent, folder))
+
+    def find(text: str) -> Path | None:
+        names = [text] if is_image(text) else [text + suffix for suffix in IMAGE_SUFFIXES]
+        return next(filter(None, (_find(name, folder, *starts) for name in names)), None)
+
+    return [
+        ImageFile(
+            without_suffix(path.relative_to(folder)),
+            path,
+            label_folder(path.parent) / f"{without_suffix(path.name)}.txt",
         )
-    return files
+        for path in listed_images(listing, folder, find, remarks)
+    ]
 
 
 def _read_labels(path: Path, config: YoloConfig) -> tuple[list[int], NDArray[np.float64]]:
@@ -307,7 +260,7 @@ def _named_splits(content: dict[str, Any]) -> dict[str, list[str]]:
     start = content.get("path")
     start = start if isinstance(start, str) else ""
     named = {}
-    for split in _SPLITS:
+    for split in SPLITS:
         value = content.get(split)
         texts = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
         if any(texts):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from anchorline.data.boxes import REVERSED
 from anchorline.data.dataset import load_dataset
-from anchorline.data.voc import POLYGON, ROTATED, _listed, _read_annotation
+from anchorline.data.voc import POLYGON, ROTATED, _finder, _read_annotation
 from anchorline.runtime.io.errors import AnchorlineError, DataError
 
 MakeVoc = Callable[..., Path]
@@ -153,13 +153,9 @@ def test_lines_that_name_no_image(make_voc: MakeVoc, split: str, lines: list[str
 
 
 def test_names_that_differ_in_case_only(tmp_path: Path) -> None:
-    images = {name: tmp_path / name for name in ("a.jpg", "A.jpg", "B.JPG", "b.png")}
-    (tmp_path / "train.txt").write_text("A\na\nB\nb")
-    assert _listed(tmp_path / "train.txt", images, tmp_path, Counter()) == [
-        "A.jpg",
-        "a.jpg",
-        "B.JPG",
-        "b.png",
+    find = _finder([tmp_path / name for name in ("a.jpg", "A.jpg", "B.JPG", "b.png")], tmp_path)
+    assert [find(text) for text in ("A", "a", "B", "b")] == [
+        tmp_path / name for name in ("A.jpg", "a.jpg", "B.JPG", "b.png")
     ]
 
 
@@ -176,12 +172,12 @@ def test_images_beside_their_annotations(make_voc: MakeVoc, tmp_path: Path, spli
     assert [image.id for image in dataset] == ["a.b", "c"]
     assert [image.boxes.tolist() for image in dataset] == [[[4, 5, 30, 40]], []]
     assert dataset.unlabelled == 1
-    assert dataset.dropped == {"annotation without an image": 1}
+    assert dataset.dropped == {"label file without an image": 1}
     (place / "some.txt").write_text("c.jpg\na.b.jpg")
     with pytest.raises(DataError, match=r"some\.txt: of its 2 images 1 have no annotation, the first is 'c'"):
         load_dataset(f"voc:{place}@some")
     (place / "a.b.png").write_bytes((place / "a.b.jpg").read_bytes())
-    with pytest.raises(DataError, match=r"a\.b\.\w+: shares its annotation with another image"):
+    with pytest.raises(DataError, match=r"a\.b\.\w+: shares its label file with a"):
         load_dataset(f"voc:{place}")
 
 
@@ -340,7 +336,7 @@ def test_missing_things_are_named(make_voc: MakeVoc, tmp_path: Path) -> None:
         load_dataset(f"voc:{root}@train")
     with pytest.raises(DataError, match="no split 'test'; use one of bare, none, train, val"):
         load_dataset(f"voc:{root}@test")
-    with pytest.raises(DataError, match="the split is empty"):
+    with pytest.raises(DataError, match="the list is empty"):
         load_dataset(f"voc:{root}@none")
     (root / "Annotations/b.xml").unlink()
     with pytest.raises(

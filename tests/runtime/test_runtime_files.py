@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anchorline.data.dataset import image_size, images_or_video, read_lines
+from anchorline.data.dataset import image_size, images_or_video
+from anchorline.data.files import read_lines
 from anchorline.data.proposals import read_proposals
 from anchorline.data.synthetic import synthetic_dataset
 from anchorline.doctor.artefact import read_artefact
