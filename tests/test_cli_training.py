@@ -217,7 +217,7 @@ def truncated(folder: Path, run: Path) -> Path:
         (lambda folder, _: checkpoint_of_others(folder), [], "others.safetensors"),
         (lambda folder, _: text_file(folder), [], "notes.txt"),
         (lambda folder, _: folder / "missing.safetensors", [], "missing.safetensors"),
-        (lambda folder, _: folder, [], "no such file"),
+        (lambda folder, _: folder, [], "is a folder"),
         (None, ["--canvas", "100x96"], "(100, 96)"),
         (None, ["--canvas", "0x0"], "(0, 0)"),
         (None, ["--canvas", "big"], "'big'"),
