@@ -75,7 +75,7 @@ def load_coco(
         size = _stated_size(record, f"{annotations}: image {len(images) + 1}") or image_size(path)
         labels = [index[categories[each.category_id]] for each in own]
         crowd = [each.crowd for each in own]
-        images.append(labelled_image(str(id), path, size, boxes, labels, dropped, crowd=crowd))
+        images.append(labelled_image(str(id), path, size, boxes, labels, dropped, remarks, crowd=crowd))
     id_of = {name: id for id, name in categories.items()}
     ids = tuple(id_of[name] for name in names) if id_of.keys() >= set(names) else None
     return Dataset(spec, names, tuple(images), ids, dropped, remarks=remarks)
@@ -162,7 +162,9 @@ def _read_objects(
 
 def _whole(record: Any, key: str, where: str) -> int:
     """A record's whole number."""
-    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: is {shown(record)}; expected an object with {key}")
+    value = record.get(key)
     number = as_whole(value)
     if number is None:
         raise DataError(f"{where}: {key} is {shown(value)}; expected a whole number")

@@ -15,16 +15,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.data.boxes import clip_labelled_boxes
+from anchorline.data.boxes import box_areas, clip_labelled_boxes
 from anchorline.runtime.io.errors import DataError
 from anchorline.runtime.io.files import input_errors
 from anchorline.runtime.io.images import check_pixels, find_inputs, read_header, read_image, unused_bits
 from anchorline.runtime.video.reader import open_file
 
 FORMS = "voc:DIR@split, coco:IMAGES,ANNOTATIONS.json, yolo:DIR@split, voc:DIR, yolo:DIR or synthetic:N"
+MOSTLY_OUTSIDE = "boxes more than half outside their image, cut at its edge"
 VIDEO_FRAMES = 50  # how many of a video make a data set
 _SHOWN_NAMES = 12
 _HEAD = 65536  # bytes of a file in which its header is looked for
+_TAIL = 16384  # bytes, in which the EXIF of a PNG may follow its pixels
 _TURNABLE = (b"Exif", b"eXIf")
 _HEADER_TELLS = (b"\xff\xd8", b"\x89PNG")  # the size of an image that is not turned
 _LOOKED_AT = 20  # images of a data set that are looked into for their depth
@@ -129,7 +131,7 @@ def load_dataset(spec: str, names: Sequence[str] | None = None) -> Dataset:
     folder. Raises ``DataError`` for an unknown form and for anything missing, empty or broken.
     """
     dataset = _read(spec, names)
-    dataset.remarks.update(_depth_remarks(dataset))
+    dataset.remarks.update(_repeat_remarks(dataset) + _depth_remarks(dataset))
     return dataset
 
 
@@ -154,10 +156,7 @@ def _read(spec: str, names: Sequence[str] | None) -> Dataset:
             from anchorline.data.coco import load_coco
 
             places = rest.removesuffix(",anywhere")
-            folder, _, annotations = places.rpartition(",")
-            if not folder or not annotations:
-                raise DataError(f"data {spec!r}: expected coco:IMAGES,ANNOTATIONS.json")
-            return load_coco(_at_home(folder), _at_home(annotations), names, spec, places != rest)
+            return load_coco(*_coco_places(places, spec), names, spec, places != rest)
         split: str | None
         folder, at, split = rest.rpartition("@")
         if not at or (os.path.isdir(_at_home(rest)) and not os.path.isdir(_at_home(folder))):
@@ -176,11 +175,27 @@ def _read(spec: str, names: Sequence[str] | None) -> Dataset:
         return load_yolo(_at_home(folder), split, names, spec)
 
 
+def _coco_places(text: str, spec: str) -> tuple[Path, Path]:
+    """The folder of images and the file of annotations, which may have commas in their names."""
+    commas = [at for at, character in enumerate(text) if character == "," and 0 < at < len(text) - 1]
+    places = [(_at_home(text[:at]), _at_home(text[at + 1 :])) for at in reversed(commas)]
+    if not places:
+        raise DataError(f"data {spec!r}: expected coco:IMAGES,ANNOTATIONS.json")
+    return next((each for each in places if os.path.isdir(each[0]) and os.path.exists(each[1])), places[0])
+
+
+def _repeat_remarks(dataset: Dataset) -> Counter[str]:
+    """How many of the data's images are files that stand in it before."""
+    paths = [image.path for image in dataset if image.path is not None]
+    repeats = len(paths) - len(set(paths))
+    return Counter({"images listed again, which count each time": repeats} if repeats else {})
+
+
 def _depth_remarks(dataset: Dataset) -> Counter[str]:
     """What is to be said of images that use few of their 16 bits, by a sample of the data's."""
     paths = [image.path for image in dataset if image.path is not None]
     sample = paths[:: max(1, len(paths) // _LOOKED_AT)]
-    deep = [path for path in sample if (header := read_header(_head(path))) and header.bits > 8]
+    deep = [path for path in sample if (header := read_header(_ends(path)[0])) and header.bits > 8]
     unused = [bits for bits in map(unused_bits, deep) if bits]
     if not unused:
         return Counter()
@@ -296,12 +311,14 @@ def labelled_image(
     boxes: NDArray[np.float64],
     labels: Sequence[int],
     dropped: Counter[str] | None = None,
+    remarks: Counter[str] | None = None,
     *,
     difficult: Sequence[bool] = (),
     crowd: Sequence[bool] = (),
     empty_side: float = 0.0,
 ) -> LabelledImage:
-    """The image at ``path`` with its usable boxes; the others are counted in ``dropped``, by reason.
+    """The image at ``path`` with its usable boxes; the others are counted in ``dropped``, by reason, and
+    those that lie outside it for the most part in ``remarks``.
 
     ``boxes`` [N, 4] are as annotated, with ``empty_side`` as in ``clip_labelled_boxes``; no flags are
     given where none is set.
@@ -310,6 +327,9 @@ def labelled_image(
     clipped, kept, reasons = clip_labelled_boxes(boxes, size, empty_side)
     if dropped is not None:
         dropped.update(reasons)
+    cut = int((box_areas(clipped) < box_areas(boxes[kept]) / 2).sum())
+    if remarks is not None and cut:
+        remarks[MOSTLY_OUTSIDE] += cut
     own = np.array(labels, dtype=np.int64)[kept]
     flags = [np.array(each or [False] * len(boxes), dtype=np.bool_)[kept] for each in (difficult, crowd)]
     return LabelledImage(id, size, clipped, own, flags[0], flags[1], partial(load_image, path, size), path)
@@ -321,8 +341,8 @@ def image_size(path: Path) -> tuple[int, int]:
     An image that carries EXIF (it may be turned) or is neither JPEG nor PNG is decoded. Raises
     ``DataError`` when it cannot be read.
     """
-    head = _head(path)
-    plain = head.startswith(_HEADER_TELLS) and not any(mark in head for mark in _TURNABLE)
+    head, tail = _ends(path)
+    plain = head.startswith(_HEADER_TELLS) and not any(mark in head + tail for mark in _TURNABLE)
     header = read_header(head) if plain else None
     if header is None or min(header.size) < 1:
         height, width = read_image(path).shape[:2]
@@ -330,9 +350,11 @@ def image_size(path: Path) -> tuple[int, int]:
     return header.size
 
 
-def _head(path: Path) -> bytes:
+def _ends(path: Path) -> tuple[bytes, bytes]:
     with input_errors(path, "expected an image", DataError), path.open("rb") as file:
-        return file.read(_HEAD)
+        head = file.read(_HEAD)
+        file.seek(max(len(head), os.fstat(file.fileno()).st_size - _TAIL))
+        return head, file.read()
 
 
 def load_image(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -340,8 +362,12 @@ def load_image(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
     image = read_image(path)
     if image.shape[:2] != size:
         height, width = image.shape[:2]
+        remedy = "annotate the image again or put the annotated one back"
+        stored = read_header(_ends(path)[0])
+        if stored is not None and stored.size == size:  # as tools see it that know no EXIF
+            remedy = "its EXIF turns it upright, which its annotations have to follow"
         raise DataError(
             f"{path}: the image is {width}x{height}, its annotations were made for {size[1]}x{size[0]}; "
-            "annotate the image again or put the annotated one back"
+            + remedy
         )
     return image

@@ -13,7 +13,9 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,7 @@ from anchorline.data.files import (
     ImageFile,
     as_flag,
     as_number,
+    as_whole,
     files_in_folder,
     is_coordinate,
     listed_images,
@@ -36,14 +39,22 @@ from anchorline.runtime.io.errors import DataError, shown
 from anchorline.runtime.io.files import files_below, input_errors
 from anchorline.runtime.io.images import IMAGE_SUFFIXES, image_files
 
-Annotation = tuple[list[str], NDArray[np.float64], list[bool]]
-
 POLYGON, ROTATED = "taken as the box around a polygon", "taken as the upright box around a rotated one"
+OTHER_SIZE = "annotations that state another size than their image has"
 
 # A class's own split (cat_train.txt) adds -1, 0 or 1 after the image id.
 _CLASS_SPLIT = re.compile(r".+_(train|val|trainval|test)", re.DOTALL)
 _CLASS_FLAG = re.compile(r"\s+(-1|0|1)$")
 _NOT_STATED = ("", "unspecified")
+
+
+class _Annotation(NamedTuple):
+    """Names, boxes [N, 4] and flags of an image's objects, and the (height, width) that it states."""
+
+    names: list[str]
+    boxes: NDArray[np.float64]
+    difficult: list[bool]
+    size: tuple[int, int] | None
 
 
 def load_voc(folder: Path, split: str | None, names: Sequence[str] | None = None, spec: str = "") -> Dataset:
@@ -52,33 +63,32 @@ def load_voc(folder: Path, split: str | None, names: Sequence[str] | None = None
     Without such a list, those of the folder ``folder/split``, or of ``folder`` itself for None, in the order
     of their names; an image without an annotation then has no objects and is counted as ``unlabelled``.
     Labels index ``names``, or the classes found in the split, sorted. A polygon or a rotated box without a
-    ``bndbox`` becomes the box around it and is counted in ``remarks``. Raises ``DataError`` for anything
-    missing or broken, and for a class that is not in ``names``.
+    ``bndbox`` becomes the box around it. ``remarks`` counts those, and annotations of another size. Raises
+    ``DataError`` for anything missing or broken, and for a class that is not in ``names``.
     """
     spec = spec or f"voc:{folder}" + (f"@{split}" if split else "")
     dropped: Counter[str] = Counter()
     remarks: Counter[str] = Counter()
     files = _find_files(folder, split, dropped, remarks)
-    nothing: Annotation = ([], np.zeros((0, 4)), [])
+    nothing = _Annotation([], np.zeros((0, 4)), [], None)
     annotations = [_read_annotation(each.labels, remarks) if each.has_labels else nothing for each in files]
     if names is None:
-        names = check_names(sorted({name for found, *_ in annotations for name in found}), spec, DataError)
+        names = check_names(sorted({name for each in annotations for name in each.names}), spec, DataError)
         if not names:
             raise DataError(
                 f"{spec}: no image of the split has an object; expected at least one labelled object"
             )
-    remarks += count_fractions(np.concatenate([boxes for _, boxes, _ in annotations]), spec)
+    remarks += count_fractions(np.concatenate([each.boxes for each in annotations]), spec)
     images = []
-    for each, (found, boxes, difficult) in zip(files, annotations, strict=True):
+    for each, (found, boxes, difficult, stated) in zip(files, annotations, strict=True):
         index = class_index(names, found, str(each.labels))
         labels = [index[name] for name in found]
         size = image_size(each.path)  # the image's own: <size> is often absent, zero or swapped
+        if stated not in (None, size):
+            remarks[OTHER_SIZE] += 1
         # xmin = xmax in the file becomes a side of 1 pixel, so that is what an empty box has.
-        images.append(
-            labelled_image(
-                each.id, each.path, size, boxes, labels, dropped, difficult=difficult, empty_side=1.0
-            )
-        )
+        add = partial(labelled_image, difficult=difficult, empty_side=1.0)
+        images.append(add(each.id, each.path, size, boxes, labels, dropped, remarks))
     unlabelled = sum(not each.has_labels for each in files)
     return Dataset(spec, tuple(names), tuple(images), dropped=dropped, unlabelled=unlabelled, remarks=remarks)
 
@@ -88,8 +98,7 @@ def _find_files(
 ) -> list[ImageFile]:
     """The images of the split, in its order, or in the order of their names where it has no list."""
     place, listing = _find_split(folder, split)
-    image_folder = part if (part := place / "JPEGImages").is_dir() else place
-    label_folder = part if (part := place / "Annotations").is_dir() else image_folder
+    image_folder, label_folder = _folders(place)
     if listing is None:
         if split is None and image_folder == place:
             _expect_images(folder)
@@ -109,6 +118,15 @@ def _find_files(
             + (" or take it out of the split" if listing is not None else "")
         )
     return files
+
+
+def _folders(place: Path) -> tuple[Path, Path]:
+    """Those of the images and of the annotations: JPEGImages and Annotations, also with ``images`` for the
+    former and in other letters' cases, or ``place``."""
+    folders = {path.name.lower(): path for path in sorted(place.iterdir()) if path.is_dir()}
+    labels = folders.get("annotations")
+    images = folders.get("jpegimages") or (labels and folders.get("images")) or place
+    return images, labels or images
 
 
 def _expect_images(folder: Path) -> None:
@@ -170,8 +188,8 @@ def _finder(images: Sequence[Path], folder: Path) -> Callable[[str], Path | None
     return find
 
 
-def _read_annotation(path: Path, remarks: Counter[str]) -> Annotation:
-    """One XML file: class names, boxes [N, 4] as continuous edges, and difficult flags."""
+def _read_annotation(path: Path, remarks: Counter[str]) -> _Annotation:
+    """One XML file, the boxes as continuous edges."""
     with input_errors(path, "it is a link to nothing", DataError):
         content = path.read_bytes()
     # Entities can multiply themselves without end, and no tool declares any.
@@ -194,7 +212,9 @@ def _read_annotation(path: Path, remarks: Counter[str]) -> Annotation:
         names.append(name)
         boxes.append(_read_box(element, where, remarks))
         difficult.append(_read_flag(element, "difficult", where))
-    return names, np.array(boxes, dtype=np.float64).reshape(-1, 4), difficult
+    height, width = (as_whole(root.findtext(f"size/{side}")) or 0 for side in ("height", "width"))
+    size = (height, width) if min(height, width) > 0 else None
+    return _Annotation(names, np.array(boxes, dtype=np.float64).reshape(-1, 4), difficult, size)
 
 
 def _read_box(element: ElementTree.Element, where: str, remarks: Counter[str]) -> list[float]:

@@ -47,6 +47,7 @@ _SPLIT_CLASS_FILES = (
 # Boxes may reach a little over the edge. Beyond this, the numbers are pixels or damage.
 _FARTHEST_FRACTION = 2.0
 _MOST_BRACKETS = 10_000  # PyYAML's time grows with the square of those that are open
+_NULL = ("", "~", "null")  # as YAML has it
 _BOX_VALUES = 4
 _SMALLEST_POLYGON = 6  # values: three corners
 
@@ -91,7 +92,7 @@ def load_yolo(folder: Path, split: str | None, names: Sequence[str] | None = Non
         size = height, width = image_size(each.path)
         boxes = fractions * [width, height, width, height]
         labels = [index[name] for name in used]
-        images.append(labelled_image(each.id, each.path, size, boxes, labels, dropped))
+        images.append(labelled_image(each.id, each.path, size, boxes, labels, dropped, remarks))
     return Dataset(spec, own_names, tuple(images), dropped=dropped, unlabelled=unlabelled, remarks=remarks)
 
 
@@ -136,7 +137,7 @@ def _remedy(folder: Path, config: YoloConfig) -> str:
     found |= {split for split, named in config.splits.items() if all(_find(text, folder) for text in named)}
     found |= {split for split in SPLITS if (folder / split).is_dir() or (folder / f"{split}.txt").is_file()}
     if found:
-        return f"use one of {list_names(sorted(found))}"
+        return f"use one of {list_names([f'@{split}' for split in sorted(found)])}"
     if (folder / "images").is_dir():
         return "its images have no splits, use @. for all of them"
     return "expected its images in images/SPLIT or SPLIT/images, or beside their label files"
@@ -263,8 +264,9 @@ def _named_splits(content: dict[str, Any]) -> dict[str, list[str]]:
     for split in SPLITS:
         value = content.get(split)
         texts = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
-        if any(texts):
-            named[split] = [str(PurePosixPath(start, text)) for text in texts if text]
+        texts = [text for text in texts if text not in _NULL]
+        if texts:
+            named[split] = [str(PurePosixPath(start, text)) for text in texts]
     return named
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -70,7 +71,7 @@ def make_coco(tmp_path: Path) -> Callable[..., str]:
             "annotations": [
                 {"id": 1, "image_id": 7, "category_id": 18, "bbox": [10, 5, 20, 30], "iscrowd": 0},
                 {"id": 2, "image_id": 7, "category_id": 1, "bbox": [0, 0, 80, 60], "iscrowd": 1},
-                {"id": 3, "image_id": 3, "category_id": 1, "bbox": [70, 50, 20, 20]},
+                {"id": 3, "image_id": 3, "category_id": 1, "bbox": [70, 50, 12, 13]},
             ],
         }
         edit(content)
@@ -109,6 +110,19 @@ def make_yolo(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return make
+
+
+@pytest.fixture
+def turn_png() -> Callable[[Path], None]:
+    """Put an EXIF that turns it by a right angle behind a PNG's pixels, where ExifTool writes it."""
+
+    def turn(path: Path) -> None:
+        chunk = b"eXIfII*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+        ends = (len(chunk) - 4).to_bytes(4, "big"), zlib.crc32(chunk).to_bytes(4, "big")
+        content = path.read_bytes()
+        path.write_bytes(content[:-12] + chunk.join(ends) + content[-12:])
+
+    return turn
 
 
 def _mutated(content: bytes, random: Random) -> bytes:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from anchorline.data.boxes import REVERSED
 from anchorline.data.coco import WITHOUT_BOX, _box_of_runs
-from anchorline.data.dataset import load_dataset
+from anchorline.data.dataset import MOSTLY_OUTSIDE, load_dataset
 from anchorline.data.summary import summarise_data
 from anchorline.runtime.io.errors import DataError
 
@@ -109,7 +109,7 @@ def _set(path: tuple[Any, ...], value: Any) -> Callable[[dict[str, Any]], None]:
             r"image 1: height is 1000+\.\.\.0+; expected a whole number",
         ),
         (_set(("images", 0, "height"), float("inf")), "image 1: height is inf; expected"),
-        (_set(("images", 0), [1]), "image 1: id is None"),
+        (_set(("images", 0), [1]), r"image 1: is \[1\]; expected an object with id"),
         (_set(("images", 0, "id"), 3), "image id 3 stands twice"),
         (_set(("images", 0, "file_name"), "c.png"), "lists 2 images and 1 are not in .*'c.png'"),
         (_set(("images", 0, "file_name"), None), "image 1: file_name is None"),
@@ -126,7 +126,7 @@ def _set(path: tuple[Any, ...], value: Any) -> Callable[[dict[str, Any]], None]:
         (_set(("annotations", 0, "iscrowd"), "no"), "annotation 1: iscrowd is 'no'; expected 0 or 1"),
         (_set(("annotations", 0, "iscrowd"), 2), "annotation 1: iscrowd is 2; expected 0 or 1"),
         (_set(("annotations", 0, "iscrowd"), [0]), r"annotation 1: iscrowd is \[0\]; expected 0 or 1"),
-        (_set(("annotations", 0), "dog"), "annotation 1: image_id is None"),
+        (_set(("annotations", 0), "dog"), "annotation 1: is 'dog'; expected an object with image_id"),
         (_set(("categories", 0, "name"), ""), "class name 1 is ''; expected 1 to 200 characters"),
         (_set(("categories", 0, "name"), "a\nb"), r"class name 1 is 'a\\nb'; expected 1 to 200 characters"),
         (_set(("categories", 0, "name"), "\ud800"), "class name 1 is .*ud800'; expected 1 to 200 characters"),
@@ -454,6 +454,31 @@ def test_names_that_hold_the_folder_s_own(make_coco: MakeCoco, tmp_path: Path) -
     with pytest.raises(DataError, match=r"'images/a\.png'; give .* as the folder") as caught:
         load_dataset(make_coco(_set(("images", 0, "file_name"), "images/a.png")))
     assert f"give {tmp_path} as the folder" in str(caught.value)
+
+
+def test_boxes_that_are_two_corners_are_remarked(make_coco: MakeCoco) -> None:
+    """[50, 40, 75, 55] as corners is a box of 25 x 15; as COCO's it is cut to 30 x 20 of its 75 x 55."""
+    dataset = load_dataset(make_coco(_set(("annotations", 0, "bbox"), [50, 40, 75, 55])))
+    assert dataset.remarks == {MOSTLY_OUTSIDE: 1}
+
+
+def test_sizes_as_stored_of_an_image_that_exif_turns(
+    make_coco: MakeCoco, turn_png: Callable[[Path], None], tmp_path: Path
+) -> None:
+    spec = make_coco()
+    turn_png(tmp_path / "images/a.png")
+    with pytest.raises(DataError, match=r"60x80, .* were made for 80x60; its EXIF turns it upright"):
+        load_dataset(spec).images[0].load()
+
+
+def test_places_with_commas(make_coco: MakeCoco, tmp_path: Path) -> None:
+    make_coco()
+    (tmp_path / "images").rename(tmp_path / "im,ages")
+    (tmp_path / "annotations.json").rename(tmp_path / "an,notations.json")
+    for end in ("", ",anywhere"):
+        assert len(load_dataset(f"coco:{tmp_path}/im,ages,{tmp_path}/an,notations.json{end}")) == 2
+    with pytest.raises(DataError, match="im,ages: no such folder"):
+        load_dataset(f"coco:im,ages,{tmp_path}/annotations.json")
 
 
 def test_missing_places_are_named(make_coco: MakeCoco, tmp_path: Path) -> None:

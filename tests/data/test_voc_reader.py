@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from anchorline.data.boxes import REVERSED
 from anchorline.data.dataset import load_dataset
-from anchorline.data.voc import POLYGON, ROTATED, _finder, _read_annotation
+from anchorline.data.voc import OTHER_SIZE, POLYGON, ROTATED, _finder, _read_annotation
 from anchorline.runtime.io.errors import AnchorlineError, DataError
 
 MakeVoc = Callable[..., Path]
@@ -97,6 +97,18 @@ def test_exif_orientation_turns_size_and_pixels(make_voc: MakeVoc) -> None:
     image = load_dataset(f"voc:{root}@train").images[0]
     assert image.size == (80, 60)
     assert image.load().shape == (80, 60, 3)
+
+
+def test_exif_behind_many_pixels(make_voc: MakeVoc, turn_png: Callable[[Path], None]) -> None:
+    root = make_voc({"a": CAT}, size=(120, 200), suffix=".png")
+    path = root / "JPEGImages/a.png"
+    noise = np.random.default_rng(0).integers(0, 256, (120, 200, 3), np.uint8)
+    path.write_bytes(cv2.imencode(".png", noise)[1].tobytes())
+    turn_png(path)
+    assert path.stat().st_size > 65536
+    image = load_dataset(f"voc:{root}@train").images[0]
+    assert image.size == (200, 120)
+    assert image.load().shape == (200, 120, 3)
 
 
 def test_class_flags_and_blank_lines_in_a_split(make_voc: MakeVoc) -> None:
@@ -195,6 +207,43 @@ def test_folders_without_splits(make_voc: MakeVoc, tmp_path: Path) -> None:
         load_dataset(f"voc:{tmp_path}/bare")
     with pytest.raises(DataError, match=r"of its 1 images 1 have no annotation, .*add train/a\.xml"):
         load_dataset(f"voc:{tmp_path}/bare@train")
+
+
+@pytest.mark.parametrize(
+    "names", [("images", "annotations"), ("Images", "Annotations"), ("jpegimages", "ANNOTATIONS")]
+)
+def test_folders_of_other_names(make_voc: MakeVoc, names: tuple[str, str]) -> None:
+    root = make_voc({"a": CAT, "b": CAT}, splits={})
+    for former, name in zip(("JPEGImages", "Annotations"), names, strict=True):
+        (root / former).rename(root / name)
+    (root / "ImageSets/Main/train.txt").write_text("images/b.jpg")
+    assert [image.id for image in load_dataset(f"voc:{root}@train")] == ["b"]
+    (root / "ImageSets/Main/train.txt").unlink()
+    assert [len(image.boxes) for image in load_dataset(f"voc:{root}")] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("size", "remarks"),
+    [("80 60", {}), ("0 60", {}), ("", {}), ("60 80", {OTHER_SIZE: 1}), ("1e2 75", {OTHER_SIZE: 1})],
+)
+def test_annotations_of_another_size_are_remarked(
+    make_voc: MakeVoc, size: str, remarks: dict[str, int]
+) -> None:
+    """The image may have been made smaller, or EXIF turn it."""
+    root = make_voc({"a": CAT, "b": CAT})
+    stated = "".join(
+        f"<{tag}>{side}</{tag}>" for tag, side in zip(("width", "height"), size.split(), strict=False)
+    )
+    xml = root / "Annotations/a.xml"
+    xml.write_text(xml.read_text().replace("<object>", f"<size>{stated}</size><object>"))
+    assert load_dataset(f"voc:{root}@train").remarks == remarks
+
+
+def test_images_that_are_listed_again_are_remarked(make_voc: MakeVoc) -> None:
+    root = make_voc({"a": CAT, "b": CAT}, splits={"train": ["a", "b", "a", "a"]})
+    dataset = load_dataset(f"voc:{root}@train")
+    assert len(dataset) == 4
+    assert dataset.remarks == {"images listed again, which count each time": 2}
 
 
 def _rotated(cx: float, cy: float, width: float, height: float, angle: float) -> str:

@@ -202,7 +202,7 @@ def test_without_pyyaml(make_yolo: MakeYolo, monkeypatch: pytest.MonkeyPatch) ->
 def test_missing_things_are_named(make_yolo: MakeYolo, tmp_path: Path) -> None:
     root = make_yolo({"a": "0 0.5 0.5 1 1"})
     make_yolo({"b": "0 0.5 0.5 1 1"}, split="valid", roboflow=True)
-    with pytest.raises(DataError, match="no split 'val'; use one of train, valid"):
+    with pytest.raises(DataError, match="no split 'val'; use one of @train, @valid"):
         load_dataset(f"yolo:{root}@val")
     with pytest.raises(DataError, match="no such folder"):
         load_dataset(f"yolo:{tmp_path}/absent@train")
@@ -287,7 +287,7 @@ def test_a_folder_of_images_without_splits(make_yolo: MakeYolo) -> None:
     assert [image.id for image in load_dataset(f"yolo:{root}")] == ["a"]
     make_yolo({"b": LINE}, split="val")
     (root / "images/a.png").unlink()
-    with pytest.raises(DataError, match="has no images with label files beside them; use one of val"):
+    with pytest.raises(DataError, match="has no images with label files beside them; use one of @val"):
         load_dataset(f"yolo:{root}")
 
 
@@ -351,8 +351,13 @@ def test_what_data_yaml_names_comes_before_the_usual_folder(make_yolo: MakeYolo)
     make_yolo({"c": LINE}, split="val", names=None)
     found = [image.id for image in load_dataset(f"yolo:{root}@val")]
     assert found == ["images/train/a", "images/train/b", "images/more/a"]
-    (root / "data.yaml").write_text("names: [cat]\nval: /on/another/machine")
-    assert [image.id for image in load_dataset(f"yolo:{root}@val")] == ["c"]
+    for nothing in ("", "null", "~", "[]", "/on/another/machine"):
+        (root / "data.yaml").write_text(f"names: [cat]\nval: {nothing}\ntest: {nothing}")
+        assert [image.id for image in load_dataset(f"yolo:{root}@val")] == ["c"]
+        with pytest.raises(
+            DataError, match="another/machine" if "on" in nothing else "no split 'test'; use one of"
+        ):
+            load_dataset(f"yolo:{root}@test")
 
 
 @pytest.mark.parametrize(

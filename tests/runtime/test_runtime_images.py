@@ -280,6 +280,15 @@ def test_noise_is_refused_in_one_line(tmp_path_factory, head, noise):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_samples_of_32_bits_are_called_so(tmp_path, kind):
+    cv2.imwrite(str(tmp_path / "a.tif"), np.ones((6, 8), kind))
+    with pytest.raises(
+        DataError, match=r"a\.tif: has 32-bit samples, which are not read; save it with 8 or 16"
+    ):
+        read_image(tmp_path / "a.tif")
+
+
 def test_missing_empty_and_folder(tmp_path):
     (tmp_path / "empty.jpg").touch()
     with pytest.raises(DataError, match="no such file"):

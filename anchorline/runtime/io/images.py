@@ -43,6 +43,7 @@ _NAME_PATTERN = re.compile(r"%0?[0-9]*d")
 MAX_PIXELS_VARIABLE = "ANCHORLINE_MAX_PIXELS"
 _MAX_PIXELS = 178_956_970  # as Pillow: half a gigabyte of BGR
 _MOST_BYTES_PER_PIXEL = 16  # of any file that is read here
+_MOST_BITS = 16  # of a sample
 _LEAST_UNUSED = 2  # upper bits of 16: an exposure below a half is nothing odd, one below a quarter is
 
 log = logging.getLogger("anchorline.runtime")
@@ -455,7 +456,10 @@ def _decode(path: str | Path) -> tuple[NDArray[np.uint8], int]:
     except cv2.error as error:
         raise DataError(f"{path}: cannot be decoded ({reason_of(error, 300)}); expected an image") from error
     if image is None:
-        raise DataError(f"{path}: cannot be decoded; expected an undamaged image such as JPEG or PNG")
+        reason = "cannot be decoded; expected an undamaged image such as JPEG or PNG"
+        if header.bits > _MOST_BITS:
+            reason = f"has {header.bits}-bit samples, which are not read; save it with 8 or 16 bits a sample"
+        raise DataError(f"{path}: {reason}")
     return np.asarray(image, dtype=np.uint8), header.bits
 
 
