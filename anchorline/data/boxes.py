@@ -63,11 +63,13 @@ def clip_labelled_boxes(
     """
     height, width = size
     sides = boxes[:, 2:] - boxes[:, :2]
-    clipped = np.clip(boxes, 0.0, [width, height, width, height])
+    exact = np.clip(boxes, 0.0, [width, height, width, height])
+    clipped = exact.astype(np.float32)
     backwards = (sides < empty_side).any(axis=1)
     empty = ~backwards & (sides == empty_side).any(axis=1)
-    outside = ~backwards & ~empty & (clipped[:, 2:] <= clipped[:, :2]).any(axis=1)
+    outside = ~backwards & ~empty & (exact[:, 2:] <= exact[:, :2]).any(axis=1)
+    empty |= ~backwards & ~outside & (clipped[:, 2:] <= clipped[:, :2]).any(axis=1)  # nothing in float32
     kept = ~(backwards | empty | outside)
     reasons = {REVERSED: backwards, ZERO_AREA: empty, OUTSIDE: outside}
     dropped = Counter({reason: int(mask.sum()) for reason, mask in reasons.items() if mask.any()})
-    return clipped[kept].astype(np.float32), kept, dropped
+    return clipped[kept], kept, dropped

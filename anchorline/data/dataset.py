@@ -291,8 +291,8 @@ def list_names(names: Sequence[str]) -> str:
 
 
 def list_counts(counts: Mapping[str, int]) -> str:
-    """What was counted, each after its number, separated by commas."""
-    return ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
+    """What was counted, each after its number, separated by semicolons."""
+    return "; ".join(f"{count} {what}" for what, count in sorted(counts.items()))
 
 
 def class_index(names: Sequence[str], used: Iterable[str], where: str) -> dict[str, int]:

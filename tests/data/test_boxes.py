@@ -42,6 +42,7 @@ def test_kept_boxes_lie_inside_and_the_rest_is_counted(boxes: np.ndarray) -> Non
     assert len(clipped) == kept.sum()
     assert len(boxes) - len(clipped) == dropped.total()
     assert (clipped >= 0).all()
+    assert (clipped[:, 2:] > clipped[:, :2]).all()
     assert (clipped[:, [0, 2]] <= 80).all()
     assert (clipped[:, [1, 3]] <= 60).all()
     inside = np.array([(b[:2] >= 0).all() and b[2] <= 80 and b[3] <= 60 for b in boxes[kept]], dtype=bool)

@@ -56,6 +56,7 @@ def test_keypoints_are_not_taken_for_a_polygon(make_yolo: MakeYolo) -> None:
     ("line", "reason"),
     [
         ("0 0.5 0.5 0 0.5", "zero area"),
+        ("0 0.5 0.5 1e-9 0.5", "zero area"),  # in float32
         ("0 0.5 0.5 0.2 -0.5", REVERSED),
         ("0 1.5 0.5 0.2 0.2", "outside the image"),
         ("0 0.1 0.1 0.5 0.1 0.9 0.1", "zero area"),

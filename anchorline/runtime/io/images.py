@@ -350,25 +350,23 @@ def find_images(path: str | Path) -> list[Path]:
     A name with a number's place (``frames/%04d.png``) stands for the files of its folder that fit. Hidden
     files are left out. Raises ``DataError`` where nothing is found, or what is named as an image is no file.
     """
-    path = Path(path)
-    parts = _NAME_PATTERN.split(path.name)
-    is_pattern = len(parts) > 1 and not os.path.exists(path)
-    if not is_pattern and not os.path.exists(path):  # unlike Path.exists, also False for too long a name
-        raise DataError(f"{path}: no such file or folder; give an image, a folder of images or a video")
-    if not is_pattern and not path.is_dir():
+    folder = path = Path(path)
+    names, none = r"[^.].*", "no images in this folder"
+    if not os.path.exists(path):  # unlike Path.exists, also False for too long a name
+        parts = _NAME_PATTERN.split(path.name)
+        if len(parts) == 1:
+            raise DataError(f"{path}: no such file or folder; give an image, a folder of images or a video")
+        folder, names, none = path.parent, "[0-9]+".join(map(re.escape, parts)), "no images of such names"
+    elif not path.is_dir():
         return [path]
-    fits = re.compile("[0-9]+".join(map(re.escape, parts)) if is_pattern else r"[^.].*", re.DOTALL).fullmatch
     try:
-        folder = path.parent if is_pattern else path
-        found = image_files(p for p in folder.iterdir() if fits(p.name))
+        found = image_files(p for p in folder.iterdir() if re.fullmatch(names, p.name, re.DOTALL))
     except OSError as error:
         raise DataError(
             f"{folder}: this folder cannot be read ({error.strerror}); check its name and permissions"
         ) from None
     if not found:
-        suffixes = ", ".join(IMAGE_SUFFIXES)
-        what = "no images of such names" if is_pattern else "no images in this folder"
-        raise DataError(f"{path}: {what}; expected files ending in {suffixes}")
+        raise DataError(f"{path}: {none}; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
     return sorted(found, key=_natural_key)
 
 

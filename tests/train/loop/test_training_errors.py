@@ -150,7 +150,7 @@ def only_difficult(data: Dataset) -> Dataset:
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (without_objects, "; left out: 3 reversed, 1 zero area;"),
+        (without_objects, "; left out: 3 reversed; 1 zero area;"),
         (only_difficult, r"; all of its objects \(\d+\) are marked as difficult; left out: 3 reversed"),
     ],
 )
