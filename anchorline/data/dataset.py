@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from anchorline.data.boxes import box_areas, clip_labelled_boxes
 from anchorline.runtime.io.errors import DataError
 from anchorline.runtime.io.files import input_errors
-from anchorline.runtime.io.images import check_pixels, find_inputs, read_header, read_image, unused_bits
+from anchorline.runtime.io.image_bytes import read_header
+from anchorline.runtime.io.images import check_pixels, find_inputs, read_image, unused_bits
 from anchorline.runtime.video.reader import open_file
 
 FORMS = "voc:DIR@split, coco:IMAGES,ANNOTATIONS.json, yolo:DIR@split, voc:DIR, yolo:DIR or synthetic:N"

@@ -17,12 +17,11 @@ from PIL import Image
 
 from anchorline.runtime.io import images
 from anchorline.runtime.io.errors import DataError, OutputError, SettingsError
+from anchorline.runtime.io.image_bytes import find_damage, read_header
 from anchorline.runtime.io.images import (
-    find_damage,
     find_images,
     is_image,
     is_video,
-    read_header,
     read_image,
     unused_bits,
     write_image,
