@@ -279,6 +279,21 @@ def test_noise_is_refused_in_one_line(tmp_path_factory, head, noise):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"II+\0\x08\0\0\0" + b"\xff" * 8,  # BigTIFF: where the directory lies
+        b"II+\0\x08\0\0\0" + struct.pack("<QQHHQQ", 16, 1, 256, 4, 9, 2**63),  # and a value
+        b"\0\0\0\x0cjP  \r\n\x87\n" + struct.pack(">I4sQ", 1, b"free", 2**64 - 1),  # JPEG 2000: a box
+    ],
+)
+def test_places_beyond_any_file_are_damage(tmp_path, content):
+    assert read_header(content + b"\0" * 64) is None
+    (tmp_path / "a.tif").write_bytes(content + b"\0" * 64)
+    with pytest.raises(DataError, match=r"a\.tif: cannot be decoded"):
+        read_image(tmp_path / "a.tif")
+
+
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
 def test_samples_of_32_bits_are_called_so(tmp_path, kind):
     cv2.imwrite(str(tmp_path / "a.tif"), np.ones((6, 8), kind))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 # What video files begin with: GIF, Matroska, AVI, Flash, ASF, Ogg, IVF, YUV4MPEG; MP4 and QuickTime, whose
@@ -15,6 +17,8 @@ _VIDEO_START = re.compile(
     rb"|G.{187}G|\x00?\x00\x00\x01[\xb3\xba\x09\x27\x47\x67\x40\x46]",
     re.DOTALL,
 )
+
+_Header = tuple[int, ...] | None
 
 _JPEG_START = b"\xff\xd8"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -116,20 +120,19 @@ def read_header(content: bytes) -> ImageHeader | None:
     """The header at the beginning of an image file; None where the format is none of those that are read
     (JPEG, PNG, BMP, GIF, TIFF, WebP, PBM to PPM, JPEG 2000 and AVIF), it is damaged, or lies further on."""
     try:
-        for start, read in _HEADERS:
-            if start.match(content):
-                return read(content)
-    except (struct.error, IndexError):
-        pass
-    return None
+        found = next((read(content) for start, read in _HEADERS if start.match(content)), None)
+    except (struct.error, IndexError, OverflowError):
+        return None
+    if found is None:
+        return None
+    width, height, *bits = found
+    return ImageHeader((height, width), *bits)
 
 
-def _png_header(content: bytes) -> ImageHeader:
-    width, height, bits = struct.unpack_from(">IIB", content, 16)
-    return ImageHeader((height, width), bits)
+# Of each format: width, height and, where it may be other than 8, the bits of a sample.
 
 
-def _jpeg_header(content: bytes) -> ImageHeader | None:
+def _jpeg_header(content: bytes) -> _Header:
     at = len(_JPEG_START)
     while (at := content.find(b"\xff", at)) >= 0:  # the segments up to the start of frame
         marker = content[at + 1]
@@ -137,36 +140,27 @@ def _jpeg_header(content: bytes) -> ImageHeader | None:
             break
         if marker in _JPEG_START_OF_FRAME:
             bits, height, width = struct.unpack_from(">BHH", content, at + 4)
-            return ImageHeader((height, width), bits)
+            return width, height, bits
         at += 1 if marker == 0xFF else 2 + int.from_bytes(content[at + 2 : at + 4], "big")
     return None
 
 
-def _bmp_header(content: bytes) -> ImageHeader:
-    old = content[14] == 12
-    width, height = struct.unpack_from("<HH" if old else "<ii", content, 18)
-    return ImageHeader((abs(height), abs(width)))
+def _bmp_header(content: bytes) -> _Header:
+    width, height = struct.unpack_from("<HH" if content[14] == 12 else "<ii", content, 18)  # 12: the old form
+    return abs(width), abs(height)
 
 
-def _gif_header(content: bytes) -> ImageHeader:
-    width, height = struct.unpack_from("<HH", content, 6)
-    return ImageHeader((height, width))
-
-
-def _webp_header(content: bytes) -> ImageHeader:
+def _webp_header(content: bytes) -> _Header:
     kind = content[12:16]
     if kind == b"VP8X":
-        sides = (int.from_bytes(content[at : at + 3], "little") for at in (24, 27))
-        width, height = (side + 1 for side in sides)
-    elif kind == b"VP8L":
+        return tuple(int.from_bytes(content[at : at + 3], "little") + 1 for at in (24, 27))
+    if kind == b"VP8L":
         bits = int.from_bytes(content[21:25], "little")
-        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    else:
-        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", content, 26))
-    return ImageHeader((height, width))
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return tuple(side & 0x3FFF for side in struct.unpack_from("<HH", content, 26))
 
 
-def _tiff_header(content: bytes) -> ImageHeader | None:
+def _tiff_header(content: bytes) -> _Header:
     """Of the first directory, which is the one that is read."""
     order, big = "<>"[content[0] == ord("M")], 43 in content[2:4]
     (at,) = struct.unpack_from(order + ("Q" if big else "I"), content, 8 if big else 4)
@@ -183,20 +177,18 @@ def _tiff_header(content: bytes) -> ImageHeader | None:
         if length * struct.calcsize(number) > (8 if big else 4):  # it stands elsewhere
             (value,) = struct.unpack_from(order + ("Q" if big else "I"), content, value)
         found[tag] = max(found.get(tag, 0), *struct.unpack_from(order + number, content, value))
-    return ImageHeader((found[257], found[256]), found.get(258, 1)) if {256, 257} <= found.keys() else None
+    return (found[256], found[257], found.get(258, 1)) if {256, 257} <= found.keys() else None
 
 
-def _pnm_header(content: bytes) -> ImageHeader | None:
+def _pnm_header(content: bytes) -> _Header:
     numbers = _PNM_NUMBERS.match(content)
     if numbers is None:
         return None
     bitmap = content[1:2] in b"14"
-    return ImageHeader(
-        (int(numbers[2]), int(numbers[1])), 16 if not bitmap and int(numbers[3] or b"0") > 255 else 8
-    )
+    return int(numbers[1]), int(numbers[2]), 16 if not bitmap and int(numbers[3] or b"0") > 255 else 8
 
 
-def _jpeg2000_header(content: bytes) -> ImageHeader | None:
+def _jpeg2000_header(content: bytes) -> _Header:
     at = 0
     while content[at : at + 2] != b"\xff\x4f":  # the boxes up to the codestream
         length, kind = struct.unpack_from(">I4s", content, at)
@@ -207,26 +199,25 @@ def _jpeg2000_header(content: bytes) -> ImageHeader | None:
             return None
         at = body if kind == b"jp2c" else at + length
     right, bottom, left, top = struct.unpack_from(">4I", content, at + 8)
-    return ImageHeader((bottom - top, right - left), (content[at + 42] & 0x7F) + 1)
+    return right - left, bottom - top, (content[at + 42] & 0x7F) + 1
 
 
-def _avif_header(content: bytes) -> ImageHeader | None:
+def _avif_header(content: bytes) -> _Header:
     """The largest of the parts' sizes, all of which stand before the pixels."""
     places = [found.end() for found in re.finditer(b"ispe", content[: content.find(b"mdat")])]
     sizes = [struct.unpack_from(">II", content, place + 4) for place in places]
-    width, height = max(sizes, key=lambda size: size[0] * size[1], default=(0, 0))
-    return ImageHeader((height, width)) if sizes else None
+    return max(sizes, key=math.prod, default=None)
 
 
 _PNM_GAP = rb"(?:\s|#[^\r\n]*[\r\n])+"
 _PNM_NUMBERS = re.compile(rb"P[1-6]%b(\d{1,10})%b(\d{1,10})(?:%b(\d{1,10}))?" % ((_PNM_GAP,) * 3))
-_HEADERS = tuple(
+_HEADERS: tuple[tuple[re.Pattern[bytes], Callable[[bytes], _Header]], ...] = tuple(
     (re.compile(start, re.DOTALL), read)
     for start, read in (
         (rb"\xff\xd8", _jpeg_header),
-        (rb"\x89PNG\r\n\x1a\n.{4}IHDR", _png_header),
+        (rb"\x89PNG\r\n\x1a\n.{4}IHDR", lambda content: struct.unpack_from(">IIB", content, 16)),
         (rb"BM", _bmp_header),
-        (rb"GIF8", _gif_header),
+        (rb"GIF8", lambda content: struct.unpack_from("<HH", content, 6)),
         (rb"RIFF.{4}WEBP", _webp_header),
         (rb"II[*+]\x00|MM\x00[*+]", _tiff_header),
         (rb"P[1-6]", _pnm_header),
