@@ -23,7 +23,7 @@ from anchorline.data.dataset import Dataset
 from anchorline.runtime.canvas import PROPOSAL_NAMES
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import DataError, SettingsError, reason_of
-from anchorline.runtime.io.files import atomic_path, expect_regular
+from anchorline.runtime.io.files import atomic_path, expect_regular, json_text
 
 _BOX_DECIMALS, _SCORE_DECIMALS = 2, 5
 _LEAST_SIDE = 2  # pixels of the image; OpenCV's selective search also finds single rows of pixels
@@ -65,7 +65,7 @@ def write_proposals(
                 "boxes": [[round(v, _BOX_DECIMALS) for v in box] for box in found.boxes[order].tolist()],
                 "scores": [round(score, _SCORE_DECIMALS) for score in found.scores[order].tolist()],
             }
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            file.write(json_text(record, allow_nan=False) + "\n")
     return boxes
 
 

@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.backends.base import Lane, LanePool
-from anchorline.runtime.backends.cpu_options import CpuOptions
+from anchorline.runtime.backends.cpu_options import MOST_THREADS, CpuOptions
 from anchorline.runtime.backends.selection import open_backend
 from anchorline.runtime.canvas import Nv12, Placement, Preprocessor, check_frame, frame_size, to_detections
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.io.errors import FrameError, SettingsError, check_count
+from anchorline.runtime.io.errors import FrameError, SettingsError, check_count, shown
 from anchorline.runtime.io.files import expect_regular
 from anchorline.runtime.tensorrt.cuda import GpuOptions
 from anchorline.runtime.tensorrt.frames import is_device_frame
@@ -62,9 +62,9 @@ class Detector:
         tuning: str = "latency",
     ) -> None:
         expect_regular(model)
-        check_count("workers", workers)
+        check_count("workers", workers, most=MOST_THREADS)
         if gpu is not None and not isinstance(gpu, GpuOptions):
-            raise SettingsError(f"gpu is {gpu!r}; expected GpuOptions(...), or None")
+            raise SettingsError(f"gpu is {shown(gpu)}; expected GpuOptions(...), or None")
         self._arguments = {
             "model": os.path.abspath(model),
             "provider": provider,
@@ -245,7 +245,7 @@ def _choose_threshold(wanted: float | None, contract: Contract) -> float:
     if wanted is None:
         return 0.0
     if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not 0.0 <= wanted <= 1.0:
-        raise SettingsError(f"score_threshold is {wanted!r}; expected a number from 0 to 1")
+        raise SettingsError(f"score_threshold is {shown(wanted)}; expected a number from 0 to 1")
     floor = contract.thresholds.score
     if contract.task == "detections" and wanted < floor:
         raise SettingsError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import threading
 import time
 from collections import Counter
@@ -13,8 +12,10 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.io.files import json_text
 from anchorline.runtime.video.figures import RecentRates, SourceFigures
 from anchorline.runtime.video.frames import Result
+from anchorline.runtime.video.options import is_number
 from anchorline.runtime.video.pipeline import VideoPipeline
 from anchorline.serving.painting import Painter, Shown
 
@@ -133,7 +134,7 @@ class LiveState:
         shown = changed = self.painter.shown
         if "min_score" in wanted:
             score = wanted["min_score"]
-            if isinstance(score, bool) or not isinstance(score, int | float) or not 0.0 <= score <= 1.0:
+            if not is_number(score) or not 0.0 <= score <= 1.0:
                 raise SettingsError("min_score is no score; expected a number from 0 to 1")
             changed = replace(changed, min_score=max(float(score), self._lowest_score))
         if "hidden" in wanted:
@@ -167,7 +168,7 @@ class LiveState:
                 "controls": self.controls(),
                 "classes": [{"name": name, "count": n} for name, n in self._known_classes().items()],
             }
-            self._status = json.dumps(status, ensure_ascii=False).encode()
+            self._status = json_text(status).encode()
         return self._status
 
     def _known_classes(self) -> dict[str, int]:

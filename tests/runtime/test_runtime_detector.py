@@ -278,12 +278,42 @@ def test_errors_cross_processes_whole(error):
         ((None, []), "the detector is None"),
         (("clip.mp4",), r"a single one; expected several: \[source\]"),
         (([None],), "a source is None"),
+        (([True],), "a source is True"),
+        (([""],), "a source is ''"),
         ((["a\0b"],), "no such file or folder"),
+        ((None, [[]]), "the detector is None"),
+        (([[]], "fast"), "options are 'fast'"),
     ],
 )
 def test_pipelines_that_cannot_be(detector, arguments, message):
     with pytest.raises(AnchorlineError, match=message):
-        VideoPipeline(*(arguments if len(arguments) > 1 else (detector, *arguments)))
+        VideoPipeline(*(arguments if None in arguments else (detector, *arguments)))
+
+
+class LongName:
+    def __repr__(self) -> str:
+        return "a\n" * 1000
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"workers": 10**400},
+        {"workers": LongName()},
+        {"threads": 100_000},
+        {"provider": np.array([1, 2])},
+        {"cpu_precision": np.array([1, 2])},
+        {"gpu": LongName()},
+        {"score_threshold": LongName()},
+    ],
+)
+def test_settings_that_cannot_be_are_one_short_line(settings, model_path):
+    """A number beyond all threads hung, or was said to be damage of the model."""
+    with pytest.raises(SettingsError) as caught:
+        Detector(model_path, **{"provider": "cpu", **settings})
+    assert str(caught.value).startswith(f"{next(iter(settings))} is ")
+    assert len(str(caught.value)) < 250
+    assert "\n" not in str(caught.value)
 
 
 def test_frames_of_any_memory_layout(detector, picture):

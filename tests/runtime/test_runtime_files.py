@@ -28,6 +28,7 @@ from anchorline.runtime.io.files import (
     atomic_write_text,
     files_below,
     hidden_folder,
+    json_text,
     sha256_of,
     write_json,
 )
@@ -358,6 +359,9 @@ def test_a_picture_with_a_name_of_another_encoding_is_detected_in(tmp_path: Path
     assert json.loads(lines.read_text(encoding="utf-8"))["source"] == str(tmp_path / f"{LATIN}.png")
     write_json(tmp_path / "figures.json", {"source": LATIN})
     assert json.loads((tmp_path / "figures.json").read_text(encoding="utf-8")) == {"source": LATIN}
+    steering = "\x9b2J\x1b[2J\u202e\u2028\ufeff"
+    assert json_text({steering: [steering]}).isprintable()
+    assert json.loads(json_text({steering: [steering]}, indent=2)) == {steering: [steering]}
     assert holds_video(tmp_path / f"{LATIN}.png") is False
     assert holds_video(tmp_path / f"{LATIN}.data") is None
 

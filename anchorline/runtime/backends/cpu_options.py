@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from anchorline.runtime.io.errors import SettingsError, check_choice
+from anchorline.runtime.io.errors import SettingsError, check_choice, check_count
 
+MOST_THREADS = 1024  # libraries fail without a word of it where they cannot start as many
 PRECISIONS = ("auto", "fp32", "bf16")
 TUNINGS = ("latency", "throughput")
 # Instructions that multiply bfloat16 directly; without one of them it is converted back and forth, which
@@ -38,9 +39,8 @@ class CpuOptions:
     tuning: str = "latency"
 
     def __post_init__(self) -> None:
-        threads = self.threads
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise SettingsError(f"threads is {threads!r}; expected a whole number of at least 1, or None")
+        if self.threads is not None:
+            check_count("threads", self.threads, most=MOST_THREADS)
         check_choice("cpu_precision", self.precision, PRECISIONS)
         check_choice("tuning", self.tuning, TUNINGS)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from anchorline.runtime.backends.cpu_options import CpuOptions
 from anchorline.runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, available_providers
 from anchorline.runtime.backends.openvino import has_openvino
-from anchorline.runtime.io.errors import ArtefactError, GpuError, SettingsError
+from anchorline.runtime.io.errors import ArtefactError, GpuError, SettingsError, shown
 from anchorline.runtime.tensorrt.cuda import GpuOptions
 from anchorline.runtime.tensorrt.library import FLAVOURS
 from anchorline.runtime.tensorrt.manifest import CannotRunHereError, EngineManifest, onnx_of, read_manifest
@@ -32,8 +32,8 @@ _saying = threading.Lock()
 
 def open_backend(path: Path, provider: str, cpu: CpuOptions, options: GpuOptions) -> Backend:
     """Load ``path``; see ``Detector`` for the arguments."""
-    if provider not in ("auto", OPENVINO, *PROVIDERS):
-        raise SettingsError(f"provider is {provider!r}; available here: {', '.join(_offered())}")
+    if not isinstance(provider, str) or provider not in ("auto", OPENVINO, *PROVIDERS):
+        raise SettingsError(f"provider is {shown(provider)}; available here: {', '.join(_offered())}")
     if path.suffix.lower() == ".safetensors":
         raise ArtefactError(
             f"{path}: checkpoints are not run directly; first anchorline export {path} --out model.onnx"

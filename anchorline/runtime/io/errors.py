@@ -77,16 +77,18 @@ class NotCopied:
         )
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raise ``SettingsError`` unless the setting is a whole number of at least ``least``."""
+def check_count(name: str, value: object, least: int = 1, most: int = 1_000_000) -> None:
+    """Raise ``SettingsError`` unless the setting is a whole number from ``least`` to ``most``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SettingsError(f"{name} is {value!r}; expected a whole number of at least {least}")
+        raise SettingsError(f"{name} is {shown(value)}; expected a whole number of at least {least}")
+    if value > most:
+        raise SettingsError(f"{name} is {shown(value)}; expected a whole number of at most {most}")
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise ``SettingsError`` unless the setting is one of ``choices``."""
-    if value not in choices:
-        raise SettingsError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+    if not isinstance(value, str) or value not in choices:
+        raise SettingsError(f"{name} is {shown(value)}; expected one of {', '.join(choices)}")
 
 
 def printable(text: str) -> str:
@@ -95,7 +97,7 @@ def printable(text: str) -> str:
 
 
 def shown(value: object) -> str:
-    """The ``repr`` of a value that a file holds, cut to what a message has room for."""
+    """The ``repr`` of a value from a file or a caller, cut to what a message has room for."""
     return printable(_bounded.repr(value))
 
 

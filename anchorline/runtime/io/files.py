@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from anchorline.runtime.io.addresses import without_secrets
-from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, DataError, OutputError
+from anchorline.runtime.io.errors import UNPRINTABLE, AnchorlineError, ArtefactError, DataError, OutputError
 
 _OPEN_FILES = ("/dev", "/dev/fd", "/proc/self/fd")
 _SPECIAL = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
@@ -318,12 +318,15 @@ def atomic_write_text(path: str | Path, content: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented JSON; NumPy values become plain ones, NaN and infinities ``null``.
+    """Write ``value`` as indented JSON; NumPy values become plain ones, NaN and infinities ``null``."""
+    atomic_write_text(path, json_text(plain(value), indent=2, allow_nan=False) + "\n")
 
-    What UTF-8 has no bytes for, as in a file name of another encoding, is escaped as JSON knows it.
-    """
-    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    atomic_write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+def json_text(value: Any, **options: Any) -> str:
+    """``value`` as JSON that can be printed and is UTF-8, whatever it holds: ``UNPRINTABLE`` characters and
+    what a file name in another encoding has are escaped, which says the same."""
+    text = json.dumps(value, ensure_ascii=False, **options)  # line ends in it are those of the layout
+    return UNPRINTABLE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
 
 
 def plain(value: Any) -> Any:

@@ -10,10 +10,20 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeGuard,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.io.errors import SettingsError, check_choice, shown
 
 if TYPE_CHECKING:
     from anchorline.runtime.detections import Detections
@@ -128,18 +138,20 @@ class Filters:
     max_detections: Annotated[int | None, Option("Keep the best N of a frame.", low=1)] = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        for name in (*self.classes, *self.min_scores):
+            if not isinstance(name, str):
+                raise SettingsError(f"the class {shown(name)}; expected a name")
         for name, score in self.min_scores.items():
-            if not 0.0 <= score <= 1.0:
+            if not _is_share(score):
                 raise SettingsError(
-                    f"the lowest score{f' of {name}' if name else ''} is {score!r}; expected 0 to 1"
+                    f"the lowest score{f' of {name}' if name else ''} is {shown(score)}; expected 0 to 1"
                 )
         for region in self.regions:
-            inside = all(0.0 <= value <= 1.0 for corner in region for value in corner)
-            if len(region) < _MIN_CORNERS or not inside:
+            if not _is_polygon(region):
                 raise SettingsError(
-                    f"region {region!r}; expected at least three corners (x, y) as fractions from 0 to 1"
+                    f"region {shown(region)}; expected at least three corners (x, y) as fractions from 0 to 1"
                 )
-        check_fields(self)
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise ``SettingsError`` for a class that a model with these class names does not know."""
@@ -191,7 +203,7 @@ class TrackOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not is_number(self.lost_seconds) or not 0.0 < self.lost_seconds < math.inf:
+        if not 0.0 < self.lost_seconds < math.inf:
             raise SettingsError(f"lost_seconds is {self.lost_seconds!r}; expected seconds above 0")
 
 
@@ -254,8 +266,6 @@ class DetectOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not isinstance(self.track, bool | TrackOptions):
-            raise SettingsError(f"track is {self.track!r}; expected True, False or TrackOptions")
         if self.trails and not self.track:
             raise SettingsError("trails are those of tracks; turn tracking on as well (track=True, --track)")
         # Before the work: some options need packages that the base does not have.
@@ -283,22 +293,44 @@ class DetectOptions:
         )
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether this is an int or a float, which a bool is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_share(value: object) -> bool:
+    return is_number(value) and 0.0 <= value <= 1.0
+
+
+def _is_polygon(value: object) -> bool:
+    """Whether this is a sequence of corners, each a pair of shares."""
+    if not isinstance(value, Sequence) or len(value) < _MIN_CORNERS:
+        return False
+    return all(isinstance(each, Sequence) and len(each) == 2 and all(map(_is_share, each)) for each in value)
+
+
 def check_fields(options: object) -> None:
-    """Raise ``SettingsError`` for a word that is none of the field's type, or a number beyond its bounds."""
+    """Raise ``SettingsError`` for what is not of its field's type, or a number beyond its bounds.
+
+    A list where a tuple is expected becomes one. What containers hold is not looked at.
+    """
     for name, (hint, about) in option_fields(type(options)).items():
-        value, kinds = getattr(options, name), (hint, *get_args(hint))
-        if about is None or (value is None and NoneType in kinds):
+        value = getattr(options, name)
+        kinds = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else (hint,)
+        if value is None and NoneType in kinds:
             continue
         words = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None)
-        if words is not None and value not in words:
-            raise SettingsError(f"{name} is {value!r}; expected one of {', '.join(words)}")
-        low, high = about.low, about.high
+        if words is not None:
+            check_choice(name, value, words)
+            continue
+        low, high = (about.low, about.high) if about else (None, None)
         if low is None:
+            classes = tuple(get_origin(kind) or kind for kind in kinds)
+            if tuple in classes and isinstance(value, list):
+                object.__setattr__(options, name, tuple(value))
+            elif not (is_number(value) if float in classes else isinstance(value, classes)):
+                known = " or ".join(each.__name__ for each in classes if each is not NoneType)
+                raise SettingsError(f"{name} is {shown(value)}; expected {known}")
             continue
         if int in kinds:
             wanted = f"a whole number of at least {low}"
@@ -308,4 +340,4 @@ def check_fields(options: object) -> None:
             wanted = f"seconds from {low:g}"
         fits = is_number(value) and (isinstance(value, int) or int not in kinds)
         if not fits or not low <= value <= (sys.float_info.max if high is None else high):
-            raise SettingsError(f"{name} is {value!r}; expected {wanted}")
+            raise SettingsError(f"{name} is {shown(value)}; expected {wanted}")

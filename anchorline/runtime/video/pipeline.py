@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.io.errors import NotCopied, SettingsError
+from anchorline.runtime.io.errors import NotCopied, SettingsError, shown
 from anchorline.runtime.video.display import displayed, plot_latency
 from anchorline.runtime.video.figures import DetectSummary, Figures
 from anchorline.runtime.video.frames import Result
@@ -78,7 +78,11 @@ class VideoPipeline(NotCopied):
         callback: Callable[[Result], object] | None = None,
     ) -> None:
         if not callable(getattr(detector, "batch", None)):
-            raise SettingsError(f"the detector is {detector!r}; expected a Detector, or one with its batch()")
+            raise SettingsError(f"the detector is {shown(detector)}; expected one with a method batch()")
+        if not isinstance(options, DetectOptions | None):
+            raise SettingsError(f"options are {shown(options)}; expected DetectOptions(...)")
+        if callback is not None and not callable(callback):
+            raise SettingsError(f"callback is {shown(callback)}; expected a function of a Result")
         self.detector = detector
         self.options = options = options or DetectOptions()
         self.sources = plan(sources, options.save, policy=options.policy, stride=options.stride)

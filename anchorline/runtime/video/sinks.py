@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import threading
 from collections.abc import Iterable
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.io.errors import OutputError
-from anchorline.runtime.io.files import atomic_path, is_stream, output_errors
+from anchorline.runtime.io.files import atomic_path, is_stream, json_text, output_errors
 from anchorline.runtime.io.images import write_image
 from anchorline.runtime.video.frames import Result, Stream
 from anchorline.runtime.video.source import is_stdout, next_name
@@ -97,7 +96,7 @@ class JsonLines:
 
 
 def line_of(result: Result) -> str:
-    """The result as a line of the detections JSON lines, in characters that UTF-8 has."""
+    """The result as a line of the detections JSON lines."""
     height, width = result.frame.shape[:2]
     record = {
         "source": result.stream.origin,
@@ -106,8 +105,7 @@ def line_of(result: Result) -> str:
         "size": [height, width],
         "detections": result.detections.to_records(),
     }
-    line = json.dumps(record, ensure_ascii=False) + "\n"
-    return line.encode("utf-8", "backslashreplace").decode("utf-8")  # of a file name: bytes that are no text
+    return json_text(record) + "\n"
 
 
 class AnnotatedFiles:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.io.addresses import shown_address, take_apart
-from anchorline.runtime.io.errors import DataError, OutputError, SettingsError, printable
+from anchorline.runtime.io.errors import DataError, OutputError, SettingsError, printable, shown
 from anchorline.runtime.io.files import is_stream
 from anchorline.runtime.io.images import IMAGE_SUFFIXES, find_inputs, is_image, is_video
 from anchorline.runtime.video.options import Option, Policy, check_fields
@@ -56,12 +56,17 @@ class Source:
     target: Path | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        object.__setattr__(self, "name", printable(str(self.name)))  # for terminals, pages and figures
-        if not isinstance(self.where, str | int | Path | Iterable):
+        is_known = isinstance(self.where, str | int | Path | Iterable)
+        if (
+            not is_known
+            or isinstance(self.where, bool | bytes)
+            or (isinstance(self.where, str) and not self.where)
+        ):
             raise SettingsError(
-                f"a source is {self.where!r}; expected a path, a webcam's number, a URL or frames"
+                f"a source is {shown(self.where)}; expected a path, a webcam's number, a URL or frames"
             )
+        check_fields(self)
+        object.__setattr__(self, "name", printable(self.name))  # for terminals, pages and figures
         if isinstance(self.where, str | Path):
             # What does not exist may be no name at all.
             exists = os.path.exists(self.where)
@@ -131,8 +136,8 @@ def plan(
     ``OutputError`` and ``SettingsError`` where ``save`` does not go with the sources, and
     ``SettingsError`` where two of them share a name.
     """
-    if isinstance(sources, str | Path | int | Source):
-        raise SettingsError(f"the sources are {sources!r}, a single one; expected several: [source]")
+    if isinstance(sources, str | Path | int | Source) or not isinstance(sources, Iterable):
+        raise SettingsError(f"the sources are {shown(sources)}, a single one; expected several: [source]")
     given = [
         each if isinstance(each, Source) else replace(parse_source(each), policy=policy, stride=stride)
         for each in sources

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import AnchorlineError, DataError, OutputError, SettingsError
-from anchorline.runtime.video.options import Filters, parse_min_scores, parse_region
+from anchorline.runtime.video.options import DetectOptions, Filters, parse_min_scores, parse_region
 from anchorline.runtime.video.source import Source, parse_source, plan
 
 
@@ -175,9 +175,25 @@ def test_scores_that_cannot_be_read(text):
         {"regions": (((0.0, 0.0), (1.0, 1.0)),)},
         {"regions": (parse_region("0,0,200,200"),)},
         {"max_detections": 0},
+        {"classes": "cat"},
+        {"classes": (1,)},
+        {"min_scores": {"cat": "x"}},
+        {"min_scores": [0.5]},
+        {"regions": ((0, 0, 1, 1),)},
+        {"regions": "0,0,1,1"},
     ],
 )
 def test_filters_that_cannot_be(settings):
     with pytest.raises(SettingsError, match="expected"):
         Filters(**settings)
     assert parse_min_scores(["0.3", "a=b=0.6"]) == {"": 0.3, "a=b": 0.6}
+
+
+@pytest.mark.parametrize(
+    "name", ["save", "jsonl", "report", "provider", "filters", "track", "trails", "score_threshold"]
+)
+@pytest.mark.parametrize("value", [b"x", {"a": 1}, np.array([1, 2]), [["x" * 500]]])
+def test_options_of_another_type(name, value):
+    with pytest.raises(SettingsError, match=f"^{name} is .*; expected ") as caught:
+        DetectOptions(**{name: value})
+    assert len(str(caught.value)) < 500

@@ -271,7 +271,7 @@ def test_without_trails_none_are_kept(tracked, grey):
 def test_settings_that_cannot_be(grey):
     with pytest.raises(SettingsError, match="trails are those of tracks"):
         VideoPipeline(Mover(), [Source(iter(()), name="a")], DetectOptions(trails=True))
-    with pytest.raises(SettingsError, match="track is 'yes'; expected True, False or TrackOptions"):
+    with pytest.raises(SettingsError, match="track is 'yes'; expected bool or TrackOptions"):
         VideoPipeline(Mover(), [Source(iter(()), name="a")], DetectOptions(track="yes"))
 
 
