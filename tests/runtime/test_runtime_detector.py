@@ -280,7 +280,7 @@ def test_errors_cross_processes_whole(error):
         (([None],), "a source is None"),
         (([True],), "a source is True"),
         (([""],), "a source is ''"),
-        ((["a\0b"],), "no such file or folder"),
+        ((["a\0b"],), "no file can be called so"),
         ((None, [[]]), "the detector is None"),
         (([[]], "fast"), "options are 'fast'"),
     ],

@@ -348,6 +348,8 @@ def test_find_images_says_what_is_missing(tmp_path):
         find_images(tmp_path / "absent")
     with pytest.raises(DataError, match="no such file or folder"):
         find_images("x" * 5000)
+    with pytest.raises(DataError, match="nothing is given, expected the path of a file"):
+        find_images("")
 
 
 def test_find_images_leaves_no_image_out_in_silence(tmp_path, picture):

@@ -21,7 +21,7 @@ _VIDEO_START = re.compile(
 _Header = tuple[int, ...] | None
 
 _JPEG_START = b"\xff\xd8"
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _START_OF_SCAN = 0xDA
 _END_OF_IMAGE = 0xD9
 _RESTART_INTERVAL = 0xDD
@@ -40,7 +40,7 @@ _SCAN_END_WITH_RESTARTS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 def begins_as_video(head: bytes) -> bool:
     """Whether a file that begins so holds a video; a GIF or an animated PNG is one."""
-    if head.startswith(_PNG_SIGNATURE):
+    if head.startswith(PNG_SIGNATURE):
         control = head.partition(b"IDAT")[0].partition(b"acTL")[2]  # begins with the number of frames
         return int.from_bytes(control[:4], "big") > 1
     return _VIDEO_START.match(head) is not None
@@ -55,7 +55,7 @@ def find_damage(content: bytes) -> str | None:
     """
     if content.startswith(_JPEG_START):
         return _jpeg_damage(content)
-    if content.startswith(_PNG_SIGNATURE):
+    if content.startswith(PNG_SIGNATURE):
         return _png_damage(content)
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         stated = int.from_bytes(content[4:8], "little") + 8
@@ -93,7 +93,7 @@ def _jpeg_damage(content: bytes) -> str | None:
 
 
 def _png_damage(content: bytes) -> str | None:
-    position = len(_PNG_SIGNATURE)
+    position = len(PNG_SIGNATURE)
     while position + 12 <= len(content):
         body_end = position + 8 + int.from_bytes(content[position : position + 4], "big")
         if body_end + 4 > len(content):

@@ -122,6 +122,7 @@ def find_images(path: str | Path) -> list[Path]:
     A name with a number's place (``frames/%04d.png``) stands for the files of its folder that fit. Hidden
     files are left out. Raises ``DataError`` where nothing is found, or what is named as an image is no file.
     """
+    expect_regular(path, DataError)
     folder = path = Path(path)
     names, none = r"[^.].*", "no images in this folder"
     if not os.path.exists(path):  # unlike Path.exists, also False for too long a name

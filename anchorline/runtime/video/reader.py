@@ -18,6 +18,7 @@ from anchorline.runtime.canvas import check_frame
 from anchorline.runtime.io.addresses import shown_address, without_secrets
 from anchorline.runtime.io.errors import DataError, NotCopied, SettingsError
 from anchorline.runtime.io.files import expect_regular, input_errors, utf8_path
+from anchorline.runtime.io.image_bytes import PNG_SIGNATURE, find_damage
 from anchorline.runtime.io.images import check_header, check_pixels, read_image
 from anchorline.runtime.io.native_log import ffmpeg_lines, quiet_opencv, without_secrets_on_stderr
 from anchorline.runtime.video.options import Decoder
@@ -376,7 +377,13 @@ def open_file(path: str | Path, is_video: bool, decoder: Decoder = "opencv") -> 
     if not is_video:
         return IterableReader([read_image(path)], fps=1.0)
     check_header(path)  # of a GIF or an APNG: FFmpeg decodes while it opens
-    return _opened(decoder, lambda: VideoReader(path), lambda: AvReader(path))
+    reader = _opened(decoder, lambda: VideoReader(path), lambda: AvReader(path))
+    with Path(path).open("rb") as file:  # FFmpeg says nothing of an APNG that was cut off
+        head = file.read(len(PNG_SIGNATURE))
+        damage = find_damage(head + file.read()) if head == PNG_SIGNATURE else None
+    if damage:
+        reader._notes.append(f"{path}: {damage}; what is left of it is read")
+    return reader
 
 
 def open_stream(where: str | Path, decoder: Decoder, stall: float, name: str, live: bool) -> Reader:

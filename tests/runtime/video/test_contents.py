@@ -65,6 +65,26 @@ def test_videos_under_any_name(tmp_path, form, suffix):
             read_image(path)
 
 
+@pytest.mark.parametrize("decoder", ["opencv", "pyav"])
+def test_an_animation_that_was_cut_off_is_told_of(tmp_path, decoder):
+    path = encode(tmp_path / "clip.png", "apng", "apng")
+    for kept, told in ((1.0, []), (0.6, [f"{path}: truncated: the PNG stops before its IEND chunk; "])):
+        path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+        with open_file(path, is_video=True, decoder=decoder) as reader:
+            frames = sum(1 for _ in reader)
+            assert [line for line in reader.warnings if "truncated" in line] == [
+                line + "what is left of it is read" for line in told
+            ]
+        assert 0 < frames < FRAMES if told else frames == FRAMES
+
+
+def test_an_empty_name_is_not_the_folder_one_is_in(tmp_path, picture, monkeypatch):
+    (tmp_path / "a.png").write_bytes(cv2.imencode(".png", picture)[1].tobytes())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="nothing is given, expected the path of a file"):
+        images_or_video(["a.png", ""], ("thing",))
+
+
 @pytest.mark.parametrize(
     ("kind", "suffix"), [(".jpg", ".mp4"), (".png", ".jpg"), (".bmp", ""), (".png", ".gif")]
 )
