@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os.path
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from anchorline.data.boxes import box_areas, clip_labelled_boxes
 from anchorline.runtime.io.errors import DataError
 from anchorline.runtime.io.files import input_errors
-from anchorline.runtime.io.image_bytes import read_header
+from anchorline.runtime.io.image_bytes import PNG_SIGNATURE, read_header
 from anchorline.runtime.io.images import check_pixels, find_inputs, read_image, unused_bits
 from anchorline.runtime.video.reader import open_file
 
@@ -29,7 +29,7 @@ _SHOWN_NAMES = 12
 _HEAD = 65536  # bytes of a file in which its header is looked for
 _TAIL = 16384  # bytes, in which the EXIF of a PNG may follow its pixels
 _TURNABLE = (b"Exif", b"eXIf")
-_HEADER_TELLS = (b"\xff\xd8", b"\x89PNG")  # the size of an image that is not turned
+_HEADER_TELLS = (b"\xff\xd8", PNG_SIGNATURE)  # the size of an image that is not turned
 _LOOKED_AT = 20  # images of a data set that are looked into for their depth
 
 
@@ -352,8 +352,11 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def _ends(path: Path) -> tuple[bytes, bytes]:
+    """What a file begins with, and what a PNG ends with."""
     with input_errors(path, "expected an image", DataError), path.open("rb") as file:
         head = file.read(_HEAD)
+        if not head.startswith(PNG_SIGNATURE):
+            return head, b""
         file.seek(max(len(head), os.fstat(file.fileno()).st_size - _TAIL))
         return head, file.read()
 

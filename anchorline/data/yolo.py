@@ -37,12 +37,14 @@ from anchorline.runtime.io.errors import DataError, SettingsError, one_line, pri
 from anchorline.runtime.io.files import input_errors
 from anchorline.runtime.io.images import IMAGE_SUFFIXES, image_files, is_image
 
-_CLASS_FILES = ("classes.txt", "labels/classes.txt", "obj.names")
-_SPLIT_CLASS_FILES = (
-    "{}/classes.txt",
-    "{}/labels/classes.txt",
-    "labels/{}/classes.txt",
-    "images/{}/classes.txt",
+_CLASS_FILES = (
+    *("classes.txt", "labels/classes.txt", "obj.names"),
+    *(
+        "{}/classes.txt",
+        "{}/labels/classes.txt",
+        "labels/{}/classes.txt",
+        "images/{}/classes.txt",
+    ),  # of a split
 )
 # Boxes may reach a little over the edge. Beyond this, the numbers are pixels or damage.
 _FARTHEST_FRACTION = 2.0
@@ -240,8 +242,7 @@ def read_yolo_config(folder: Path, split: str | None = None) -> YoloConfig:
         return YoloConfig(names, "kpt_shape" in content, _named_splits(content))
     lines = read_lines(darknet, "a setting") if darknet.exists() else []
     settings = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in lines)}
-    by_split = [name.format(split) for name in _SPLIT_CLASS_FILES if split]
-    for name in (settings.get("names", ""), *_CLASS_FILES, *by_split):
+    for name in (settings.get("names", ""), *(each.format(split or ".") for each in _CLASS_FILES)):
         class_file = _find(name, folder)
         if class_file is not None:
             lines = [line.strip() for line in read_lines(class_file, "one class name")]
