@@ -17,12 +17,17 @@ HIDDEN = "..."
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^?#]*)(.*)", re.DOTALL)
 _PLACE = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[\w.-]*)(?::\d{0,5})?")
 _NAMED = re.compile(r"([\w .-]{1,64}=)(.+)", re.DOTALL)
-_SECRET = r"(?:user(?:name)?|login|pass(?:word|wd|phrase)?|pwd?|(?:\b|api|[_-])key|token|secret|auth|sig)"
+_SECRET = (
+    r"(?:user(?:name)?|admin|login|pass(?:word|wd|phrase)?|pwd?|\bpin|(?:\b|api|auth|[_-])key|token|jwt|bearer"
+    r"|secret|auth|credentials?|sig(?:nature)?|session(?:[_-]?id)?|\bsid)"
+)
 # Of a path: words and numbers, unless they follow the name of a secret or look as if drawn by chance.
 _PLAIN = re.compile(r"[\w.~+, -]*")
 _BEFORE_SECRET = re.compile(rf"[\w.-]*?{_SECRET}", re.IGNORECASE)
+_IN_ONE = re.compile(rf"{_SECRET}[_-]", re.IGNORECASE)  # a secret behind its name
 _MIXED = re.compile(r"\d[A-Za-z]+\d")
 _SHORTEST_KEY = 16  # letters and digits
+_GROUPS = re.compile(r"(?:[0-9A-Za-z]{4}-){3,}[0-9A-Za-z]{4}")  # a UUID, or a key as people are given it
 # What is no address, and yet may be one with a mistake in it, or a pipeline.
 _ODD = re.compile(rf"^[\w+.-]{{2,}}:[/\\]|://|[?&]|^[^@:]*:[^@]*@|^[^@]*@[^/]*/|{_SECRET}=", re.IGNORECASE)
 # In a text: also with the one slash that a path makes of two, and not where a message says how to write one.
@@ -65,8 +70,9 @@ class Address(NamedTuple):
         for segment in self.path.split("/"):
             meant = unquote(unquote(segment))
             words = re.findall("[A-Za-z0-9]+", meant)
-            is_key = any(len(word) >= _SHORTEST_KEY and _MIXED.search(word) for word in words)
-            if segment and (is_secret or is_key or not _PLAIN.fullmatch(meant)):
+            is_secret |= any(len(word) >= _SHORTEST_KEY and _MIXED.search(word) for word in words)
+            is_secret |= any(each.search(meant) for each in (_GROUPS, _IN_ONE))
+            if segment and (is_secret or not _PLAIN.fullmatch(meant)):
                 segments.append(HIDDEN)  # with all behind it: a password in a path may hold a slash
                 break
             segments.append(segment)

@@ -13,7 +13,7 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.runtime.io.addresses import shown_address, take_apart
+from anchorline.runtime.io.addresses import shown_address, take_apart, without_secrets
 from anchorline.runtime.io.errors import DataError, OutputError, SettingsError, printable, shown
 from anchorline.runtime.io.files import is_stream
 from anchorline.runtime.io.images import IMAGE_SUFFIXES, find_inputs, is_image, is_video
@@ -56,15 +56,11 @@ class Source:
     target: Path | None = None
 
     def __post_init__(self) -> None:
-        is_known = isinstance(self.where, str | int | Path | Iterable)
-        if (
-            not is_known
-            or isinstance(self.where, bool | bytes)
-            or (isinstance(self.where, str) and not self.where)
-        ):
-            raise SettingsError(
-                f"a source is {shown(self.where)}; expected a path, a webcam's number, a URL or frames"
-            )
+        where = self.where
+        is_known = isinstance(where, str | int | Path | Iterable) and not isinstance(where, bool | bytes)
+        if not is_known or (isinstance(where, str) and not where):
+            given = without_secrets(shown(where))
+            raise SettingsError(f"a source is {given}; expected a path, a webcam's number, a URL or frames")
         check_fields(self)
         object.__setattr__(self, "name", printable(self.name))  # for terminals, pages and figures
         if isinstance(self.where, str | Path):
@@ -137,7 +133,8 @@ def plan(
     ``SettingsError`` where two of them share a name.
     """
     if isinstance(sources, str | Path | int | Source) or not isinstance(sources, Iterable):
-        raise SettingsError(f"the sources are {shown(sources)}, a single one; expected several: [source]")
+        wrong = without_secrets(shown(sources))
+        raise SettingsError(f"the sources are {wrong}, a single one; expected several: [source]")
     given = [
         each if isinstance(each, Source) else replace(parse_source(each), policy=policy, stride=stride)
         for each in sources

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -50,7 +49,13 @@ SHOWN = [
     (f"http://host/hls/token/{SECRET}/live.m3u8", "http://host/hls/token/..."),
     (f"rtsp://host/user=admin&password=a/{SECRET}/live", "rtsp://host/..."),
     (f"http://host/admin:{SECRET}/live", "http://host/..."),
+    (f"http://host/session/{SECRET}/x", "http://host/session/..."),
+    (f"http://host/live/jwt/{SECRET}", "http://host/live/jwt/..."),
+    (f"rtsp://host/admin/{SECRET}/ch1", "rtsp://host/admin/..."),
+    (f"rtsp://host/pwd_{SECRET}_ch1", "rtsp://host/..."),
     ("rtsp://host:7447/s6z0PeEHrJ8vAGyA", "rtsp://host:7447/..."),
+    ("rtmp://host/live2/abcd-efgh-ijkl-mnop", "rtmp://host/live2/..."),
+    ("rtsp://host/3fa85f64-5717-4562-b3fc-2c963f66afa6/1", "rtsp://host/..."),
     (f"rtmp://host/app/x pubUser=a pubPasswd={SECRET}", "rtmp://host/app/..."),
     # Where a user or password holds / ? or #, nobody can tell where it ends.
     (f"rtsp://user:a/{SECRET}@host/x", "rtsp://..."),
@@ -152,6 +157,14 @@ def test_a_password_with_a_slash_is_told_of():
     with pytest.raises(SettingsError, match=r"^door \(rtsp://\.\.\.\): no address; .*%2F for /") as caught:
         parse_source(f"door=rtsp://user:a/{SECRET}@host/x")
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", [f"rtsp://u:{SECRET}@host/x", f"http://host/{'x' * 99}?{SECRET}"])
+def test_a_mistake_in_python_quotes_no_secret(stub, address):
+    for sources in (address, Source(address), [address.encode()]):
+        with pytest.raises(SettingsError, match="//host/") as caught:
+            VideoPipeline(stub(), sources)
+        assert SECRET not in str(caught.value)
 
 
 def test_sources_of_which_nothing_differs_but_the_secret():
@@ -287,6 +300,7 @@ def _wait_for(capfd, text, found=""):
     while text not in found:
         assert time.monotonic() < end
         found += capfd.readouterr().err
+    return found
 
 
 def test_the_last_lines_of_a_process_are_shown_although_a_camera_hangs():
@@ -326,69 +340,51 @@ def test_files_are_read_on_while_a_camera_s_stderr_is_watched(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_every_output_of_a_run(camera, refusing, model_path, tmp_path, until):
+def test_every_output_of_a_run(camera, refusing, model_path, tmp_path, until, capfd, caplog, monkeypatch):
     """Two cameras that differ in their passwords alone, and one that refuses, watched in a browser."""
     pytest.importorskip("uvicorn")
-    port = camera.port
-    sources = [f"http://u:{SECRET}{number}@127.0.0.1:{port}/live?token={SECRET}" for number in (1, 2)]
+    monkeypatch.setattr(intake, "FIRST_PAUSE", 0.05)
+    sources = [f"http://u:{SECRET}{n}@127.0.0.1:{camera.port}/live?token={SECRET}" for n in (1, 2)]
     sources += [f"door=http://{refusing}/live.m3u8?token={SECRET}"]
     out = tmp_path / "out"
-    options = [
-        "--jsonl",
-        out / "a.jsonl",
-        "--json",
-        out / "a.json",
-        "--save",
-        out,
-    ]
-    words = [
-        sys.executable,
-        "-m",
-        "anchorline",
-        "detect",
-        *sources,
-        "--model",
-        model_path,
-        "--serve",
-        "0",
-        *options,
-    ]
-    process = subprocess.Popen(
-        list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
-    )
-    served, lines = "", []
+    options = ["--serve", "0", "--jsonl", out / "a.jsonl", "--json", out / "a.json", "--save", out]
+    shown, served = "", ""
+    is_running = threading.Event()
+    is_running.set()
 
-    def read():
-        lines.extend(process.stderr)
-
-    with contextlib.ExitStack() as stack:
-        stack.callback(process.wait, 120)
-        stack.callback(process.send_signal, signal.SIGINT)
-        first = process.stderr.readline()
-        url = re.search(r"http://127\.0\.0\.1:\d+/", first).group()
-        reading = threading.Thread(target=read)
-        reading.start()
+    def look() -> None:
+        nonlocal shown, served
+        shown = _wait_for(capfd, "http://127.0.0.1:")
+        url = re.search(r"http://127\.0\.0\.1:\d+/", shown).group()
 
         def status():
             with urlopen(url + "status") as answer:
                 return json.load(answer)["sources"]
 
-        def are_answered(least):
-            found = {each["name"]: each["frames"] for each in status()}
-            return all(found[name] >= least for name in ("127.0.0.1", "127.0.0.1-2"))
-
-        until(lambda: status() and are_answered(3))
+        until(lambda: sum(each["frames"] >= 3 for each in status()) == 2)
         camera.mode = "die"
         until(lambda: any(each["reconnects"] for each in status()))
         for path in ("", "status", "metrics"):
             with urlopen(url + path) as answer:
                 served += answer.read().decode()
-    reading.join()
-    shown = first + "".join(lines) + process.stdout.read()
-    process.stdout.close()
-    process.stderr.close()
-    assert process.returncode == 130
-    assert SECRET not in shown + served
+
+    def look_and_end() -> None:
+        try:
+            look()
+        finally:
+            if is_running.is_set():
+                os.kill(os.getpid(), signal.SIGINT)
+
+    looking = threading.Thread(target=look_and_end)
+    looking.start()
+    try:
+        code = cli.main(["detect", *map(str, [*sources, "--model", model_path, *options])])
+    finally:
+        is_running.clear()
+        looking.join()
+    shown += "".join(capfd.readouterr())
+    assert code == 130
+    assert SECRET not in shown + served + caplog.text
     assert 'source="127.0.0.1-2"' in served
     assert "127.0.0.1: broke off" in shown or "127.0.0.1-2: broke off" in shown
     assert "[hls @ 0x" in shown
