@@ -385,14 +385,17 @@ print(read, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 102
 """
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(5000, marks=pytest.mark.slow)])
-def test_damaged_checkpoints_are_read_or_refused(tmp_path: Path, count: int) -> None:
+def test_damaged_checkpoints_are_read_or_refused(tmp_path: Path) -> None:
+    assert 0 < survives(tmp_path / "x.pth", 7, 60) < 60, "some damage does not matter, some does"
+
+
+@pytest.mark.slow
+def test_thousands_of_damaged_checkpoints_take_no_memory(tmp_path: Path) -> None:
     """In a process of its own, whose end by a signal would be seen, and which takes 500 MB more at most."""
-    script = FUZZING.format(
-        tests=str(Path(__file__).parent), path=str(tmp_path / "x.pth"), seed=7, count=count
-    )
+    tests, count = str(Path(__file__).parent), 5000
+    script = FUZZING.format(tests=tests, path=str(tmp_path / "x.pth"), seed=7, count=count)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     read, megabytes = map(int, done.stdout.split())
-    assert 0 < read < count, "some damage does not matter, some does"
+    assert 0 < read < count
     assert megabytes < 500

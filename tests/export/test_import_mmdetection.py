@@ -185,11 +185,12 @@ def kept(text: object, key: str = "cfg") -> Configuration | None:
     return configuration_of(CheckpointFile("model.pth", {}, "", {key: text}))
 
 
-def read(text: object, key: str = "cfg") -> tuple[dict[str, object], tuple[int, int] | None]:
+def read(text: object, key: str = "cfg") -> tuple[dict[str, object], tuple[int, ...]]:
     """Settings and sides of the configuration that a checkpoint keeps."""
     found = kept(text, key)
     assert found is not None
-    return read_settings(found)
+    settings, sides, _ = read_settings(found)
+    return settings, tuple(sides.values())
 
 
 def test_a_configuration_of_version_3() -> None:
@@ -507,10 +508,10 @@ def test_the_configuration_beside_a_checkpoint_and_one_that_is_given(
         (
             "num_classes=2",
             "num_classes=80",
-            "gives 80 classes, and the checkpoint has 2; it belongs to another",
+            "gives 80 classes, and the checkpoint has 2; if it is not this model's",
         ),
         ("scales=[6]", "scales=[6, 7]", "gives 6 anchors at each place, and the checkpoint has 3"),
-        ("depth=50", "depth=101", "model.backbone.depth is 101; can be imported with 50"),
+        ("depth=50", "depth=101", "model.backbone.depth gives 101 layers, and the checkpoint has 50"),
         ("iou_threshold=0.4", "iou_threshold=4", "model.nms_iou is 4.0; expected a number from 0 to 1"),
     ],
 )
@@ -524,6 +525,33 @@ def test_a_configuration_of_another_model_is_told_by_the_tensors(
     with pytest.raises(ArtefactError) as caught:
         mmdetection.LIBRARY.describe(source, state, "mmdet_r50_fpn")
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        "model.update(dict(test_cfg=dict()))",
+        "model['test_cfg']['rcnn']['score_thr'] = 0.9",
+        "if True:\n    model = dict(type='CascadeRCNN')",
+        "del model",
+        "model |= dict(type='CascadeRCNN')",
+    ],
+)
+def test_a_model_that_later_lines_change_is_not_taken_as_it_was(later: str) -> None:
+    text = f"'A note.'\nimport os\n{VERSION_3}"
+    assert read(text) == read(VERSION_3)
+    with pytest.raises(ArtefactError, match=r"model\.type is an expression"):
+        read(f"{text}\n{later}\n")
+
+
+def test_steps_of_the_pipeline_that_are_not_repeated_are_told() -> None:
+    more = VERSION_3.replace("test_pipeline = [", "test_pipeline = [\n    dict(type='CLAHE'),")
+    configuration = kept(more)
+    assert configuration is not None
+    assert read_settings(configuration)[2] == (
+        "model.pth: its configuration: its pipeline's CLAHE is not repeated here",
+    )
+    assert read(VERSION_3.replace("type='Resize'", "type='mmdet.Resize'")) == read(VERSION_3)
 
 
 def test_a_damaged_configuration_is_read_or_refused() -> None:
@@ -562,7 +590,9 @@ def test_without_a_configuration_the_usual_settings_are_named(
     torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, path)
     result = import_checkpoint(path, out, classes=classes, overrides=["score_threshold=0.2"])
     assert result.settings.score_threshold == 0.2
-    start = "no configuration of the training was found: assumed mmdet_r50_fpn's usual --resize 800x1333, "
+    start = (
+        "the configuration of the training is not known: assumed mmdet_r50_fpn's usual --resize 800x1333, "
+    )
     assumed = result.warnings[1]
     assert assumed.startswith(start)
     assert "anchor_sizes=[[32], [64], [128], [256], [512]], aspect_ratios=[0.5, 1, 2], " in assumed

@@ -439,6 +439,17 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], object], tuple[str, ...]]]
         lambda s: {**s, "rpn.head.cls_logits.bias": torch.full((15,), float("nan"))},
         ("checkpoint.pth: tensor 'rpn.head.cls_logits.bias' holds values", "the training diverged"),
     ),
+    **{
+        f"weights of {kind}": (
+            lambda s, kind=kind: {**s, "rpn.head.cls_logits.bias": torch.zeros(15).to(getattr(torch, kind))},
+            (f"tensor 'rpn.head.cls_logits.bias' is of {kind}; expected floating point of 16 to 64 bits",),
+        )
+        for kind in ("int8", "bool", "float8_e4m3fn", "complex64")
+    },
+    "variances": (
+        lambda s: {**s, "backbone.body.0.1.running_var": torch.full((16,), -0.5)},
+        ("tensor 'backbone.body.0.1.running_var' holds variances below 0",),
+    ),
     "no tensors": (
         lambda s: {"model": "resnet", "epoch": 3},
         ("holds no state dict", "model (str), epoch (int)"),
@@ -561,6 +572,10 @@ def test_missing_files_and_unknown_weights_are_refused(
     assert "not weights of a Faster R-CNN" in refusal("ResNet50_Weights.IMAGENET1K_V1", out, arch=None)
     name = "FasterRCNN_ResNet50_FPN_Weights.COCO_V1"
     assert "leave --arch out" in refusal(name, out)
+    assert "torchvision writes no configuration that is" in refusal(
+        name, out, arch=None, config=tmp_path / "c"
+    )
+    assert "--weights is 'ema'; FasterRCNN_" in refusal(name, out, arch=None, weights="ema")
     assert "not the name of torchvision weights" in refusal(name + "0", out, arch=None)
 
     def no_network(*_: object, **__: object) -> None:

@@ -240,7 +240,9 @@ def choose_state(content: Any, weights: str | None = None) -> tuple[_StateDict, 
     found = dict(_states(content, ()))
     shown = {".".join(path): path for path in found}
     if weights is not None and weights not in shown:
-        raise Refused(f"--weights is {weights!r}; expected one of {', '.join(sorted(shown)) or 'none'}")
+        keys = ", ".join(sorted(filter(None, shown)))
+        expected = f"expected one of {keys}" if keys else "there are no several to choose from, leave it out"
+        raise Refused(f"--weights is {weights!r}; {expected}")
     if not found:
         keys = ", ".join(_described(key, value) for key, value in list(content.items())[:5]) or "nothing"
         raise Refused(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from anchorline.runtime.io.files import input_errors
 LONGEST = 300_000  # bytes; a configuration has 10 000
 _DEEPEST = 50
 _MOST_VALUES = 100_000
+REMEDY = "if it is not this model's, give the one that is with --config"
 
 
 class Unfit(ValueError):
@@ -35,12 +36,8 @@ class Expression:
 EXPRESSION = Expression()
 
 
-@dataclass(frozen=True)
-class Field:
-    """Where one of our settings stands: ``paths``, the newest name first, and how its value is read."""
-
-    paths: tuple[str, ...]
-    read: Callable[[Any], Any]
+Fields = Mapping[str, tuple[str, Callable[[Any], Any]]]
+"""Our settings: the paths where each may stand, with spaces between, the newest first; how it is read."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +57,9 @@ class Configuration:
 
     def refuse(self, path: str, value: object, expected: str) -> ArtefactError:
         """The error that ``path`` has a ``value`` for which there is no form here."""
-        return ArtefactError(f"{self.name}: {path} is {_shown(value)}; can be imported {expected}")
+        return ArtefactError(f"{self.name}: {path} is {_shown(value)}; can be imported {expected}; {REMEDY}")
 
-    def check(self, allowed: Mapping[str, tuple[object, ...]]) -> None:
+    def check(self, allowed: Mapping[str, Sequence[object]]) -> None:
         """Raise ``ArtefactError`` for the first of these paths that has another value than is ``allowed``."""
         for path, choices in allowed.items():
             found = self.get(path)
@@ -73,27 +70,24 @@ class Configuration:
                     path, found, f"with {' or '.join(map(_shown, choices))}" if choices else "without it"
                 )
 
-    def agree(self, path: str, what: str, held: int | None, said: int | None = None) -> None:
+    def agree(self, path: str, held: int | None, what: str, said: int | None = None) -> None:
         """Raise ``ArtefactError`` where the checkpoint has ``held`` and ``path`` says another number."""
         said = self.get(path) if said is None else said
         if held is not None and said is not None and said != held:
             raise ArtefactError(
-                f"{self.name}: {path} gives {_shown(said)} {what}, and the checkpoint has {held}; it belongs "
-                "to another model, give this one's with --config"
+                f"{self.name}: {path} gives {_shown(said)} {what}, and the checkpoint has {held}; {REMEDY}"
             )
 
-    def settings(self, fields: Mapping[str, Field]) -> dict[str, Any]:
+    def settings(self, fields: Fields) -> dict[str, Any]:
         """Those of ``fields`` that stand here; raises ``ArtefactError`` for what cannot be read."""
         settings = {}
-        for name, field in fields.items():
-            path = next((path for path in field.paths if self.get(path) is not None), None)
-            if path is None:
-                continue
-            value = self.get(path)
-            try:
-                settings[name] = field.read(value)
-            except Unfit as error:
-                raise self.refuse(path, value, f"with {error}") from None
+        for name, (paths, read) in fields.items():
+            path = next((path for path in paths.split() if self.get(path) is not None), None)
+            if path is not None:
+                try:
+                    settings[name] = read(self.get(path))
+                except Unfit as error:
+                    raise self.refuse(path, self.get(path), f"with {error}") from None
         return settings
 
 
@@ -106,11 +100,11 @@ def text_of(path: Path) -> str:
     """The text in ``path``; raises ``ArtefactError`` where it is none, or too long for a configuration."""
     with input_errors(path, "give the configuration that its library wrote"):
         if path.stat().st_size > LONGEST:
-            raise ArtefactError(f"{path}: has more than {LONGEST} bytes; expected a configuration")
+            raise ArtefactError(f"{path}: has more than {LONGEST} bytes, as no configuration has; {REMEDY}")
         try:
             return path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
-            raise ArtefactError(f"{path}: is no text in UTF-8; expected a configuration") from None
+            raise ArtefactError(f"{path}: is no text in UTF-8, as a configuration is; {REMEDY}") from None
 
 
 def from_yaml(text: str, name: str) -> dict[str, Any]:
@@ -127,14 +121,15 @@ def from_yaml(text: str, name: str) -> dict[str, Any]:
     try:
         found = plain(yaml.load(text, Loader=Loader))  # a safe loader, with tuples
     except Exception as error:  # of odd tags PyYAML raises nearly anything
-        raise ArtefactError(f"{name}: cannot be read as YAML ({reason_of(error)})") from None
+        raise ArtefactError(f"{name}: cannot be read as YAML ({reason_of(error)}); {REMEDY}") from None
     return found if isinstance(found, dict) else {}
 
 
 def from_python(text: str) -> dict[str, Any]:
     """The top-level assignments of ``text``, taken apart as a syntax tree; empty where it is no Python.
 
-    Literals, ``dict(...)`` and names that were assigned before are values, all else is ``EXPRESSION``.
+    Literals, ``dict(...)`` and names that were assigned before are values, all else is ``EXPRESSION``; so is
+    what other statements may change: ``model.update(...)``, ``model["neck"] = ...``, ``if ...: model = ...``.
     """
     values: dict[str, Any] = {}
     if len(text) > LONGEST:
@@ -147,6 +142,11 @@ def from_python(text: str) -> dict[str, Any]:
             match statement:
                 case ast.Assign(targets=[ast.Name(id=name)], value=value):
                     values[name] = _value(value, values)
+                case ast.Expr(value=ast.Constant()) | ast.Import() | ast.ImportFrom():
+                    pass
+                case _:
+                    names = (node.id for node in ast.walk(statement) if isinstance(node, ast.Name))
+                    values.update(dict.fromkeys(names, EXPRESSION))
         return plain(values)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # of hostile texts too
         return {}

@@ -216,7 +216,7 @@ def _assumptions(
     """Which configuration the settings are from, or one line that lists those that were assumed."""
     if not assumed:
         return (f"the settings are those of {configuration}",) if configuration else ()
-    where = "no configuration of the training was found" if library.takes_configuration else ""
+    where = "the configuration of the training is not known" if library.takes_configuration else ""
     where = f"{configuration} does not give all settings" if configuration else where
     sides = {"resize": "--resize {}x{}"}
     text = ", ".join(
@@ -248,6 +248,9 @@ def _read(
             )
         if arch not in (None, own):
             raise SettingsError(f"arch is {arch!r}; {name} are weights of {own}, leave --arch out")
+        _takes(library, config)
+        if weights is not None:
+            raise SettingsError(f"--weights is {weights!r}; {name} is one set of weights, leave it out")
         return read_weights_enum(name), library, own, ()
     source = dataclasses.replace(read_checkpoint_file(Path(checkpoint), weights), config=config)
     if given is not None and arch is not None:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from anchorline.export.importers.checkpoint_files import CheckpointFile
 from anchorline.export.importers.configuration import (
+    REMEDY,
     Configuration,
-    Field,
+    Fields,
     Unfit,
     choice,
     flag,
@@ -36,8 +37,8 @@ from anchorline.export.importers.library import (
     Library,
     State,
     listed,
-    settings_with,
     side_of,
+    with_configuration,
 )
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import ArtefactError
@@ -82,32 +83,32 @@ def recognise(source: CheckpointFile, state: State) -> str | None:
     return arch if arch in ARCHITECTURES else None
 
 
-# What ``config.yaml`` may say (``config/defaults.py``). The anchors stand below, since they go by the map.
-_FIELDS = {
-    "channel_order": Field(("INPUT.FORMAT",), choice(BGR="bgr", RGB="rgb")),
-    "mean": Field(("MODEL.PIXEL_MEAN",), numbers),
-    "std": Field(("MODEL.PIXEL_STD",), numbers),
-    "bottleneck_stride": Field(
-        ("MODEL.RESNETS.STRIDE_IN_1X1",), lambda value: "1x1" if flag(value) else "3x3"
-    ),
-    "rpn_channels": Field(("MODEL.RPN.CONV_DIMS",), lambda dims: _rpn_channels(dims)),
-    "rpn_pre_nms": Field(("MODEL.RPN.PRE_NMS_TOPK_TEST",), whole),
-    "rpn_post_nms": Field(("MODEL.RPN.POST_NMS_TOPK_TEST",), whole),
-    "rpn_nms_iou": Field(("MODEL.RPN.NMS_THRESH",), number),
-    "rpn_min_side": Field(("MODEL.PROPOSAL_GENERATOR.MIN_SIZE",), number),
-    "roi_size": Field(("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION",), whole),
-    "roi_sampling": Field(("MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO",), whole),
-    "roi_aligned": Field(("MODEL.ROI_BOX_HEAD.POOLER_TYPE",), choice(ROIAlignV2=True, ROIAlign=False)),
-    "box_weights": Field(("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS",), numbers),
-    "score_threshold": Field(("MODEL.ROI_HEADS.SCORE_THRESH_TEST",), number),
-    "nms_iou": Field(("MODEL.ROI_HEADS.NMS_THRESH_TEST",), number),
-    "max_detections": Field(("TEST.DETECTIONS_PER_IMAGE",), whole),
-}
-_ANCHOR_FIELDS = ("anchor_sizes", "aspect_ratios")
-_RESIZE = {
-    "shorter_side": Field(("INPUT.MIN_SIZE_TEST",), whole),
-    "longer_side": Field(("INPUT.MAX_SIZE_TEST",), whole),
-}
+# What ``config.yaml`` says of our settings, and what else it may say (``config/defaults.py``).
+def _fields(levels: int) -> Fields:
+    """With anchors for as many maps."""
+    return {
+        "anchor_sizes": ("MODEL.ANCHOR_GENERATOR.SIZES", lambda value: tuple(_per_level(value, levels))),
+        "aspect_ratios": ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", lambda value: _ratios(value, levels)),
+        "channel_order": ("INPUT.FORMAT", choice(BGR="bgr", RGB="rgb")),
+        "mean": ("MODEL.PIXEL_MEAN", numbers),
+        "std": ("MODEL.PIXEL_STD", numbers),
+        "bottleneck_stride": ("MODEL.RESNETS.STRIDE_IN_1X1", lambda value: "1x1" if flag(value) else "3x3"),
+        "rpn_channels": ("MODEL.RPN.CONV_DIMS", _rpn_channels),
+        "rpn_pre_nms": ("MODEL.RPN.PRE_NMS_TOPK_TEST", whole),
+        "rpn_post_nms": ("MODEL.RPN.POST_NMS_TOPK_TEST", whole),
+        "rpn_nms_iou": ("MODEL.RPN.NMS_THRESH", number),
+        "rpn_min_side": ("MODEL.PROPOSAL_GENERATOR.MIN_SIZE", number),
+        "roi_size": ("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", whole),
+        "roi_sampling": ("MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", whole),
+        "roi_aligned": ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", choice(ROIAlignV2=True, ROIAlign=False)),
+        "box_weights": ("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", numbers),
+        "score_threshold": ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", number),
+        "nms_iou": ("MODEL.ROI_HEADS.NMS_THRESH_TEST", number),
+        "max_detections": ("TEST.DETECTIONS_PER_IMAGE", whole),
+    }
+
+
+_SIDES = {"shorter_side": ("INPUT.MIN_SIZE_TEST", whole), "longer_side": ("INPUT.MAX_SIZE_TEST", whole)}
 _EXPECTED: dict[str, tuple[object, ...]] = {
     "VERSION": (2,),
     "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
@@ -124,34 +125,19 @@ _EXPECTED: dict[str, tuple[object, ...]] = {
     "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": (False,),
 }
 _LEVELS = ["p2", "p3", "p4", "p5", "p6"]
-_STAGES = ["res2", "res3", "res4", "res5"]
-_EXPECTED_BY_KIND: dict[str, dict[str, tuple[object, ...]]] = {
-    "fpn": {
-        "MODEL.BACKBONE.NAME": ("build_resnet_fpn_backbone",),
-        "MODEL.FPN.IN_FEATURES": (_STAGES,),
-        "MODEL.RESNETS.RES5_DILATION": (1,),
-        "MODEL.RPN.IN_FEATURES": (_LEVELS,),
-        "MODEL.ROI_HEADS.NAME": ("StandardROIHeads",),
-        "MODEL.ROI_HEADS.IN_FEATURES": (_LEVELS[:4],),
-        "MODEL.ROI_BOX_HEAD.NUM_CONV": (0,),
-        "MODEL.ROI_BOX_HEAD.NUM_FC": (2,),
-    },
-    "c4": {
-        "MODEL.BACKBONE.NAME": ("build_resnet_backbone",),
-        "MODEL.RESNETS.RES5_DILATION": (1,),
-        "MODEL.RPN.IN_FEATURES": (["res4"],),
-        "MODEL.ROI_HEADS.NAME": ("Res5ROIHeads",),
-        "MODEL.ROI_HEADS.IN_FEATURES": (["res4"],),
-    },
-    "dc5": {
-        "MODEL.BACKBONE.NAME": ("build_resnet_backbone",),
-        "MODEL.RESNETS.RES5_DILATION": (2,),
-        "MODEL.RPN.IN_FEATURES": (["res5"],),
-        "MODEL.ROI_HEADS.NAME": ("StandardROIHeads",),
-        "MODEL.ROI_HEADS.IN_FEATURES": (["res5"],),
-        "MODEL.ROI_BOX_HEAD.NUM_CONV": (0,),
-        "MODEL.ROI_BOX_HEAD.NUM_FC": (2,),
-    },
+_ANY = object()
+_EXPECTED_BY_KIND: dict[str, dict[str, object]] = {
+    path: dict(zip(("fpn", "c4", "dc5"), allowed, strict=True))
+    for path, allowed in (
+        ("MODEL.BACKBONE.NAME", ("build_resnet_fpn_backbone", *["build_resnet_backbone"] * 2)),
+        ("MODEL.RESNETS.RES5_DILATION", (1, 1, 2)),
+        ("MODEL.FPN.IN_FEATURES", (["res2", "res3", "res4", "res5"], _ANY, _ANY)),
+        ("MODEL.RPN.IN_FEATURES", (_LEVELS, ["res4"], ["res5"])),
+        ("MODEL.ROI_HEADS.IN_FEATURES", (_LEVELS[:4], ["res4"], ["res5"])),
+        ("MODEL.ROI_HEADS.NAME", ("StandardROIHeads", "Res5ROIHeads", "StandardROIHeads")),
+        ("MODEL.ROI_BOX_HEAD.NUM_CONV", (0, _ANY, 0)),
+        ("MODEL.ROI_BOX_HEAD.NUM_FC", (2, _ANY, 2)),
+    )
 }
 
 
@@ -170,7 +156,7 @@ def _per_level(value: Any, levels: int) -> list[tuple[float, ...]]:
     return groups * (levels // len(groups))
 
 
-def _aspect_ratios(value: Any, levels: int) -> tuple[float, ...]:
+def _ratios(value: Any, levels: int) -> tuple[float, ...]:
     groups = _per_level(value, levels)
     if len(set(groups)) > 1:
         raise Unfit("the same ratios for all levels")
@@ -228,39 +214,25 @@ def describe(source: CheckpointFile, state: State, arch: str) -> Architecture:
     if configuration is None:
         found = dataclasses.replace(usual, **held)
         return Architecture(found, resize, warnings=_hints(found, usual), known=frozenset(held))
-    levels = len(usual.anchor_sizes)
-    anchors = {
-        "anchor_sizes": Field(
-            ("MODEL.ANCHOR_GENERATOR.SIZES",), lambda value: tuple(_per_level(value, levels))
-        ),
-        "aspect_ratios": Field(
-            ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS",), lambda value: _aspect_ratios(value, levels)
-        ),
-    }
-    depth = {"r50": 50, "r101": 101, "x101": 101}[arch.split("_")[1]]
-    configuration.check(
-        {"MODEL.RESNETS.DEPTH": (depth,), **_EXPECTED, **_EXPECTED_BY_KIND[arch.split("_")[2]]}
-    )
-    said = configuration.settings({**_FIELDS, **anchors})
+    _, depth, kind = arch.split("_")
+    by_kind = {path: (allowed[kind],) for path, allowed in _EXPECTED_BY_KIND.items() if allowed[kind] != _ANY}
+    configuration.check({**_EXPECTED, **by_kind})
+    configuration.agree("MODEL.RESNETS.DEPTH", int(depth[1:]), "layers")
+    said = configuration.settings(_fields(len(usual.anchor_sizes)))
     for name, value in held.items():
         if not _close(value, said.setdefault(name, value)):
             raise ArtefactError(
                 f"{configuration.name}: gives {name} as {listed(said[name])}, and the checkpoint holds "
-                f"{listed(value)}; it belongs to another model, give this one's with --config"
+                f"{listed(value)}; {REMEDY}"
             )
-    outputs = side_of(state, f"{_PREDICTOR}.cls_score.weight", 0)
-    places = side_of(state, f"{_RPN_HEAD}objectness_logits.weight", 0)
-    found = settings_with(configuration.name, usual, said)
-    configuration.agree("MODEL.ROI_HEADS.NUM_CLASSES", "classes", outputs and outputs - 1)
-    configuration.agree("MODEL.ANCHOR_GENERATOR", "anchors at each place", places, found.anchors_per_place)
-    sides = configuration.settings(_RESIZE)
-    if not all(side >= 1 for side in sides.values()):
-        raise configuration.refuse(
-            "INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST", sides, "with sides of at least 1 pixel"
-        )
-    known = frozenset(said) | ({"resize"} if len(sides) == 2 else set())
-    resize = dataclasses.replace(resize, **sides)
-    return Architecture(found, resize, known=known, configuration=configuration.name)
+    return with_configuration(
+        ARCHITECTURES[arch],
+        configuration,
+        said,
+        configuration.settings(_SIDES),
+        ("MODEL.ANCHOR_GENERATOR", side_of(state, f"{_RPN_HEAD}objectness_logits.weight", 0)),
+        ("MODEL.ROI_HEADS.NUM_CLASSES", side_of(state, f"{_PREDICTOR}.cls_score.weight", 0)),
+    )
 
 
 def _close(one: Any, other: Any) -> bool:
@@ -355,7 +327,7 @@ LIBRARY = Library(
     known_names=", ".join(ARCHITECTURES),
     recognise=recognise,
     describe=describe,
-    open_settings=("resize", *_ANCHOR_FIELDS, *_FIELDS),
+    open_settings=("resize", *_fields(1)),
     names=(
         (r"^backbone\.body\.(conv1|bn1)\.", r"backbone.body.stem.\1."),
         (r"^roi_heads\.box_head\.layer4\.", "roi_heads.res5."),

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from anchorline.data.dataset import list_names
 from anchorline.export.importers.checkpoint_files import CheckpointFile
+from anchorline.export.importers.configuration import Configuration
 from anchorline.runtime.contract import ResizeRule
-from anchorline.runtime.io.errors import ArtefactError, SettingsError, reason_of, shown
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError, reason_of, shown
 from anchorline.runtime.io.files import expect_regular
 from anchorline.runtime.io.schema import LARGEST_TEXT
 from anchorline.train.checkpoint import expected_shapes
@@ -36,6 +37,7 @@ _PREDICTOR = "roi_heads.box_predictor"
 _RPN = "rpn.head"
 _POOLED_STRIDE = {"single": 16, "dc5": 32}  # of the body's map that RoIs are pooled from, without a pyramid
 _STEP_COUNTER = "num_batches_tracked"  # no result depends on it, and frozen batch norms have none
+_WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN = 3
 _BACKGROUND = ("__background__", "background")
 
@@ -168,12 +170,37 @@ class Library:
         return renamed
 
 
-def settings_with(where: str, usual: ModelSettings, changes: Mapping[str, Any]) -> ModelSettings:
-    """``usual`` with ``changes``; raises ``ArtefactError`` that names ``where`` the changes come from."""
+def with_configuration(
+    usual: Architecture,
+    configuration: Configuration,
+    said: Mapping[str, Any],
+    sides: Mapping[str, Any],
+    anchors: tuple[str, int | None],
+    outputs: tuple[str, int | None],
+) -> Architecture:
+    """``usual`` with the settings and sides of images that its ``configuration`` said.
+
+    ``anchors`` at each place and ``outputs`` of the classifier are those of the tensors, with the paths that
+    say the same. Raises ``ArtefactError`` that names the configuration.
+    """
     try:
-        return settings_from(ModelSettings, {**dataclasses.asdict(usual), **changes}, "model")
-    except SettingsError as error:
-        raise ArtefactError(f"{where}: {error}") from None
+        values = {**dataclasses.asdict(usual.settings), **said}
+        settings = settings_from(ModelSettings, values, "model")
+        resize = dataclasses.replace(usual.resize, **sides)
+    except AnchorlineError as error:
+        raise ArtefactError(f"{configuration.name}: {error}") from None
+    if resize.shorter_side and resize.longer_side:  # no shorter side can be longer than the bound of both
+        bound = min(resize.shorter_side, resize.longer_side)
+        resize = dataclasses.replace(resize, shorter_side=bound)
+    configuration.agree(*anchors, "anchors at each place", settings.anchors_per_place)
+    configuration.agree(outputs[0], outputs[1] and outputs[1] - 1, "classes")
+    return dataclasses.replace(
+        usual,
+        settings=settings,
+        resize=resize,
+        known=usual.known.union(said, {"resize"} if len(sides) == 2 else ()),
+        configuration=configuration.name,
+    )
 
 
 def listed(value: Any) -> Any:
@@ -269,11 +296,20 @@ def fit_state(library: Library, state: State, settings: ModelSettings, classes: 
         if name.endswith(_STEP_COUNTER):
             fitted[name] = torch.zeros(shape, dtype=torch.int64)
             continue
-        if given[name].is_complex():
-            raise ArtefactError(f"tensor {their_name[name]!r} holds complex numbers; expected real ones")
+        if given[name].dtype not in _WEIGHTS:
+            kind = str(given[name].dtype).removeprefix("torch.")
+            raise ArtefactError(
+                f"tensor {their_name[name]!r} is of {kind}; expected floating point of 16 to 64 bits, as "
+                "before a model is quantised"
+            )
         fitted[name] = given[name].float()
         # Not isfinite(...).all(), which allocates as much again; a NaN comes through as both extremes.
-        if not torch.isfinite(torch.stack(fitted[name].aminmax())).all():
+        extremes = torch.stack(fitted[name].aminmax())
+        if name.endswith("running_var") and extremes[0] < -settings.backbone_norm_eps:
+            raise ArtefactError(
+                f"tensor {their_name[name]!r} holds variances below 0, which none can be; the file is damaged"
+            )
+        if not torch.isfinite(extremes).all():
             raise ArtefactError(
                 f"tensor {their_name[name]!r} holds values that are not finite: the training diverged, or "
                 "the file is damaged; take an earlier checkpoint"

@@ -6,13 +6,13 @@ The files that each rule comes from stand in ``docs/import.md``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from anchorline.export.importers.checkpoint_files import CheckpointFile
 from anchorline.export.importers.configuration import (
     Configuration,
-    Field,
+    Fields,
     Unfit,
     flag,
     from_python,
@@ -29,8 +29,8 @@ from anchorline.export.importers.library import (
     Library,
     State,
     are_class_names,
-    settings_with,
     side_of,
+    with_configuration,
 )
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
@@ -172,8 +172,11 @@ _LEFT_OUT: dict[str, object] = {
     f"{_HEAD}.bbox_coder.target_stds": [1, 1, 1, 1],
     "normalize.to_rgb": True,
 }
-# Those whose usual values are the library's own, so that a configuration without them says them.
-_SAME_LEFT_OUT = frozenset(("roi_sampling", "roi_aligned", "canonical_size", "backbone_norm_eps"))
+# Those whose usual values are the library's own, so that a configuration without them says them; the stride
+# is the architecture's.
+_SAME_LEFT_OUT = frozenset(
+    ("bottleneck_stride", "roi_sampling", "roi_aligned", "canonical_size", "backbone_norm_eps")
+)
 
 
 def _anchor_sizes(rpn_head: Any) -> tuple[tuple[float, ...], ...]:
@@ -194,57 +197,64 @@ def _weights(stds: Any) -> tuple[float, ...]:
 
 # The value may stand alone or under ``model``, as ``test_cfg`` does in version 3. ``normalize`` is the step
 # of the pipeline (version 2), which is what counts; ``img_norm_cfg`` is a name that it usually comes from.
-_FIELDS: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
-    "rpn_pre_nms": (("test_cfg.rpn.nms_pre",), whole),
-    "rpn_post_nms": (("test_cfg.rpn.max_per_img", "test_cfg.rpn.max_num"), whole),
-    "rpn_nms_iou": (("test_cfg.rpn.nms.iou_threshold", "test_cfg.rpn.nms_thr"), number),
+_FIELDS: Fields = {
+    "rpn_pre_nms": ("test_cfg.rpn.nms_pre", whole),
+    "rpn_post_nms": ("test_cfg.rpn.max_per_img test_cfg.rpn.max_num", whole),
+    "rpn_nms_iou": ("test_cfg.rpn.nms.iou_threshold test_cfg.rpn.nms_thr", number),
     # Below 0 nothing is dropped; boxes without area never come through here.
-    "rpn_min_side": (("test_cfg.rpn.min_bbox_size",), lambda side: max(0.0, number(side))),
-    "score_threshold": (("test_cfg.rcnn.score_thr",), number),
-    "nms_iou": (("test_cfg.rcnn.nms.iou_threshold", "test_cfg.rcnn.nms.iou_thr"), number),
-    "max_detections": (("test_cfg.rcnn.max_per_img",), whole),
-    "anchor_sizes": ((_RPN,), _anchor_sizes),
-    "aspect_ratios": ((f"{_RPN}.anchor_generator.ratios", f"{_RPN}.anchor_ratios"), numbers),
-    "roi_sampling": ((f"{_ROI_LAYER}.sampling_ratio", f"{_ROI_LAYER}.sample_num"), whole),
-    "roi_aligned": ((f"{_ROI_LAYER}.aligned",), flag),
+    "rpn_min_side": ("test_cfg.rpn.min_bbox_size", lambda side: max(0.0, number(side))),
+    "score_threshold": ("test_cfg.rcnn.score_thr", number),
+    "nms_iou": ("test_cfg.rcnn.nms.iou_threshold test_cfg.rcnn.nms.iou_thr", number),
+    "max_detections": ("test_cfg.rcnn.max_per_img", whole),
+    "anchor_sizes": (_RPN, _anchor_sizes),
+    "aspect_ratios": (f"{_RPN}.anchor_generator.ratios {_RPN}.anchor_ratios", numbers),
+    "roi_sampling": (f"{_ROI_LAYER}.sampling_ratio {_ROI_LAYER}.sample_num", whole),
+    "roi_aligned": (f"{_ROI_LAYER}.aligned", flag),
     # finest_scale is twice the smallest side of the second level; ours is that of the third.
-    "canonical_size": ((f"{_ROI}.bbox_roi_extractor.finest_scale",), lambda finest: 4.0 * number(finest)),
-    "box_weights": ((f"{_HEAD}.bbox_coder.target_stds", f"{_HEAD}.target_stds"), _weights),
-    "mean": (("model.data_preprocessor.mean", "normalize.mean", "img_norm_cfg.mean"), numbers),
-    "std": (("model.data_preprocessor.std", "normalize.std", "img_norm_cfg.std"), numbers),
+    "canonical_size": (f"{_ROI}.bbox_roi_extractor.finest_scale", lambda finest: 4.0 * number(finest)),
+    "box_weights": (f"{_HEAD}.bbox_coder.target_stds {_HEAD}.target_stds", _weights),
+    "mean": ("model.data_preprocessor.mean normalize.mean img_norm_cfg.mean", numbers),
+    "std": ("model.data_preprocessor.std normalize.std img_norm_cfg.std", numbers),
     "channel_order": (
-        ("model.data_preprocessor.bgr_to_rgb", "normalize.to_rgb", "img_norm_cfg.to_rgb"),
+        "model.data_preprocessor.bgr_to_rgb normalize.to_rgb img_norm_cfg.to_rgb",
         lambda to_rgb: "rgb" if flag(to_rgb) else "bgr",
     ),
-    "backbone_norm_eps": (("model.backbone.norm_cfg.eps",), number),
+    "backbone_norm_eps": ("model.backbone.norm_cfg.eps", number),
 }
+# The steps of a pipeline that are repeated here, or change no pixel.
+_STEPS = {
+    "LoadImageFromFile", "LoadImageFromNDArray", "LoadImageFromWebcam", "LoadAnnotations", "RandomFlip",
+    "MultiScaleFlipAug", "Resize", "Normalize", "Pad", "DefaultFormatBundle", "ImageToTensor", "Collect",
+    "PackDetInputs",
+}  # fmt: skip
 
 
-def _steps(configuration: Configuration) -> list[dict[str, Any]]:
-    """The steps of the pipeline of test images, those within ``MultiScaleFlipAug`` included."""
-    for path in ("test_dataloader.dataset.pipeline", "data.test.pipeline", "test_pipeline"):
-        pipeline = configuration.get(path)
-        if isinstance(pipeline, list):
-            break
-    else:
-        return []
-    steps = [step for step in pipeline if isinstance(step, dict)]
-    for step in list(steps):
-        inner = step.get("transforms")
-        if step.get("type") == "MultiScaleFlipAug" and isinstance(inner, list):
-            size = {"img_scale": step.get("img_scale", step.get("scale"))}
-            steps += [{**size, **each} for each in inner if isinstance(each, dict)]
+def _steps(configuration: Configuration) -> dict[str, dict[str, Any]]:
+    """The steps of the pipeline of test images by type, those within ``MultiScaleFlipAug`` included."""
+    pipelines = ("test_dataloader.dataset.pipeline", "data.test.pipeline", "test_pipeline")
+    found = (configuration.get(path) for path in pipelines)
+    steps: dict[str, dict[str, Any]] = {}
+
+    def add(pipeline: object, given: Mapping[str, Any]) -> None:
+        for step in pipeline if isinstance(pipeline, list) else ():
+            if isinstance(step, dict) and isinstance(step.get("type"), str):
+                kind = step["type"].rpartition(".")[2]  # it may stand with its module
+                steps[kind] = {**given, **step}
+                if kind == "MultiScaleFlipAug":
+                    add(step.get("transforms"), {"img_scale": step.get("img_scale", step.get("scale"))})
+
+    add(next((each for each in found if isinstance(each, list)), []), {})
     return steps
 
 
 def read_settings(
     configuration: Configuration,
-) -> tuple[dict[str, Any], tuple[int, int] | None]:
-    """Fields of ``ModelSettings``, and the shorter and the longer side of images, that it sets.
+) -> tuple[dict[str, Any], dict[str, int], tuple[str, ...]]:
+    """Fields of ``ModelSettings`` and the sides of ``ResizeRule`` that it sets, and warnings.
 
     Raises ``ArtefactError`` where it describes a model that has no form here.
     """
-    steps = {step["type"]: step for step in _steps(configuration) if isinstance(step.get("type"), str)}
+    steps = _steps(configuration)
     values = {**configuration.values, **({"normalize": steps["Normalize"]} if "Normalize" in steps else {})}
     for path, value in _LEFT_OUT.items():
         part, _, name = path.rpartition(".")
@@ -254,15 +264,15 @@ def read_settings(
     filled = Configuration(values, configuration.name)
     filled.check(_EXPECTED)
     fields = {
-        name: Field(tuple(place for path in paths for place in (f"model.{path}", path)), read)
+        name: (" ".join(f"model.{path} {path}" for path in paths.split()), read)
         for name, (paths, read) in _FIELDS.items()
     }
-    if (
-        isinstance(filled.get(_RPN), dict)
-        and not {"anchor_generator", "anchor_scales"} & filled.get(_RPN).keys()
-    ):
+    head = filled.get(_RPN)
+    if isinstance(head, dict) and not {"anchor_generator", "anchor_scales"} & head.keys():
         del fields["anchor_sizes"]
-    return filled.settings(fields), _sides(filled, steps)
+    others = ", ".join(sorted(steps.keys() - _STEPS))
+    warnings = (f"{filled.name}: its pipeline's {others} is not repeated here",) if others else ()
+    return filled.settings(fields), _sides(filled, steps), warnings
 
 
 def _with(values: Mapping[str, Any], path: str, value: object) -> dict[str, Any]:
@@ -271,7 +281,7 @@ def _with(values: Mapping[str, Any], path: str, value: object) -> dict[str, Any]
     return {**values, name: _with(values[name], rest, value) if rest else value}
 
 
-def _sides(configuration: Configuration, steps: Mapping[str, dict[str, Any]]) -> tuple[int, int] | None:
+def _sides(configuration: Configuration, steps: Mapping[str, dict[str, Any]]) -> dict[str, int]:
     """The shorter and the longer side that test images are resized to, where one size is given."""
     pad = steps.get("Pad", {})
     for name, allowed in (("size_divisor", 32), ("size", None), ("pad_to_square", False)):
@@ -281,7 +291,7 @@ def _sides(configuration: Configuration, steps: Mapping[str, dict[str, Any]]) ->
             )
     resize = steps.get("Resize")
     if resize is None:
-        return None
+        return {}
     old = "img_scale" in resize  # version 2, which keeps the ratio unless it is told not to
     for name, usual, default in (
         ("keep_ratio", True, old),
@@ -294,8 +304,8 @@ def _sides(configuration: Configuration, steps: Mapping[str, dict[str, Any]]) ->
     if isinstance(scale, list) and len(scale) == 1:
         scale = scale[0]
     if isinstance(scale, list) and len(scale) == 2 and all(type(side) is int and side > 0 for side in scale):
-        return min(scale), max(scale)
-    return None
+        return {"shorter_side": min(scale), "longer_side": max(scale)}
+    return {}
 
 
 _PYTORCH = dataclasses.replace(RESNET_FPN, roi_level_rule="mmdetection", clamp_deltas_below=True)
@@ -331,27 +341,22 @@ def describe(source: CheckpointFile, state: State, arch: str) -> Architecture:
     usual = dataclasses.replace(ARCHITECTURES[arch], names=names)
     if configuration is None:
         return usual
-    said, sides = read_settings(configuration)
+    said, sides, others = read_settings(configuration)
+    usual = dataclasses.replace(usual, known=_SAME_LEFT_OUT, warnings=others)
     style, caffe = configuration.get("model.backbone.style") or "pytorch", "_caffe_" in arch
     if (style == "caffe") != caffe:
         right = arch.replace("_caffe_fpn", "_fpn") if caffe else arch.replace("_fpn", "_caffe_fpn")
         raise SettingsError(
             f"{configuration.name} says style={style!r}, and arch is {arch!r}; give --arch {right}"
         )
-    configuration.check({"model.backbone.depth": (int(arch.split("_")[1][1:]),)})
-    settings = settings_with(configuration.name, usual.settings, said)
-    outputs, places = side_of(state, f"{_CLASSIFIER}.weight", 0), side_of(state, f"{_SCORES}.weight", 0)
-    configuration.agree(f"{_HEAD}.num_classes", "classes", outputs and outputs - 1)
-    configuration.agree(
-        f"{_RPN}.anchor_generator", "anchors at each place", places, settings.anchors_per_place
-    )
-    known = {"bottleneck_stride", *said, *_SAME_LEFT_OUT}
-    resize = usual.resize
-    if sides is not None:
-        known.add("resize")
-        resize = dataclasses.replace(resize, shorter_side=sides[0], longer_side=sides[1])
-    return dataclasses.replace(
-        usual, settings=settings, resize=resize, known=frozenset(known), configuration=configuration.name
+    configuration.agree("model.backbone.depth", int(arch.split("_")[1][1:]), "layers")
+    return with_configuration(
+        usual,
+        configuration,
+        said,
+        sides,
+        (f"{_RPN}.anchor_generator", side_of(state, f"{_SCORES}.weight", 0)),
+        (f"{_HEAD}.num_classes", side_of(state, f"{_CLASSIFIER}.weight", 0)),
     )
 
 
