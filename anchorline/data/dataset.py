@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.data.boxes import box_areas, clip_labelled_boxes
+from anchorline.runtime.contract import check_names
 from anchorline.runtime.io.errors import DataError
 from anchorline.runtime.io.files import input_errors
 from anchorline.runtime.io.image_bytes import PNG_SIGNATURE, read_header
@@ -137,11 +138,13 @@ def load_dataset(spec: str, names: Sequence[str] | None = None) -> Dataset:
 
 
 def _read(spec: str, names: Sequence[str] | None) -> Dataset:
-    scheme, _, rest = spec.partition(":")
+    scheme, _, rest = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     if scheme not in ("voc", "coco", "yolo", "synthetic") or not rest:
         raise DataError(f"data {spec!r}: expected {FORMS}")
-    if names is not None and (not names or len(set(names)) != len(names)):
-        raise DataError(f"class names {list(names)!r}: expected at least one name, and each once")
+    if isinstance(names, str) or (names is not None and not names):
+        raise DataError(f"class names {names!r}: expected a list of at least one name")
+    if names is not None:
+        names = check_names(names, "names", DataError)
     if scheme == "synthetic":
         from anchorline.data.synthetic import synthetic_dataset
 
@@ -210,8 +213,8 @@ def _depth_remarks(dataset: Dataset) -> Counter[str]:
 
 def load_datasets(specs: Sequence[str], names: Sequence[str] | None = None) -> Dataset:
     """Open several specs as one data set: images one after another, the union of the names in order."""
-    if not specs:
-        raise DataError(f"no data given; expected {FORMS}")
+    if not specs or isinstance(specs, str):
+        raise DataError(f"data {specs!r}: expected a list of {FORMS}")
     datasets = [load_dataset(spec, names) for spec in specs]
     return datasets[0] if len(datasets) == 1 else concatenate(datasets)
 

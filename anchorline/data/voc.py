@@ -148,7 +148,7 @@ def _find_split(folder: Path, split: str | None) -> tuple[Path, Path | None]:
             f"{folder}: no such folder; expected a VOC folder with JPEGImages, Annotations and ImageSets"
         )
     lists = folder / "ImageSets" / "Main"
-    if split is not None:
+    if split is not None and not Path(split).is_absolute():
         for path in (lists / f"{split}.txt", folder / f"{split}.txt"):
             if os.path.lexists(path):
                 return folder, path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -42,6 +43,26 @@ def test_wrong_forms_name_the_right_ones(spec: str) -> None:
     assert repr(spec) in str(caught.value)
 
 
+@pytest.mark.parametrize("spec", [None, 5, Path("voc:folder")])
+def test_what_is_no_text_is_refused(spec: Any) -> None:
+    for opened in (lambda: load_dataset(spec), lambda: load_datasets([spec])):
+        with pytest.raises(DataError, match="expected voc:DIR@split"):
+            opened()
+
+
+def test_one_spec_is_no_list() -> None:
+    with pytest.raises(DataError, match="data 'synthetic:2': expected a list"):
+        load_datasets("synthetic:2")
+
+
+@pytest.mark.parametrize("scheme", ["voc", "yolo"])
+def test_a_split_is_no_other_place(make_voc: Callable[..., Path], tmp_path: Path, scheme: str) -> None:
+    root = make_voc({"a": [("cat", (1, 1, 9, 9))]})
+    (root / "classes.txt").write_text("cat")
+    with pytest.raises(DataError, match="no split '/"):
+        load_dataset(f"{scheme}:{root}@{tmp_path}/voc/JPEGImages")
+
+
 def test_a_folder_may_hold_an_at_sign(make_voc: Callable[..., Path], tmp_path: Path) -> None:
     root = make_voc({"a": [("cat", (1, 1, 9, 9))]})
     root.rename(tmp_path / "data@home")
@@ -58,7 +79,7 @@ def test_several_specs_share_the_union_of_names(
     assert dataset.dropped == {"zero area": 1}
     assert dataset.category_ids is None
     assert load_datasets([make_coco(), make_coco()]).category_ids == (1, 18)
-    with pytest.raises(DataError, match="no data given"):
+    with pytest.raises(DataError, match=r"data \[\]: expected a list of voc:DIR"):
         load_datasets([])
 
 
@@ -77,9 +98,9 @@ def test_names_for_generated_scenes() -> None:
         load_dataset("synthetic:3", names=["cat"])
 
 
-@pytest.mark.parametrize("names", [[], ["cat", "cat"]])
-def test_useless_names_are_refused(names: list[str]) -> None:
-    with pytest.raises(DataError, match="class names"):
+@pytest.mark.parametrize("names", [[], "cat", ["cat", "cat"], [1, 2], [None], ["a\nb"]])
+def test_useless_names_are_refused(names: Any) -> None:
+    with pytest.raises(DataError, match="class name"):
         load_dataset("synthetic:1", names=names)
 
 
