@@ -26,6 +26,7 @@ from anchorline.runtime.io.files import expect_regular
 from anchorline.runtime.tensorrt.cuda import GpuOptions
 from anchorline.runtime.tensorrt.frames import is_device_frame
 from anchorline.runtime.timing import DETECTOR_STAGES
+from anchorline.runtime.video.options import is_share
 
 Frame = Any  # uint8 BGR [H, W, 3] on the host, the same on the GPU, or an Nv12 of either
 
@@ -244,7 +245,7 @@ def _several(frames: Iterable[Frame]) -> Iterator[Frame]:
 def _choose_threshold(wanted: float | None, contract: Contract) -> float:
     if wanted is None:
         return 0.0
-    if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not 0.0 <= wanted <= 1.0:
+    if not is_share(wanted):
         raise SettingsError(f"score_threshold is {shown(wanted)}; expected a number from 0 to 1")
     floor = contract.thresholds.score
     if contract.task == "detections" and wanted < floor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.canvas import check_frame
 from anchorline.runtime.detections import NO_TRACK, Detections
-from anchorline.runtime.io.errors import printable
+from anchorline.runtime.io.errors import SettingsError, printable, shown
 
 Colour = tuple[int, int, int]  # BGR
 
@@ -56,6 +57,16 @@ def class_colour(label: int) -> Colour:
     return PALETTE[label % len(PALETTE)]
 
 
+def _checked_colour(given: Colour) -> Colour:
+    try:
+        blue, green, red = map(operator.index, given)
+    except (TypeError, ValueError):
+        blue = green = red = -1
+    if not 0 <= min(blue, green, red) <= max(blue, green, red) <= 255:
+        raise SettingsError(f"colour is {shown(given)}; expected blue, green and red from 0 to 255")
+    return blue, green, red
+
+
 def draw(
     frame: NDArray[np.uint8],
     detections: Detections,
@@ -74,8 +85,12 @@ def draw(
     would cover a third of the frame. The strongest detection is drawn last, on top.
     ``colour`` (BGR) replaces the colours of the classes. ``ids`` adds the track's number where there
     is one; ``trails`` maps such numbers to where the objects were, (x, y) [K, 2] in pixels, the
-    newest last.
+    newest last. Raises ``FrameError`` and ``SettingsError``.
     """
+    if not isinstance(detections, Detections):
+        raise SettingsError(f"what to draw is {shown(detections)}; expected Detections")
+    if colour is not None:
+        colour = _checked_colour(colour)
     canvas: NDArray[np.uint8] = check_frame(frame).copy()
     height, width = canvas.shape[:2]
     unit = float(np.sqrt(height * width)) / _REFERENCE_SIDE
@@ -98,7 +113,9 @@ def draw(
         cv2.rectangle(canvas, start, end, colours[index], thickness)
     if labels and len(detections) and min(height, width) >= _MIN_LABEL_SIDE:
         texts = [
-            name + (f" #{track}" if ids and track != NO_TRACK else "") + (f" {score:.2f}" if scores else "")
+            str(name)
+            + (f" #{track}" if ids and track != NO_TRACK else "")
+            + (f" {score:.2f}" if scores else "")
             for name, track, score in zip(detections.names, tracks, detections.scores.tolist(), strict=True)
         ]
         _draw_labels(canvas, detections, texts, colours, lettering(unit), thickness)

@@ -15,7 +15,7 @@ from anchorline.runtime.io.errors import SettingsError
 from anchorline.runtime.io.files import json_text
 from anchorline.runtime.video.figures import RecentRates, SourceFigures
 from anchorline.runtime.video.frames import Result
-from anchorline.runtime.video.options import is_number
+from anchorline.runtime.video.options import is_share
 from anchorline.runtime.video.pipeline import VideoPipeline
 from anchorline.serving.painting import Painter, Shown
 
@@ -134,7 +134,7 @@ class LiveState:
         shown = changed = self.painter.shown
         if "min_score" in wanted:
             score = wanted["min_score"]
-            if not is_number(score) or not 0.0 <= score <= 1.0:
+            if not is_share(score):
                 raise SettingsError("min_score is no score; expected a number from 0 to 1")
             changed = replace(changed, min_score=max(float(score), self._lowest_score))
         if "hidden" in wanted:

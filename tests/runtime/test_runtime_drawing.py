@@ -6,7 +6,7 @@ import pytest
 from anchorline.runtime import drawing as label_text
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.drawing import PALETTE, class_colour, draw, ink
-from anchorline.runtime.io.errors import FrameError
+from anchorline.runtime.io.errors import FrameError, SettingsError
 
 
 def one(box, label=0, score=0.5, name="cat"):
@@ -252,3 +252,22 @@ def test_names_that_are_no_text_are_drawn_escaped() -> None:
     escaped, plain = (Detections([[5, 30, 90, 90]], [0.5], [0], (name,)) for name in ("\ud800", "\\ud800"))
     frame = np.zeros((100, 200, 3), np.uint8)
     np.testing.assert_array_equal(draw(frame, escaped), draw(frame, plain))
+
+
+@pytest.mark.parametrize("colour", ["red", (1, 2), 7, (300, 0, 0), (None,) * 3, (float("nan"),) * 3])
+def test_what_is_no_colour_is_one_line(colour):
+    found = Detections([[5, 5, 30, 30]], [0.9], [0])
+    with pytest.raises(SettingsError, match=r"^colour is .*; expected blue, green and red"):
+        draw(np.zeros((48, 64, 3), np.uint8), found, colour=colour)
+    bytes_of = tuple(np.array([1, 2, 3], np.uint8))
+    assert (draw(np.zeros((48, 64, 3), np.uint8), found, colour=bytes_of)[5, 20] == [1, 2, 3]).all()
+
+
+def test_what_are_no_detections_is_one_line():
+    with pytest.raises(SettingsError, match=r"^what to draw is array\(.*expected Detections"):
+        draw(np.zeros((48, 64, 3), np.uint8), np.zeros((9, 6)))
+
+
+def test_class_names_that_are_numbers_are_drawn():
+    found = Detections([[5, 5, 30, 30]], [0.9], [0], class_names=(7,))
+    assert draw(np.zeros((48, 64, 3), np.uint8), found).any()

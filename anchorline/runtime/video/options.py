@@ -143,7 +143,7 @@ class Filters:
             if not isinstance(name, str):
                 raise SettingsError(f"the class {shown(name)}; expected a name")
         for name, score in self.min_scores.items():
-            if not _is_share(score):
+            if not is_share(score):
                 raise SettingsError(
                     f"the lowest score{f' of {name}' if name else ''} is {shown(score)}; expected 0 to 1"
                 )
@@ -298,7 +298,8 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_share(value: object) -> bool:
+def is_share(value: object) -> bool:
+    """Whether this is a number from 0 to 1."""
     return is_number(value) and 0.0 <= value <= 1.0
 
 
@@ -306,7 +307,7 @@ def _is_polygon(value: object) -> bool:
     """Whether this is a sequence of corners, each a pair of shares."""
     if not isinstance(value, Sequence) or len(value) < _MIN_CORNERS:
         return False
-    return all(isinstance(each, Sequence) and len(each) == 2 and all(map(_is_share, each)) for each in value)
+    return all(isinstance(each, Sequence) and len(each) == 2 and all(map(is_share, each)) for each in value)
 
 
 def check_fields(options: object) -> None:
