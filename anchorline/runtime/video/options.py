@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -338,7 +339,8 @@ def check_fields(options: object) -> None:
         elif high is not None:
             wanted = f"a number from {low:g} to {high:g}"
         else:
-            wanted = f"seconds from {low:g}"
+            high = threading.TIMEOUT_MAX
+            wanted = f"seconds from {low:g} to {high:.0e}"
         fits = is_number(value) and (isinstance(value, int) or int not in kinds)
         if not fits or not low <= value <= (sys.float_info.max if high is None else high):
             raise SettingsError(f"{name} is {shown(value)}; expected {wanted}")

@@ -227,6 +227,10 @@ class VideoPipeline(NotCopied):
             # A detector without figures of its own is all network.
             times = dict(getattr(self.detector, "timings", None) or {"network": seconds})
             self.figures.took(times, *{result.source for result in results})
+            if not isinstance(found, Sequence) or not all(isinstance(each, Detections) for each in found):
+                raise SettingsError(
+                    f"the detector's batch() gave {shown(found)}; expected a list of Detections"
+                )
             if len(found) != len(results):
                 raise SettingsError(
                     f"the detector's batch() gave {len(found)} results for {len(results)} frames"

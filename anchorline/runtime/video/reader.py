@@ -29,6 +29,7 @@ _COUNTED = (".mp4", ".m4v", ".mov", ".avi")  # files that state how many frames 
 # What may fail in a row before the rest is given up: of a file, and of a stream ten seconds of damage.
 _FILE_FAILURES, _STREAM_FAILURES = 64, 300
 _NO_FRAME = "no frame of this video can be decoded; it may be damaged or empty"
+_LONGEST_LIMIT = 2**31 - 1  # milliseconds; OpenCV opens nothing with more
 _LACKING = {b"AV01": "AV1"}  # what the FFmpeg in OpenCV's packages decodes on some GPUs only
 _TURNS = {90: cv2.ROTATE_90_COUNTERCLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTATE_90_CLOCKWISE}
 
@@ -160,7 +161,7 @@ class StreamReader(Reader):
                 # One frame in the driver's buffer, where it can be set: the next one is then a fresh one.
                 self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
             else:
-                limit = math.ceil(stall * 1000)
+                limit = min(math.ceil(stall * 1000), _LONGEST_LIMIT)
                 settings = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, limit, cv2.CAP_PROP_READ_TIMEOUT_MSEC, limit]
                 self._capture.open(str(where), cv2.CAP_FFMPEG, settings)
         if not self._capture.isOpened():

@@ -40,6 +40,13 @@ def run(pipeline, step, seconds=60.0):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
+def test_a_stall_of_years_opens_as_well(stub, camera, decoder):
+    """OpenCV took no limit of more than 31 bits, and the camera was said to be off."""
+    pipeline = VideoPipeline(stub(), [camera.url], DetectOptions(decoder=decoder, stall=1e9, patience=0.1))
+    run(pipeline, lambda result: True)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_a_camera_is_read(stub, camera, decoder):
     pipeline = VideoPipeline(stub(), [f"cam={camera.url}"], DetectOptions(decoder=decoder))
     results = []

@@ -258,6 +258,15 @@ def test_an_exception_of_the_caller_s_own_ends_everything_and_finishes_the_files
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
+@pytest.mark.parametrize("given", [None, 1, "ab", [1], (each for each in ())])
+def test_a_detector_that_gives_no_detections(stub, grey, given, monkeypatch):
+    monkeypatch.setattr(stub, "batch", lambda self, frames: given)
+    with pytest.raises(
+        SettingsError, match=r"^the detector's batch\(\) gave .*; expected a list of Detections"
+    ):
+        VideoPipeline(stub(), [Source([grey(0)], name="a")]).run()
+
+
 def test_leaving_the_loop_finishes_the_files(stub, grey, tmp_path):
     with VideoPipeline(
         stub(),
