@@ -17,7 +17,7 @@ from anchorline.runtime.tensorrt.manifest import EngineManifest, name_and_sha256
 
 _LONGEST_LIST = 12  # class names, or notes on the origin, that are shown
 _LONGEST_TEXT = 200  # characters of such a note
-_NO_DIGEST = "none: nothing tells whether it is as it was written; an export by this version has one"
+_NO_DIGEST = "none: nothing tells whether it is as it was written; what this version writes has one"
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def runtime_findings(artefact: Artefact, runtimes: list[Runtime]) -> list[Findin
         reasons = "; ".join(f"{runtime.name}: {runtime.reason}" for runtime in runtimes)
         found.append(Finding("problem", f"{artefact.path.name} cannot run here", reasons))
     name, sha256 = name_and_sha256(artefact.engine and artefact.engine.raw.get("onnx"))
-    onnx = artefact.path.parent / Path(name).name
+    onnx = artefact.path.parent / name
     if onnx.is_file() and sha256_of(onnx) != sha256:
         text = f"{onnx.name} has changed since the engine was built from it"
         found.append(Finding("note", text, f"anchorline build {onnx} --out {artefact.path}"))

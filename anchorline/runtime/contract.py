@@ -223,20 +223,18 @@ class Contract:
     @classmethod
     def from_values(cls, stated: object, where: str = "contract") -> Contract:
         """As ``from_json``, from JSON that was read already."""
-        if not isinstance(stated, dict):
-            raise ArtefactError(f"{where}: contract is {shown(stated)}, expected a JSON object")
-        values = dict(stated)
+        values = dict(stated) if isinstance(stated, dict) else {}
         version = values.get("version")
-        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-            raise ArtefactError(
-                f"{where}: contract version is {shown(version)}, expected a whole number; export again"
-            )
-        if version > CONTRACT_VERSION:
+        if type(version) is int and version > CONTRACT_VERSION:
             raise ArtefactError(
                 f"{where}: contract version {shown(version)} is newer than {CONTRACT_VERSION}, the newest "
                 "this anchorline reads; upgrade anchorline"
             )
         try:
+            if not isinstance(stated, dict):
+                raise ArtefactError(f"contract is {shown(stated)}; expected a JSON object")
+            if "version" not in values:  # which has a default for who makes one
+                raise ArtefactError("contract version is missing")
             for name, kind in (("resize", ResizeRule), ("thresholds", Thresholds)):
                 if isinstance(inner := values.get(name), dict):
                     values[name] = build(kind, inner, f"{name}.")

@@ -237,7 +237,12 @@ def test_an_engine_that_is_not_the_manifest_s_is_told(tmp_path: Path) -> None:
     ("changes", "expected"),
     [
         ({"contract": ...}, "contract is missing"),
-        ({"contract": None}, "contract is None"),
+        (
+            {"contract": None},
+            "damaged contract: contract is None; expected a JSON object; export the model again",
+        ),
+        ({"contract": {"version": True}}, "damaged contract: .*; export the model again"),
+        ({"options": [1]}, r"options is \[1\]; expected a JSON object; build the engine again"),
         ({"contract": {"version": 99}}, "newer than"),
         ({"flavour": "openvino"}, "flavour is 'openvino'"),
         ({"flavour_version": ...}, "flavour_version is missing"),

@@ -483,6 +483,8 @@ def test_the_configuration_beside_a_checkpoint_and_one_that_is_given(
 
     assert described().configuration is None
     (tmp_path / "tools.py").write_text("import os\n", encoding="utf-8")
+    (tmp_path / "train.py").write_text("import torch\nmodel = torch.nn.Module()\n", encoding="utf-8")
+    assert described().configuration is None
     (tmp_path / "own.py").write_text("_base_ = 'x.py'\nmodel = dict(type='FasterRCNN')", encoding="utf-8")
     whole = tmp_path / "faster-rcnn.py"
     whole.write_text(text, encoding="utf-8")

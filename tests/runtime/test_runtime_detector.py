@@ -424,7 +424,7 @@ def test_an_onnx_file_of_another_program(tmp_path, write_model, capfd):
     [
         ("{", "contract is not JSON"),
         ("[]", "expected a JSON object"),
-        ("{}", "contract version is None"),
+        ("{}", "contract version is missing"),
         ('{"version": 1}', "damaged contract"),
         ('{"version": 999}', "newer than 1.*upgrade anchorline"),
     ],

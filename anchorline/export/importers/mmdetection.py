@@ -75,7 +75,7 @@ def configuration_of(source: CheckpointFile) -> Configuration | None:
             found = Configuration(from_python(text_of(path)), str(path))
         except ArtefactError:
             continue
-        if found.get("model.type") is not None and found.get("_base_") is None:
+        if isinstance(found.get("model.type"), str) and found.get("_base_") is None:  # no program
             beside.append(found)
     return beside[0] if len(beside) == 1 else None
 

@@ -58,7 +58,7 @@ class EngineManifest:
     batch: Sizes
     engine_sha256: Sha256
     options_hash: Name
-    options: dict[str, Any]
+    options: Annotated[dict[str, Any], Meta(description="a JSON object")]
     raw: dict[str, Any]
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ def read_manifest(engine: Path, *, check_engine: bool = True) -> EngineManifest:
             batch=_stated(raw, "profiles", 0, "batch"),
             engine_sha256=_stated(raw, "engine", "sha256"),
             options_hash=_stated(raw, "options_hash"),
-            options=raw["options"] if isinstance(raw.get("options"), dict) else {},
+            options=raw.get("options", {}),
             raw=raw,
         )
     except ArtefactError as error:

@@ -272,7 +272,7 @@ def test_the_exported_file_is_not_touched(built: BuildResult, model_file: ModelF
         ("{", "not JSON"),
         ("[1]", r"the manifest is \[1\]"),
         ("{}", "damaged manifest"),
-        ('{"contract": {}, "profiles": [{"batch": [1]}]}', "contract version is None"),
+        ('{"contract": {}, "profiles": [{"batch": [1]}]}', "contract version is missing"),
     ],
 )
 def test_damaged_manifests_are_named(content: str | None, message: str, tmp_path: Path) -> None:

@@ -327,7 +327,7 @@ def test_a_damaged_plan(gpu: Any, make_engine: Callable, log: Any) -> None:
     ("changes", "message"),
     [
         ({"flavour": "tensorrt-lite"}, "flavour is 'tensorrt-lite'; expected one of tensorrt, tensorrt-rtx"),
-        ({"contract": {}}, "contract version is None"),
+        ({"contract": {}}, "contract version is missing"),
         ({"profiles": []}, "damaged manifest"),
         ({"profiles": [{"batch": [1, 2]}]}, "damaged manifest"),
         ({"profiles": [{"batch": [0, 1, 4]}]}, r"damaged manifest: batch is \[0, 1, 4\]"),
