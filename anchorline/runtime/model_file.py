@@ -240,6 +240,10 @@ _MOST_INLINED = 10_000_000  # nodes, when every call of a function has become it
 _DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16", 16: "bfloat16"}
 
 
+def _message(content: Buffer, place: slice) -> Iterator[tuple[int, int | slice]]:
+    return fields(content, "ONNX", place.start, place.stop)
+
+
 def _model_fields(content: Buffer) -> Iterator[tuple[int, int | slice, str, str]]:
     """The fields of a ModelProto; key and text of those that are metadata."""
     for number, value in fields(content, "ONNX"):
@@ -247,7 +251,7 @@ def _model_fields(content: Buffer) -> Iterator[tuple[int, int | slice, str, str]
         if number == _METADATA and isinstance(value, slice):
             if value.stop - value.start > LARGEST_TEXT:
                 raise ValueError(f"an entry of metadata has over {LARGEST_TEXT} bytes")
-            inner = dict(fields(content, "ONNX", value.start, value.stop))
+            inner = dict(_message(content, value))
             key = _text(content, inner.get(1))
             text = _text(content, inner.get(2), "surrogateescape" if key.startswith(_OWN) else "replace")
         yield number, value, key, text
@@ -281,7 +285,7 @@ def _read_model_proto(path: Path, content: Buffer) -> ModelFile:
         elif number == _METADATA:
             metadata[key] = text
         elif number == _OPSET_IMPORT:  # a domain and a version
-            inner = dict(fields(content, "ONNX", value.start, value.stop))
+            inner = dict(_message(content, value))
             domain, version = _text(content, inner.get(1)), inner.get(2)
             if domain in ("", "ai.onnx") and isinstance(version, int):
                 opset = version
@@ -311,7 +315,7 @@ def _inside(
     those without the bytes ``needle`` is passed over."""
     if not room:
         raise ValueError("its messages are nested too deeply")
-    for number, value in fields(content, "ONNX", place.start, place.stop):
+    for number, value in _message(content, place):
         inner = _HELD[kind].get(number)
         if inner is None or not isinstance(value, slice):
             continue
@@ -323,7 +327,7 @@ def _inside(
 def _checked_tensor(path: Path, content: Buffer, place: slice) -> str:
     """The name of a tensor, which must not lie in another file."""
     name, elsewhere = "", False
-    for number, value in fields(content, "ONNX", place.start, place.stop):
+    for number, value in _message(content, place):
         if number == _TENSOR_NAME:
             name = _text(content, value)
         elsewhere |= number == _EXTERNAL_DATA or (number == _DATA_LOCATION and value != 0)
@@ -341,9 +345,9 @@ def _check_functions(path: Path, content: Buffer, functions: list[slice], nodes:
         raise ArtefactError(f"{path}: its functions have over {_LARGEST_FUNCTIONS} bytes; export it again")
     calls: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for place in functions:
-        own = dict(fields(content, "ONNX", place.start, place.stop))
+        own = dict(_message(content, place))
         called = [
-            _name(content, dict(fields(content, "ONNX", node.start, node.stop)), _NODE_DOMAIN, _OP_TYPE)
+            _name(content, dict(_message(content, node)), _NODE_DOMAIN, _OP_TYPE)
             for kind, node in _inside(content, "function", place)
             if kind == "node"
         ]
@@ -371,9 +375,9 @@ def _check_tensors(
 ) -> None:
     """The tensors that the contract names must be there, and ``images`` must be the canvas it states."""
     found: dict[int, dict[str, slice]] = {_INPUT: {}, _OUTPUT: {}}
-    for number, value in fields(content, "ONNX", graph.start, graph.stop):
+    for number, value in _message(content, graph):
         if number in found and isinstance(value, slice):
-            name = _text(content, dict(fields(content, "ONNX", value.start, value.stop)).get(1))
+            name = _text(content, dict(_message(content, value)).get(1))
             found[number][name] = value
     inputs = {name: place for name, place in found[_INPUT].items() if name not in initializers}
     for kind, have, want in (
@@ -399,7 +403,7 @@ def _type(content: Buffer, value_info: slice) -> tuple[str, list[int | str]]:
     """Of a ValueInfoProto: the element type, and each side's size or name."""
 
     def held(place: Any, number: int) -> Any:
-        inner = fields(content, "ONNX", place.start, place.stop) if isinstance(place, slice) else ()
+        inner = _message(content, place) if isinstance(place, slice) else ()
         return [value for each, value in inner if each == number]
 
     tensors = [tensor for kind in held(value_info, 2) for tensor in held(kind, 1)]

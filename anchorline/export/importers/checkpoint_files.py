@@ -383,33 +383,7 @@ def read_torch_pickle(path: Path) -> Any:
                 warnings.simplefilter("ignore")  # of other pickle protocols
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
-            text = str(error)
-            if (filled := _FILLED.search(text)) and replaced.get(filled.group(2)) not in (_Dictionary, _List):
-                replaced[filled.group(2)] = _Dictionary if filled.group(1) == "SETITEM" else _List
-                continue
-            unknown = _UNKNOWN.search(text)
-            if unknown is None:
-                # torch's reason stands behind its advice to load all the same
-                reason = text.rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0][:160]
-                if "Unsupported operand" in reason:
-                    reason = "another pickle protocol than torch.save's own, or damage"
-                raise ArtefactError(
-                    f"{path}: not a checkpoint that torch.load reads ({reason}); expected a state dict"
-                ) from None
-            name = unknown.group(1)
-            first, dot, _ = name.partition(".")
-            if first in _HOSTILE or (first == "builtins" and dot) or (not dot and name not in _BUILTINS):
-                raise ArtefactError(
-                    f"{path}: holds Python objects ({printable(name[:60])}), and loading those could run "
-                    "code; refused. Save the weights alone: torch.save(model.state_dict(), path)"
-                ) from None
-            full = name if dot else f"builtins.{name}"
-            if full in replaced:
-                raise ArtefactError(
-                    f"{path}: names {full[:60]!r}, which is no Python name; it is damaged"
-                ) from None
-            kind = type("Empty", (_Empty,), {"__slots__": (), "__qualname__": f"<{full}>", "name": full})
-            replaced[full] = _Dictionary if name.endswith(".ConfigDict") else kind
+            _replace(str(error), replaced, path)
         except Exception as error:  # the readers raise many kinds for damaged files
             if mapped and "mmap can only be used" in str(error):  # files from before torch 1.6
                 mapped = False
@@ -423,6 +397,34 @@ def read_torch_pickle(path: Path) -> Any:
 
 _UNKNOWN = re.compile(r"GLOBAL (.+?) (?:was not an allowed|whose module)", re.DOTALL)
 _FILLED = re.compile(r"Can only (SETITEM|append|extend).* <class '[\w.]*<(.+)>'>")
+
+
+def _replace(error: str, replaced: dict[str, type], path: Path) -> None:
+    """Let a class stand for the name that torch's unpickler stopped at, where that is no ``_HOSTILE`` one."""
+    if (filled := _FILLED.search(error)) and replaced.get(filled.group(2)) not in (_Dictionary, _List):
+        replaced[filled.group(2)] = _Dictionary if filled.group(1) == "SETITEM" else _List
+        return
+    unknown = _UNKNOWN.search(error)
+    if unknown is None:
+        # torch's reason stands behind its advice to load all the same
+        reason = error.rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0][:160]
+        if "Unsupported operand" in reason:
+            reason = "another pickle protocol than torch.save's own, or damage"
+        raise ArtefactError(
+            f"{path}: not a checkpoint that torch.load reads ({reason}); expected a state dict"
+        ) from None
+    name = unknown.group(1)
+    first, dot, _ = name.partition(".")
+    if first in _HOSTILE or (first == "builtins" and dot) or (not dot and name not in _BUILTINS):
+        raise ArtefactError(
+            f"{path}: holds Python objects ({printable(name[:60])}), and loading those could run code; "
+            "refused. Save the weights alone: torch.save(model.state_dict(), path)"
+        ) from None
+    full = name if dot else f"builtins.{name}"
+    if full in replaced:
+        raise ArtefactError(f"{path}: names {full[:60]!r}, which is no Python name; it is damaged") from None
+    kind = type("Empty", (_Empty,), {"__slots__": (), "__qualname__": f"<{full}>", "name": full})
+    replaced[full] = _Dictionary if name.endswith(".ConfigDict") else kind
 
 
 def _check_torch_operations(path: Path) -> None:

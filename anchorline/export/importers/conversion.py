@@ -109,19 +109,8 @@ def import_checkpoint(
     settings = with_widths(library, described.settings, state)
     eps_warnings = described.eps_warnings if batch_norm_eps is None else ()
     settings = _changed(settings, batch_norm_eps, overrides)
-    rule, input_dtype = described.resize, library.input_dtype
-    if resize is not None:
-        rule = dataclasses.replace(rule, shorter_side=resize.shorter_side, longer_side=resize.longer_side)
-    if fast_resize:
-        rule, input_dtype = dataclasses.replace(rule, interpolation="bilinear"), "uint8"
-    if canvas is None:  # that which holds every landscape frame at the scale that the rule gives it
-        shorter, longer = rule.shorter_side, rule.longer_side
-        if shorter is None or longer is None or shorter > longer:
-            raise SettingsError(
-                f"resize is {shorter} and {longer}; expected a shorter and a longer side in pixels"
-            )
-        canvas = padded((shorter, longer))
-    settings = dataclasses.replace(settings, canvas=canvas)
+    rule = _resize_rule(described.resize, resize, fast_resize)
+    settings = dataclasses.replace(settings, canvas=canvas or _landscape_canvas(rule))
     outputs, most = output_count(library, state, settings), most_names()
     if outputs - 1 > most:
         raise ArtefactError(
@@ -153,7 +142,7 @@ def import_checkpoint(
     contract = dataclasses.replace(
         contract_of(settings, chosen.names, chosen.category_ids, origin),
         resize=rule,
-        input_dtype=input_dtype,
+        input_dtype="uint8" if fast_resize else library.input_dtype,
     )
     warnings = (
         *source.notes,
@@ -172,6 +161,24 @@ def import_checkpoint(
             verification = "not verified"
             write_not_executed(draft, "imported with --no-verify")
     return ImportResult(out, contract, settings, warnings, verification)
+
+
+def _resize_rule(usual: ResizeRule, given: ResizeRule | None, fast: bool) -> ResizeRule:
+    """The library's rule with the sides that are ``given``, or plain where it shall be ``fast``."""
+    rule = usual
+    if given is not None:
+        rule = dataclasses.replace(rule, shorter_side=given.shorter_side, longer_side=given.longer_side)
+    return dataclasses.replace(rule, interpolation="bilinear") if fast else rule
+
+
+def _landscape_canvas(rule: ResizeRule) -> tuple[int, int]:
+    """That which holds every landscape frame at the scale that the rule gives it."""
+    shorter, longer = rule.shorter_side, rule.longer_side
+    if shorter is None or longer is None or shorter > longer:
+        raise SettingsError(
+            f"resize is {shorter} and {longer}; expected a shorter and a longer side in pixels"
+        )
+    return padded((shorter, longer))
 
 
 def _verify(path: Path) -> str:
