@@ -542,7 +542,7 @@ def test_a_configuration_of_another_model_is_told_by_the_tensors(
 def test_a_model_that_later_lines_change_is_not_taken_as_it_was(later: str) -> None:
     text = f"'A note.'\nimport os\n{VERSION_3}"
     assert read(text) == read(VERSION_3)
-    with pytest.raises(ArtefactError, match=r"model\.type is an expression"):
+    with pytest.raises(ArtefactError, match=r"model\.type is changed by a later statement; can be imported"):
         read(f"{text}\n{later}\n")
 
 

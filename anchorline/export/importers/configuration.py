@@ -26,14 +26,17 @@ class Unfit(ValueError):
     """A value that is not what its place takes; says what that is."""
 
 
-class Expression:
-    """What stands for a value that would have to be computed or built."""
+class Unknown:
+    """What stands for a value that cannot be known without running something; shown as ``text``."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
 
     def __repr__(self) -> str:
-        return "an expression"
+        return self._text
 
 
-EXPRESSION = Expression()
+EXPRESSION, CHANGED = Unknown("an expression"), Unknown("changed by a later statement")
 
 
 Fields = Mapping[str, tuple[str, Callable[[Any], Any]]]
@@ -51,7 +54,7 @@ class Configuration:
         """What stands at ``path``, names with dots between; ``None`` where nothing does."""
         found: Any = self.values
         for name in path.split("."):
-            if found is not EXPRESSION:
+            if not isinstance(found, Unknown):
                 found = found.get(name) if isinstance(found, dict) else None
         return found
 
@@ -128,8 +131,8 @@ def from_yaml(text: str, name: str) -> dict[str, Any]:
 def from_python(text: str) -> dict[str, Any]:
     """The top-level assignments of ``text``, taken apart as a syntax tree; empty where it is no Python.
 
-    Literals, ``dict(...)`` and names that were assigned before are values, all else is ``EXPRESSION``; so is
-    what other statements may change: ``model.update(...)``, ``model["neck"] = ...``, ``if ...: model = ...``.
+    Literals, ``dict(...)`` and names that were assigned before are values, all else is ``EXPRESSION``,
+    and what other statements may change ``CHANGED``: ``model.update(...)``, ``model["neck"] = ...``, ``del``.
     """
     values: dict[str, Any] = {}
     if len(text) > LONGEST:
@@ -146,7 +149,7 @@ def from_python(text: str) -> dict[str, Any]:
                     pass
                 case _:
                     names = (node.id for node in ast.walk(statement) if isinstance(node, ast.Name))
-                    values.update(dict.fromkeys(names, EXPRESSION))
+                    values.update(dict.fromkeys(names, CHANGED))
         return plain(values)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # of hostile texts too
         return {}
@@ -200,7 +203,7 @@ def plain(value: Any) -> Any:
             return {str(key): copied(item, depth + 1) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [copied(item, depth + 1) for item in value]
-        return value if value is None or isinstance(value, str | int | float) else EXPRESSION
+        return value if value is None or isinstance(value, str | int | float | Unknown) else EXPRESSION
 
     return copied(value, 0)
 
