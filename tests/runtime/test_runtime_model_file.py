@@ -260,7 +260,7 @@ for seed in range(first, first + count):
 """
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(6000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [80, pytest.param(6000, marks=pytest.mark.slow)])
 def test_no_damaged_file_ends_a_process(
     count: int, written: Path, model: onnx.ModelProto, contract: Contract, tmp_path: Path
 ) -> None:

@@ -156,16 +156,13 @@ def test_a_contract_without_an_architecture_is_no_checkpoint(pristine: Path, tmp
 
 
 def test_every_damage_of_a_checkpoint_is_told(pristine: Path, tmp_path: Path) -> None:
-    """A flipped bit in weights or settings gave other boxes without a word."""
+    """A flipped bit in weights or settings would give other boxes without a word."""
     content = pristine.read_bytes()
     assert read_safetensors(pristine).digest is not None
     generator = np.random.default_rng(0)
     path = tmp_path / "damaged.safetensors"
     header = 8 + int.from_bytes(content[:8], "little")
-    places = [
-        *generator.integers(0, header, 60).tolist(),
-        *generator.integers(header, len(content), 60).tolist(),
-    ]
+    places = generator.integers([0] * 15 + [header] * 5, [header] * 15 + [len(content)] * 5).tolist()
     expected = load_checkpoint(pristine)[0].state_dict()
     for place in places:
         damaged = bytearray(content)
@@ -303,7 +300,7 @@ def test_a_header_that_is_no_json_is_refused(pristine: Path, tmp_path: Path, tex
         message_of(rewritten(pristine, tmp_path / "odd.safetensors", {key: text}))
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [50, pytest.param(5000, marks=pytest.mark.slow)])
 def test_damaged_bytes_of_the_header_end_in_one_line_or_a_model(
     pristine: Path, tmp_path: Path, count: int
 ) -> None:
