@@ -402,15 +402,15 @@ def _check_tensors(
 def _type(content: Buffer, value_info: slice) -> tuple[str, list[int | str]]:
     """Of a ValueInfoProto: the element type, and each side's size or name."""
 
-    def held(place: Any, number: int) -> Any:
+    def held(place: Any, number: int, kind: type = slice) -> Any:
         inner = _message(content, place) if isinstance(place, slice) else ()
-        return [value for each, value in inner if each == number]
+        return [value for each, value in inner if each == number and isinstance(value, kind)]
 
     tensors = [tensor for kind in held(value_info, 2) for tensor in held(kind, 1)]
-    dtypes = [dtype for tensor in tensors for dtype in held(tensor, 1)]
+    dtypes = [dtype for tensor in tensors for dtype in held(tensor, 1, int)]
     shape: list[int | str] = []
     for dim in (dim for tensor in tensors for sides in held(tensor, 2) for dim in held(sides, 1)):
-        numbers, names = held(dim, 1), held(dim, 2)
+        numbers, names = held(dim, 1, int), held(dim, 2)
         shape.append(numbers[-1] if numbers else _text(content, names[-1]) if names else "?")
     return _DTYPES.get(dtypes[-1] if dtypes else 0, "of another type"), shape
 

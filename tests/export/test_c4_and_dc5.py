@@ -83,8 +83,8 @@ def exported(
     assert result.verification.passed, result.verification.reason
     assert {*inside, task} <= {stage.name for stage in result.verification.stages}
     proto = onnx.load(result.path)
-    (entry,) = proto.metadata_props
-    assert (entry.key, json.loads(entry.value)) == (CONTRACT_KEY, json.loads(result.contract.to_json()))
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    assert json.loads(metadata[CONTRACT_KEY]) == json.loads(result.contract.to_json())
     return proto
 
 
