@@ -21,7 +21,7 @@ from msgspec import Meta
 
 from anchorline.runtime.io.errors import UNPRINTABLE, AnchorlineError, ArtefactError, shown
 from anchorline.runtime.io.images import MAX_PIXELS_VARIABLE, max_pixels
-from anchorline.runtime.io.schema import NAME, Name, build, check_fields, choice, read_object
+from anchorline.runtime.io.schema import NAME, Count, Name, Share, build, check_fields, choice, read_object
 
 CONTRACT_KEY = "anchorline.contract"
 CONTRACT_VERSION = 1
@@ -47,8 +47,6 @@ _OUTPUT_COUNTS = {"detections": 4, "proposals": 3}
 TASKS = tuple(_OUTPUT_COUNTS)
 
 Pixels = Annotated[int, Meta(ge=1, le=1 << 24)]
-Share = Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")]
-Count = Annotated[int, Meta(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")]
 Side = Annotated[Pixels | None, Meta(description="null or a positive number of pixels")]
 Level = Annotated[float, Meta(ge=-1e6, le=1e6)]
 Spread = Annotated[float, Meta(ge=1e-6, le=1e6)]

@@ -13,11 +13,22 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
+
+from msgspec import Meta
 
 from anchorline.runtime.io.errors import SettingsError, reason_of
 from anchorline.runtime.io.files import expect_regular
-from anchorline.train.model.settings import ModelSettings, check_fields, expect, settings_from
+from anchorline.runtime.io.schema import AtLeastOne, Share, check_fields
+from anchorline.train.model.settings import (
+    BelowOne,
+    ModelSettings,
+    NotNegative,
+    Positive,
+    Whole,
+    expect,
+    settings_from,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,16 +37,7 @@ else:
 
 PRESETS = Path(__file__).parent / "presets"
 
-_RANGES = {
-    "at least 1": "epochs batch accumulate rpn_samples roi_samples rpn_pre_nms rpn_post_nms",
-    "above 0": "learning_rate step_shares zoom",
-    "0 or more": "weight_decay warmup_steps clip_norm backbone_rate frozen_stages seed workers "
-    "validate_every patience rpn_box_beta roi_box_beta rpn_loss_weight rpn_box_loss_weight "
-    "roi_box_loss_weight bias_rate",
-    "from 0 to 1": "momentum warmup_factor milestones ema flip vertical_flip iou_crop mosaic photometric "
-    "rpn_positive_iou rpn_negative_iou rpn_positive_fraction "
-    "roi_positive_iou roi_background_iou roi_positive_fraction",
-}
+Seed = Annotated[int, Meta(ge=0, lt=2**32, description="a whole number from 0 to below 2**32")]
 
 # Fields by the names they had before, in settings files and in the states of runs.
 RENAMED = {"schedule": "lr_schedule"}
@@ -47,110 +49,107 @@ class TrainingSettings:
 
     regime: Literal["joint", "alternating", "rpn-only", "fast-rcnn"] = "joint"
     """What is trained when (``--schedule``): ``joint``, ``alternating``, ``rpn-only`` or ``fast-rcnn``."""
-    epochs: int = 12
+    epochs: AtLeastOne = 12
     """Passes over the data, of all steps together."""
-    step_shares: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    step_shares: tuple[Positive, Positive, Positive, Positive] = (1.0, 1.0, 1.0, 1.0)
     """For ``alternating``: how the epochs are shared among the four steps; at least one for each."""
-    batch: int = 4
+    batch: AtLeastOne = 4
     """Images per batch."""
-    accumulate: int = 1
+    accumulate: AtLeastOne = 1
     """Batches per step: 4 batches of 2 make the step of one batch of 8 in a quarter of the memory."""
-    learning_rate: float = 0.01
+    learning_rate: Positive = 0.01
     optimiser: Literal["sgd", "adamw"] = "sgd"
     """``sgd`` with momentum as in the paper, or ``adamw``, which learns faster from random weights."""
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    warmup_steps: int = 100
+    momentum: BelowOne = 0.9
+    weight_decay: NotNegative = 1e-4
+    warmup_steps: Whole = 100
     """Steps over which the learning rate rises linearly to its value."""
-    warmup_factor: float = 0.01
+    warmup_factor: Share = 0.01
     lr_schedule: Literal["cosine", "step", "one-cycle"] = "cosine"
     """``cosine`` to zero, ``step`` (divided by 10 at the milestones), or ``one-cycle`` (up for 30 %, then
     down to zero; without the warm-up)."""
-    milestones: tuple[float, ...] = (0.67, 0.9)
+    milestones: tuple[Share, ...] = (0.67, 0.9)
     """For ``step``: shares of the whole training."""
-    clip_norm: float = 10.0
+    clip_norm: NotNegative = 10.0
     """Largest norm of the gradient; 0 sets no limit."""
-    backbone_rate: float = 1.0
+    backbone_rate: NotNegative = 1.0
     """The backbone's share of the learning rate."""
-    frozen_stages: int = 0
+    frozen_stages: Whole = 0
     """Stages of the backbone that are not trained: 1 is the stem (stride 2), 2 reaches stride 4, ..."""
-    bias_rate: float = 1.0
+    bias_rate: NotNegative = 1.0
     """The biases' rate as a multiple of the weights'; caffe's models have 2."""
     pretrained_input: Literal["torchvision", "model"] = "torchvision"
     """What the network behind a file of ``--backbone-weights`` was trained on: RGB with ImageNet's mean and
     std (``torchvision``; the first convolution is adapted), or the ``model``'s own input."""
-    ema: float = 0.0
+    ema: BelowOne = 0.0
     """Decay of the exponential moving average of the weights; 0 switches it off."""
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     """``fp32``, ``bf16``, ``fp16`` (CUDA only), or ``auto``: bf16 on processors that compute it natively."""
     compile: bool = False
     """Compile backbone and RPN head with torch.compile; pays in a long training on a GPU."""
-    seed: int = 0
-    workers: int = 1
+    seed: Seed = 0
+    workers: Whole = 1
     """Processes that load images; 0 loads in the training process."""
-    validate_every: int = 0
+    validate_every: Whole = 0
     """Epochs between validations when validation data is given; 0 validates at the end only."""
-    patience: int = 0
+    patience: Whole = 0
     """Stop after this many validations without a better one; 0 never does."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, into ``RUN/tensorboard``."""
 
-    flip: float = 0.5
+    flip: Share = 0.5
     """Probability of a horizontal mirror image."""
-    vertical_flip: float = 0.0
+    vertical_flip: Share = 0.0
     """Probability of an upside-down image; for views without an up, such as microscopy and satellites."""
-    zoom: tuple[float, float] = (1.0, 1.0)
+    zoom: tuple[Positive, Positive] = (1.0, 1.0)
     """Range of random magnification: above 1 crops a part, below 1 sets the image in a larger frame."""
-    iou_crop: float = 0.0
+    iou_crop: Share = 0.0
     """Probability of a crop that keeps at least one object to a random degree."""
-    mosaic: float = 0.0
+    mosaic: Share = 0.0
     """Probability of four images in the quarters of one canvas; for many small objects."""
-    photometric: float = 0.0
+    photometric: Share = 0.0
     """Strength of random brightness, contrast, saturation and hue, 0 to 1."""
 
-    rpn_positive_iou: float = 0.7
-    rpn_negative_iou: float = 0.3
-    rpn_samples: int = 256
+    rpn_positive_iou: Share = 0.7
+    rpn_negative_iou: Share = 0.3
+    rpn_samples: AtLeastOne = 256
     """Anchors per image in the RPN loss."""
-    rpn_positive_fraction: float = 0.5
+    rpn_positive_fraction: Share = 0.5
     rpn_ignore_outside: bool = False
     """Leave out anchors that cross the edge of the image (section 3.1.3)."""
     rpn_normalisation: Literal["drawn", "paper"] = "drawn"
     """``drawn``: both losses by the anchors drawn in the batch. ``paper`` (equation 1), for each image: the
     objectness loss by N_cls = ``rpn_samples``, the box loss by N_reg = the places of the feature map."""
-    rpn_pre_nms: int = 2000
+    rpn_pre_nms: AtLeastOne = 2000
     """Candidates kept per level before NMS while training."""
-    rpn_post_nms: int = 2000
+    rpn_post_nms: AtLeastOne = 2000
     """Proposals per image while training."""
-    roi_positive_iou: float = 0.5
-    roi_background_iou: float = 0.0
+    roi_positive_iou: Share = 0.5
+    roi_background_iou: Share = 0.0
     """Proposals that overlap every object less than this are no background either (Fast R-CNN: 0.1)."""
-    roi_samples: int = 512
+    roi_samples: AtLeastOne = 512
     """Proposals per image in the detection loss."""
-    roi_positive_fraction: float = 0.25
-    rpn_box_beta: float = 1.0 / 9
+    roi_positive_fraction: Share = 0.25
+    rpn_box_beta: NotNegative = 1.0 / 9
     """Where the RPN's smooth L1 turns from quadratic to linear."""
-    roi_box_beta: float = 1.0 / 9
+    roi_box_beta: NotNegative = 1.0 / 9
     """The same in the detection head."""
-    rpn_loss_weight: float = 1.0
+    rpn_loss_weight: NotNegative = 1.0
     """Of both RPN losses."""
-    rpn_box_loss_weight: float = 1.0
+    rpn_box_loss_weight: NotNegative = 1.0
     """Of the box loss besides: lambda of equation (1)."""
-    roi_box_loss_weight: float = 1.0
+    roi_box_loss_weight: NotNegative = 1.0
 
     def __post_init__(self) -> None:
-        check_fields(self, "training", _RANGES)
+        check_fields(self, "training.", SettingsError)
         enough = self.regime != "alternating" or self.epochs >= len(self.step_shares)
         expect(enough, "training.epochs", self.epochs, "at least 4, one for each step")
         ordered = self.rpn_negative_iou <= self.rpn_positive_iou
         expect(ordered, "training.rpn_negative_iou", self.rpn_negative_iou, "at most rpn_positive_iou")
         ordered = self.roi_background_iou <= self.roi_positive_iou
         expect(ordered, "training.roi_background_iou", self.roi_background_iou, "at most roi_positive_iou")
-        expect(self.ema < 1, "training.ema", self.ema, "a decay from 0 to below 1")
-        expect(self.momentum < 1, "training.momentum", self.momentum, "a number from 0 to below 1")
-        expect(self.seed < 2**32, "training.seed", self.seed, "a whole number below 2**32")
-        zoom_fits = len(self.zoom) == 2 and self.zoom[0] <= self.zoom[1]
-        expect(zoom_fits, "training.zoom", self.zoom, "a lowest and a highest magnification")
+        ordered = self.zoom[0] <= self.zoom[1]
+        expect(ordered, "training.zoom", self.zoom, "a lowest and a highest magnification")
 
 
 @dataclass(frozen=True)

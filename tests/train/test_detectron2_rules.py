@@ -268,9 +268,9 @@ C4_SIZES = ((32.0, 64.0),)
             {"clamp_deltas": False, "clamp_deltas_below": True},
             "model.clamp_deltas_below is True; expected false",
         ),
-        ({"roi_sampling": -1}, "model.roi_sampling is -1; expected a number 0 or more"),
-        ({"roi_level_rule": "fpn"}, "'torchvision', 'detectron2', 'mmdetection'"),
-        ({"bottleneck_stride": "2x2"}, "model.bottleneck_stride is '2x2'; expected one of '3x3', '1x1'"),
+        ({"roi_sampling": -1}, "model.roi_sampling is -1; expected a whole number from 0 to 100"),
+        ({"roi_level_rule": "fpn"}, "one of torchvision, detectron2, mmdetection"),
+        ({"bottleneck_stride": "2x2"}, "model.bottleneck_stride is '2x2'; expected one of 3x3, 1x1"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes: dict[str, object], says: str) -> None:

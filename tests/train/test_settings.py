@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -141,8 +143,8 @@ def test_the_last_override_wins() -> None:
         ("model.neck=pan", "'pan'"),
         ("model.finest_stride=16", "model.finest_stride"),
         ("model.backbone_norm=batch", "'batch'"),
-        ("model.canvas=[100, 640]", "(100, 640)"),
-        ("model.canvas=[0, 640]", "(0, 640)"),
+        ("model.canvas=[100, 640]", "[100, 640]"),
+        ("model.canvas=[0, 640]", "[0, 640]"),
         ("model.canvas=[64]", "model.canvas"),
         ("model.canvas=[64.0, 64.0]", "model.canvas"),
         ("model.canvas=640", "model.canvas"),
@@ -170,6 +172,32 @@ def test_what_cannot_be_used_is_refused_in_one_line(override: str, says: str) ->
     text = message_of(override)
     assert says in text
     assert "expected" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (TrainingSettings, {"epochs": "3"}, "training.epochs is '3'; expected a whole number of at least 1"),
+        (TrainingSettings, {"ema": 1}, "training.ema is 1; expected a number from 0 to below 1"),
+        (TrainingSettings, {"compile": 1}, "training.compile is 1; expected a value of type bool"),
+        (TrainingSettings, {"seed": 2**32}, "training.seed is 4294967296; expected a whole number from 0 to"),
+        (ModelSettings, {"neck": 3}, "model.neck is 3; expected one of fpn, fpn32, single, dc5"),
+        (ModelSettings, {"finest_stride": 4.0}, "model.finest_stride is 4.0; expected one of 4, 8"),
+        (ModelSettings, {"std": (1, 2)}, r"model.std is \(1, 2\); expected a list of 3, each a number above"),
+        (ModelSettings, {"anchor_sizes": (8,)}, r"is \(8,\); expected a list, each a list, each a number"),
+    ],
+)
+def test_settings_made_in_python_are_held_to_the_same_as_those_of_files(
+    kind: type[ModelSettings | TrainingSettings], values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        kind(**values)
+
+
+def test_settings_made_in_python_may_be_lists_whole_numbers_and_numpys() -> None:
+    made = TrainingSettings(learning_rate=np.float64(0.5), zoom=[1, np.float64(2)])  # type: ignore[arg-type]
+    assert made == TrainingSettings(learning_rate=0.5, zoom=(1.0, 2.0))
+    assert type(made.learning_rate) is type(made.zoom[0]) is type(made.zoom[1]) is float
 
 
 @pytest.mark.parametrize(

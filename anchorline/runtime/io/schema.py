@@ -1,4 +1,4 @@
-"""Fields of files held against the annotations of a dataclass, in messages of one line.
+"""Fields of files, settings and options held against the annotations of a dataclass, in messages of one line.
 
 msgspec checks them; an annotation ``Annotated[type, Meta(ge=..., description="...")]`` says what is expected,
 to the reader of the class and to whoever gets the message.
@@ -12,12 +12,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
-from anchorline.runtime.io.errors import ArtefactError, shown
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, shown
 
 _Made = TypeVar("_Made")
 
@@ -25,6 +25,9 @@ LARGEST_TEXT = 1 << 25  # bytes of JSON that are read
 
 NAME = "1 to 200 letters, digits or any of _ . : / + -"
 Name = Annotated[str, Meta(pattern=r"\A[\w.:/+-]{1,200}\Z", description=NAME)]
+Share = Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")]
+Count = Annotated[int, Meta(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")]
+AtLeastOne = Annotated[int, Meta(ge=1, description="a whole number of at least 1")]
 
 
 def choice(*texts: str) -> Meta:
@@ -32,18 +35,18 @@ def choice(*texts: str) -> Meta:
     return Meta(pattern=rf"\A({'|'.join(map(re.escape, texts))})\Z", description=f"one of {', '.join(texts)}")
 
 
-def check_fields(instance: Any, title: str) -> None:
-    """Let every field of a frozen dataclass have the type of its annotation, or raise ``ArtefactError``.
+def check_fields(instance: Any, title: str, error: type[AnchorlineError] = ArtefactError) -> None:
+    """Let every field of a frozen dataclass have the type of its annotation, or raise ``error``.
 
-    ``title`` stands before the field's name in the message. Lists become tuples, whole numbers floats, and
-    mappings dicts of their own, where the annotation says so; nothing else is converted.
+    ``title`` stands before the field's name in the message. Lists become tuples, whole numbers and NumPy's
+    float64 floats, and mappings dicts of their own, where the annotation says so; nothing else is converted.
     """
     for name, (hint, expected) in _schema(instance.__class__).items():
         value = getattr(instance, name)
         try:
-            object.__setattr__(instance, name, msgspec.convert(value, hint))
+            object.__setattr__(instance, name, msgspec.convert(_plain(value), hint))
         except (msgspec.ValidationError, ValueError, OverflowError, RecursionError):
-            raise ArtefactError(f"{title}{name} is {shown(value)}; expected {expected}") from None
+            raise error(f"{title}{name} is {shown(value)}; expected {expected}") from None
 
 
 def build(kind: type[_Made], values: Mapping[str, Any], title: str) -> _Made:
@@ -86,6 +89,23 @@ def _schema(kind: Any) -> dict[str, tuple[Any, str]]:
     return {each.name: (hints[each.name], _expected(hints[each.name])) for each in dataclasses.fields(kind)}
 
 
+def _plain(value: Any) -> Any:
+    """``value`` without floats of derived classes, which msgspec does not know; in lists and tuples too."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return float(value) if isinstance(value, float) else value
+
+
 def _expected(hint: Any) -> str:
     stated = next((each.description for each in getattr(hint, "__metadata__", ()) if each.description), None)
-    return stated or f"an object with the fields {', '.join(getattr(hint, '__dataclass_fields__', ()))}"
+    inner = get_args(hint)
+    if stated:
+        return stated
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if get_origin(hint) is tuple:
+        length = "" if inner[-1] is Ellipsis else f" of {len(inner)}"
+        return f"a list{length}, each {_expected(inner[0])}"
+    if dataclasses.is_dataclass(hint):
+        return f"an object with the fields {', '.join(each.name for each in dataclasses.fields(hint))}"
+    return f"a value of type {getattr(hint, '__name__', hint)}"
