@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from anchorline.runtime.io.errors import SettingsError, check_choice
+from msgspec import Meta
+
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.io.schema import check_fields
 from anchorline.runtime.video.options import Option
 
 if TYPE_CHECKING:
@@ -16,6 +19,8 @@ Target = Literal["tensorrt", "tensorrt-rtx"]
 Precision = Literal["fp16", "fp32"]
 NmsForm = Literal["plugin", "fixed-point"]
 Batch = tuple[int, int, int]
+Mebibytes = Annotated[int, Meta(ge=1, description="a whole number of MiB above 0")]
+Level = Annotated[int, Meta(ge=0, le=5, description="a whole number from 0 to 5")]
 
 
 def parse_batch(texts: Iterable[str]) -> Batch | None:
@@ -69,21 +74,15 @@ class BuildOptions:
         ),
     ] = ()
     nms: Annotated[NmsForm, Option("Our plugin, or standard operators that any loader runs.")] = "plugin"
-    workspace: Annotated[int | None, Option("Scratch memory of the builder, MiB.", low=1)] = None
+    workspace: Annotated[Mebibytes | None, Option("Scratch memory of the builder, MiB from 1 on.")] = None
     optimization_level: Annotated[
-        int | None, Option("How hard TensorRT searches, 0 to 5 (its default: 3).", low=0, high=5)
+        Level | None, Option("How hard TensorRT searches, 0 to 5 (its default: 3).")
     ] = None
     version_compatible: Annotated[bool, Option("Let later versions of TensorRT load it.")] = False
     hardware_compatible: Annotated[bool, Option("Let other GPUs, from Ampere on, load it.")] = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("target", Target), ("precision", Precision), ("nms", NmsForm)):
-            check_choice(name, getattr(self, name), get_args(choices))
-        if self.workspace is not None and self.workspace < 1:
-            raise SettingsError(f"workspace is {self.workspace} MiB; expected at least 1")
-        level = self.optimization_level
-        if level is not None and level not in range(6):
-            raise SettingsError(f"optimization level is {level}; expected 0 to 5")
+        check_fields(self, "", SettingsError)
         if self.target == "tensorrt" and self.compute_capabilities:
             named = ", ".join(map(str, self.compute_capabilities))
             raise SettingsError(

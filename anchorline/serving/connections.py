@@ -5,21 +5,22 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import math
 import socket
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import h11
 import uvicorn
+from msgspec import Meta
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from anchorline.runtime.io.errors import SettingsError, check_count
-from anchorline.runtime.video.options import is_number
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.io.schema import Count, check_fields
 from anchorline.serving.access import GRANTED
 from anchorline.serving.application import WATCHING
 
@@ -36,6 +37,9 @@ _nowhere.addHandler(logging.NullHandler())
 _nowhere.propagate = False
 
 
+Seconds = Annotated[float, Meta(ge=0, le=sys.float_info.max, description="seconds from 0")]
+
+
 @dataclass(frozen=True)
 class Limits:
     """What connections may take of a server.
@@ -45,19 +49,14 @@ class Limits:
     back at the same moment. Raises ``SettingsError``.
     """
 
-    connections: int = 256
-    strangers: int = 64  # of one address, or of one IPv6 network
-    head_seconds: float = 5.0  # until a first request is there, to the end of its headers
-    idle_seconds: float = 15.0  # until an answer that is no stream is taken, and until the next request
-    young_seconds: float = 1.0  # in which a stranger's request may be on its way
+    connections: Count = 256
+    strangers: Count = 64  # of one address, or of one IPv6 network
+    head_seconds: Seconds = 5.0  # until a first request is there, to the end of its headers
+    idle_seconds: Seconds = 15.0  # until an answer that is no stream is taken, and until the next request
+    young_seconds: Seconds = 1.0  # in which a stranger's request may be on its way
 
     def __post_init__(self) -> None:
-        check_count("connections", self.connections)
-        check_count("strangers", self.strangers)
-        for name in ("head_seconds", "idle_seconds", "young_seconds"):
-            value = getattr(self, name)
-            if not is_number(value) or not 0.0 <= value < math.inf:
-                raise SettingsError(f"{name} is {value!r}; expected seconds from 0")
+        check_fields(self, "", SettingsError)
 
 
 class Connection(H11Protocol):

@@ -224,7 +224,14 @@ def test_timers_go_with_their_connections(live_run, dial, until):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"connections": 0}, {"strangers": 1.5}, {"head_seconds": -1.0}, {"idle_seconds": math.nan}]
+    "wrong",
+    [
+        {"connections": 0},
+        {"strangers": 1.5},
+        {"head_seconds": -1.0},
+        {"idle_seconds": math.nan},
+        {"young_seconds": math.inf},
+    ],
 )
 def test_limits_that_are_none(wrong):
     with pytest.raises(SettingsError, match=f"^{next(iter(wrong))} is "):

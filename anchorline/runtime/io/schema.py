@@ -12,7 +12,8 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -97,10 +98,12 @@ def _plain(value: Any) -> Any:
 
 
 def _expected(hint: Any) -> str:
-    stated = next((each.description for each in getattr(hint, "__metadata__", ()) if each.description), None)
+    if get_origin(hint) is Annotated:
+        stated = (each.description for each in hint.__metadata__ if isinstance(each, Meta))
+        return next(filter(None, stated), None) or _expected(hint.__origin__)
     inner = get_args(hint)
-    if stated:
-        return stated
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join("None" if each is NoneType else _expected(each) for each in inner)
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, inner))}"
     if get_origin(hint) is tuple:

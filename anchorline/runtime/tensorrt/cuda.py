@@ -14,12 +14,14 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
-from anchorline.runtime.io.errors import GpuError, SettingsError, check_choice, one_line
+from anchorline.runtime.io.errors import GpuError, SettingsError, one_line
+from anchorline.runtime.io.schema import check_fields, choice
 from anchorline.runtime.tensorrt.kernels import Launch, image
 
 CUDA_PACKAGES = ("cuda-bindings", "pycuda")
@@ -58,19 +60,13 @@ class GpuOptions:
     by CUDA events. Raises ``SettingsError``.
     """
 
-    device: int = 0
-    cuda: str = "cuda-bindings"
-    graph: bool | None = None
-    timings: bool = False
+    device: Annotated[int, Meta(ge=0, description="the number of a GPU, from 0")] = 0
+    cuda: Annotated[str, choice(*CUDA_PACKAGES)] = "cuda-bindings"
+    graph: Annotated[bool | None, Meta(description="True, False or None")] = None
+    timings: Annotated[bool, Meta(description="True or False")] = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.device, bool) or not isinstance(self.device, int) or self.device < 0:
-            raise SettingsError(f"device is {self.device!r}; expected the number of a GPU, from 0")
-        check_choice("cuda", self.cuda, CUDA_PACKAGES)
-        if self.graph not in (None, True, False):
-            raise SettingsError(f"graph is {self.graph!r}; expected True, False or None")
-        if self.timings not in (True, False):
-            raise SettingsError(f"timings is {self.timings!r}; expected True or False")
+        check_fields(self, "", SettingsError)
 
 
 class NoGpuError(GpuError):

@@ -57,8 +57,10 @@ class Option:
 def option_fields(kind: type) -> dict[str, tuple[Any, Option | None]]:
     """The fields of a dataclass by name: the type, and the ``Option`` that it is annotated with."""
     found = {}
+    plain = get_type_hints(kind)
     for name, hint in get_type_hints(kind, include_extras=True).items():
-        found[name] = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
+        stated = (each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Option))
+        found[name] = plain[name], next(stated, None)
     return found
 
 

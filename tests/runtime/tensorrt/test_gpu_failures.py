@@ -380,6 +380,7 @@ def test_a_manifest_at_odds_with_its_engine(
         ({"device": "0"}, "device is '0'"),
         ({"device": True}, "device is True"),
         ({"graph": "no"}, "graph is 'no'; expected True, False or None"),
+        ({"graph": 1}, "graph is 1; expected True, False or None"),
         ({"timings": 2}, "timings is 2; expected True or False"),
     ],
 )
