@@ -119,6 +119,12 @@ def test_a_field_of_another_kind_is_named_with_its_value(field: str, contract: C
             assert name.partition("_")[0].removesuffix("s") in refusal(text)
 
 
+@pytest.mark.parametrize("field", ["resize", "thresholds"])
+def test_a_mapping_of_unknown_names_is_no_rule_and_no_thresholds(field: str, contract: Contract) -> None:
+    with pytest.raises(ArtefactError, match=f"contract {field} is .*; expected an object with the fields"):
+        dataclasses.replace(contract, **{field: {"colour": 1}})
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -45,6 +45,8 @@ def check_fields(instance: Any, title: str, error: type[AnchorlineError] = Artef
     for name, (hint, expected) in _schema(instance.__class__).items():
         value = getattr(instance, name)
         try:
+            if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+                raise ValueError  # msgspec would make one, of the names that it knows
             object.__setattr__(instance, name, msgspec.convert(_plain(value), hint))
         except (msgspec.ValidationError, ValueError, OverflowError, RecursionError):
             raise error(f"{title}{name} is {shown(value)}; expected {expected}") from None
