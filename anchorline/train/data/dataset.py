@@ -7,9 +7,11 @@ import functools
 import itertools
 import math
 import mmap
+import multiprocessing
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
@@ -354,6 +356,9 @@ def groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 def _start_worker(_: int) -> None:
+    # PyTorch's workers end when they get another parent, which those of a fork server (Python's way from 3.14
+    # on) never do: they keep it alive, and it them.
+    threading.Thread(target=_end_with_the_training, daemon=True).start()
     # On a processor that the training fills, an image waits for a gap; the other way round every one
     # of the training's parallel loops would wait for the core that a worker has taken.
     if hasattr(os, "nice"):  # not on Windows
@@ -361,6 +366,12 @@ def _start_worker(_: int) -> None:
     if process_count() > 1 and hasattr(os, "setpgid"):
         # torchrun signals the whole group; the training needs its workers until all have agreed to stop.
         os.setpgid(0, 0)
+
+
+def _end_with_the_training() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 @contextlib.contextmanager

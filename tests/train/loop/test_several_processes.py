@@ -5,13 +5,16 @@ The processes are forked from a server that has PyTorch loaded, and talk through
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import os
 import pickle
 import re
 import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -328,6 +331,22 @@ def test_one_process_fails_and_all_end_with_one_line(start: Start, tmp_path: Pat
         assert len(re.findall(r"scene-\d+|synthetic-\d+", said)) == 2, said
     left = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert left <= {"settings.json", "data.json", "samples.png", "metrics.csv"}
+    if fault == "SIGKILL" and sys.platform == "linux":
+        until = time.monotonic() + PATIENCE
+        while (workers := _loaders_writing_below(tmp_path.parent)) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not workers
+
+
+def _loaders_writing_below(folder: Path) -> list[str]:
+    """The processes that load images, of those whose stderr is a file below ``folder``."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            below = os.readlink(process / "fd" / "2").startswith(f"{folder}{os.sep}")
+            if below and (process / "comm").read_text().startswith("pt_data"):
+                found.append(process.name)
+    return found
 
 
 @pytest.mark.parametrize(("kind", "workers"), [("SIGTERM", 1), ("SIGINT", 0)])
