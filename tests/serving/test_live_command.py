@@ -171,8 +171,12 @@ def test_what_is_saved_is_the_same_with_and_without_a_viewer(words, material, tm
     for name in ("plain", "served"):
         with VideoReader(tmp_path / f"{name}.mp4") as reader:
             read.append([frame for _, _, frame in reader])
-    assert len(read[0]) == 60
-    np.testing.assert_array_equal(read[0], read[1])
+    assert len(read[0]) == len(read[1]) == 60
+    # On a busy machine the encoder gives other bits for the same frames once in some hundred files; a box
+    # that is missing or elsewhere differs by over 100 grey levels.
+    different = np.abs(np.subtract(read[0], read[1], dtype=np.int16))
+    assert different.mean() < 1
+    assert different.max() < 64
 
 
 def test_the_command_does_not_need_the_packages_until_it_serves():
