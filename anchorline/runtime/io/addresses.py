@@ -39,7 +39,7 @@ _BEHIND = "\"'`)]>,.:;"  # what ends a sentence or a quotation, and no address
 _SHORTEST_PART = 4  # characters; shorter ones stand in other words by chance
 
 
-class Address(NamedTuple):
+class AddressParts(NamedTuple):
     """``scheme://userinfo@place path rest``, taken apart as FFmpeg does it; not to be shown itself."""
 
     scheme: str
@@ -81,14 +81,14 @@ class Address(NamedTuple):
         return f"{self.scheme}://{self.place}{'/'.join(segments)}{rest}"
 
 
-def take_apart(text: str) -> Address | None:
+def take_apart(text: str) -> AddressParts | None:
     """The parts of ``SCHEME://...``; ``None`` for anything else."""
     matched = _ADDRESS.fullmatch(text)
     if matched is None:
         return None
     scheme, authority, path, rest = matched.groups()
     userinfo, _, place = authority.rpartition("@")
-    return Address(scheme, userinfo, place, path, rest)
+    return AddressParts(scheme, userinfo, place, path, rest)
 
 
 def shown_address(text: str) -> str:
