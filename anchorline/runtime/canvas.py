@@ -43,12 +43,16 @@ def resize_antialiased(
 ) -> NDArray[np.uint8] | NDArray[np.float32]:
     """Resize ``frame`` (uint8 [H, W, 3]) into ``out`` ([height, width, 3], whole grey levels); returns it.
 
-    As ``PIL.Image.resize(size, Resampling.BILINEAR)`` on 8-bit pixels (Pillow, src/libImaging/Resample.c): a
-    triangle filter that grows wider as the picture shrinks; first across, then down, rounded to whole grey
-    levels after each. (Pillow 13 goes down first for pictures that shrink and are more than about twice as
-    tall as wide, which moves single pixels by one grey level.)
+    As ``PIL.Image.resize(size, Resampling.BILINEAR)`` of Pillow 13 on 8-bit pixels (its src/libImaging/
+    Resample.c): a triangle filter that grows wider as the picture shrinks; across and then down, rounded to
+    whole grey levels after each. Where height loses more than twice the pixels that width does, as in tall
+    pictures, it goes down first; Pillow up to 12 never does, so single pixels differ by one grey level.
     """
     height, width = out.shape[:2]
+    if len(frame) - height > max(0, 2 * (frame.shape[1] - width)):
+        rows = np.empty((height, frame.shape[1], 3), np.uint8)
+        _resize_rows(frame, rows)
+        frame = rows
     if frame.shape[1] != width:
         columns = np.empty((width, len(frame), 3), np.uint8)
         _resize_rows(np.asarray(cv2.transpose(frame), np.uint8), columns)

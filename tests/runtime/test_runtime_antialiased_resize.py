@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import PIL
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from anchorline.runtime.canvas import _blocks, place, resize_antialiased, to_can
 from anchorline.runtime.contract import ResizeRule
 
 SIDES = st.integers(1, 90)
+PILLOW = int(PIL.__version__.split(".")[0])
 
 
 def noise(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -20,9 +22,18 @@ def noise(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
 
 
 def pillow(frame: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """Across, then down: what Pillow does up to version 12 whatever the sizes."""
-    across = Image.fromarray(frame).resize((width, len(frame)), Image.Resampling.BILINEAR)
-    return np.asarray(across.resize((width, height), Image.Resampling.BILINEAR))
+    """One call of Pillow 13; two of an earlier one, which never goes down first, where 13 does."""
+    rows, columns = frame.shape[:2]
+    if PILLOW < 13 and rows > height and rows - height > 2 * (columns - width):
+        return resized(frame, (height, columns), (height, width))
+    return resized(frame, (height, width))
+
+
+def resized(frame: NDArray[np.uint8], *sizes: tuple[int, int]) -> NDArray[np.uint8]:
+    picture = Image.fromarray(frame)
+    for height, width in sizes:
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(picture)
 
 
 def ours(frame: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
@@ -38,6 +49,11 @@ def ours(frame: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]
         ((427, 640), (800, 1199)),
         ((1080, 1920), (750, 1333)),
         ((360, 640), (180, 320)),
+        ((700, 90), (533, 69)),  # tall and shrinking: down first
+        ((3000, 200), (1333, 89)),
+        ((201, 100), (101, 50)),  # loses 100 rows and 50 columns: across first
+        ((203, 100), (102, 50)),  # loses 101 and 50: down first
+        ((90, 60), (70, 80)),
         ((7, 9), (33, 5)),
         ((1, 1), (3, 100)),
         ((1, 50), (9, 450)),
@@ -56,6 +72,27 @@ def test_to_the_last_bit(source: tuple[int, int], target: tuple[int, int], seed:
     np.testing.assert_array_equal(ours(frame, *target), pillow(frame, *target))
 
 
+@pytest.mark.parametrize(
+    ("source", "target", "down_first"),
+    [
+        ((700, 90), (533, 69), True),
+        ((90, 700), (69, 533), False),
+        ((201, 100), (101, 50), False),
+        ((203, 100), (102, 50), True),
+        ((90, 60), (70, 80), True),
+        ((60, 90), (80, 70), False),
+    ],
+)
+def test_which_way_first(source: tuple[int, int], target: tuple[int, int], down_first: bool) -> None:
+    """Pillow 13's condition as a table, on any Pillow: rows lost > 0 and rows lost > 2 * columns lost."""
+    frame = noise(*source)
+    first, other = (target[0], source[1]), (source[0], target[1])
+    if not down_first:
+        first, other = other, first
+    np.testing.assert_array_equal(ours(frame, *target), resized(frame, first, target))
+    assert (ours(frame, *target) != resized(frame, other, target)).any()
+
+
 @given(
     SIDES, SIDES, SIDES, SIDES, st.sampled_from([(0, 255), (250, 255), (0, 1), (127, 128)]), st.integers(0, 9)
 )
@@ -70,19 +107,13 @@ def test_any_sizes(
 
 @given(st.integers(1, 700), st.integers(1, 700))
 @settings(max_examples=40, deadline=None)
-def test_frames_on_their_canvas_are_what_one_call_of_pillow_gives(height: int, width: int) -> None:
-    """Whatever Pillow's version, but for tall pictures."""
+def test_frames_on_their_canvas_are_what_pillow_gives(height: int, width: int) -> None:
     rule = ResizeRule(96, 160, interpolation="antialiased", rounding="nearest")
     placement = place((height, width), (160, 160), rule)
     canvas = np.full((160, 160, 3), 9, np.uint8)
     frame = noise(height, width)
     to_canvas(frame, placement, canvas)
     rows, columns = placement.valid
-    expected = Image.fromarray(frame).resize((columns, rows), Image.Resampling.BILINEAR)
-    if (
-        height < 1.8 * width and min(rows, columns) > 8
-    ):  # from 13 on Pillow takes tall ones in the other order
-        np.testing.assert_array_equal(canvas[:rows, :columns], np.asarray(expected))
     np.testing.assert_array_equal(canvas[:rows, :columns], pillow(frame, rows, columns))
     assert not canvas[rows:].any()
     assert not canvas[:, columns:].any()
