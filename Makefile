@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 OPENVINO := $(VENV)/openvino
+TENSORRT := $(VENV)/tensorrt-bindings
 OPENVINO_TESTS := tests/runtime/test_runtime_openvino.py tests/export/test_exports_in_openvino.py
 # Tests compute on one thread each, so there is a worker a core; a worker takes neighbouring tests.
 WORKERS ?= $(shell nproc)
@@ -47,6 +48,11 @@ $(STAMP): pyproject.toml constraints.txt anchorline/__init__.py
 	@# Apart: where openvino can be imported, --provider auto takes it, and most tests compare with the CPU provider
 	@$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --progress-bar off \
 	  --no-deps -c constraints.txt --upgrade --target $(OPENVINO) openvino
+	@# NVIDIA's Python layer of TensorRT, for tests (tests/engine/real_bindings). Apart: without TensorRT's libraries,
+	@# which need a GPU, it cannot be imported
+	@$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --progress-bar off \
+	  --no-deps -c constraints.txt --upgrade --only-binary :all: --target $(TENSORRT) tensorrt-cu13-bindings \
+	  || echo "No tensorrt-cu13-bindings for this system: the tests that need it skip" >&2
 	@touch $(STAMP)
 
 lint: $(STAMP)

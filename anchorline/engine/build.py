@@ -149,10 +149,17 @@ def _compile(
     started = time.perf_counter()
     mixed, precision = to_precision(model, options.precision, samples)
     lowered = lower(mixed, options.target, options.nms)
+    plugins = sorted({node.op_type for node in lowered.graph.node if node.domain == DOMAIN})
+    if plugins and options.version_compatible:
+        raise SettingsError(
+            f"version compatible is set, and {', '.join(plugins)} of this model is a plugin in Python, which "
+            "such an engine cannot take along; "
+            + ("build with --nms fixed-point" if plugins == ["BatchedNMS"] else "leave it out")
+        )
     builder = toolkit.create_builder()
-    network = parse(toolkit, builder, lowered, batch)
+    network, libraries = parse(toolkit, builder, lowered, batch)
     layers = layer_report(network)
-    plan = serialise(toolkit, builder, network, options, batch, timing_cache, progress)
+    plan = serialise(toolkit, builder, network, options, batch, timing_cache, progress, libraries)
     contract = dataclasses.replace(check_exported(lowered), max_batch=batch[2])
     facts = {
         "contract": json.loads(contract.to_json()),
@@ -170,7 +177,7 @@ def _compile(
         },
         "profiles": [{"batch": list(batch), "activation_bytes": plan.activation_bytes}],
         "activation_bytes": plan.activation_bytes,
-        "plugins": sorted({node.op_type for node in lowered.graph.node if node.domain == DOMAIN}),
+        "plugins": plugins,
         "build_seconds": round(time.perf_counter() - started, 3),
         "warnings": [*deviations(model, options.target), *plan.warnings],
         "layers": layers,

@@ -78,7 +78,9 @@ class BuildOptions:
     optimization_level: Annotated[
         Level | None, Option("How hard TensorRT searches, 0 to 5 (its default: 3).")
     ] = None
-    version_compatible: Annotated[bool, Option("Let later versions of TensorRT load it.")] = False
+    version_compatible: Annotated[
+        bool, Option("Let later versions of TensorRT load it (with --nms fixed-point).")
+    ] = False
     hardware_compatible: Annotated[bool, Option("Let other GPUs, from Ampere on, load it.")] = False
 
     def __post_init__(self) -> None:

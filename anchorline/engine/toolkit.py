@@ -147,10 +147,13 @@ _CAUSES = (
 )
 
 
-def parse(toolkit: Toolkit, builder: Any, model: onnx.ModelProto, batch: Batch) -> Any:
-    """The network of ``model``; where the batch does not vary, its inputs have that batch fixed.
+def parse(
+    toolkit: Toolkit, builder: Any, model: onnx.ModelProto, batch: Batch
+) -> tuple[Any, tuple[str, ...]]:
+    """The network of ``model``, and the libraries of TensorRT's own plugins in it.
 
-    Raises ``ArtefactError`` naming node and operator, with the known cause if there is one.
+    Where the batch does not vary, the inputs have that batch fixed. A version-compatible engine takes the
+    libraries along. Raises ``ArtefactError`` naming node and operator, with the known cause if there is one.
     """
     # Strongly typed: types are those of the graph, in each version of TensorRT.
     typed = 1 << int(toolkit.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -165,7 +168,7 @@ def parse(toolkit: Toolkit, builder: Any, model: onnx.ModelProto, batch: Batch) 
     if batch[0] == batch[2]:
         for tensor in map(network.get_input, range(network.num_inputs)):
             tensor.shape = (batch[0], *tuple(tensor.shape)[1:])
-    return network
+    return network, tuple(parser.get_used_vc_plugin_libraries())
 
 
 def _describe(error: Any, model: onnx.ModelProto) -> str:
@@ -208,13 +211,17 @@ def serialise(
     batch: Batch,
     timing_cache: Path | None = None,
     progress: Progress | None = None,
+    libraries: Sequence[str] = (),
 ) -> Plan:
     """Build ``network``. A Ctrl-C ends the build at TensorRT's next step and is raised again.
 
-    ``timing_cache`` is a folder with one file for each GPU and version. Raises ``AnchorlineError`` with
-    TensorRT's reason when the build fails, ``OutputError`` when the timing cache cannot be written.
+    ``timing_cache`` is a folder with one file for each GPU and version, ``libraries`` are ``parse``'s. Raises
+    ``AnchorlineError`` with TensorRT's reason when the build fails, ``OutputError`` when the timing cache
+    cannot be written.
     """
     config = toolkit.create_config(builder, options)
+    if options.version_compatible:
+        config.plugins_to_serialize = list(libraries)
     if batch[0] != batch[2]:
         profile = builder.create_optimization_profile()
         for tensor in map(network.get_input, range(network.num_inputs)):

@@ -494,7 +494,12 @@ def test_the_flavours_do_not_stand_in_for_each_other(
 
 @pytest.mark.parametrize(
     ("version", "capability", "runs"),
-    [("10.20.0.1", 120, True), ("11.4.0.106", 120, False), ("10.20.0.1", 75, False)],
+    [
+        ("10.20.0.1", 120, True),
+        ("10.16.0.72", 120, False),
+        ("11.4.0.106", 120, False),
+        ("10.20.0.1", 75, False),
+    ],
 )
 def test_an_engine_that_was_built_for_more_than_one_machine(
     version: str,
@@ -504,7 +509,7 @@ def test_an_engine_that_was_built_for_more_than_one_machine(
     make_machine: Make,
     gpu_state: Callable[..., GpuState],
 ) -> None:
-    """As the detector decides it: any release of that number, and any GPU from sm_80 on."""
+    """As the detector decides it: that release or a later one of its number, and any GPU from sm_80 on."""
     options = {"version_compatible": True, "hardware_compatible": True}
     artefact = read_artefact(write_engine(tmp_path / "model.engine", options=options))
     machine = make_machine({"tensorrt": version}, gpu=gpu_state(capability))

@@ -131,12 +131,16 @@ def check_fit(manifest: EngineManifest, version: str, capability: int, gpu: str)
     """Raise ``CannotRunHereError`` where TensorRT ``version`` on a GPU of ``capability`` cannot run it."""
     title = FLAVOURS[manifest.flavour].title
     options = manifest.options
-    numbers = 1 if options.get("version_compatible") else _RELEASE_NUMBERS
-    here, there = (re.findall(r"\d+", text)[:numbers] for text in (version, manifest.flavour_version))
-    if here != there:
+    here, there = (
+        tuple(map(int, re.findall(r"\d+", text)[:_RELEASE_NUMBERS]))
+        for text in (version, manifest.flavour_version)
+    )
+    later = bool(options.get("version_compatible")) and here[0] == there[0] and here >= there
+    if here != there and not later:
+        or_later = " or a later one of its major version" * bool(options.get("version_compatible"))
         raise CannotRunHereError(
             f"it was built with {title} {manifest.flavour_version}, and {version} is installed; build it "
-            "again here, or install that release"
+            f"again here, or install that release{or_later}"
         )
     built = manifest.compute_capabilities
     compatible = bool(options.get("hardware_compatible")) and capability >= _AMPERE

@@ -8,11 +8,12 @@ use CUDA.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.contract import DOMAIN, OP_VERSION
-from anchorline.runtime.io.errors import AnchorlineError, ArtefactError
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, one_line
 from anchorline.runtime.tensorrt.cuda import call_driver, compute_capability, launch_kernel
 from anchorline.runtime.tensorrt.kernels import Launch, image
+from anchorline.runtime.tensorrt.library import FLAVOURS, tensorrt_logger
 
 PLUGIN_NAMESPACE, PLUGIN_VERSION = DOMAIN, str(OP_VERSION)
 
@@ -37,7 +39,7 @@ _POOL_KERNELS = {"float32": "roi_pool_f32", "float16": "roi_pool_f16"}
 
 Shape = Sequence[int]
 
-log = logging.getLogger("anchorline.plugins")
+log = logging.getLogger("anchorline.tensorrt.plugins")  # below TensorRT's, as the reason of what it refuses
 
 
 @dataclass(frozen=True)
@@ -216,8 +218,9 @@ def _call(function: str, *arguments: Any, doing: str) -> Any:
     return call_driver(driver, function, *arguments, doing=doing)
 
 
-# TensorRT calls the following from C++, where an exception cannot be caught by anyone: each failure is logged
-# and returned as TensorRT expects it.
+# TensorRT calls the following from C++ through its Python layer, which discards what enqueue returns: a
+# failure is an exception there, and the layer makes an error code of it. It prints that on stderr alone, so
+# each is logged as well.
 
 _registered: dict[str, list[Any]] = {}  # the creators by module: the registry does not keep them alive
 _registering = threading.Lock()
@@ -227,10 +230,18 @@ _plugins: list[Any] = []
 
 
 def register_plugins(trt: Any) -> None:
-    """Make the ops known to the module ``trt``, ``tensorrt`` or ``tensorrt_rtx``; once is enough."""
+    """Make the ops known to the module ``trt``, ``tensorrt`` or ``tensorrt_rtx``; once is enough.
+
+    And TensorRT's own plugins to itself: its parser imports RoiAlign as ``ROIAlign_TRT``, which nobody has
+    registered before. TensorRT for RTX has none.
+    """
     with _registering:
         if trt.__name__ in _registered:
             return
+        if trt.__name__ == FLAVOURS["tensorrt"].module and not trt.init_libnvinfer_plugins(
+            tensorrt_logger("tensorrt"), ""
+        ):
+            raise AnchorlineError("TensorRT does not register its own plugins; install it again")
         creators = list(map(_creator_class(trt), PLUGINS))
         registry = trt.get_plugin_registry()
         for creator in creators:
@@ -272,7 +283,8 @@ def _plugin_class(trt: Any) -> type:
 
         def attach_to_context(self, context: Any) -> Plugin:
             if self.loaded:
-                _guarded(lambda: preload(self.op.source, self.op.kernels), "loading kernels", None)
+                with _logged(f"loading the kernels of {self.op.name}"):
+                    preload(self.op.source, self.op.kernels)
             return self.clone()
 
         def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
@@ -316,15 +328,12 @@ def _plugin_class(trt: Any) -> type:
             outputs: Sequence[int],
             workspace: int,
             stream: int,
-        ) -> int:
-            def run() -> int:
+        ) -> None:
+            with _logged(f"running {self.op.name}"):
                 shapes = tuple(tuple(description.dims) for description in input_desc)
                 names = tuple(types[description.type] for description in input_desc)
                 call = Call(shapes, names, tuple(inputs), outputs[0], workspace)
                 launch(self.op.launches(call), stream)
-                return 0
-
-            return int(_guarded(run, f"{self.op.name}.enqueue", failed=1))
 
     return Plugin
 
@@ -343,7 +352,7 @@ def _creator_class(trt: Any) -> type:
             self.field_names = _fields(trt, op.attributes, self.values)
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
-            def create() -> Any:
+            with _logged(f"creating {self.op.name}"):
                 given = {field.name: field.data for field in fields}
                 missing = set(self.op.attributes) - set(given)
                 if missing:
@@ -351,24 +360,27 @@ def _creator_class(trt: Any) -> type:
                 values = {n: kind(given[n].item()) for n, kind in self.op.attributes.items()}
                 return plugin_class(self.op(**values), loaded=phase == trt.TensorRTPhase.RUNTIME)
 
-            return _guarded(create, f"creating {self.op.name}", failed=None)
-
     return Creator
 
 
 def _fields(trt: Any, attributes: dict[str, type], values: dict[str, NDArray[Any]]) -> Any:
-    """An op's attributes as TensorRT takes them. It copies no values: the arrays must live on."""
+    """An op's attributes as TensorRT takes them. It copies no values: the arrays must live on.
+
+    The class with the underscore is the structure itself. Of the list without it one would be made at each
+    call, which the Python layer can only do below a call from Python, not in TensorRT's own threads.
+    """
     kinds = {float: trt.PluginFieldType.FLOAT32, int: trt.PluginFieldType.INT32}
-    return trt.PluginFieldCollection(
-        [trt.PluginField(name, values[name], kinds[kind]) for name, kind in attributes.items()]
-    )
+    fields = [trt.PluginField(name, values[name], kinds[kind]) for name, kind in attributes.items()]
+    return trt.PluginFieldCollection_(trt.PluginFieldCollection(fields))
 
 
-def _guarded(work: Callable[[], Any], doing: str, failed: Any) -> Any:
+@contextlib.contextmanager
+def _logged(doing: str) -> Iterator[None]:
     try:
-        return work()
+        yield
     except AnchorlineError as error:
-        log.error("%s: %s", doing, error)
-    except Exception:
-        log.exception("%s failed", doing)
-    return failed
+        log.error("%s failed: %s", doing, error)
+        raise
+    except Exception as error:
+        log.error("%s failed: %s", doing, one_line(error))
+        raise

@@ -98,6 +98,22 @@ def test_compatibility_options_are_set(tensorrt: Any) -> None:
     } <= tensorrt.calls
 
 
+def test_a_version_compatible_engine_has_no_plugin_of_ours(
+    tensorrt: Any, model_file: ModelFile, tmp_path: Path
+) -> None:
+    """It brings the libraries of TensorRT's own plugins along, and none can be made of Python."""
+    out, source = tmp_path / "m.engine", model_file("proposals")
+    with pytest.raises(SettingsError, match=r"BatchedNMS .* build with --nms fixed-point"):
+        build_engine(source, out, BuildOptions(version_compatible=True))
+    assert not out.exists()
+    options = BuildOptions(nms="fixed-point", version_compatible=True)
+    assert build_engine(source, out, options, verify=False).manifest.raw["plugins"] == {}
+    assert {
+        "OnnxParser.get_used_vc_plugin_libraries",
+        "IBuilderConfig.plugins_to_serialize",
+    } <= tensorrt.calls
+
+
 def test_another_gpu_or_version_is_another_build(tensorrt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def key() -> str:
         options = BuildOptions()

@@ -15,6 +15,7 @@ from anchorline.engine.options import BuildOptions
 from anchorline.runtime.io.errors import AnchorlineError
 from anchorline.runtime.tensorrt import library as tensorrt_library
 from anchorline.runtime.tensorrt import plugins
+from anchorline.runtime.tensorrt.cuda import CudaError
 from anchorline.runtime.tensorrt.plugins import register_plugins
 
 PLUGIN = 'plugin_namespace = "anchorline", plugin_version = "1"'
@@ -32,7 +33,7 @@ def network_of(text: str) -> tuple[Any, Any, Any, BuildOptions]:
     options = BuildOptions(target="tensorrt-rtx", compute_capabilities=(86,))
     toolkit = engine.load_toolkit(options)
     builder = toolkit.create_builder()
-    network = engine.parse(toolkit, builder, onnx.parser.parse_model(text), (1, 2, 8))
+    network, _ = engine.parse(toolkit, builder, onnx.parser.parse_model(text), (1, 2, 8))
     return toolkit, builder, network, options
 
 
@@ -68,7 +69,7 @@ def test_attributes_out_of_range_are_refused_with_their_name(
     rtx: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
-        caplog.at_level(logging.ERROR, "anchorline.plugins"),
+        caplog.at_level(logging.ERROR, "anchorline.tensorrt"),
         pytest.raises(AnchorlineError, match="the plugin is not registered or refused"),
     ):
         network_of(NMS.replace("iou_threshold = 0.5", "iou_threshold = 1.5"))
@@ -88,14 +89,24 @@ def test_another_plugin_of_that_name_is_named(rtx: Any, monkeypatch: pytest.Monk
         register_plugins(rtx)
 
 
-def test_a_plugin_that_fails_to_run_says_so_and_does_not_raise(
-    rtx: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    """TensorRT calls from C++, where an exception would end the process."""
+def test_a_plugin_that_fails_to_run_raises_and_is_the_reason_of_tensorrt_s_failure(rtx: Any) -> None:
+    """An exception alone is a failure to TensorRT's Python layer, and it says nothing to TensorRT's log."""
     plugin = plugins._plugin_class(rtx)(plugins.BatchedNMS(iou_threshold=0.5, score_threshold=0.0), False)
-    with caplog.at_level(logging.ERROR, "anchorline.plugins"):
-        assert plugin.enqueue([object()], [], [1], [2], 0, 0) == 1
-    assert "BatchedNMS.enqueue failed" in caplog.text
+    mark = tensorrt_library.errors.mark()
+    with pytest.raises(AttributeError, match="dims"):
+        plugin.enqueue([object()], [], [1], [2], 0, 0)
+    assert tensorrt_library.errors.reason(mark).startswith("running BatchedNMS failed: ")
+
+
+def test_kernels_that_cannot_be_loaded_refuse_the_context(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: str, kernels: Any) -> None:
+        raise CudaError("loading the image of nms", "CUDA_ERROR_NO_BINARY_FOR_GPU")
+
+    monkeypatch.setattr(plugins, "preload", refuse)
+    op = plugins.BatchedNMS(iou_threshold=0.5, score_threshold=0.0)
+    assert plugins._plugin_class(rtx)(op, False).attach_to_context(None).op is op  # to build loads none
+    with pytest.raises(CudaError, match="NO_BINARY_FOR_GPU"):
+        plugins._plugin_class(rtx)(op, True).attach_to_context(None)
 
 
 def test_what_is_serialised_makes_the_same_plugin(rtx: Any) -> None:
@@ -117,7 +128,7 @@ def test_building_loads_no_cuda(rtx: Any) -> None:
         "options = BuildOptions(target='tensorrt-rtx', compute_capabilities=(86,))\n"
         "toolkit = engine.load_toolkit(options)\n"
         "builder = toolkit.create_builder()\n"
-        f"network = engine.parse(toolkit, builder, onnx.parser.parse_model('''{NMS}'''), (1, 2, 8))\n"
+        f"network, _ = engine.parse(toolkit, builder, onnx.parser.parse_model('''{NMS}'''), (1, 2, 8))\n"
         "print(len(engine.serialise(toolkit, builder, network, options, (1, 2, 8)).content))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

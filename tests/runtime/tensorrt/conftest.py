@@ -105,7 +105,8 @@ def gpu(
     modules = {name: trt_module.TensorRTDouble(real, driver, name) for name in ("tensorrt", "tensorrt-rtx")}
     monkeypatch.setattr(cuda_layer, "load_driver", lambda: driver)
     monkeypatch.setattr(tensorrt_lane, "load_tensorrt", modules.__getitem__)
-    monkeypatch.setattr(tensorrt_engine, "tensorrt_logger", lambda name: None)
+    for module in (tensorrt_engine, plugins):
+        monkeypatch.setattr(module, "tensorrt_logger", lambda name: None)
     monkeypatch.setattr(plugins, "_registered", {})
     monkeypatch.setattr(opening, "_said", set())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

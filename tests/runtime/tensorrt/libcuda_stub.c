@@ -29,6 +29,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) { return *value 
 int cuDevicePrimaryCtxRetain(Handle *context, int device) { return *context = 7, ++alive, OK; }
 int cuDevicePrimaryCtxRelease(int device) { return --alive, OK; }
 int cuDevicePrimaryCtxRelease_v2(int device) { return --alive, OK; }
+int cuCtxGetDevice(int *device) { return *device = 0, OK; }
 int cuCtxGetCurrent(Handle *context) { return *context = current, OK; }
 int cuCtxSetCurrent(Handle context) { return current = context, OK; }
 int cuCtxPushCurrent(Handle context) { return current = context, OK; }

@@ -24,10 +24,11 @@ class TensorRTDouble:
 
     def __init__(self, real: Any, driver: Any, flavour: str, version: str = "11.4.0.26") -> None:
         self.real, self.driver, self.flavour = real, driver, flavour
-        self.__name__, self.__version__ = f"double of {flavour}", version
+        self.__name__, self.__version__ = flavour.replace("-", "_"), version
         self.life: list[str] = []
         self.refuse: dict[str, str] = {}  # "execute", "context", "deserialize" -> what the log will say
         self.registered: list[str] = []
+        self.own_plugins = flavour == "tensorrt-rtx"  # whether ROIAlign_TRT is there, where it is a plugin
         self.executions = 0
         self.check_names(Engine, real.ICudaEngine)
         self.check_names(Context, real.IExecutionContext)
@@ -52,6 +53,11 @@ class TensorRTDouble:
 
     def register_creator(self, creator: Any, namespace: str) -> bool:
         self.registered.append(creator.name)
+        return True
+
+    def init_libnvinfer_plugins(self, logger: Any, namespace: str) -> bool:
+        assert self.flavour == "tensorrt", "TensorRT for RTX has no library of plugins"
+        self.own_plugins = namespace == ""
         return True
 
     def failed(self, reason: str) -> None:
@@ -81,8 +87,8 @@ class Runtime:
             trt.failed("Engine host code is not allowed")
             return None
         missing = set(plan["plugins"]) - set(trt.registered)
-        if missing:
-            trt.failed(f"Cannot find plugin: {', '.join(missing)}")
+        if missing or not trt.own_plugins:
+            trt.failed(f"Cannot find plugin: {', '.join(missing or ['ROIAlign_TRT'])}")
             return None
         return Engine(trt, plan)
 
