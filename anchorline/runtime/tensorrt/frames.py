@@ -25,7 +25,8 @@ from anchorline.runtime.tensorrt.kernels import Launch
 
 _BGR = "Expected a device frame as uint8 BGR of shape [H, W, 3]"
 
-_CUDA, _CUDA_HOST, _CUDA_MANAGED = 2, 3, 13  # kDLCUDA, kDLCUDAHost (pinned) and kDLCUDAManaged of dlpack.h
+# kDLCPU, kDLCUDA, kDLCUDAHost (pinned) and kDLCUDAManaged of dlpack.h
+_CPU, _CUDA, _CUDA_HOST, _CUDA_MANAGED = 1, 2, 3, 13
 _READABLE = (_CUDA, _CUDA_HOST, _CUDA_MANAGED)  # by a kernel
 _MAJOR = 1  # of dlpack.h, which we ask for: earlier ones know no tensors that are read only
 _VERSIONED_BYTES = 32  # of DLManagedTensorVersioned before its DLTensor: version, context, deleter, flags
@@ -164,8 +165,9 @@ def _read_dlpack(tensor: Any, stream: int) -> _Array:
     the owner: its destructor gives the memory back.
     """
     try:
+        announced = tensor.__dlpack_device__()[0]
         # Memory of the host is on no stream: PyTorch refuses one there.
-        asked = None if tensor.__dlpack_device__()[0] == _CUDA_HOST else stream
+        asked = None if announced == _CUDA_HOST else stream
         try:
             capsule = tensor.__dlpack__(stream=asked, max_version=(_MAJOR, 0))
         except TypeError:  # from before there were versions
@@ -179,7 +181,9 @@ def _read_dlpack(tensor: Any, stream: int) -> _Array:
         else:
             address = _pointer_of(capsule, b"dltensor")
         found = _Tensor.from_address(address)
-        if found.device_type not in _READABLE:
+        # What PyTorch announces as pinned memory is the CPU's in its capsule; the driver is asked about it.
+        pinned = announced == _CUDA_HOST and found.device_type in (_CPU, _CUDA_HOST)
+        if not pinned and found.device_type not in _READABLE:
             raise ValueError(f"it lies on a device of type {found.device_type}")
     except Exception as error:
         raise FrameError(
@@ -192,7 +196,7 @@ def _read_dlpack(tensor: Any, stream: int) -> _Array:
     if found.lanes != 1:
         dtype += f"x{found.lanes}"
     start = int(found.data or 0) + int(found.byte_offset)
-    device = None if found.device_type == _CUDA_HOST else int(found.device_id)
+    device = None if pinned or found.device_type == _CUDA_HOST else int(found.device_id)
     return start, shape, strides, dtype, device, None, capsule
 
 

@@ -18,7 +18,7 @@ from anchorline.runtime.tensorrt.frames import _Tensor
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 LEGACY, PER_THREAD = 1, 2
-CUDA, PINNED, MANAGED, ROCM = 2, 3, 13, 10
+CPU, CUDA, PINNED, MANAGED, ROCM = 1, 2, 3, 13, 10
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
@@ -112,11 +112,33 @@ def test_a_tensor_in_pinned_memory_is_read_where_it_lies(gpu: Any, detector: Det
         gpu.driver.cuMemFreeHost(address)
 
 
+def test_a_pinned_tensor_of_pytorch_is_read_where_it_lies(
+    gpu: Any, detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It announces pinned memory and its capsule says the CPU, by PyTorch's own code but for the pinning."""
+    torch = pytest.importorskip("torch")
+    expected = detector(PIXELS)
+    with detector._backend._cuda.current():
+        (_, address) = gpu.driver.cuMemHostAlloc(PIXELS.nbytes, 0)
+        tensor = torch.from_numpy(gpu.driver.pinned[address].reshape(PIXELS.shape))
+        tensor[:] = torch.from_numpy(PIXELS)
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+        assert tensor.__dlpack_device__()[0] == PINNED
+        gpu.driver.calls.clear()
+        check_same(detector(tensor), expected)
+        assert "cuMemcpyHtoDAsync" not in gpu.driver.names()
+        elsewhere = torch.from_numpy(PIXELS)
+        with pytest.raises(FrameError, match="whose address CUDA does not know"):
+            detector(elsewhere)
+        gpu.driver.cuMemFreeHost(address)
+
+
 @pytest.mark.parametrize(
     ("told", "message"),
     [
         ({"major": 2}, "version 2 of DLPack; versions 0 and 1 are known"),
         ({"inside": ROCM}, "it lies on a device of type 10"),
+        ({"inside": CPU}, "it lies on a device of type 1"),
         ({"strides": (240, 3, 2)}, "make it contiguous first"),
         ({"strides": (0, 3, 1)}, "make it contiguous first"),
     ],
