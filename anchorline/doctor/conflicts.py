@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from anchorline.doctor.machine import Machine, numbers
+from anchorline.runtime.backends.execution_providers import PROVIDER_PACKAGES
 
 OPENCV = (
     "opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless",
@@ -38,7 +39,9 @@ class Finding:
 
 def find_conflicts(machine: Machine) -> list[Finding]:
     """All findings about a machine, problems first."""
-    checks = (_broken_imports, _installed_twice, _cuda_versions, _tensorrt_parts, _notes)
+    checks = (
+        _broken_imports, _installed_twice, _provider_packages, _cuda_versions, _tensorrt_parts, _notes,
+    )  # fmt: skip
     found = [finding for check in checks for finding in check(machine)]
     return sorted(found, key=lambda each: each.level != "problem")
 
@@ -90,6 +93,27 @@ def _installed_twice(machine: Machine) -> Iterator[Finding]:
             f"{there}; they install the same files, and the later one broke the earlier",
             f"pip uninstall -y {' '.join(runtimes)}, then pip install {keep}",
         )
+
+
+def _provider_packages(machine: Machine) -> Iterator[Finding]:
+    """TensorRT for RTX comes for plain onnxruntime, which onnxruntime-gpu stands in the place of."""
+    gpu = "onnxruntime-gpu"
+    for name in provider_packages(machine, "tensorrt-rtx"):
+        if gpu in machine.packages:
+            yield Finding(
+                "problem",
+                f"{_listed(machine, [name])} is made for plain onnxruntime from 1.24 on, and "
+                f"{_listed(machine, [gpu])} is installed in its place",
+                f"keep one of them: for the provider tensorrt-rtx pip uninstall -y {gpu}, then pip install "
+                f"--force-reinstall 'onnxruntime>=1.24'; for cuda and tensorrt pip uninstall -y {name}",
+            )
+
+
+def provider_packages(machine: Machine, provider: str) -> list[str]:
+    """The installed packages that bring ``provider`` to plain onnxruntime, for whichever CUDA."""
+    form = re.compile(rf"{PROVIDER_PACKAGES[provider].distribution}(?:-cu\d+)?")
+    found = [name for name in sorted(machine.packages) if form.fullmatch(name)]
+    return found[-1:]  # the one without a number installs the other
 
 
 def _cuda_versions(machine: Machine) -> Iterator[Finding]:

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 SHOWN_PACKAGES = {
     "PyTorch": ("torch", "torchvision"),
     "TensorRT": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
-    "TensorRT for RTX": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
+    "TensorRT for RTX": (
+        "tensorrt-rtx",
+        "tensorrt-rtx-cu13",
+        "tensorrt-rtx-cu12",
+        "onnxruntime-ep-nv-tensorrt-rtx-cu13",
+        "onnxruntime-ep-nv-tensorrt-rtx-cu12",
+    ),
     "CUDA for Python": ("cuda-bindings", "cuda-core", "pycuda"),
     "OpenVINO": ("openvino", "onnxruntime-ep-openvino"),
 }
@@ -116,7 +122,12 @@ def _machine_rows(machine: Machine) -> Iterator[tuple[str, str]]:
     yield "NVIDIA driver", f"{driver}{runs_cuda}"
     yield "NumPy", machine.numpy.version or "missing"
     yield "OpenCV", machine.opencv.version or "missing"
-    yield "onnxruntime", f"{runtime}: {', '.join(machine.providers)}" if runtime else "not installed"
+    linked = machine.onnxruntime_tensorrt
+    tensorrt = f"; its TensorRT provider is linked to TensorRT {linked}" if linked else ""
+    yield (
+        "onnxruntime",
+        f"{runtime}: {', '.join(machine.providers)}{tensorrt}" if runtime else "not installed",
+    )
     for title, names in SHOWN_PACKAGES.items():
         there = [f"{name} {packages[name]}" for name in names if name in packages]
         yield title, ", ".join(there) or "not installed"

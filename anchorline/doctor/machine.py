@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from anchorline.runtime.backends.cpu_options import cpu_facts
+from anchorline.runtime.backends.execution_providers import linked_tensorrt
 
 _REQUIREMENT_NAME = re.compile(r"[A-Za-z0-9._-]+")
 _QUERY = "name,compute_cap,memory.total,driver_version"
@@ -76,7 +77,8 @@ class Imported:
 class Machine:
     """``packages`` and ``requirers`` are of ``installed_packages``, ``importable`` by module of ``PROBED``.
 
-    ``providers`` are onnxruntime's, ``onnxruntime_cuda`` the CUDA version it was built for ("" for none).
+    ``providers`` are onnxruntime's, ``onnxruntime_cuda`` the CUDA version it was built for ("" for none),
+    ``onnxruntime_tensorrt`` the major version of TensorRT that its provider is linked to.
     """
 
     system: str
@@ -90,6 +92,7 @@ class Machine:
     onnxruntime: Imported
     providers: tuple[str, ...] = ()
     onnxruntime_cuda: str = ""
+    onnxruntime_tensorrt: int | None = None
     gpu: GpuState = field(default_factory=GpuState)
 
 
@@ -115,6 +118,7 @@ def examine_machine() -> Machine:
         onnxruntime=runtime,
         providers=providers,
         onnxruntime_cuda=str(getattr(module, "cuda_version", None) or ""),
+        onnxruntime_tensorrt=linked_tensorrt(),
         gpu=find_gpus(),
     )
 

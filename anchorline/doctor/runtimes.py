@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from anchorline.doctor.artefact import Artefact
-from anchorline.doctor.conflicts import Finding, tensorrt_packages
+from anchorline.doctor.conflicts import Finding, provider_packages, tensorrt_packages
 from anchorline.doctor.machine import Machine, numbers
 from anchorline.runtime.backends.cpu_options import CpuOptions, adds_in_16_bits, has_native_bf16
+from anchorline.runtime.backends.execution_providers import PROVIDER_PACKAGES
 from anchorline.runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend
 from anchorline.runtime.backends.selection import open_backend
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError
@@ -100,6 +101,8 @@ def _pytorch(machine: Machine) -> Runtime:
 
 def _onnxruntime(name: str, path: Path, machine: Machine) -> Runtime:
     provider, package = PROVIDERS[name], "onnxruntime" if name == "cpu" else "onnxruntime-gpu"
+    if name in PROVIDER_PACKAGES:
+        package = next(iter(provider_packages(machine, name)), PROVIDER_PACKAGES[name].distribution)
     version, error = machine.onnxruntime.version, machine.onnxruntime.error
     needs_package = package == "onnxruntime" or package not in machine.packages
     fault = None
@@ -111,12 +114,27 @@ def _onnxruntime(name: str, path: Path, machine: Machine) -> Runtime:
         fault = f"onnxruntime has no {provider}: pip install {package}"
     elif name != "cpu" and not machine.gpu.gpus:
         fault = _no_gpu(machine)
+    elif name == "tensorrt" and (other := _other_tensorrt(machine)):
+        fault = other
     else:
         try:
             OnnxRuntimeBackend(path, "cpu").close()  # as ``detect`` loads it
         except ArtefactError as refused:
             fault = str(refused)
     return Runtime(f"onnxruntime, {name}", fault is None, fault or f"onnxruntime {version} loads it")
+
+
+def _other_tensorrt(machine: Machine) -> str | None:
+    """What is wrong where onnxruntime's provider is linked to another TensorRT than is installed, or to one
+    where none is."""
+    linked = machine.onnxruntime_tensorrt
+    there = [machine.packages[name] for name in tensorrt_packages(machine, "tensorrt")]
+    if linked is None or linked in [numbers(version)[0] for version in there]:
+        return None
+    return (
+        f"its provider is linked to TensorRT {linked}, and {there[0] if there else 'none'} is installed: "
+        f"pip install 'tensorrt=={linked}.*', or build an engine, which runs on the TensorRT that is here"
+    )
 
 
 def _tensorrt(engine: EngineManifest, machine: Machine) -> Runtime:

@@ -377,6 +377,44 @@ def test_the_providers_of_onnxruntime(
     }
 
 
+def test_the_tensorrt_of_onnxruntime_s_provider(
+    artefacts: dict[str, Artefact], make_machine: Make, gpu_state: Callable[..., GpuState]
+) -> None:
+    """It is linked to one major version, and the other one that is installed is none to it."""
+
+    def reason(**packages: str) -> tuple[bool, str]:
+        machine = make_machine(
+            {"onnxruntime-gpu": "1.31.1", **packages},
+            providers=("TensorrtExecutionProvider", "CPUExecutionProvider"),
+            onnxruntime_tensorrt=10,
+            gpu=gpu_state(),
+        )
+        runs = {each.name: (each.runs, each.reason) for each in runtimes_for(artefacts["onnx"], machine)}
+        return runs["onnxruntime, tensorrt"]
+
+    assert reason(tensorrt="10.16.1.11")[0]
+    assert reason(tensorrt="11.4.0.106") == (
+        False,
+        "its provider is linked to TensorRT 10, and 11.4.0.106 is installed: pip install 'tensorrt==10.*', "
+        "or build an engine, which runs on the TensorRT that is here",
+    )
+    assert "linked to TensorRT 10, and none is installed" in reason()[1]
+
+
+def test_tensorrt_for_rtx_as_a_package_of_its_own(
+    artefacts: dict[str, Artefact], make_machine: Make, gpu_state: Callable[..., GpuState]
+) -> None:
+    def reason(**packages: str) -> tuple[bool, str]:
+        machine = make_machine(packages, gpu=gpu_state())
+        runs = {each.name: (each.runs, each.reason) for each in runtimes_for(artefacts["onnx"], machine)}
+        return runs["onnxruntime, tensorrt-rtx"]
+
+    assert reason(**{"onnxruntime-ep-nv-tensorrt-rtx-cu13": "0.5.0"})[0]
+    runs, why = reason()
+    assert not runs
+    assert why.endswith("has no NvTensorRTRTXExecutionProvider: pip install onnxruntime-ep-nv-tensorrt-rtx")
+
+
 @pytest.mark.parametrize("vnni", [True, False])
 def test_weights_that_need_vnni_are_noted(
     vnni: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -71,7 +71,20 @@ def test_onnxruntime_twice(
 
 
 def test_a_provider_plugin_is_no_second_onnxruntime(make_machine: Make) -> None:
-    assert find_conflicts(make_machine({"onnxruntime-ep-openvino": "1.2.0"})) == []
+    rtx = {"onnxruntime-ep-nv-tensorrt-rtx": "0.5.0", "onnxruntime-ep-nv-tensorrt-rtx-cu13": "0.5.0"}
+    assert find_conflicts(make_machine({"onnxruntime-ep-openvino": "1.2.0", **rtx})) == []
+
+
+def test_the_plugin_of_tensorrt_for_rtx_beside_onnxruntime_gpu(make_machine: Make) -> None:
+    rtx = {"onnxruntime-ep-nv-tensorrt-rtx": "0.5.0", "onnxruntime-ep-nv-tensorrt-rtx-cu13": "0.5.0"}
+    finding = only_finding(make_machine({"onnxruntime": None, "onnxruntime-gpu": "1.31.1", **rtx}))
+    assert finding.level == "problem"
+    assert finding.text == (
+        "onnxruntime-ep-nv-tensorrt-rtx-cu13 0.5.0 is made for plain onnxruntime from 1.24 on, and "
+        "onnxruntime-gpu 1.31.1 is installed in its place"
+    )
+    assert "pip uninstall -y onnxruntime-gpu, then" in finding.remedy
+    assert finding.remedy.endswith("pip uninstall -y onnxruntime-ep-nv-tensorrt-rtx-cu13")
 
 
 @pytest.mark.parametrize(

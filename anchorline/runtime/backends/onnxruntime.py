@@ -1,6 +1,6 @@
 """Running an exported ONNX file with onnxruntime, on the CPU or on a GPU.
 
-The only module that imports onnxruntime.
+With ``execution_providers``, for what its providers need, the only module that imports onnxruntime.
 """
 
 from __future__ import annotations
@@ -17,13 +17,26 @@ from typing import Any
 import numpy as np
 
 from anchorline.runtime.backends.base import Arrays, HostLane
-from anchorline.runtime.backends.cpu_options import CpuOptions, adds_in_16_bits, core_budget
+from anchorline.runtime.backends.cpu_options import (
+    CpuOptions,
+    adds_in_16_bits,
+    core_budget,
+    has_native_bf16,
+)
+from anchorline.runtime.backends.execution_providers import (
+    PROVIDER_PACKAGES,
+    add_provider,
+    linked_tensorrt,
+    packaged_providers,
+    preload_libraries,
+)
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.io.errors import ArtefactError, GpuError, SettingsError, one_line
 from anchorline.runtime.model_file import read_onnx
 from anchorline.runtime.tensorrt.cuda import CudaError, GpuOptions
 
-# By their names on the command line; those of a GPU come with onnxruntime-gpu.
+# By their names on the command line; the second and third come with onnxruntime-gpu, the last as a package of
+# its own or in a build of onnxruntime.
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -45,13 +58,15 @@ log = logging.getLogger("anchorline.runtime")
 
 
 def available_providers() -> list[str]:
-    """The names in ``PROVIDERS`` that the installed onnxruntime was built with; ``cpu`` without any."""
+    """The names in ``PROVIDERS`` that the installed onnxruntime was built with, and those that it has a
+    package for; ``cpu`` without onnxruntime."""
     try:
         import onnxruntime
     except ImportError:
         return ["cpu"]
     there = onnxruntime.get_available_providers()
-    return [name for name, provider in PROVIDERS.items() if provider in there]
+    built_in = [name for name, provider in PROVIDERS.items() if provider in there]
+    return list(dict.fromkeys([*built_in, *packaged_providers()]))
 
 
 class OnnxRuntimeBackend:
@@ -80,7 +95,12 @@ class OnnxRuntimeBackend:
         self._threads = CpuOptions(threads).thread_count
         model = read_onnx(self.path)
         self.contract = model.contract
-        exact = exact_sums(self.contract) if provider == "cpu" else {}
+        exact = exact_sums(self.contract) if provider in ("cpu", "openvino") else {}
+        if exact and provider == "openvino":
+            raise ArtefactError(
+                f"{self.path}: its 8-bit weights need VNNI, which this processor has not; quantise the float "
+                "model again, or use the provider cpu"
+            )
         with model.checked():
             self._session: Any = _open_session(self.path, provider, options, self._threads, exact)
         if exact:
@@ -90,6 +110,8 @@ class OnnxRuntimeBackend:
                 self.path,
             )
         self.precision = self.contract.precision
+        if provider == "openvino" and self.precision == "fp32" and has_native_bf16():
+            self.precision = "bf16"  # OpenVINO's own choice there
         # On a GPU inputs and outputs stay bound to device memory. TensorRT's providers move them themselves.
         self._bound = (
             BoundNetwork(self._session, self.contract, "cuda", options.device, bool(options.graph))
@@ -265,6 +287,7 @@ def _open_session(
             f"{path}: running ONNX files needs onnxruntime ({error}); pip install 'anchorline[cpu]'"
         ) from error
     options = _session_options(threads, config)
+    providers = _prepare(options, path, provider, gpu)
     if inlined is not None:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.optimized_model_filepath = str(inlined)  # functions are inlined even so
@@ -273,7 +296,7 @@ def _open_session(
         session = onnxruntime.InferenceSession(
             str(path),
             options,
-            providers=_provider_list(provider, gpu),
+            providers=providers,
             enable_fallback=0,
             disabled_optimizers=_UNWANTED_OPTIMIZERS,
         )
@@ -285,19 +308,42 @@ def _open_session(
             ) from error
         if provider != "cpu":  # a file that is at fault fails on the CPU as well
             raise GpuError(
-                f"{path}: onnxruntime {onnxruntime.__version__} cannot start {PROVIDERS[provider]} here "
+                f"{path}: onnxruntime {onnxruntime.__version__} cannot start {_full_name(provider)} here "
                 f"({reason}); see anchorline doctor, or use the provider cpu"
             ) from None
         raise ArtefactError(
             f"{path}: onnxruntime {onnxruntime.__version__} cannot load it ({reason}); "
             "upgrade onnxruntime or export the model again"
         ) from error
-    if PROVIDERS[provider] not in session.get_providers():  # it goes on without one that does not start
+    if _full_name(provider) not in session.get_providers():  # it goes on without one that does not start
+        linked = linked_tensorrt() if provider == "tensorrt" else None
+        tensorrt = f", and TensorRT {linked}, which it is linked to" if linked else ""
         raise GpuError(
             f"{path}: onnxruntime {onnxruntime.__version__} cannot start {PROVIDERS[provider]} here; it "
-            "needs an NVIDIA GPU and the CUDA it was built for, see anchorline doctor"
+            f"needs an NVIDIA GPU and the CUDA it was built for{tensorrt}, see anchorline doctor"
         )
     return session
+
+
+def _prepare(options: Any, path: Path, provider: str, gpu: GpuOptions) -> list[Any] | None:
+    """The providers for a session, or ``None`` where a package's was added to its ``options``."""
+    import onnxruntime
+
+    if PROVIDERS.get(provider) in onnxruntime.get_available_providers():
+        if provider in ("cuda", "tensorrt"):
+            preload_libraries()
+        return _provider_list(provider, gpu)
+    settings = {_GRAPH_OPTIONS[provider]: "1"} if gpu.graph and provider in _GRAPH_OPTIONS else {}
+    try:
+        add_provider(options, provider, gpu.device if provider in _GRAPH_OPTIONS else 0, settings)
+    except GpuError as error:
+        raise GpuError(f"{path}: {error}") from None
+    return None
+
+
+def _full_name(provider: str) -> str:
+    """onnxruntime's own."""
+    return PROVIDERS[provider] if provider in PROVIDERS else PROVIDER_PACKAGES[provider].provider
 
 
 def _provider_list(provider: str, gpu: GpuOptions) -> list[Any]:

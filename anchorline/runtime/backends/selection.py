@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from anchorline.runtime.backends.cpu_options import CpuOptions
+from anchorline.runtime.backends.execution_providers import PROVIDER_PACKAGES
 from anchorline.runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, available_providers
 from anchorline.runtime.backends.openvino import has_openvino
 from anchorline.runtime.io.errors import ArtefactError, GpuError, SettingsError, shown
@@ -47,11 +48,14 @@ def open_backend(path: Path, provider: str, cpu: CpuOptions, options: GpuOptions
         path = onnx_of(path, manifest)
     offered = _offered()
     if provider not in offered:
-        package = "the package openvino" if provider == OPENVINO else "onnxruntime-gpu"
-        extra = "; pip install 'anchorline[openvino]'" if provider == OPENVINO else ""
+        package = PROVIDER_PACKAGES["tensorrt-rtx"].distribution
+        if provider != "tensorrt-rtx":
+            package = "onnxruntime-gpu; pip install 'anchorline[gpu]'"
+        if provider == OPENVINO:
+            package = "the package openvino; pip install 'anchorline[openvino]'"
         raise SettingsError(
-            f"provider is {provider!r}, which is not to be had here (it comes with {package}{extra}); "
-            f"available here: {', '.join(offered)}"
+            f"provider is {provider!r}, which is not to be had here (it comes with {package}); available "
+            f"here: {', '.join(offered)}"
         )
     return _open_onnx(path, _BEST_FIRST if provider == "auto" else (provider,), cpu, options)
 
@@ -99,10 +103,15 @@ def _open_onnx(path: Path, names: tuple[str, ...], cpu: CpuOptions, options: Gpu
 
 
 def _open_on(path: Path, provider: str, cpu: CpuOptions, options: GpuOptions) -> Backend:
-    if provider == OPENVINO:
+    if provider == OPENVINO and has_openvino():
         from anchorline.runtime.backends.openvino import OpenVINOBackend
 
         return OpenVINOBackend(path, cpu)
+    if provider == OPENVINO and cpu.precision != "auto":
+        raise SettingsError(
+            f"cpu_precision is {cpu.precision!r}, and OpenVINO as onnxruntime's provider chooses by itself; "
+            "that takes the package openvino: pip install 'anchorline[openvino]', or use auto"
+        )
     if cpu.precision == "bf16":
         raise SettingsError(
             f"cpu_precision is 'bf16', but the provider {provider} does not compute in bf16 on a processor; "
@@ -112,7 +121,7 @@ def _open_on(path: Path, provider: str, cpu: CpuOptions, options: GpuOptions) ->
 
 
 def _offered() -> list[str]:
-    return ["auto", *available_providers(), *([OPENVINO] if has_openvino() else [])]
+    return list(dict.fromkeys(["auto", *available_providers(), *([OPENVINO] if has_openvino() else [])]))
 
 
 def _say_once(path: Path, text: str) -> None:

@@ -222,8 +222,10 @@ def test_by_name_a_provider_that_does_not_start_is_an_error(with_cuda: list[Any]
 def test_a_provider_that_is_not_there(model_path: Path) -> None:
     if available_providers() != ["cpu"]:
         pytest.skip("this onnxruntime has a GPU's providers")
-    for provider in ("cuda", "tensorrt", "tensorrt-rtx"):
-        with pytest.raises(SettingsError, match=r"onnxruntime-gpu\); available here: auto, cpu"):
+    gpu = "onnxruntime-gpu; pip install 'anchorline\\[gpu\\]'"
+    packages = {"cuda": gpu, "tensorrt": gpu, "tensorrt-rtx": "onnxruntime-ep-nv-tensorrt-rtx"}
+    for provider, package in packages.items():
+        with pytest.raises(SettingsError, match=rf"comes with {package}\); available here: auto, cpu"):
             Detector(model_path, provider=provider)
 
 
