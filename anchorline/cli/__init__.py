@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from anchorline import __version__, console
-from anchorline.cli.convert import build, export, import_, quantize
+from anchorline.cli.convert import build, export, import_, plugin_library, quantize
 from anchorline.cli.detect import detect
 from anchorline.cli.evaluate import evaluate, proposals
 from anchorline.cli.examine import bench, doctor, verify
@@ -46,9 +46,10 @@ def _anchorline(
     raise typer.Exit
 
 
-_VERBS = (detect, evaluate, train, proposals, import_, export, quantize, verify, build, demo, bench, doctor)
-for _verb in _VERBS:
-    app.command(_verb.__name__.rstrip("_"))(_verb)
+_DATA = (detect, evaluate, train, proposals)
+_FILES = (import_, export, quantize, verify, build, plugin_library)
+for _verb in (*_DATA, *_FILES, demo, bench, doctor):
+    app.command(_verb.__name__.rstrip("_").replace("_", "-"))(_verb)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

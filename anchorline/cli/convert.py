@@ -1,4 +1,4 @@
-"""From one artefact to the next: ``import``, ``export``, ``quantize`` and ``build``."""
+"""From one artefact to the next: ``import``, ``export``, ``quantize``, ``build`` and ``plugin-library``."""
 
 from __future__ import annotations
 
@@ -219,3 +219,24 @@ def build(
     for line in result.notes:
         say(line, to_stderr=True)
     say(f"{result.path}: {result.describe()}")
+
+
+def plugin_library(
+    *,
+    out: Annotated[Path, typer.Option(help="The .so file to write.")],
+    compiler: Annotated[
+        str | None,
+        typer.Option(help="A C++17 compiler for the machine that will run it (default: $CXX, c++)."),
+    ] = None,
+    register_on_load: Annotated[
+        bool,
+        typer.Option(
+            "--register-on-load", help="For Triton, which only opens it; trtexec refuses such a one."
+        ),
+    ] = False,
+) -> None:
+    """Compile our TensorRT plugins for programs without Python."""
+    from anchorline.engine.plugin_library import build_plugin_library
+
+    library = build_plugin_library(out, compiler=compiler, register_on_load=register_on_load)
+    say(f"{library}: BatchedNMS and RoIPool for TensorRT 10, 11 and TensorRT for RTX")

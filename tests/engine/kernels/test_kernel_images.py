@@ -59,7 +59,7 @@ def test_an_old_gpu_is_refused() -> None:
 
 def test_a_damaged_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(images, "FOLDER", tmp_path)
-    images.image.cache_clear()
+    images.images.cache_clear()
     (tmp_path / "kernels.zip").write_bytes(b"PK")
     with pytest.raises(ArtefactError, match=r"kernels\.zip: cannot be read"):
         images.image("nms", 86)

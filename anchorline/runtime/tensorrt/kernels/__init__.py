@@ -35,7 +35,6 @@ def source_hash(source: str) -> str:
     return hashlib.sha256((FOLDER / f"{source}.cu").read_bytes()).hexdigest()
 
 
-@functools.cache
 def image(source: str, architecture: int) -> bytes:
     """The image of ``source`` for a GPU of compute capability ``architecture`` (86 for 8.6).
 
@@ -46,13 +45,23 @@ def image(source: str, architecture: int) -> bytes:
         raise ArtefactError(
             f"the GPU has compute capability {architecture / 10}; the plugins need 7.5 or above"
         )
+    every = images(source)
+    return every.get(architecture, every[0])
+
+
+@functools.cache
+def images(source: str) -> dict[int, bytes]:
+    """All images of ``source`` by architecture; 0 is PTX. Raises ``ArtefactError`` for a damaged package."""
     import zipfile  # here, since an import of the runtime needs no images
 
-    name = f"{source}.sm_{architecture}.cubin"
+    start, ptx = f"{source}.sm_", f"{source}.compute_{PTX_ARCHITECTURE}.ptx"
     try:
         with zipfile.ZipFile(FOLDER / "kernels.zip") as archive:
-            own = name in archive.namelist()
-            return archive.read(name if own else f"{source}.compute_{PTX_ARCHITECTURE}.ptx")
+            cubins = [name for name in archive.namelist() if name.startswith(start)]
+            own = {
+                int(name.removeprefix(start).removesuffix(".cubin")): archive.read(name) for name in cubins
+            }
+            return {**own, 0: archive.read(ptx)}
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise ArtefactError(
             f"{FOLDER / 'kernels.zip'}: cannot be read ({error}); install anchorline again"
