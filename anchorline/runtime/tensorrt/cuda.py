@@ -50,6 +50,10 @@ _LOST_IN_PYCUDA = {
 }
 _FOREIGN_STREAMS = 64  # of a program with pycuda that are remembered
 
+# Held by whoever allocates, frees or loads, and while TensorRT for RTX queues its work: it may be capturing a
+# graph, which such calls of other threads end in CUDA's global mode.
+memory_lock = threading.RLock()
+
 
 @dataclass(frozen=True)
 class GpuOptions:
@@ -232,7 +236,8 @@ class BindingsCuda:
     def allocate(self, size: int, what: str, remedy: str) -> int:
         """Device memory of ``size`` bytes; ``what`` and ``remedy`` are for ``OutOfDeviceMemoryError``."""
         try:
-            return int(self._call("cuMemAlloc", size, doing=f"allocating {what}"))
+            with memory_lock:
+                return int(self._call("cuMemAlloc", size, doing=f"allocating {what}"))
         except CudaError as error:
             if error.name != OUT_OF_MEMORY:
                 raise
@@ -242,16 +247,19 @@ class BindingsCuda:
         raise OutOfDeviceMemoryError(size, free, what, remedy)
 
     def free(self, address: int) -> None:
-        self._call("cuMemFree", address, doing="freeing device memory")
+        with memory_lock:
+            self._call("cuMemFree", address, doing="freeing device memory")
 
     def allocate_pinned(self, size: int) -> PinnedBuffer:
         doing = f"allocating {size} bytes of pinned host memory"
-        address = int(self._call("cuMemHostAlloc", size, _PINNED_FLAGS, doing=doing))
+        with memory_lock:
+            address = int(self._call("cuMemHostAlloc", size, _PINNED_FLAGS, doing=doing))
         array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
         return PinnedBuffer(address, array)
 
     def free_pinned(self, buffer: PinnedBuffer) -> None:
-        self._call("cuMemFreeHost", buffer.address, doing="freeing pinned host memory")
+        with memory_lock:
+            self._call("cuMemFreeHost", buffer.address, doing="freeing pinned host memory")
 
     def device_of(self, address: int) -> int | None:
         """The number of the device that the address belongs to, this one for pinned memory, which each GPU
@@ -345,14 +353,15 @@ class BindingsCuda:
 
     def load_kernel(self, source: str, kernel: str) -> Any:
         """A kernel of the folder ``kernels``, ready to be launched."""
-        with self._loading:
+        with memory_lock, self._loading:
             if source not in self._libraries:
                 none: list[Any] = []  # no options, for compiler or library
                 given = (image(source, self.compute_capability), none, none, 0, none, none, 0)
                 self._libraries[source] = self._call("cuLibraryLoadData", *given, doing=f"loading {source}")
             library = self._libraries[source]
-        found = self._call("cuLibraryGetKernel", library, kernel.encode(), doing=f"finding {kernel}")
-        return self._call("cuKernelGetFunction", found, doing=f"loading {kernel}")  # else at the first launch
+            found = self._call("cuLibraryGetKernel", library, kernel.encode(), doing=f"finding {kernel}")
+            # Else it is loaded at the first launch.
+            return self._call("cuKernelGetFunction", found, doing=f"loading {kernel}")
 
     def launch(self, kernel: Any, item: Launch, stream: int) -> None:
         """Queue ``item``, whose kernel was loaded as ``kernel``."""
@@ -441,23 +450,27 @@ class PyCuda:
 
     def allocate(self, size: int, what: str, remedy: str) -> int:
         try:
-            block = self._call(self._pycuda.mem_alloc, size, doing=f"allocating {what}")
+            with memory_lock:
+                block = self._call(self._pycuda.mem_alloc, size, doing=f"allocating {what}")
         except OutOfDeviceMemoryError:
             raise OutOfDeviceMemoryError(size, self.memory_info()[0], what, remedy) from None
         self._memory[int(block)] = block
         return int(block)
 
     def free(self, address: int) -> None:
-        self._call(self._memory.pop(address).free, doing="freeing device memory")
+        with memory_lock:
+            self._call(self._memory.pop(address).free, doing="freeing device memory")
 
     def allocate_pinned(self, size: int) -> PinnedBuffer:
         doing = f"allocating {size} bytes of pinned host memory"
-        array = self._call(self._pycuda.pagelocked_empty, size, np.uint8, doing=doing)
+        with memory_lock:
+            array = self._call(self._pycuda.pagelocked_empty, size, np.uint8, doing=doing)
         self._pinned[array.ctypes.data] = array
         return PinnedBuffer(array.ctypes.data, array)
 
     def free_pinned(self, buffer: PinnedBuffer) -> None:
-        self._call(self._pinned.pop(buffer.address).base.free, doing="freeing pinned host memory")
+        with memory_lock:
+            self._call(self._pinned.pop(buffer.address).base.free, doing="freeing pinned host memory")
 
     def device_of(self, address: int) -> int | None:
         """This GPU or unknown: pycuda does not tell other devices."""
@@ -523,7 +536,7 @@ class PyCuda:
         return float(self._call(times[0].time_till, times[1], doing="reading an event's time")) / 1000.0
 
     def load_kernel(self, source: str, kernel: str) -> Any:
-        with self._loading:
+        with memory_lock, self._loading:
             if source not in self._modules:
                 code, load = image(source, self.compute_capability), self._pycuda.module_from_buffer
                 self._modules[source] = self._call(load, code, doing=f"loading {kernel}")

@@ -15,7 +15,7 @@ import numpy as np
 from anchorline.runtime.contract import NMS_CONVERGED, Contract
 from anchorline.runtime.io.errors import ArtefactError, GpuError, NotCopied, OutputError
 from anchorline.runtime.io.files import atomic_write_bytes, cache_folder, input_errors
-from anchorline.runtime.tensorrt.cuda import Cuda, CudaError, OutOfDeviceMemoryError
+from anchorline.runtime.tensorrt.cuda import Cuda, CudaError, OutOfDeviceMemoryError, memory_lock
 from anchorline.runtime.tensorrt.library import FLAVOURS, errors, tensorrt_logger
 from anchorline.runtime.tensorrt.manifest import EngineManifest
 from anchorline.runtime.tensorrt.plugins import register_plugins
@@ -73,8 +73,11 @@ class TensorRTEngine(NotCopied):
         self.is_rtx = manifest.flavour == "tensorrt-rtx"
         self._trt, self._cuda = trt, cuda
         self._lock = threading.Lock()  # contexts are made one at a time
-        # What TensorRT for RTX compiles for this GPU: a file for each engine, release and kind of GPU.
-        key = f"{manifest.engine_sha256} {trt.__version__} {cuda.compute_capability}"
+        # It captures graphs by itself, in its own calls.
+        self._capturing = memory_lock if self.is_rtx else contextlib.nullcontext()
+        # What TensorRT for RTX compiles for this GPU: a file for each engine, release and kind of GPU. It
+        # refuses another kind's, also one of the same compute capability.
+        key = f"{manifest.engine_sha256} {trt.__version__} {cuda.compute_capability} {cuda.device_name}"
         self._kept_at = cache_folder() / f"rtx-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cache"
         self._kept = b""
         self._cache: Any = None
@@ -153,7 +156,7 @@ class TensorRTEngine(NotCopied):
         captures by itself.
         """
         mark = errors.mark()
-        with self._lock:
+        with self._lock, self._capturing:
             slot = InferenceSlot(self._new_context(graph))
         if slot.context is not None and self.activation_bytes:
             slot.context.set_device_memory(activations, self.activation_bytes)
@@ -197,7 +200,9 @@ class TensorRTEngine(NotCopied):
     def execute(self, slot: InferenceSlot, stream: int) -> None:
         """Queue the network; ``GpuError`` with TensorRT's reason when it refuses."""
         mark = errors.mark()
-        if slot.context.execute_async_v3(stream):
+        with self._capturing:
+            queued = slot.context.execute_async_v3(stream)
+        if queued:
             return
         try:
             self._cuda.synchronize(stream)  # brings to light whether the GPU itself is lost

@@ -57,6 +57,7 @@ class DriverDouble:
         self.misuse: list[str] = []
         self.foreign_device_memory: dict[int, int] = {}  # address -> device of another library
         self.device: dict[int, NDArray[np.uint8]] = {}
+        self.name = "Double"
         self.pinned: dict[int, NDArray[np.uint8]] = {}
         self.streams: dict[int, Stream] = dict.fromkeys(LEGACY, Stream())
         self.events: dict[int, dict[str, Any]] = {}
@@ -226,7 +227,7 @@ class DriverDouble:
         return ordinal if ordinal == 0 else real.CUresult.CUDA_ERROR_INVALID_DEVICE
 
     def do_cuDeviceGetName(self, length: int, device: int) -> bytes:
-        return b"Double".ljust(length, b"\0")
+        return self.name.encode().ljust(length, b"\0")
 
     def do_cuDeviceGetAttribute(self, attribute: Any, device: int) -> int:
         major = attribute == real.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR

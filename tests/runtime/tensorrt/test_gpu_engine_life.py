@@ -252,6 +252,10 @@ def test_the_kernels_of_rtx_are_kept_between_starts(gpu: Any, make_engine: Calla
         with Detector(engine) as detector:
             detector(frames[0])
     assert gpu.trt["tensorrt-rtx"].life.count("cache read") == 1
+    gpu.driver.name = "Another of sm_86"  # for which TensorRT compiles anew
+    with Detector(engine) as detector:
+        detector(frames[0])
+    assert gpu.trt["tensorrt-rtx"].life.count("cache read") == 1
 
 
 def test_another_context_is_given_back(gpu: Any, make_engine: Callable, frames: list) -> None:

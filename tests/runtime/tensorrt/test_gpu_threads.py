@@ -43,6 +43,40 @@ def detector(
         yield opened
 
 
+@pytest.mark.parametrize("flavour", ["tensorrt-rtx", "tensorrt"])
+def test_nothing_is_allocated_while_tensorrt_for_rtx_may_capture(
+    flavour: str, gpu: Any, make_engine: Callable[..., Path], doubles: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An allocation of another thread ends a capture; those of full TensorRT are ours, for one thread."""
+    context = doubles[1].Context
+    running, go_on = threading.Event(), threading.Event()
+    execute = context.execute_async_v3
+
+    def wait(self: Any, stream: int) -> bool:
+        running.set()
+        assert go_on.wait(20)
+        return bool(execute(self, stream))
+
+    allocations = ("cuMemAlloc", "cuMemHostAlloc")
+
+    def allocated() -> int:
+        return sum(name in allocations for name in gpu.driver.names())
+
+    with Detector(make_engine(flavour), workers=2) as detector, ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(context, "execute_async_v3", wait)
+        calls = [pool.submit(detector, level_frame(1))]
+        assert running.wait(20)
+        before = allocated()
+        calls.append(pool.submit(detector, level_frame(2)))  # with a lane of its own
+        deadline = time.monotonic() + (0.3 if flavour == "tensorrt-rtx" else 20)
+        while time.monotonic() < deadline and allocated() == before:
+            time.sleep(0.01)
+        assert (allocated() == before) == (flavour == "tensorrt-rtx")
+        go_on.set()
+        assert [level_of(call.result()) for call in calls] == [1, 2]
+        assert allocated() > before
+
+
 def test_many_threads_get_their_own_results(detector: Detector) -> None:
     sizes = [(48, 64), (20, 30), (100, 150)]
 
