@@ -47,9 +47,9 @@ from torch import Tensor, nn
 
 from anchorline.data.synthetic import generate_scene
 from anchorline.export import import_checkpoint
-from anchorline.export.onnx_export import export_onnx, trimmed_canvas
+from anchorline.export.onnx_export import export_onnx
 from anchorline.runtime import Detections, Detector
-from anchorline.runtime.canvas import place
+from anchorline.runtime.canvas import frame_canvas, place
 from anchorline.train.checkpoint import read_header
 from anchorline.train.predict import TorchDetector
 from anchorline.verify.compare import TOLERANCES, Comparison, compare_outputs, summarise
@@ -421,7 +421,7 @@ def try_case(
     contract = read_header(imported)[1]
     canvases: dict[tuple[int, int], list[int]] = {}
     for number, frame in enumerate(frames):
-        canvases.setdefault(trimmed_canvas(frame.shape[:2], contract), []).append(number)
+        canvases.setdefault(frame_canvas(frame.shape[:2], contract), []).append(number)
     groups: dict[tuple[str, str], list[tuple[int, Comparison]]] = {}
     for index, (canvas, numbers) in enumerate(canvases.items()):
         ours = TorchDetector.load(imported, canvas=canvas)

@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from record import append_row
 
 from anchorline.export.importers.torchvision import TorchvisionDetector
-from anchorline.export.onnx_export import export_onnx, trimmed_canvas
+from anchorline.export.onnx_export import export_onnx
 from anchorline.runtime import Detections, Detector
+from anchorline.runtime.canvas import frame_canvas
 from anchorline.train.predict import TorchDetector
 from anchorline.verify.compare import ComparisonSummary, compare_all
 
@@ -80,9 +81,9 @@ def try_model(name: str, frames: dict[str, list[Frame]], folder: Path) -> bool:
     trial = prepare(name, frames, folder)
     agreeing = []
     for aspect in ASPECTS:
-        canvas = trimmed_canvas(frames[aspect][0].shape[:2], trial.reference.contract)
+        canvas = frame_canvas(frames[aspect][0].shape[:2], trial.reference.contract)
         for frame in frames[aspect]:
-            assert trimmed_canvas(frame.shape[:2], trial.reference.contract) == canvas
+            assert frame_canvas(frame.shape[:2], trial.reference.contract) == canvas
         ours = TorchDetector.load(trial.imported, canvas=canvas)
         agreeing.append(record(trial, aspect, "pytorch", ours.batch, canvas, PYTORCH))
         onnx = folder / "model.onnx"

@@ -35,10 +35,11 @@ from record import append_row
 
 from anchorline.export import import_checkpoint
 from anchorline.export.importers.torchvision import TorchvisionDetector
-from anchorline.export.onnx_export import export_onnx, trimmed_canvas
+from anchorline.export.onnx_export import export_onnx
 from anchorline.runtime import Detections, Detector
 from anchorline.runtime.backends.cpu_options import usable_cores
 from anchorline.runtime.backends.openvino import has_openvino
+from anchorline.runtime.canvas import frame_canvas
 
 MODELS = ("fasterrcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_resnet50_fpn")
 ASPECT = "4:3"  # 800x1088 at 800/1333
@@ -137,7 +138,7 @@ def make_ours(name: str, model: torch.nn.Module, frames: Sequence[Frame], target
     checkpoint, imported = target.with_suffix(".pth"), target.with_suffix(".safetensors")
     torch.save(model.state_dict(), checkpoint)
     result = import_checkpoint(checkpoint, imported, arch=name, verify=False)
-    canvases = {trimmed_canvas(frame.shape[:2], result.contract) for frame in frames}
+    canvases = {frame_canvas(frame.shape[:2], result.contract) for frame in frames}
     assert len(canvases) == 1, canvases
     (canvas,) = canvases
     export_onnx(imported, target, canvas=canvas, verify=False)

@@ -102,10 +102,9 @@ def import_(
         verify=verify,
         warn=warn,
     )
-    height, width = result.contract.canvas
     say(
         f"{result.path}: {result.contract.source['arch']}, {len(result.contract.names)} classes, "
-        f"canvas {height}x{width}, batch-norm eps {result.settings.backbone_norm_eps:g}, "
+        f"{result.contract.frame_sizes}, batch-norm eps {result.settings.backbone_norm_eps:g}, "
         f"{result.verification}"
     )
 
@@ -137,10 +136,8 @@ def export(
         max_batch=max_batch,
         verify=verify,
     )
-    warn(result.notes)
     verdict = "not verified" if result.verification is None else result.verification.describe()
-    height, width = result.contract.canvas
-    say(f"{result.path}: {result.contract.task}, canvas {height}x{width}, {verdict}")
+    say(f"{result.path}: {result.contract.task}, {result.contract.frame_sizes}, {verdict}")
 
 
 def quantize(

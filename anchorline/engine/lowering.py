@@ -248,7 +248,7 @@ def cast_bytes_first(model: onnx.ModelProto) -> None:
         casts[value.name] = [cast_node(value.name, name, TensorProto.FLOAT)]
         readers = [node for node in graph.node if value.name in node.input]
         for node in readers:
-            if node.op_type not in ("Transpose", "Cast"):
+            if node.op_type not in ("Transpose", "Cast", "Shape"):
                 raise ArtefactError(
                     f"input {value.name} is uint8 and read by {node.op_type}; expected a Transpose or a Cast"
                 )

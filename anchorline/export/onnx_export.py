@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,8 @@ from anchorline import __version__
 from anchorline.data.dataset import from_frames
 from anchorline.data.synthetic import scenes
 from anchorline.export.functions import OPSET, attach_functions, save_model
-from anchorline.export.importers.detectron2 import unpadded
-from anchorline.runtime.canvas import padded, place
-from anchorline.runtime.contract import CANVAS_KEY, CONTRACT_KEY, TASKS, Contract
+from anchorline.runtime.canvas import frame_canvas, held_to, usual_canvas
+from anchorline.runtime.contract import CONTRACT_KEY, TASKS, Contract
 from anchorline.runtime.io.errors import SettingsError, check_choice
 from anchorline.runtime.io.files import atomic_path
 from anchorline.train.checkpoint import load_checkpoint, read_header
@@ -35,10 +35,10 @@ from anchorline.train.predict import TorchDetector, TorchStages, check_own_propo
 from anchorline.verify.stages import Subject, onnx_subject
 from anchorline.verify.verification import VerifyReport, settle, verify_subjects, write_not_executed
 
-_NO_LIMIT = 1 << 20  # pixels
-
 # The quick set, for about half a minute: ``anchorline verify`` tries everything. On a large canvas, where one
 # image takes seconds, less of it.
+_EXAMPLE_CANVAS = (192, 256)  # in the trace of a graph for any
+
 QUICK_SCENES = 3
 QUICK_TRAPS = ("empty image", "all 255", "mixed sizes in a batch")
 LARGE_CANVAS = 500_000  # pixels
@@ -48,13 +48,11 @@ LARGE_TRAPS = ("mixed sizes in a batch",)
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The published file, its contract, how it compared with PyTorch (None when not verified), and what to
-    know about its detections."""
+    """The published file, its contract, and how it compared with PyTorch (None when not verified)."""
 
     path: Path
     contract: Contract
     verification: VerifyReport | None
-    notes: tuple[str, ...] = ()
 
 
 def export_onnx(
@@ -70,8 +68,9 @@ def export_onnx(
 ) -> ExportResult:
     """Write the ONNX form of ``checkpoint`` to ``out``.
 
-    ``canvas`` (height, width; multiples of 32) replaces the checkpoint's own; ``frame_size`` (height,
-    width) trims it to what frames of a camera fill (see ``trimmed_canvas``). ``max_batch`` bounds the
+    It takes frames of every size. ``canvas`` (height, width) fixes that of the graph's input;
+    ``frame_size`` (height, width) fixes it to what frames of a camera fill (see ``frame_canvas``).
+    ``max_batch`` bounds the
     otherwise free batch. With ``verify`` the new file must give what PyTorch gives, stage by stage and
     detection by detection, on ``images`` (BGR uint8, any sizes; generated scenes when empty) and in a
     few traps, or ``ParityError`` is raised and nothing is published. The verdict, or that there is none,
@@ -89,20 +88,16 @@ def export_onnx(
             raise SettingsError(
                 f"both a canvas {canvas} and a frame size {frame_size} are given; expected one"
             )
-        canvas = trimmed_canvas(frame_size, read_header(checkpoint)[1])
-    model, contract = load_checkpoint(checkpoint, canvas)
+        canvas = frame_canvas(frame_size, read_header(checkpoint)[1])
+    model, contract = load_checkpoint(checkpoint)
     task = task or contract.task
     check_own_proposals(checkpoint, contract, task)
     contract = dataclasses.replace(
-        contract,
+        held_to(contract, canvas, None),
         task=task,
         outputs=OUTPUTS[task],
         max_batch=max_batch,
-        source={
-            **contract.source,
-            **({CANVAS_KEY: list(canvas)} if canvas else {}),
-            "exported_by": f"anchorline {__version__}",
-        },
+        source={**contract.source, "exported_by": f"anchorline {__version__}"},
     )
     proto = to_onnx(model, contract)
     report = None
@@ -113,20 +108,7 @@ def export_onnx(
             settle(draft, report, "onnxruntime and PyTorch")
         else:
             write_not_executed(draft, "exported with --no-verify", checkpoint)
-    return ExportResult(out, contract, report, unpadded(contract.source))
-
-
-def trimmed_canvas(frame_size: tuple[int, int], contract: Contract) -> tuple[int, int]:
-    """The smallest canvas that holds frames of ``frame_size`` at the scale they have on the model's own.
-
-    Both are (height, width). Objects keep their size in pixels, and the empty part of the canvas,
-    which costs as much time as the full part, is gone. Frames of an imported model have the scale that
-    its source library gives them, whatever the model's canvas, and this is the size it pads them to.
-    """
-    if min(frame_size) < 1:
-        raise SettingsError(f"frame size is {frame_size}; expected a height and a width of at least 1 pixel")
-    room = (_NO_LIMIT, _NO_LIMIT) if contract.resize.is_bounded else contract.canvas
-    return padded(place(frame_size, room, contract.resize).valid)
+    return ExportResult(out, contract, report)
 
 
 def verify_with_pytorch(
@@ -136,7 +118,7 @@ def verify_with_pytorch(
     candidate = onnx_subject(path)
     contract = candidate.detector.contract
     detector = TorchDetector(model, contract)
-    large = contract.canvas[0] * contract.canvas[1] > LARGE_CANVAS
+    large = math.prod(usual_canvas(contract)) > LARGE_CANVAS
     made = scenes(contract.names, LARGE_SCENES if large else QUICK_SCENES)
     dataset = from_frames("the given images", contract.names, images) if images else made
     which = LARGE_TRAPS if large else QUICK_TRAPS
@@ -149,22 +131,26 @@ def verify_with_pytorch(
 def to_onnx(model: FasterRCNN, contract: Contract) -> onnx.ModelProto:
     """The ONNX form of ``model`` for ``contract.task``, with a dynamic batch and the contract inside.
 
-    ``model`` is in evaluation mode on the CPU, and its canvas is the contract's.
+    Height and width are the contract's canvas or, where that is None, free. ``model`` is in evaluation mode
+    on the CPU.
     """
     contract = dataclasses.replace(contract, outputs=OUTPUTS[contract.task])
     # Two images: torch.export would take a batch of one for a constant.
-    images = torch.zeros(2, *contract.canvas, 3, dtype=getattr(torch, contract.input_dtype))
-    sizes = torch.tensor([contract.canvas] * 2, dtype=torch.float32)
-    batch = torch.export.Dim("batch")
+    canvas = contract.canvas or _EXAMPLE_CANVAS
+    images = torch.zeros(2, *canvas, 3, dtype=getattr(torch, contract.input_dtype))
+    sizes = torch.tensor([canvas] * 2, dtype=torch.float32)
+    batch, free = torch.export.Dim("batch"), {}
+    if contract.canvas is None:
+        sides = [torch.export.Dim(name, min=1) for name in ("height", "width")]
+        unit = contract.resize.padding
+        free = dict(enumerate((unit * side if unit > 1 else side for side in sides), start=1))
     with torch.no_grad(), _quiet_exporter():
-        # One eager pass makes the anchors, which then enter the graph as constants.
-        model.rpn(model.features(images, sizes), sizes)
         program = torch.onnx.export(
             TaskGraph(model, contract.task),
             (images, sizes),
             dynamo=True,
             opset_version=OPSET,
-            dynamic_shapes=({0: batch}, {0: batch}),
+            dynamic_shapes=({0: batch, **free}, {0: batch}),
             input_names=list(contract.inputs),
             output_names=list(contract.outputs),
             verbose=False,
@@ -173,6 +159,7 @@ def to_onnx(model: FasterRCNN, contract: Contract) -> onnx.ModelProto:
     proto = program.model_proto
     name_stages(proto)
     attach_functions(proto)
+    name_free_sides(proto, contract)
     del proto.metadata_props[:]
     onnx.helper.set_model_props(proto, {CONTRACT_KEY: contract.to_json()})
     proto.producer_name = "anchorline"
@@ -225,6 +212,22 @@ def name_stages(proto: onnx.ModelProto) -> None:
     del graph.node[:], graph.value_info[:]
     graph.node.extend(kept)
     graph.value_info.extend(shapes.values())
+
+
+def name_free_sides(proto: onnx.ModelProto, contract: Contract) -> None:
+    """Call the free sides of ``images`` ``height`` and ``width``, and forget what follows from them.
+
+    Of other tensors the exporter notes sides as formulas in names of its own, which no runtime reads.
+    """
+    images = next(value for value in proto.graph.input if value.name == contract.inputs[0])
+    batch = images.type.tensor_type.shape.dim[0].dim_param
+    if contract.canvas is None:
+        for place, name in ((1, "height"), (2, "width")):
+            images.type.tensor_type.shape.dim[place].dim_param = name
+    for value in proto.graph.value_info:
+        for side in value.type.tensor_type.shape.dim:
+            if side.dim_param != batch:
+                side.ClearField("dim_param")
 
 
 @contextlib.contextmanager

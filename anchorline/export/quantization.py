@@ -42,6 +42,7 @@ from anchorline.export.integer_graph import (
     observed_tensors,
     quantized,
 )
+from anchorline.runtime.canvas import usual_canvas
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
@@ -204,7 +205,7 @@ def quantize_onnx(
         meter = LossMeter(dataset, detector.batch, contract, steps)
         warnings = _warnings(sums, contract, meter.reference)
         warn(warnings)
-        some = 1 if math.prod(contract.canvas) > LARGE_CANVAS else SENSITIVITY_IMAGES
+        some = 1 if math.prod(usual_canvas(contract)) > LARGE_CANVAS else SENSITIVITY_IMAGES
         few = list(_inputs(detector, evenly(dataset.images, some), np.zeros_like(sums)))
         forms = _Forms(proto, usable, ranges, contract, record)
         costs = measure_sensitivity(proto, forms.form(0), usable, few, steps)

@@ -1,4 +1,4 @@
-"""Laying a frame onto the canvas, the padded fixed-size input of the network, and the way back.
+"""Laying a frame onto the canvas, the padded input of the network, and the way back.
 
 Training and inference both use these functions, so the network sees the same pixels in both. Box
 edges are continuous (the first pixel spans 0 to 1), as are OpenCV's pixel centres in a linear
@@ -7,7 +7,9 @@ resize, so boxes move with one factor per axis and no offset.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +22,12 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.detections import Detections
-from anchorline.runtime.io.errors import ArtefactError, DataError, FrameError
+from anchorline.runtime.io.errors import ArtefactError, DataError, FrameError, SettingsError, shown
+from anchorline.runtime.io.images import MAX_PIXELS_VARIABLE, max_pixels
 
 # What a resize of frames has to reproduce to the last bit depends on the library that the model comes from:
 # OpenCV's own bilinear one, Pillow's antialiased one (Detectron2), or PyTorch's in float32.
 
-COARSEST_STRIDE = 32
 PROPOSAL_NAMES = ("object",)
 
 _BITS = 22  # of Pillow's weights after the point, PRECISION_BITS of Resample.c
@@ -175,13 +177,14 @@ class Placement:
         return np.array([scale_x, scale_y, scale_x, scale_y])
 
 
-def place(source_size: tuple[int, int], canvas: tuple[int, int], resize: ResizeRule) -> Placement:
+def place(source_size: tuple[int, int], canvas: tuple[int, int] | None, resize: ResizeRule) -> Placement:
     """Scale a frame of ``source_size`` as ``resize`` says or, where that does not fit, to fit ``canvas``.
 
-    All sizes are (height, width) in pixels. Scaled sides are rounded as ``resize`` says, and no side falls
-    below one pixel. To fit the canvas they are rounded down after exact arithmetic, so that such a frame
-    fills the canvas to the last pixel.
+    Without a canvas that is the rule's ``within``, if it has one. All sizes are (height, width) in pixels.
+    Scaled sides are rounded as ``resize`` says, and no side falls below one pixel. To fit the canvas they are
+    rounded down after exact arithmetic, so that such a frame fills the canvas to the last pixel.
     """
+    room = canvas or resize.within
     height, width = source_size
     sides = ((resize.shorter_side, min(source_size)), (resize.longer_side, max(source_size)))
     scales = [wanted / side for wanted, side in sides if wanted is not None]
@@ -189,16 +192,68 @@ def place(source_size: tuple[int, int], canvas: tuple[int, int], resize: ResizeR
     # 97 x 97 at a shorter side of 800 becomes 799 x 799 there.
     extra = 0.5 if resize.rounding == "nearest" else 0.0
     valid = tuple(int(side * min(scales) + extra) for side in source_size) if scales else None
-    if valid is None or valid[0] > canvas[0] or valid[1] > canvas[1]:
-        scale = min(Fraction(canvas[0], height), Fraction(canvas[1], width))
+    if room is not None and (valid is None or valid[0] > room[0] or valid[1] > room[1]):
+        scale = min(Fraction(room[0], height), Fraction(room[1], width))
         valid = (int(height * scale), int(width * scale))
+    valid = valid or source_size
     fitted = (max(1, valid[0]), max(1, valid[1]))
     return Placement(source=(height, width), valid=fitted, interpolation=resize.interpolation)
 
 
-def padded(size: tuple[int, int]) -> tuple[int, int]:
-    """The smallest canvas for ``size``, (height, width): multiples of a backbone's coarsest stride."""
-    return -(-size[0] // COARSEST_STRIDE) * COARSEST_STRIDE, -(-size[1] // COARSEST_STRIDE) * COARSEST_STRIDE
+def canvas_of(contract: Contract, placements: Sequence[Placement]) -> tuple[int, int]:
+    """The canvas (height, width) of a batch of at least one: the contract's, or the largest of each side.
+
+    Raises ``FrameError`` where it has more pixels than ``max_pixels`` allows.
+    """
+    if contract.canvas is not None:
+        return contract.canvas
+    sides = (max(placement.valid[axis] for placement in placements) for axis in (0, 1))
+    height, width = (-(-side // contract.resize.padding) * contract.resize.padding for side in sides)
+    if height * width > max_pixels():
+        found = " and ".join("{}x{}".format(*placement.source) for placement in placements[:3])
+        raise FrameError(
+            f"Frames of {found} would need a canvas of {height}x{width}; expected at most {max_pixels()} "
+            f"pixels; give frames of like shapes, or set {MAX_PIXELS_VARIABLE}={height * width}"
+        )
+    return height, width
+
+
+def frame_canvas(frame_size: tuple[int, int], contract: Contract) -> tuple[int, int]:
+    """The smallest canvas that holds frames of ``frame_size`` at the scale they have on the model's own.
+
+    Both are (height, width). On it a model with a free canvas gives what it gives by itself for such frames.
+    """
+    if min(frame_size) < 1:
+        raise SettingsError(f"frame size is {frame_size}; expected a height and a width of at least 1 pixel")
+    free = dataclasses.replace(contract, canvas=None)
+    return canvas_of(free, [place(frame_size, contract.canvas, contract.resize)])
+
+
+def held_to(contract: Contract, canvas: tuple[int, int] | None, resize: ResizeRule | None) -> Contract:
+    """``contract`` with the free canvas fixed, or frames resized by another rule (its padding stays).
+
+    Raises ``SettingsError`` where its canvas is fixed, or ``canvas`` none that it takes.
+    """
+    if canvas is None and resize is None:
+        return contract
+    if contract.canvas is not None:
+        raise SettingsError(
+            f"canvas and resize are {canvas} and {resize}, but the model was made for one canvas, "
+            f"{contract.canvas}; leave them out, or export it for any frame size"
+        )
+    unit = contract.resize.padding
+    sides = canvas or (unit, unit)
+    if len(sides) != 2 or not all(type(side) is int and side > 0 and side % unit == 0 for side in sides):
+        raise SettingsError(f"canvas is {canvas}; expected a height and a width that are multiples of {unit}")
+    if resize is not None and not isinstance(resize, ResizeRule):
+        raise SettingsError(f"resize is {shown(resize)}; expected ResizeRule(...), or None")
+    rule = dataclasses.replace(resize or contract.resize, padding=unit)
+    return dataclasses.replace(contract, canvas=canvas, resize=rule)
+
+
+def usual_canvas(contract: Contract) -> tuple[int, int]:
+    """The contract's canvas or, where that is free, that of a frame in the most common shape (4:3)."""
+    return contract.canvas or frame_canvas((600, 800), contract)
 
 
 def to_canvas(
@@ -297,11 +352,11 @@ def check_frame(frame: object) -> NDArray[np.uint8]:
 
 
 class Preprocessor:
-    """Lays frames onto canvases, into a batch that is allocated once and used again."""
+    """Lays frames onto canvases, into memory that grows to the largest batch and is used again."""
 
     def __init__(self, contract: Contract) -> None:
         self._contract = contract
-        self._images = np.empty((0, *contract.canvas, 3), np.dtype(contract.input_dtype))
+        self._pixels = np.empty(0, np.dtype(contract.input_dtype))
 
     def __call__(
         self, frames: Sequence[NDArray[np.uint8] | Nv12]
@@ -312,10 +367,11 @@ class Preprocessor:
         ``image_sizes`` float32 [B, 2], the valid (height, width) of each.
         """
         contract = self._contract
-        if len(self._images) < len(frames):
-            self._images = np.empty((len(frames), *self._images.shape[1:]), self._images.dtype)
-        images = self._images[: len(frames)]
         placements = [place(frame_size(frame), contract.canvas, contract.resize) for frame in frames]
+        shape = (len(frames), *canvas_of(contract, placements), 3)
+        if len(self._pixels) < math.prod(shape):
+            self._pixels = np.empty(math.prod(shape), self._pixels.dtype)
+        images = self._pixels[: math.prod(shape)].reshape(shape)
         for frame, placement, canvas in zip(frames, placements, images, strict=True):
             to_canvas(bgr_of(frame), placement, canvas)
         sizes = np.array([placement.valid for placement in placements], np.float32)

@@ -24,7 +24,7 @@ from anchorline.runtime.io.images import MAX_PIXELS_VARIABLE, max_pixels
 from anchorline.runtime.io.schema import NAME, Count, Name, Share, build, check_fields, choice, read_object
 
 CONTRACT_KEY = "anchorline.contract"
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 
 # The custom ops' domain in an ONNX file, which is also the namespace of their TensorRT plugins.
 DOMAIN = "anchorline"
@@ -33,9 +33,6 @@ OP_VERSION = 1
 # The output that an engine with the fixed-point NMS has besides the contract's: bool [1], false when
 # suppression needed more rounds than the engine has, so that duplicates may be left.
 NMS_CONVERGED = "nms_converged"
-
-# In ``Contract.source``: the canvas that an export was told to use instead of the checkpoint's.
-CANVAS_KEY = "canvas"
 
 # As many classes as are named: a head of them takes memory. Who has more says so.
 MOST_NAMES = 50_000
@@ -91,28 +88,27 @@ def most_names() -> int:
 
 @dataclass(frozen=True)
 class ResizeRule:
-    """How a frame is scaled before it is laid into the top left corner of the canvas.
+    """How a frame is scaled before it is laid into the top left corner of the canvas, and how that is sized.
 
-    The scale is the largest one for which the frame fits the canvas, its shorter side is at most
-    ``shorter_side`` and its longer side at most ``longer_side`` (both in pixels; ``None`` sets no
-    bound). The aspect ratio is kept. Sizes are rounded ``down`` as torchvision does, or to the ``nearest``
-    pixel as Detectron2, MMDetection and py-faster-rcnn do (see ``canvas.place``). ``interpolation`` is
-    ``bilinear`` between the nearest four pixels, or ``antialiased``: Pillow's filter, in whole grey
-    levels, as Detectron2 resizes (see ``canvas.resize_antialiased``).
+    The scale is the largest one for which the frame's shorter side is at most ``shorter_side``, its longer
+    side at most ``longer_side``, and it fits ``within`` (height, width), all in pixels; ``None`` sets no
+    bound, and without any a frame keeps its size. Where the contract has a canvas, that stands for
+    ``within``; where it has none the canvas is the frame's scaled size, in a batch the largest of each side,
+    with sides rounded up to multiples of ``padding``. The aspect ratio is kept. Sizes are rounded ``down`` as
+    torchvision does, or to the ``nearest`` pixel as Detectron2, MMDetection and py-faster-rcnn do (see
+    ``canvas.place``). ``interpolation`` is ``bilinear`` between the nearest four pixels, or ``antialiased``:
+    Pillow's filter, in whole grey levels, as Detectron2 resizes (see ``canvas.resize_antialiased``).
     """
 
     shorter_side: Side = None
     longer_side: Side = None
     interpolation: Annotated[str, choice("bilinear", "antialiased")] = "bilinear"
     rounding: Annotated[str, choice("down", "nearest")] = "down"
+    within: Annotated[tuple[Pixels, Pixels] | None, Meta(description="null or (height, width)")] = None
+    padding: Annotated[int, Meta(ge=1, le=1024, description="a whole number from 1 to 1024")] = 32
 
     def __post_init__(self) -> None:
         check_fields(self, "resize.")
-
-    @property
-    def is_bounded(self) -> bool:
-        """Whether the rule asks for a size of its own; otherwise frames fill the canvas."""
-        return self.shorter_side is not None or self.longer_side is not None
 
 
 @dataclass(frozen=True)
@@ -134,7 +130,8 @@ class Contract:
     """What a model expects and delivers. Immutable; ``dataclasses.replace`` makes a changed copy.
 
     ``names`` holds the class names; background never appears, and ``labels`` index ``names``.
-    ``canvas`` is (height, width) in pixels of the fixed-size network input. ``mean`` and ``std``
+    ``canvas`` is (height, width) in pixels of the network input, None where that is free: then ``resize``
+    gives each frame its own. ``mean`` and ``std``
     are in grey levels (0 to 255), in the order of ``channel_order``; they are applied inside the
     graph, whose ``images`` input is always BGR. ``profile`` names the numeric preset (docs/architecture.md).
     ``source`` says where the model came from: command, data, commit; anything that is JSON. Raises
@@ -143,7 +140,7 @@ class Contract:
 
     task: Annotated[str, choice(*TASKS)]
     names: Annotated[tuple[str, ...], Meta(min_length=1, description="at least one class name")]
-    canvas: Annotated[tuple[Pixels, Pixels], Meta(description="(height, width) in pixels")]
+    canvas: Annotated[tuple[Pixels, Pixels] | None, Meta(description="null or (height, width) in pixels")]
     mean: Annotated[tuple[Level, Level, Level], Meta(description="three numbers in grey levels")]
     std: Annotated[tuple[Spread, Spread, Spread], Meta(description="three numbers above 0, in grey levels")]
     channel_order: Annotated[str, choice("rgb", "bgr")] = "rgb"
@@ -170,6 +167,11 @@ class Contract:
     version: Annotated[int, Meta(ge=1, description="a whole number")] = CONTRACT_VERSION
 
     @property
+    def frame_sizes(self) -> str:
+        """In words: which canvas, or that it is each frame's own."""
+        return "any frame size" if self.canvas is None else "canvas {}x{}".format(*self.canvas)
+
+    @property
     def needs_vnni(self) -> bool:
         """Whether it is quantised for processors with weights of 8 bits, as before they had 7.
 
@@ -183,7 +185,7 @@ class Contract:
     def __post_init__(self) -> None:
         check_fields(self, "contract ")
         check_names(self.names, "contract names")
-        height, width = self.canvas
+        height, width = self.canvas or (1, 1)
         if height * width > max_pixels():
             raise ArtefactError(
                 f"contract canvas is {shown(self.canvas)}; expected at most {max_pixels()} pixels, or "
@@ -233,6 +235,10 @@ class Contract:
                 raise ArtefactError(f"contract is {shown(stated)}; expected a JSON object")
             if "version" not in values:  # which has a default for who makes one
                 raise ArtefactError("contract version is missing")
+            if version == 1:  # whose canvas was always fixed
+                if isinstance(values.get("resize"), dict):
+                    values["resize"] = {"within": None, "padding": 32, **values["resize"]}
+                values["version"] = CONTRACT_VERSION
             for name, kind in (("resize", ResizeRule), ("thresholds", Thresholds)):
                 if isinstance(inner := values.get(name), dict):
                     values[name] = build(kind, inner, f"{name}.")

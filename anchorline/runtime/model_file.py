@@ -373,7 +373,8 @@ def _check_functions(path: Path, content: Buffer, functions: list[slice], nodes:
 def _check_tensors(
     path: Path, content: Buffer, graph: slice, initializers: set[str], contract: Contract
 ) -> None:
-    """The tensors that the contract names must be there, and ``images`` must be the canvas it states."""
+    """The tensors that the contract names must be there, and ``images`` must have the canvas it states, or
+    free sides."""
     found: dict[int, dict[str, slice]] = {_INPUT: {}, _OUTPUT: {}}
     for number, value in _message(content, graph):
         if number in found and isinstance(value, slice):
@@ -390,7 +391,7 @@ def _check_tensors(
                 f"{path}: graph {kind} are {there}; its contract expects {', '.join(want)}; "
                 "export the model again"
             )
-    images, expected = contract.inputs[0], [*contract.canvas, 3]
+    images, expected = contract.inputs[0], [*(contract.canvas or ("height", "width")), 3]
     dtype, shape = _type(content, inputs[images])
     if dtype != contract.input_dtype or shape[1:] != expected:
         raise ArtefactError(

@@ -22,6 +22,9 @@ from anchorline.train.model.settings import ModelSettings
 
 MODEL_KEY = "anchorline.model"
 
+LIBRARY_KEY = "library"
+"""In ``Contract.source``: the library that an imported model comes from."""
+
 # What safetensors and torch raise for damaged files, and torch for settings that no model can have.
 _UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, ArithmeticError, MemoryError)
 
@@ -38,11 +41,16 @@ def contract_of(
         task=task,
         outputs=OUTPUTS[task],
         names=names,
-        canvas=settings.canvas,
+        canvas=None,
         mean=settings.mean,
         std=settings.std,
         channel_order=settings.channel_order,
-        resize=ResizeRule(settings.shorter_side or None, settings.longer_side or None),
+        resize=ResizeRule(
+            settings.shorter_side or None,
+            settings.longer_side or None,
+            within=settings.canvas,
+            padding=settings.padding,
+        ),
         profile=settings.profile,
         thresholds=Thresholds(
             score=settings.score_threshold,
@@ -100,25 +108,35 @@ def _read(path: Path) -> tuple[ModelSettings, ModelFile]:
         settings = ModelSettings.from_json(file.metadata[MODEL_KEY])
     except AnchorlineError as error:
         raise ArtefactError(f"{path}: damaged architecture in the header: {error}") from None
-    if settings.canvas != file.contract.canvas:
+    return settings, dataclasses.replace(file, contract=_freed(file.contract, settings, path))
+
+
+def _freed(contract: Contract, settings: ModelSettings, path: Path) -> Contract:
+    """``contract`` with a free canvas, which those of version 1 had not, and the rule that gives its size.
+
+    An imported model's frames are no longer scaled down to fit a canvas that its library does not have.
+    """
+    stated = contract.canvas or contract.resize.within
+    if stated not in (None, settings.canvas):
         raise ArtefactError(
             f"{path}: damaged header: the architecture has the canvas {settings.canvas} and the contract "
-            f"{file.contract.canvas}"
+            f"{stated}"
         )
-    return settings, file
+    if contract.canvas is None:
+        return contract
+    within = None if LIBRARY_KEY in contract.source else contract.canvas
+    rule = dataclasses.replace(contract.resize, within=within, padding=settings.padding)
+    return dataclasses.replace(contract, canvas=None, resize=rule)
 
 
-def load_checkpoint(path: Path, canvas: tuple[int, int] | None = None) -> tuple[FasterRCNN, Contract]:
-    """The model in ``path``, in evaluation mode, and its contract; ``canvas`` replaces its own.
+def load_checkpoint(path: Path) -> tuple[FasterRCNN, Contract]:
+    """The model in ``path``, in evaluation mode, and its contract, whose canvas is free.
 
     Raises ``ArtefactError`` where the file's tensors are not those of its architecture, before any of the
     memory that this claims is taken.
     """
     settings, file = _read(path)
     contract, held = file.contract, file.shapes
-    if canvas is not None:
-        settings = dataclasses.replace(settings, canvas=canvas)
-        contract = dataclasses.replace(contract, canvas=canvas)
     misfit = f"{path}: the weights do not fit the architecture in the header"
     try:
         expected = expected_shapes(settings, len(contract.names))

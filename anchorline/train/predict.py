@@ -18,8 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from anchorline.data.proposals import ImageProposals
-from anchorline.runtime.canvas import Placement, Preprocessor, boxes_to_canvas, check_frame, to_detections
-from anchorline.runtime.contract import CANVAS_KEY, Contract
+from anchorline.runtime.canvas import (
+    Placement,
+    Preprocessor,
+    boxes_to_canvas,
+    check_frame,
+    held_to,
+    to_detections,
+    usual_canvas,
+)
+from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import ArtefactError, DataError
 from anchorline.train.checkpoint import load_checkpoint
@@ -58,10 +66,11 @@ class TorchDetector:
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu", canvas: tuple[int, int] | None = None) -> TorchDetector:
-        """The detector in a ``model.safetensors``; raises ``ArtefactError``."""
-        model, contract = load_checkpoint(path, canvas)
+        """The detector in a ``model.safetensors``, on a ``canvas`` or each frame's own; raises
+        ``ArtefactError``."""
+        model, contract = load_checkpoint(path)
         check_own_proposals(path, contract, contract.task)
-        return cls(model, contract, device)
+        return cls(model, held_to(contract, canvas, None), device)
 
     def __call__(self, frame: NDArray[np.uint8]) -> Detections:
         """Detections of one BGR frame [H, W, 3], boxes in its own pixels."""
@@ -159,8 +168,9 @@ class TorchStages:
     def layers(self) -> tuple[str, ...]:
         """Every layer in the order of execution, found by running an empty canvas once."""
         contract = self._detector.contract
-        images = np.zeros((1, *contract.canvas, 3), np.dtype(contract.input_dtype))
-        sizes = np.array([contract.canvas], np.float32)
+        canvas = usual_canvas(contract)
+        images = np.zeros((1, *canvas, 3), np.dtype(contract.input_dtype))
+        sizes = np.array([canvas], np.float32)
         with self._recorded(()) as outputs:
             self.run(dict(zip(contract.inputs, (images, sizes), strict=True)), {})
         return tuple(outputs)
@@ -238,11 +248,10 @@ def _kept(value: Tensor) -> NDArray[np.float32]:
 def checkpoint_subject(path: Path, other: Contract | None = None, device: str = "cpu") -> Subject:
     """The model in a ``model.safetensors`` as one side of a verification.
 
-    With the contract of the ``other`` side it does that side's task, on the canvas that side was
-    deliberately exported for. Raises ``ArtefactError``.
+    With the contract of the ``other`` side it does that side's task, on its canvas. Raises
+    ``ArtefactError``.
     """
-    chosen = None if other is None else other.source.get(CANVAS_KEY)
-    detector = TorchDetector.load(path, device, None if chosen is None else (int(chosen[0]), int(chosen[1])))
+    detector = TorchDetector.load(path, device, None if other is None else other.canvas)
     if other is not None:
         own = detector.contract
         detector.contract = dataclasses.replace(own, task=other.task, outputs=OUTPUTS[other.task])

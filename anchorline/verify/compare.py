@@ -272,7 +272,7 @@ def compare_outputs(
         assert found.size is not None
         placement = place(found.size, contract.canvas, contract.resize)
         kept = found[found.scores >= least_score]
-        return dataclasses.replace(kept, boxes=boxes_to_canvas(kept.boxes, placement), size=contract.canvas)
+        return dataclasses.replace(kept, boxes=boxes_to_canvas(kept.boxes, placement), size=placement.valid)
 
     cuts = cuts_of(contract, tolerance)
     threshold = max(cuts.score_threshold, least_score)

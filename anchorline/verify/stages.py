@@ -326,8 +326,9 @@ def _check_batch(
 ) -> list[StageResult]:
     ours, theirs = reference.detector.contract, candidate.detector.contract
     inputs, placements = _canvases(reference, frames)
-    preprocess = _check_canvas(ours, theirs, inputs, _canvases(candidate, frames)[0])
-    if ours.canvas != theirs.canvas:
+    others = _canvases(candidate, frames)[0]
+    preprocess = _check_canvas(ours, theirs, inputs, others)
+    if inputs[ours.inputs[0]].shape != others[theirs.inputs[0]].shape:
         return [preprocess]
     own_inputs, other_inputs = _same_inputs(inputs, ours, theirs)
     expected = reference.inside.run(own_inputs, {})
@@ -391,8 +392,9 @@ def _run_fed(stages: StageRunner, inputs: Arrays, feed: Arrays) -> dict[str, NDA
 
 
 def _check_canvas(ours: Contract, theirs: Contract, inputs: Arrays, other: Arrays) -> StageResult:
-    if ours.canvas != theirs.canvas:
-        found, expected = (f"{h}x{w}" for h, w in (theirs.canvas, ours.canvas))
+    shapes = [side[name].shape[1:3] for side, name in ((other, theirs.inputs[0]), (inputs, ours.inputs[0]))]
+    if shapes[0] != shapes[1]:
+        found, expected = (f"{height}x{width}" for height, width in shapes)
         return _broken("preprocess", f"the canvas is {found}, expected {expected}")
     sizes = inputs[ours.inputs[1]], other[theirs.inputs[1]]
     if not np.array_equal(*sizes):

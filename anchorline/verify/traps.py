@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from anchorline.data.synthetic import SCENE_SIZE, SMALLEST_SIDE, Pose, generate_scene, posed_scene
 from anchorline.evaluation.evaluation import Progress
+from anchorline.runtime.canvas import frame_canvas, usual_canvas
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import AnchorlineError, SettingsError
@@ -36,7 +38,7 @@ class Trap:
     """Batches of frames (uint8 BGR [H, W, 3]), given to the candidate one after the other.
 
     ``repeated``: all of them twice, with results equal to the bit. ``alone``: each frame's result must agree
-    with its result in a batch of one.
+    with its result in a batch of one, where it has the same canvas there.
     """
 
     name: str
@@ -65,7 +67,7 @@ def largest_batch(contract: Contract) -> int:
     """How many images the largest batch has: the contract's bound, else what the canvas leaves room for."""
     if contract.max_batch is not None:
         return contract.max_batch
-    return max(2, min(LARGEST_BATCH, _LARGEST_BATCH_PIXELS // (contract.canvas[0] * contract.canvas[1])))
+    return max(2, min(LARGEST_BATCH, _LARGEST_BATCH_PIXELS // math.prod(usual_canvas(contract))))
 
 
 def traps(max_batch: int = LARGEST_BATCH, seed: int = 0) -> list[Trap]:
@@ -81,12 +83,12 @@ def traps(max_batch: int = LARGEST_BATCH, seed: int = 0) -> list[Trap]:
     sizes = (SCENE_SIZE, (2 * width, height), (height // 2, height // 2))
     mixed = tuple(generate_scene(seed, size, index)[0] for index, size in enumerate(sizes))
     plain, crowd = mixed[0], _crowd(seed)
-    full = tuple(mixed[index % len(mixed)] for index in range(max_batch))
     one_object = posed_scene(seed, SCENE_SIZE, [Pose(width / 2, height / 2, height / 4, angle=0.3)])
     large = cv2.resize(generate_scene(seed)[0], _LARGEST_SIZE[::-1], interpolation=cv2.INTER_LINEAR)
     top = (SMALLEST_SIDE - _THIN[0]) // 2
     lying = generate_scene(seed, (SMALLEST_SIDE, _THIN[1]))[0][top : top + _THIN[0]].copy()
     standing = np.ascontiguousarray(lying.transpose(1, 0, 2))
+    full = tuple((plain, one_object)[index % 2] for index in range(max_batch))
     noise = np.random.default_rng(seed).integers(0, 256, (*SCENE_SIZE, 3), dtype=np.uint8)
     return [
         Trap("empty image", ((posed_scene(seed, SCENE_SIZE, []),),)),
@@ -145,7 +147,8 @@ def run_traps(
 ) -> list[TrapResult]:
     """Give each trap's batches to the candidate and compare with the reference, frame by frame.
 
-    The reference sees its frames one at a time, so that nothing can leak between them there. A frame that
+    The reference sees its frames one at a time, so that nothing can leak between them there, unless they are
+    padded to a canvas that none of them has alone. A frame that
     several traps share goes through each detector once. An ``AnchorlineError`` of either is a failed trap;
     anything else is a bug and goes on.
     """
@@ -154,17 +157,20 @@ def run_traps(
     for trap in each:
         side, images = "reference", len(trap.frames)
         try:
-            expected = [ours([frame])[0] for frame in trap.frames]
+            apart = all(_same_canvas(reference.contract, batch) for batch in trap.batches)
+            batches = [[frame] for frame in trap.frames] if apart else trap.batches
+            expected = [one for batch in batches for one in ours(batch)]
             side = "candidate"
             found = [one for batch in trap.batches for one in theirs(batch)]
             again = [one for batch in trap.batches if trap.repeated for one in _detect(candidate, batch)]
-            single = [theirs([frame])[0] for frame in trap.frames if trap.alone]
+            alone = trap.alone and apart
+            single = [theirs([frame])[0] for frame in trap.frames if alone]
         except AnchorlineError as error:
             results.append(TrapResult(trap.name, False, f"the {side} failed: {error}", images))
         else:
             summary = compare(expected, found)
             fault = _unstable(found, again) if trap.repeated else None
-            if fault is None and trap.alone:
+            if fault is None and alone:
                 together = compare(single, found)
                 if not together.agrees:
                     first = together.first_disagreement
@@ -183,6 +189,13 @@ def run_traps(
         if progress is not None:
             progress(len(results), len(each))
     return results
+
+
+def _same_canvas(contract: Contract, frames: Sequence[Frame]) -> bool:
+    """Whether each frame has, alone, the canvas that it has in a batch of all."""
+    return len({frame_canvas((frame.shape[0], frame.shape[1]), contract) for frame in frames}) == 1 or (
+        contract.canvas is not None
+    )
 
 
 def _detect(detector: BatchDetector, frames: Sequence[Frame]) -> list[Detections]:

@@ -68,8 +68,15 @@ def ablated_proposals(
         raise ValueError("without cls the proposals are drawn by noise [B, A]; got None")
     scores = torch.cat([*scored.objectness], dim=1).sigmoid() if ablation.cls else noise
     assert scores is not None
-    decoded = rpn.coder.decode(torch.cat([*scored.deltas], dim=1), torch.cat([*scored.anchors]))
+    decoded = rpn.coder.decode(
+        torch.cat([*scored.deltas], dim=1), torch.cat([anchors[:] for anchors in scored.anchors])
+    )
     return _best(rpn, decoded, scores, image_sizes, count)
+
+
+def all_anchors(rpn: RPN, features: Sequence[Tensor]) -> Tensor:
+    """The anchors [A, 4] of every place of ``features``."""
+    return torch.cat([anchors[:] for anchors in rpn.score(features).anchors])
 
 
 def dense_windows(rpn: RPN, anchors: Tensor, image_sizes: Tensor) -> Proposals:
@@ -90,7 +97,7 @@ class DenseTrainer(Trainer):
         """Fast R-CNN's two losses with dense windows as the proposals."""
         model = self.model
         features = model.features(batch.images, batch.image_sizes)
-        windows = dense_windows(model.rpn, torch.cat(model.rpn.anchors(features)), batch.image_sizes)
+        windows = dense_windows(model.rpn, all_anchors(model.rpn, features), batch.image_sizes)
         return model.roi_heads.losses(features, windows, batch.targets, self.settings.training)
 
 
@@ -104,7 +111,7 @@ class DenseDetector(TorchDetector):
     def infer(self, images: Tensor, sizes: Tensor, placements: Sequence[Placement]) -> dict[str, Tensor]:
         """The outputs of every window."""
         features = self.model.features(images, sizes)
-        windows = dense_windows(self.model.rpn, torch.cat(self.model.rpn.anchors(features)), sizes)
+        windows = dense_windows(self.model.rpn, all_anchors(self.model.rpn, features), sizes)
         return vars(self.model.roi_heads(features, windows, sizes))
 
 

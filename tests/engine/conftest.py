@@ -65,7 +65,8 @@ def exported(
     def get(neck: str = "fpn", task: str = "detections") -> onnx.ModelProto:
         if (neck, task) not in done:
             model = small_model(neck, len(NAMES))
-            contract = dataclasses.replace(contract_of(model.settings, NAMES, source={}), task=task)
+            contract = contract_of(model.settings, NAMES, source={})
+            contract = dataclasses.replace(contract, task=task, canvas=model.settings.canvas)
             done[neck, task] = onnx_of(model, contract).SerializeToString()
         return onnx.load_model_from_string(done[neck, task])
 

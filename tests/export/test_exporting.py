@@ -22,7 +22,7 @@ from anchorline.data.synthetic import CLASS_NAMES, scenes, synthetic_dataset
 from anchorline.evaluation.evaluation import evaluate, evaluate_proposals
 from anchorline.export import onnx_export as exporting
 from anchorline.export.onnx_export import ExportResult, export_onnx
-from anchorline.runtime.canvas import place
+from anchorline.runtime.canvas import frame_canvas, place
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import (
@@ -387,11 +387,11 @@ def test_proposals_evaluate_alike(exported: Exported, proposing: Path) -> None:
         ((10, 4000), (32, 512)),
     ],
 )
-def test_a_trimmed_canvas_holds_the_frame_at_its_scale(
+def test_a_frame_canvas_holds_the_frame_at_its_scale(
     frame_size: tuple[int, int], canvas: tuple[int, int]
 ) -> None:
     contract = Contract("detections", ("a",), (384, 512), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    assert exporting.trimmed_canvas(frame_size, contract) == canvas
+    assert frame_canvas(frame_size, contract) == canvas
     whole = place(frame_size, contract.canvas, contract.resize)
     assert place(frame_size, canvas, contract.resize).valid == whole.valid
 

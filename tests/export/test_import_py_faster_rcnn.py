@@ -191,7 +191,7 @@ def test_score_pairs_anchors_and_deltas_by_hand(imported: Callable[..., FasterRC
     scores = objectness.sigmoid().reshape(7, 11, 9)
     assert scores[3, 4].tolist() == pytest.approx([0.5] * 5 + [math.e**3 / (math.e**3 + math.e)] + [0.5] * 3)
     place = (3 * 11 + 4) * 9 + 5  # row 3, column 4: 48 pixels down, 64 across
-    anchor = model.rpn.anchors(features)[0][place]
+    anchor = model.rpn.anchors([(7, 11)])[0][torch.tensor(place)]
     assert (anchor - torch.tensor([0, 0, 1, 1])).tolist() == [64 - 248, 48 - 248, 64 + 263, 48 + 263]
     # 512 wide and high around (72, 56): a quarter right, half up, half as wide.
     decoded = BoxCoder().decode(deltas[0, place], anchor).tolist()

@@ -27,7 +27,8 @@ from anchorline.export.importers import torchvision as importer
 from anchorline.export.importers.conversion import import_checkpoint
 from anchorline.export.importers.library import coco_90
 from anchorline.export.importers.torchvision import ARCHITECTURES, TorchvisionDetector
-from anchorline.export.onnx_export import export_onnx, trimmed_canvas
+from anchorline.export.onnx_export import export_onnx
+from anchorline.runtime.canvas import frame_canvas
 from anchorline.runtime.contract import NAMES_VARIABLE, ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
@@ -115,7 +116,7 @@ def check_import(
     reference = TorchvisionDetector(source.model, contract)
     expected = reference.batch(frames)
     found = [
-        TorchDetector.load(out, canvas=trimmed_canvas((f.shape[0], f.shape[1]), contract))(f) for f in frames
+        TorchDetector.load(out, canvas=frame_canvas((f.shape[0], f.shape[1]), contract))(f) for f in frames
     ]
     check_same(expected, found, box=0.02, score=score)
 
@@ -158,7 +159,7 @@ def test_what_is_not_leaves_the_earlier_file_and_its_record(
 def check_in_double(source: Source, imported: Path, frame: Frame, patch: pytest.MonkeyPatch) -> None:
     """The same two networks on the same pixels in double precision: what remains is not rounding."""
     contract = TorchDetector.load(imported).contract
-    ours = TorchDetector.load(imported, canvas=trimmed_canvas((frame.shape[0], frame.shape[1]), contract))
+    ours = TorchDetector.load(imported, canvas=frame_canvas((frame.shape[0], frame.shape[1]), contract))
     inputs, placements = ours.prepare([frame])
     height, width = placements[0].valid
     resized = inputs["images"][0, :height, :width]

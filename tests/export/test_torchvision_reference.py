@@ -14,8 +14,7 @@ from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from anchorline.export.importers.torchvision import TorchvisionDetector, torchvision_model
-from anchorline.export.onnx_export import trimmed_canvas
-from anchorline.runtime.canvas import Preprocessor
+from anchorline.runtime.canvas import Preprocessor, frame_canvas
 from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import SettingsError
@@ -101,7 +100,7 @@ def test_pixels_sizes_and_padding_are_torchvisions(height: int, width: int, shor
     resize = ResizeRule(shorter, shorter + more)
     mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
     contract = Contract("detections", ("a",), (32, 32), mean, std, input_dtype="float32", resize=resize)
-    canvas = trimmed_canvas((height, width), contract)
+    canvas = frame_canvas((height, width), contract)
     transform = GeneralizedRCNNTransform(
         shorter, shorter + more, [value / 255 for value in mean], [value / 255 for value in std]
     ).eval()

@@ -10,12 +10,12 @@ from anchorline.runtime.canvas import (
     Placement,
     boxes_to_canvas,
     boxes_to_source,
-    padded,
+    frame_canvas,
     place,
     resize_float,
     to_canvas,
 )
-from anchorline.runtime.contract import ResizeRule
+from anchorline.runtime.contract import Contract, ResizeRule
 
 SIDES = st.integers(1, 6000)
 BOUNDS = st.none() | st.integers(1, 2000)
@@ -82,7 +82,8 @@ def test_a_rule_that_does_not_fit_the_canvas_gives_way() -> None:
     ("size", "canvas"), [((1, 1), (32, 32)), ((32, 33), (32, 64)), ((800, 1066), (800, 1088))]
 )
 def test_the_smallest_canvas_is_a_multiple_of_32(size, canvas):
-    assert padded(size) == canvas
+    contract = Contract("detections", ("a",), None, (0.0,) * 3, (1.0,) * 3)
+    assert frame_canvas(size, contract) == canvas
 
 
 @given(SIDES, SIDES, RULES, st.integers(0, 2**32 - 1))

@@ -95,7 +95,9 @@ def test_the_choices_come_back_from_json(contract: Contract) -> None:
     assert Contract.from_json(promised.to_json()) == promised
 
 
-def test_whether_a_rule_asks_for_a_size() -> None:
-    assert not ResizeRule(interpolation="antialiased", rounding="nearest").is_bounded
-    assert ResizeRule(600).is_bounded
-    assert ResizeRule(longer_side=600).is_bounded
+def test_a_rule_without_bounds_keeps_the_size() -> None:
+    rule = ResizeRule(interpolation="antialiased", rounding="nearest")
+    assert place((480, 641), None, rule).valid == (480, 641)
+    assert place((480, 640), None, dataclasses.replace(rule, within=(240, 640))).valid == (240, 320)
+    assert place((480, 640), None, ResizeRule(600)).valid == (600, 800)
+    assert place((480, 640), None, ResizeRule(longer_side=600)).valid == (450, 600)

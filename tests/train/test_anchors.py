@@ -37,30 +37,32 @@ def of_torchvision(
 @pytest.mark.parametrize("ratios", [(0.5, 1.0, 2.0), (1.0,), (0.3333, 0.9, 3.7)])
 def test_a_pyramid_has_torchvisions_anchors(canvas: tuple[int, int], ratios: tuple[float, ...]) -> None:
     grids = fpn_grids(canvas)
-    ours = OurGenerator(canvas, FPN_SIZES, ratios).levels(grids)
+    ours = OurGenerator(FPN_SIZES, ratios, "torchvision", (4, 8, 16, 32, 64), True)(grids)
     assert [len(level) for level in ours] == [len(ratios) * rows * columns for rows, columns in grids]
-    assert torch.equal(torch.cat(ours), of_torchvision(canvas, grids, FPN_SIZES, ratios))
+    assert torch.equal(
+        torch.cat([level[:] for level in ours]), of_torchvision(canvas, grids, FPN_SIZES, ratios)
+    )
 
 
 @pytest.mark.parametrize("sizes", [(32.0, 64.0, 128.0, 256.0, 512.0), (15.0,), (7.3, 11.5, 1000.0)])
 def test_several_sizes_on_one_map_run_ratio_by_ratio(sizes: tuple[float, ...]) -> None:
     canvas, grid, ratios = (96, 160), (6, 10), (0.5, 1.0, 2.0)
-    ours = OurGenerator(canvas, [sizes], ratios).levels([grid])[0]
+    ours = OurGenerator([sizes], ratios, "torchvision", (16,))([grid])[0][:]
     assert torch.equal(ours, of_torchvision(canvas, [grid], (sizes,), ratios))
 
 
 def test_base_anchors_by_hand() -> None:
     # Size 16, ratio 1: half a side of 8. Ratio 4 is four times as high as wide: 8 x 32.
-    (anchors,) = OurGenerator((16, 16), [(16.0,)], (1.0, 4.0)).levels([(1, 1)])
+    anchors = OurGenerator([(16.0,)], (1.0, 4.0), "torchvision", (16,))([(1, 1)])[0][:]
     assert anchors.tolist() == [[-8, -8, 8, 8], [-4, -16, 4, 16]]
 
 
 def test_places_run_row_by_row() -> None:
-    (anchors,) = OurGenerator((20, 300), [(4.0,)], (1.0,)).levels([(2, 3)])
+    anchors = OurGenerator([(4.0,)], (1.0,), "torchvision", (100,))([(2, 3)])[0][:]
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
-    assert centres.tolist() == [[0, 0], [100, 0], [200, 0], [0, 10], [100, 10], [200, 10]]
+    assert centres.tolist() == [[0, 0], [100, 0], [200, 0], [0, 100], [100, 100], [200, 100]]
 
 
 def test_levels_without_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match="anchor sizes for 2 levels and 1 feature maps"):
-        OurGenerator((64, 64), [(32.0,), (64.0,)], (1.0,)).levels([(4, 4)])
+    with pytest.raises(ValueError, match="got 1 feature maps; expected 2, one a level"):
+        OurGenerator([(32.0,), (64.0,)], (1.0,), "torchvision", (8, 16))([(4, 4)])

@@ -87,7 +87,7 @@ def test_anchors_of_any_ratios_and_scales(ratios: list[float], scales: list[int]
 
 def test_a_grid_rounded_up_keeps_its_stride() -> None:
     """39 places on 608 pixels: canvas // grid would be 15."""
-    (anchors,) = AnchorGenerator((608, 1024), [(128.0,)], (1.0,), "caffe", (16,)).levels([(39, 65)])
+    anchors = AnchorGenerator([(128.0,)], (1.0,), "caffe", (16,))([(39, 65)])[0][:]
     last = anchors.reshape(39, 65, 4)[38, 64]
     assert last.tolist() == [64 * 16 - 56, 38 * 16 - 56, 64 * 16 + 72, 38 * 16 + 72]
 

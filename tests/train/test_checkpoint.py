@@ -89,7 +89,8 @@ def test_the_contract_carries_the_models_own_settings(small_settings: Callable[.
     limits = contract.thresholds
     assert (limits.score, limits.nms_iou, limits.max_detections) == (0.2, 0.4, 7)
     assert (limits.rpn_nms_iou, limits.max_proposals) == (0.6, 33)
-    assert (contract.canvas, contract.mean, contract.std) == (settings.canvas, settings.mean, settings.std)
+    assert (contract.canvas, contract.resize.within) == (None, settings.canvas)
+    assert (contract.mean, contract.std) == (settings.mean, settings.std)
     assert (contract.task, contract.category_ids) == ("detections", None)
 
 
@@ -103,11 +104,22 @@ def test_channels_last_weights_are_saved_as_any_other(model: FasterRCNN, tmp_pat
     assert all(torch.equal(t, state[n]) for n, t in load_checkpoint(path)[0].state_dict().items())
 
 
-def test_another_canvas_changes_model_and_contract_alike(pristine: Path) -> None:
-    model, contract = load_checkpoint(pristine, canvas=(64, 96))
-    assert model.settings.canvas == contract.canvas == (64, 96)
-    with pytest.raises(AnchorlineError, match=r"\(100, 96\); expected .* multiples of 32"):
-        load_checkpoint(pristine, canvas=(100, 96))
+@pytest.mark.parametrize(("source", "within"), [({}, (128, 160)), ({"library": "torchvision"}, None)])
+def test_a_checkpoint_of_contract_version_1_is_freed(
+    pristine: Path, tmp_path: Path, source: dict[str, str], within: tuple[int, int] | None
+) -> None:
+    """Those had a canvas; ours were scaled to fit it in training, imported ones not by their library."""
+    with safe_open(pristine, framework="pt") as file:
+        stated = json.loads(file.metadata()[CONTRACT_KEY])
+    del stated["resize"]["within"], stated["resize"]["padding"]
+    earlier = {**stated, "version": 1, "canvas": [128, 160], "source": source}
+    path = rewritten(pristine, tmp_path / "model.safetensors", {CONTRACT_KEY: json.dumps(earlier)})
+    contract = load_checkpoint(path)[1]
+    assert (contract.canvas, contract.resize.within, contract.resize.padding) == (None, within, 1)
+    turned = json.dumps({**earlier, "canvas": [128, 192]})
+    path = rewritten(pristine, tmp_path / "turned.safetensors", {CONTRACT_KEY: turned})
+    with pytest.raises(ArtefactError, match=r"canvas \(128, 160\) and the contract \(128, 192\)"):
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.5, 0.999])

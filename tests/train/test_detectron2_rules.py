@@ -33,7 +33,7 @@ def test_base_anchors_by_hand() -> None:
 
 def test_mmdetection_s_published_example() -> None:
     """Stride 16 and scale 1, ratio 1, a base size of 9 on a 2x2 grid: its docstring's four anchors."""
-    (anchors,) = AnchorGenerator((32, 32), [(9.0,)], (1.0,), "unrounded", (16,)).levels([(2, 2)])
+    anchors = AnchorGenerator([(9.0,)], (1.0,), "unrounded", (16,))([(2, 2)])[0][:]
     assert anchors.tolist() == [
         [-4.5, -4.5, 4.5, 4.5],
         [11.5, -4.5, 20.5, 4.5],
@@ -45,7 +45,7 @@ def test_mmdetection_s_published_example() -> None:
 def test_fifteen_anchors_at_a_place_run_ratio_by_ratio() -> None:
     """C4: five sizes on one map. Detectron2's own order is size by size, as the import has to know."""
     sizes, ratios = (32.0, 64.0, 128.0, 256.0, 512.0), (0.5, 1.0, 2.0)
-    (anchors,) = AnchorGenerator((64, 96), [sizes], ratios, "unrounded", (16,)).levels([(4, 6)])
+    anchors = AnchorGenerator([sizes], ratios, "unrounded", (16,))([(4, 6)])[0][:]
     expected = [
         (16 * x - w / 2, 16 * y - r * w / 2, 16 * x + w / 2, 16 * y + r * w / 2)
         for y in range(4)
@@ -60,11 +60,11 @@ def test_a_pyramid_keeps_its_strides(small_model: Callable[..., torch.nn.Module]
     """160 is no multiple of 64: P6 has 3 columns, 53 pixels apart in torchvision and 64 in Detectron2."""
     torchvisions, detectrons = (
         small_model("fpn", anchor_style=style).rpn.anchors(
-            [torch.zeros(1, 1, -(-128 // s), -(-160 // s)) for s in (4, 8, 16, 32, 64)]
+            [(-(-128 // stride), -(-160 // stride)) for stride in (4, 8, 16, 32, 64)]
         )
         for style in ("torchvision", "unrounded")
     )
-    steps = [(level[3, 0] - level[0, 0]).item() for level in (torchvisions[-1], detectrons[-1])]
+    steps = [(level[:][3, 0] - level[:][0, 0]).item() for level in (torchvisions[-1], detectrons[-1])]
     assert steps == [53, 64]
     assert [len(level) for level in torchvisions] == [len(level) for level in detectrons]
 

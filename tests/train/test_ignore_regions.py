@@ -21,7 +21,14 @@ from anchorline.train.model.settings import ModelSettings
 from anchorline.train.settings import TrainingSettings
 
 CANVAS = (64, 96)
-ANCHORS = torch.cat(AnchorGenerator(CANVAS, [(16.0,), (40.0,)], (0.5, 1.0, 2.0)).levels([(8, 12), (4, 6)]))
+ANCHORS = torch.cat(
+    [
+        level[:]
+        for level in AnchorGenerator([(16.0,), (40.0,)], (0.5, 1.0, 2.0), "torchvision", (8, 16))(
+            [(8, 12), (4, 6)]
+        )
+    ]
+)
 Masks = list[tuple[Tensor, Tensor]]
 
 

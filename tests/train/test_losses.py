@@ -17,7 +17,14 @@ from anchorline.train.model.settings import ModelSettings
 from anchorline.train.settings import TrainingSettings
 
 CANVAS = (64, 96)
-ANCHORS = torch.cat(OurGenerator(CANVAS, [(8.0,), (32.0,)], (0.5, 1.0, 2.0)).levels([(16, 24), (8, 12)]))
+ANCHORS = torch.cat(
+    [
+        level[:]
+        for level in OurGenerator([(8.0,), (32.0,)], (0.5, 1.0, 2.0), "torchvision", (4, 8))(
+            [(16, 24), (8, 12)]
+        )
+    ]
+)
 NOTHING = (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
 SOME = (
     torch.tensor([[10.0, 10.0, 40.0, 35.0], [50.0, 5.0, 58.0, 13.0], [60.0, 30.0, 96.0, 64.0]]),

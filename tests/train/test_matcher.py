@@ -13,7 +13,14 @@ from anchorline.train.model.assign import Matcher as OurMatcher
 from anchorline.train.model.boxes import pairwise_iou
 
 CANVAS = (96, 128)
-ANCHORS = torch.cat(AnchorGenerator(CANVAS, [(16.0,), (48.0,)], (0.5, 1.0, 2.0)).levels([(12, 16), (6, 8)]))
+ANCHORS = torch.cat(
+    [
+        level[:]
+        for level in AnchorGenerator([(16.0,), (48.0,)], (0.5, 1.0, 2.0), "torchvision", (8, 16))(
+            [(12, 16), (6, 8)]
+        )
+    ]
+)
 
 
 def objects(count: int) -> torch.Tensor:

@@ -20,9 +20,9 @@ from anchorline.train.settings import TrainingSettings, load_preset
 
 PAPER = load_preset("vgg16-paper").training
 CANVAS = torch.tensor([[608.0, 1024.0]])
-GENERATOR = AnchorGenerator((608, 1024), [(128.0, 256.0, 512.0)], (0.5, 1.0, 2.0), "caffe", (16,))
+GENERATOR = AnchorGenerator([(128.0, 256.0, 512.0)], (0.5, 1.0, 2.0), "caffe", (16,))
 MATCHER = Matcher(PAPER.rpn_positive_iou, PAPER.rpn_negative_iou, keep_best_of_each_box=True)
-(ANCHORS,) = GENERATOR.levels([(38, 64)])
+ANCHORS = GENERATOR([(38, 64)])[0][:]
 
 
 def of(boxes: list[list[float]]) -> Targets:

@@ -18,7 +18,7 @@ CANVAS = (96, 160)
 GRIDS = [(24, 40), (12, 20), (6, 10), (3, 5), (2, 3)]
 SIZES = ((8.0,), (16.0,), (32.0,), (64.0,), (128.0,))
 RATIOS = (0.5, 1.0, 2.0)
-ANCHORS = OurGenerator(CANVAS, SIZES, RATIOS).levels(GRIDS)
+ANCHORS = [level[:] for level in OurGenerator(SIZES, RATIOS, "torchvision", (4, 8, 16, 32, 64), True)(GRIDS)]
 IMAGE_SIZES = torch.tensor([[96.0, 160.0], [50.0, 160.0], [96.0, 33.0]])
 
 

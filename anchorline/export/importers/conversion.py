@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anchorline import __version__
-from anchorline.data.dataset import from_frames
-from anchorline.data.synthetic import generate_scene
+from anchorline.data.synthetic import scenes
 from anchorline.export.importers import detectron2, mmdetection, py_faster_rcnn, torchvision
 from anchorline.export.importers.checkpoint_files import (
     CheckpointFile,
@@ -29,12 +28,10 @@ from anchorline.export.importers.library import (
     output_count,
     with_widths,
 )
-from anchorline.export.onnx_export import trimmed_canvas
-from anchorline.runtime.canvas import padded
 from anchorline.runtime.contract import NAMES_VARIABLE, Contract, ResizeRule, most_names
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
 from anchorline.runtime.io.files import atomic_path
-from anchorline.train.checkpoint import contract_of, load_checkpoint, save_checkpoint
+from anchorline.train.checkpoint import LIBRARY_KEY, contract_of, load_checkpoint, save_checkpoint
 from anchorline.train.model.settings import ModelSettings, expect, settings_from
 from anchorline.train.predict import checkpoint_subject
 from anchorline.train.settings import parse_override
@@ -43,9 +40,6 @@ from anchorline.verify.stages import Subject
 from anchorline.verify.verification import settle, verify_subjects, write_not_executed
 
 LIBRARIES = tuple(module.LIBRARY for module in (torchvision, detectron2, mmdetection, py_faster_rcnn))
-
-LIBRARY_KEY = "library"
-"""In ``Contract.source``: the library that an imported model comes from."""
 
 # torchvision computes the same in another order, and differs from itself by as much when only the memory
 # layout of its tensors changes.
@@ -90,8 +84,8 @@ def import_checkpoint(
     ``architectures`` (torchvision's weights know theirs, Detectron2's and MMDetection's tensors show it).
     ``classes`` are the class names without the background, or a file of them, one a line or a JSON list;
     the checkpoint's own are the default, and COCO's where the model has as many outputs. The sides of
-    ``resize`` replace the architecture's own, and ``canvas`` (height, width; multiples of 32) the one
-    that holds landscape frames. ``batch_norm_eps`` belongs to the body's batch norms. ``fast_resize``
+    ``resize`` replace the architecture's own; frames are scaled to fit ``canvas`` (height, width; multiples
+    of 32) as well. ``batch_norm_eps`` belongs to the body's batch norms. ``fast_resize``
     resizes plainly and in whole grey levels. ``overrides`` change settings that the tensors do not show,
     as ``score_threshold=0.3``. ``config`` is the configuration that Detectron2 or MMDetection wrote in
     training; the default is that in the checkpoint or beside it. ``weights`` is the key of the state dict, of
@@ -110,6 +104,7 @@ def import_checkpoint(
     eps_warnings = described.eps_warnings if batch_norm_eps is None else ()
     settings = _changed(settings, batch_norm_eps, overrides)
     rule = _resize_rule(described.resize, resize, fast_resize)
+    rule = dataclasses.replace(rule, within=canvas, padding=settings.padding)
     settings = dataclasses.replace(settings, canvas=canvas or _landscape_canvas(rule))
     outputs, most = output_count(library, state, settings), most_names()
     if outputs - 1 > most:
@@ -150,7 +145,6 @@ def import_checkpoint(
         *_assumptions({name: used[name] for name in assumed}, arch, library, described.configuration),
         *described.warnings,
         *eps_warnings,
-        *detectron2.unpadded(origin),
     )
     warn(warnings)
     with atomic_path(out) as draft:
@@ -178,14 +172,15 @@ def _landscape_canvas(rule: ResizeRule) -> tuple[int, int]:
         raise SettingsError(
             f"resize is {shorter} and {longer}; expected a shorter and a longer side in pixels"
         )
-    return padded((shorter, longer))
+    height, width = (-(-side // 32) * 32 for side in (shorter, longer))
+    return height, width
 
 
 def _verify(path: Path) -> str:
     """Compare an imported checkpoint with torchvision's own detector, and record it; says how it went.
 
-    On one scene of the size for which torchvision's canvas is the model's. Where there is none, or the model
-    is of a library that has no detector here, that is recorded and said. Raises ``ParityError``.
+    On one scene. Where the model is resized otherwise, or is of a library that has no detector here, that is
+    recorded and said. Raises ``ParityError``.
     """
     with checkpoint_subject(path) as ours:
         contract, reason = ours.detector.contract, None
@@ -194,15 +189,15 @@ def _verify(path: Path) -> str:
             reason = f"there is no {library} here to compare with (docs/import.md)"
         elif contract.input_dtype != "float32":
             reason = "the fast resize is not torchvision's"
-        elif trimmed_canvas(contract.canvas, contract) != contract.canvas:
-            reason = "the canvas is another than torchvision's for any frame of its shape"
+        elif contract.resize.within is not None:
+            reason = "torchvision scales no frame to fit a canvas"
         if reason is not None:
             write_not_executed(path, reason)
             return f"not verified: {reason}"
         report = verify_subjects(
             Subject(path, torchvision.TorchvisionDetector.of(*load_checkpoint(path))),
             ours,
-            from_frames("a generated scene", contract.names, [generate_scene(0, contract.canvas, 0)[0]]),
+            scenes(contract.names, 1),
             which_traps=(),
             tolerance=TOLERANCE,
         )

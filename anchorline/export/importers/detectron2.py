@@ -9,7 +9,6 @@ import ast
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -256,19 +255,6 @@ def _hints(found: ModelSettings, usual: ModelSettings) -> tuple[str, ...]:
             "STRIDE_IN_1X1: False, import again with --set bottleneck_stride=3x3"
         )
     return tuple(hints)
-
-
-def unpadded(source: Mapping[str, Any]) -> tuple[str, ...]:
-    """A note for what was imported from a model that Detectron2 runs without padding; none for others.
-
-    ``source`` is a contract's.
-    """
-    if not str(source.get("arch", "")).endswith(("_c4", "_dc5")):
-        return ()
-    return (
-        "Detectron2 does not pad the images of C4 and DC5 models, and the canvas here is a multiple of 32: "
-        "detections near the right and lower border differ where the resized image is smaller than it",
-    )
 
 
 def _pixel_statistics(state: State, where: str) -> dict[str, Any]:

@@ -157,7 +157,7 @@ class TorchvisionDetector:
 
     ``model`` is the network in evaluation mode; label n + 1 of it is ``contract.names[n]``. Frames go
     through it one by one, since torchvision pads a batch to its largest image, which changes results.
-    Where ``contract.resize`` sets no bounds, frames are resized as they are for ``contract.canvas``.
+    Where ``contract.resize`` is not a shorter and a longer side, frames are resized as it says.
     """
 
     provider = "torchvision"
@@ -183,7 +183,7 @@ class TorchvisionDetector:
         """Detections of one BGR frame [H, W, 3], boxes in its own pixels."""
         frame = check_frame(frame)
         size, resize = (frame.shape[0], frame.shape[1]), self.contract.resize
-        if resize.shorter_side is None or resize.longer_side is None:
+        if None in (resize.shorter_side, resize.longer_side) or resize.within is not None:
             height, width = place(size, self.contract.canvas, resize).valid
             self.model.transform.fixed_size = (width, height)
         rgb = torch.from_numpy(np.ascontiguousarray(frame[:, :, ::-1])).permute(2, 0, 1).float() / 255
@@ -236,6 +236,7 @@ def torchvision_model(model: FasterRCNN, contract: Contract) -> TorchvisionFaste
         box_score_thresh=s.score_threshold,
         box_nms_thresh=s.nms_iou,
         box_detections_per_img=s.max_detections,
+        size_divisible=contract.resize.padding,
         bbox_reg_weights=s.box_weights,
     )
     built.rpn.min_size = s.rpn_min_side

@@ -122,6 +122,7 @@ class TensorRTEngine(NotCopied):
                     f"{', '.join(promised)}; build it again"
                 )
         inputs = [self._tensor(name) for name in contract.inputs]
+        assert contract.canvas is not None
         expected = Tensor(contract.inputs[0], np.dtype(contract.input_dtype), (*contract.canvas, 3))
         if inputs[0] != expected:
             raise ArtefactError(

@@ -221,6 +221,7 @@ def canvas_launch(
             f"resize.interpolation is {contract.resize.interpolation!r}, which the GPU's kernels do not do; "
             "lay the frames onto the canvas with canvas.to_canvas"
         )
+    assert contract.canvas is not None
     height, width = contract.canvas
     # Source pixels for one canvas pixel: in single precision for float32, as in PyTorch.
     number = np.float32 if contract.input_dtype == "float32" else np.float64
@@ -290,6 +291,7 @@ class FrameIntake:
     def resized_by_cpu(self, frame: Any) -> bool:
         """Whether a frame of the host is resized before the copy: where the GPU cannot, and up to the size
         of the canvas, but for NV12 (half the bytes)."""
+        assert self._contract.canvas is not None
         height, width = self._contract.canvas
         small = not isinstance(frame, Nv12) and frame.shape[0] * frame.shape[1] <= height * width
         return small or not resizes_as(self._contract)

@@ -16,8 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection import anchor_utils
+
+Grid = tuple[int, int]  # rows and columns of a feature map
 
 
 def unrounded_base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
@@ -47,54 +49,78 @@ def caffe_base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -
     return (CAFFE_WINDOW / 2 + torch.cat((-half, half), dim=1)).float()
 
 
-_OTHER_BASE_ANCHORS = {"caffe": caffe_base_anchors, "unrounded": unrounded_base_anchors}
+def torchvision_base_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
+    """torchvision's anchors around the origin, rounded; arguments and order as above."""
+    generator = anchor_utils.AnchorGenerator((tuple(sizes),), (tuple(aspect_ratios),))
+    base: Tensor = generator.cell_anchors[0]
+    return base
 
 
-class AnchorGenerator:
-    """The anchors of every level in canvas pixels, in one of the three styles.
+BASE_ANCHORS = {
+    "torchvision": torchvision_base_anchors,
+    "caffe": caffe_base_anchors,
+    "unrounded": unrounded_base_anchors,
+}
 
-    ``canvas`` is (height, width) of the network input; ``sizes`` holds the anchor sizes of each level. A
-    level's stride is canvas // grid, as in torchvision, unless ``strides`` says it: P6 of 800x1088 has been
-    rounded up to 13x17, and 800 // 13 is 61 where Detectron2 and MMDetection step by 64.
+
+class LevelAnchors:
+    """The anchors [A, 4] of one level, made when they are asked for by their numbers: ``anchors[index]``.
+
+    ``base`` are those of the first place, of a map of ``grid`` whose places are ``step`` pixels apart (down
+    and across). Places run row by row and the anchors of a place follow each other, as the RPN head's outputs
+    do once flattened.
+    """
+
+    def __init__(self, base: Tensor, grid: Grid, step: Grid) -> None:
+        self.base, self.grid, self.step = base, grid, step
+
+    def __len__(self) -> int:
+        return self.grid[0] * self.grid[1] * len(self.base)
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        """[..., 4] of the numbers ``index`` int64 [...]; ``anchors[:]`` is all."""
+        if isinstance(index, slice):
+            index = torch.arange(len(self), device=self.base.device)[index]
+        place = torch.div(index, len(self.base), rounding_mode="trunc")
+        row = torch.div(place, self.grid[1], rounding_mode="trunc")
+        x, y = (place - row * self.grid[1]) * self.step[1], row * self.step[0]
+        shift = torch.stack((x, y, x, y), dim=-1)
+        return self.base[index - place * len(self.base)] + shift.to(self.base.dtype)
+
+
+class AnchorGenerator(nn.Module):
+    """The anchors of every level in canvas pixels, in one of the three styles, for maps of any size.
+
+    ``sizes`` holds the anchor sizes of each level, ``strides`` the levels' own. With ``rounded_strides`` one
+    steps by canvas // grid, as in torchvision: P6 of 800x1088 has been rounded up to 13x17, and 800 // 13 is
+    61, where Detectron2 and MMDetection step by 64.
     """
 
     def __init__(
         self,
-        canvas: tuple[int, int],
         sizes: Sequence[Sequence[float]],
         aspect_ratios: Sequence[float],
-        style: str = "torchvision",
-        strides: Sequence[int] | None = None,
+        style: str,
+        strides: Sequence[int],
+        rounded_strides: bool = False,
     ) -> None:
-        self.canvas, self.strides = canvas, strides
-        self._generator = anchor_utils.AnchorGenerator(sizes, (tuple(aspect_ratios),) * len(sizes))
-        if style in _OTHER_BASE_ANCHORS:
-            base = _OTHER_BASE_ANCHORS[style]
-            self._generator.cell_anchors = [base(group, aspect_ratios) for group in sizes]
-        self._kept: dict[tuple[object, ...], list[Tensor]] = {}
+        super().__init__()
+        self.strides, self.rounded_strides = tuple(strides), rounded_strides
+        for level, group in enumerate(sizes):
+            base = BASE_ANCHORS[style](group, aspect_ratios)
+            self.register_buffer(f"base{level}", base, persistent=False)
 
-    def __call__(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Anchors [A_level, 4] of each of ``features`` [B, C, rows, columns], made once for each device."""
-        grids = [(feature.shape[2], feature.shape[3]) for feature in features]
-        key = (features[0].device, *grids)
-        if key not in self._kept:
-            self._kept[key] = [anchors.to(features[0].device) for anchors in self.levels(grids)]
-        return self._kept[key]
+    def forward(self, grids: Sequence[Grid]) -> list[LevelAnchors]:
+        """The anchors of each level, for maps of ``grids`` (rows, columns), finest first.
 
-    def levels(self, grids: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Anchors [A_level, 4] for maps of ``grids`` (rows, columns).
-
-        Places run row by row and the anchors of a place follow each other, as the RPN head's outputs do
-        once flattened. Raises ``ValueError`` where there are other levels than sizes.
+        Raises ``ValueError`` where there are other levels than strides.
         """
-        levels = len(self._generator.cell_anchors)
-        if levels != len(grids):
-            raise ValueError(
-                f"got anchor sizes for {levels} levels and {len(grids)} feature maps; expected one each"
-            )
-        height, width = self.canvas
-        steps = [(height // rows, width // columns) for rows, columns in grids]
-        if self.strides is not None:
-            steps = [(stride, stride) for stride in self.strides]
-        anchors: list[Tensor] = self._generator.grid_anchors(grids, steps)
-        return anchors
+        if len(grids) != len(self.strides):
+            raise ValueError(f"got {len(grids)} feature maps; expected {len(self.strides)}, one a level")
+        # The finest map is not rounded: the canvas of a pyramid is a multiple of its coarsest stride but one.
+        height, width = (side * self.strides[0] for side in grids[0])
+        found = []
+        for level, (grid, stride) in enumerate(zip(grids, self.strides, strict=True)):
+            step = (height // grid[0], width // grid[1]) if self.rounded_strides else (stride, stride)
+            found.append(LevelAnchors(getattr(self, f"base{level}"), grid, step))
+        return found

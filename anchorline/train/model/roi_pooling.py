@@ -53,7 +53,8 @@ def assign_levels(
 def feature_canvas(features: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
     """All maps [B, C, H_i, W_i] on one [B, C, H, W], and where the first pixel of each stands, as (y, x).
 
-    The finest map lies on top, the others side by side below it, each within its border.
+    The finest map lies on top, the others, of which each has half the sides of the one before, side by side
+    below it, each within its border.
     """
     sides = (BORDER_BEFORE, BORDER_AFTER, BORDER_BEFORE, BORDER_AFTER)
     first, *rest = (F.pad(feature, sides, mode="replicate") for feature in features)
@@ -63,9 +64,10 @@ def feature_canvas(features: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, 
         left += feature.shape[3]
     if not rest:
         return first, origins
-    tallest = max(feature.shape[2] for feature in rest)
+    # The row is at most as wide as the finest map, its borders apart: no case to tell for any size.
+    width = first.shape[3] + (len(rest) - 1) * (BORDER_BEFORE + BORDER_AFTER)
+    tallest = rest[0].shape[2]
     row = torch.cat([F.pad(feature, (0, 0, 0, tallest - feature.shape[2])) for feature in rest], dim=3)
-    width = max(first.shape[3], row.shape[3])
     first, row = (F.pad(part, (0, width - part.shape[3])) for part in (first, row))
     return torch.cat((first, row), dim=2), origins
 
@@ -125,7 +127,9 @@ class RoIPooling(nn.Module):
             (1.0 / stride, *origin, feature.shape[2], feature.shape[3])
             for stride, origin, feature in zip(self.strides, origins, features, strict=True)
         ]
-        table = torch.tensor(rows, dtype=boxes.dtype, device=boxes.device)
+        # Number by number, since in an export some are known only when the graph runs.
+        numbers = [torch.scalar_tensor(number, device=boxes.device) for row in rows for number in row]
+        table = torch.stack(numbers).to(boxes.dtype).unflatten(0, (len(rows), -1))
         scale, origin_y, origin_x, height, width = table[level].unbind(-1)
         x1, y1, x2, y2 = (boxes * scale[..., None]).unbind(-1)
         length_x, length_y = x2 - x1, y2 - y1

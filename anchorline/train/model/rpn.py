@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from anchorline.train.model import boxes as box_ops
 from anchorline.train.model import ops
-from anchorline.train.model.anchors import AnchorGenerator
+from anchorline.train.model.anchors import AnchorGenerator, LevelAnchors
 from anchorline.train.model.assign import Matcher, Sampler, Targets
 from anchorline.train.model.losses import rpn_losses
 from anchorline.train.model.ops import mark
@@ -80,7 +80,7 @@ class AnchorScores(NamedTuple):
 
     objectness: Sequence[Tensor]
     deltas: Sequence[Tensor]
-    anchors: Sequence[Tensor]
+    anchors: Sequence[LevelAnchors | Tensor]
 
 
 class RPN(nn.Module):
@@ -94,10 +94,8 @@ class RPN(nn.Module):
             channels, s.anchors_per_place, s.rpn_convs, width=s.rpn_channels, pairs=s.rpn_score == "softmax"
         )
         # A single map may be larger than canvas / 16; of a pyramid torchvision's strides are rounded.
-        true_strides = strides if s.neck in ("single", "dc5") or s.anchor_style == "unrounded" else None
-        self.anchors = AnchorGenerator(
-            s.canvas, s.anchor_sizes, s.aspect_ratios, s.anchor_style, true_strides
-        )
+        rounded = s.neck not in ("single", "dc5") and s.anchor_style != "unrounded"
+        self.anchors = AnchorGenerator(s.anchor_sizes, s.aspect_ratios, s.anchor_style, strides, rounded)
         self.coder = box_ops.BoxCoder.of(s)
         self.pre_nms, self.post_nms, self.nms_iou = s.rpn_pre_nms, s.rpn_post_nms, s.rpn_nms_iou
         self.score_threshold, self.min_side = s.rpn_score_threshold, s.rpn_min_side * s.frame_scale
@@ -113,7 +111,7 @@ class RPN(nn.Module):
         return AnchorScores(
             [mark(f"objectness.{level}", each) for level, each in enumerate(objectness)],
             [mark(f"bbox_deltas.{level}", each) for level, each in enumerate(deltas)],
-            self.anchors(features),
+            self.anchors([(feature.shape[2], feature.shape[3]) for feature in features]),
         )
 
     def propose(
@@ -130,15 +128,16 @@ class RPN(nn.Module):
         ``post_nms`` best of all levels remain.
         """
         pre_nms, post_nms = pre_nms or self.pre_nms, post_nms or self.post_nms
-        slots = max(min(pre_nms, level.shape[1]) for level in scored.objectness)
         boxes_of_level, scores_of_level = [], []
         for objectness, deltas, anchors in zip(*scored, strict=True):
-            count = min(pre_nms, objectness.shape[1])
-            logits, index = objectness.topk(count, dim=1)
-            boxes = self.coder.decode(box_ops.rows_at(deltas, index), anchors[index])
-            boxes_of_level.append(F.pad(boxes, (0, 0, 0, slots - count)))
-            scores_of_level.append(F.pad(logits.sigmoid(), (0, slots - count), value=ops.SUPPRESSED))
-        boxes = torch.stack(boxes_of_level, dim=1)  # [B, L, slots, 4]
+            # A level of a small canvas has fewer anchors; filled up, every shape from here on is the same.
+            there = objectness.shape[1]
+            logits, index = F.pad(objectness, (0, pre_nms), value=-torch.inf).topk(pre_nms, dim=1)
+            is_anchor, index = index < there, index.clamp(max=there - 1)
+            boxes_of_level.append(self.coder.decode(box_ops.rows_at(deltas, index), anchors[index]))
+            scores = torch.where(is_anchor, logits.sigmoid(), torch.full_like(logits, ops.SUPPRESSED))
+            scores_of_level.append(scores)
+        boxes = torch.stack(boxes_of_level, dim=1)  # [B, L, pre_nms, 4]
         boxes = box_ops.clip_to_images(boxes, image_sizes, self.coder.last_pixel)
         scores = torch.stack(scores_of_level, dim=1)
         counts = box_ops.at_least(boxes, self.min_side)
@@ -157,7 +156,7 @@ class RPN(nn.Module):
         With ``rpn_ignore_outside`` anchors across the edge of their image have no part.
         """
         objectness, deltas = torch.cat([*scored.objectness], dim=1), torch.cat([*scored.deltas], dim=1)
-        anchors = torch.cat([*scored.anchors])
+        anchors = torch.cat([anchors[:] for anchors in scored.anchors])
         s = settings
         inside = box_ops.inside_images(anchors, image_sizes) if s.rpn_ignore_outside else None
         matcher = Matcher(s.rpn_positive_iou, s.rpn_negative_iou, keep_best_of_each_box=True)

@@ -71,7 +71,8 @@ class ModelSettings:
     canvas: Annotated[
         tuple[Side, Side], Meta(description="a height and a width that are multiples of 32")
     ] = (480, 640)
-    """Height and width of the network input in pixels, multiples of 32."""
+    """Height and width in pixels, multiples of 32, of the network input in training, and the size that
+    frames are scaled to fit at test time."""
     shorter_side: Whole = 0
     longer_side: Whole = 0
     """Images are scaled to these sides in pixels at most, then laid on the canvas; 0 sets no bound."""
@@ -178,6 +179,11 @@ class ModelSettings:
             ("unrounded", "continuous", True, False): "detectron2",
             ("unrounded", "continuous", True, True): "mmdetection",
         }.get(choices, "mixed")
+
+    @property
+    def padding(self) -> int:
+        """What both sides of a canvas are multiples of: a pyramid's maps must halve exactly."""
+        return 1 if self.neck in ("single", "dc5") else 32
 
     @property
     def anchors_per_place(self) -> int:
