@@ -8,7 +8,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anchorline.runtime.canvas import Nv12 as Nv12
     from anchorline.runtime.contract import Contract as Contract
     from anchorline.runtime.detections import Detections as Detections
     from anchorline.runtime.detector import Detector as Detector
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from anchorline.runtime.io.images import find_images as find_images
     from anchorline.runtime.io.images import read_image as read_image
     from anchorline.runtime.io.images import write_image as write_image
+    from anchorline.runtime.nv12 import Nv12 as Nv12
     from anchorline.runtime.tensorrt.cuda import GpuOptions as GpuOptions
     from anchorline.runtime.video.figures import DetectSummary as DetectSummary
     from anchorline.runtime.video.frames import Result as Result
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 # Where each name lives. It is loaded when it is first used: the command needs the options and errors at once,
 # and NumPy and OpenCV only where a verb works with frames.
 _NAMES = {
-    "canvas": "Nv12",
+    "nv12": "Nv12",
     "contract": "Contract",
     "detections": "Detections",
     "detector": "Detector",

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, cast
+from typing import cast
 
 import cv2
 import numpy as np
@@ -24,6 +24,7 @@ from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import ArtefactError, DataError, FrameError, SettingsError, shown
 from anchorline.runtime.io.images import MAX_PIXELS_VARIABLE, max_pixels
+from anchorline.runtime.nv12 import Nv12, bgr_of, frame_size
 
 # What a resize of frames has to reproduce to the last bit depends on the library that the model comes from:
 # OpenCV's own bilinear one, Pillow's antialiased one (Detectron2), or PyTorch's in float32.
@@ -37,7 +38,6 @@ _FLOAT32_TAPS = 32  # with more, 2**8 grey levels times 2**11 a tap can add up t
 _WIDEST = 1024  # taps of all rows in one product, so that a matrix stays small for extreme shrinking
 _STRIP = 32  # rows at a time, so that what lies between two steps stays in the processor's cache
 _BGR = "Expected a frame as uint8 BGR array of shape [H, W, 3]"
-NV12_EXPECTATION = "Expected an NV12 frame as uint8 of shape [H * 3 / 2, W] with even H and W"
 
 
 def resize_antialiased(
@@ -290,41 +290,6 @@ def boxes_to_source(boxes: NDArray[np.float32], placement: Placement) -> NDArray
     height, width = placement.source
     limits = np.array([width, height, width, height], np.float64)
     return np.clip(boxes / placement.scales, 0.0, limits).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class Nv12:
-    """A frame in NV12: uint8 [H * 3 / 2, W], luma over interleaved chroma, on the host or on the GPU.
-
-    The colours are ITU-R BT.601 in its limited range, as in OpenCV's ``COLOR_YUV2BGR_NV12``.
-    """
-
-    pixels: Any
-
-
-def nv12_size(shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
-    """Height and width of an NV12 frame whose pixels are so; ``FrameError`` for what is none."""
-    fits = len(shape) == 2 and 0 not in shape and shape[0] % 3 == 0 and shape[1] % 2 == 0
-    if dtype != "uint8" or not fits:
-        raise FrameError(f"{NV12_EXPECTATION}, got {dtype} {list(shape)}")
-    return shape[0] * 2 // 3, shape[1]
-
-
-def frame_size(frame: Any) -> tuple[int, int]:
-    """Height and width of a checked frame of the host; ``FrameError`` for an ``Nv12`` that is none."""
-    if not isinstance(frame, Nv12):
-        return frame.shape[0], frame.shape[1]
-    if not isinstance(frame.pixels, np.ndarray):
-        raise FrameError(f"{NV12_EXPECTATION}, got a {type(frame.pixels).__name__}")
-    return nv12_size(frame.pixels.shape, str(frame.pixels.dtype))
-
-
-def bgr_of(frame: NDArray[np.uint8] | Nv12) -> NDArray[np.uint8]:
-    """A checked frame of the host as BGR [H, W, 3]."""
-    if not isinstance(frame, Nv12):
-        return frame
-    frame_size(frame)
-    return np.asarray(cv2.cvtColor(np.ascontiguousarray(frame.pixels), cv2.COLOR_YUV2BGR_NV12), np.uint8)
 
 
 def check_frame(frame: object) -> NDArray[np.uint8]:

@@ -18,19 +18,12 @@ from numpy.typing import NDArray
 from anchorline.runtime.backends.base import Lane, LanePool
 from anchorline.runtime.backends.cpu_options import MOST_THREADS, CpuOptions
 from anchorline.runtime.backends.selection import open_backend
-from anchorline.runtime.canvas import (
-    Nv12,
-    Placement,
-    Preprocessor,
-    check_frame,
-    frame_size,
-    held_to,
-    to_detections,
-)
+from anchorline.runtime.canvas import Placement, Preprocessor, check_frame, held_to, to_detections
 from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import FrameError, SettingsError, check_count, shown
 from anchorline.runtime.io.files import expect_regular
+from anchorline.runtime.nv12 import Nv12, frame_size
 from anchorline.runtime.tensorrt.cuda import GpuOptions
 from anchorline.runtime.tensorrt.frames import is_device_frame
 from anchorline.runtime.timing import DETECTOR_STAGES

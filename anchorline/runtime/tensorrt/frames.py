@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from anchorline.runtime.canvas import NV12_EXPECTATION, Nv12, Placement, frame_size, nv12_size
+from anchorline.runtime.canvas import Placement
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.io.errors import FrameError, SettingsError, one_line
+from anchorline.runtime.nv12 import NV12_EXPECTATION, Nv12, frame_size, nv12_size
 from anchorline.runtime.tensorrt.cuda import LEGACY_STREAM, PER_THREAD_STREAM, Cuda, PinnedBuffer
 from anchorline.runtime.tensorrt.kernels import Launch
 
@@ -42,7 +43,8 @@ _STAGING_REMEDY = "give smaller frames, smaller batches, or run less at once (wo
 class DeviceFrame:
     """A frame in device memory. ``pitch`` is the bytes from row to row; ``chroma`` is 0 for BGR.
 
-    ``stream`` is the stream it becomes ready on, where it says so; ``owner`` keeps its memory alive.
+    ``stream`` is the stream it becomes ready on, where it says so; ``owner`` keeps its memory alive;
+    ``colours`` are those of ``Nv12``.
     """
 
     address: int
@@ -52,6 +54,7 @@ class DeviceFrame:
     device: int | None
     stream: int | None
     owner: Any
+    colours: str = ""
 
 
 # What a library tells of an array: its address, shape, strides in bytes of uint8, and type, and the frame's
@@ -90,7 +93,8 @@ def read_device_frame(frame: Any, stream: int) -> DeviceFrame:
             f"{expectation} with pixels side by side and rows in order, got strides {strides} bytes; "
             "make it contiguous first"
         )
-    return DeviceFrame(address, chroma, strides[0], (height, width), device, ready_on, owner)
+    colours = frame.colours if isinstance(frame, Nv12) else ""
+    return DeviceFrame(address, chroma, strides[0], (height, width), device, ready_on, owner, colours)
 
 
 def _read_interface(pixels: Any) -> _Array:
@@ -237,7 +241,7 @@ def canvas_launch(
         *map(ctypes.c_int, placement.valid),
         *map(ctypes.c_double, steps),
     )
-    kernel = f"{'nv12' if frame.chroma else 'bgr'}_to_{contract.input_dtype}"
+    kernel = f"{f'nv12_{frame.colours}' if frame.chroma else 'bgr'}_to_{contract.input_dtype}"
     return Launch("preprocess", kernel, (-(-width // _THREADS), height, 1), _THREADS, arguments)
 
 
@@ -305,7 +309,8 @@ class FrameIntake:
         height, width = frame_size(frame)
         pitch = width if isinstance(frame, Nv12) else 3 * width
         chroma = address + height * pitch if isinstance(frame, Nv12) else 0
-        return DeviceFrame(address, chroma, pitch, (height, width), self._cuda.device, None, frame)
+        colours = frame.colours if isinstance(frame, Nv12) else ""
+        return DeviceFrame(address, chroma, pitch, (height, width), self._cuda.device, None, frame, colours)
 
     def to_canvas(
         self, frame: DeviceFrame, placement: Placement, canvas: int, image_size: int, stream: int

@@ -24,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.backends.base import LaneResult
-from anchorline.runtime.canvas import Placement, bgr_of, frame_size, place, to_canvas
+from anchorline.runtime.canvas import Placement, place, to_canvas
 from anchorline.runtime.contract import NMS_CONVERGED
 from anchorline.runtime.io.errors import FrameError, GpuError, SettingsError
+from anchorline.runtime.nv12 import bgr_of, frame_size
 from anchorline.runtime.tensorrt.cuda import (
     LEGACY_STREAM,
     BindingsCuda,

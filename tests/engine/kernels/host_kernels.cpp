@@ -37,5 +37,10 @@ LAUNCHER(roi_pool_f16,
            scale_y, scale_x)
 PREPROCESSOR(bgr_to_uint8, unsigned char)
 PREPROCESSOR(bgr_to_float32, float)
-PREPROCESSOR(nv12_to_uint8, unsigned char)
-PREPROCESSOR(nv12_to_float32, float)
+#define NV12(colours)                                         \
+  PREPROCESSOR(nv12_##colours##_to_uint8, unsigned char)      \
+  PREPROCESSOR(nv12_##colours##_to_float32, float)
+NV12(bt601)
+NV12(bt601_full)
+NV12(bt709)
+NV12(bt709_full)

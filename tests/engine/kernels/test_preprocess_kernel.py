@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.canvas import place, to_canvas
 from anchorline.runtime.contract import Contract, ResizeRule
+from anchorline.runtime.nv12 import COLOURS, Nv12, bgr_of
 from anchorline.runtime.tensorrt import kernels as images
 from anchorline.runtime.tensorrt.frames import DeviceFrame, canvas_launch
 from anchorline.runtime.tensorrt.kernels import Launch, compile
@@ -33,15 +34,16 @@ def contract(dtype: str, resize: ResizeRule) -> Contract:
 
 @pytest.fixture
 def run(run_on_host: Callable[[Launch, int], None]) -> Callable[..., tuple[NDArray, NDArray]]:
-    """``run(pixels, nv12, dtype, rule)``: canvas and image size by the kernel, over canvases full of 77."""
+    """``run(pixels, colours, dtype, rule)``: canvas and image size by the kernel, over canvases full of 77;
+    ``colours`` are NV12's, empty for BGR."""
 
     def on_host(
-        pixels: NDArray[np.uint8], nv12: bool, dtype: str, rule: ResizeRule
+        pixels: NDArray[np.uint8], colours: str, dtype: str, rule: ResizeRule
     ) -> tuple[NDArray[np.generic], NDArray[np.float32]]:
-        height = pixels.shape[0] * 2 // 3 if nv12 else pixels.shape[0]
+        height, width = pixels.shape[0] * 2 // 3 if colours else pixels.shape[0], pixels.shape[1]
         pitch = pixels.strides[0]
-        chroma = pixels.ctypes.data + height * pitch if nv12 else 0
-        frame = DeviceFrame(pixels.ctypes.data, chroma, pitch, (height, pixels.shape[1]), None, None, pixels)
+        chroma = pixels.ctypes.data + height * pitch if colours else 0
+        frame = DeviceFrame(pixels.ctypes.data, chroma, pitch, (height, width), None, None, pixels, colours)
         promised = contract(dtype, rule)
         canvas = np.full((*CANVAS, 3), 77, dtype)
         size = np.full(2, 77, np.float32)
@@ -67,7 +69,7 @@ def noise(*shape: int) -> NDArray[np.uint8]:
 def test_bgr_is_within_a_grey_level_of_opencv(size: tuple[int, int], run: Callable) -> None:
     for rule in (ResizeRule(), ResizeRule(shorter_side=20)):
         frame = noise(*size, 3)
-        canvas, image_size = run(frame, False, "uint8", rule)
+        canvas, image_size = run(frame, "", "uint8", rule)
         expected = on_cpu(frame, "uint8", rule)
         assert np.abs(canvas.astype(int) - expected.astype(int)).max() <= 1
         assert tuple(image_size) == place(size, CANVAS, rule).valid
@@ -76,29 +78,33 @@ def test_bgr_is_within_a_grey_level_of_opencv(size: tuple[int, int], run: Callab
 @pytest.mark.parametrize("size", SIZES)
 def test_float_canvases_are_the_cpu_s_to_the_bit(size: tuple[int, int], run: Callable) -> None:
     frame = noise(*size, 3)
-    canvas, _ = run(frame, False, "float32", ResizeRule(shorter_side=33))
+    canvas, _ = run(frame, "", "float32", ResizeRule(shorter_side=33))
     np.testing.assert_array_equal(canvas, on_cpu(frame, "float32", ResizeRule(shorter_side=33)))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
 @pytest.mark.parametrize("size", [(40, 300), (2, 2), (98, 32), (80, 600), (124, 458)])
-def test_nv12_is_opencv_s_conversion(size: tuple[int, int], dtype: str, run: Callable) -> None:
+@pytest.mark.parametrize("colours", COLOURS)
+def test_nv12_is_the_cpu_s_conversion(colours: str, size: tuple[int, int], dtype: str, run: Callable) -> None:
     pixels = noise(size[0] * 3 // 2, size[1])
-    canvas, _ = run(pixels, True, dtype, ResizeRule())
-    frame = cv2.cvtColor(pixels, cv2.COLOR_YUV2BGR_NV12)
+    canvas, _ = run(pixels, colours, dtype, ResizeRule())
+    matrix, _, full = colours.partition("_")
+    frame = bgr_of(Nv12(pixels, matrix, bool(full)))
+    if colours == "bt601":
+        np.testing.assert_array_equal(frame, cv2.cvtColor(pixels, cv2.COLOR_YUV2BGR_NV12))
     difference = np.abs(canvas.astype(float) - on_cpu(frame, dtype, ResizeRule()).astype(float)).max()
     assert difference <= (1 if dtype == "uint8" else 0)
 
 
 def test_rows_may_lie_apart(run: Callable) -> None:
     wide = noise(48, 200, 3)
-    canvas, _ = run(wide[:, :90], False, "uint8", ResizeRule())
-    again, _ = run(np.ascontiguousarray(wide[:, :90]), False, "uint8", ResizeRule())
+    canvas, _ = run(wide[:, :90], "", "uint8", ResizeRule())
+    again, _ = run(np.ascontiguousarray(wide[:, :90]), "", "uint8", ResizeRule())
     np.testing.assert_array_equal(canvas, again)
 
 
 @pytest.mark.parametrize("architecture", compile.ARCHITECTURES)
 def test_the_kernels_are_compiled_for_each_gpu(architecture: int) -> None:
     code = images.image("preprocess", architecture)
-    kernels = ("bgr_to_uint8", "bgr_to_float32", "nv12_to_uint8", "nv12_to_float32")
-    assert all(kernel.encode() in code for kernel in kernels)
+    frames = ("bgr", *(f"nv12_{colours}" for colours in COLOURS))
+    assert all(f"{frame}_to_{dtype}".encode() in code for frame in frames for dtype in ("uint8", "float32"))

@@ -19,12 +19,12 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import cv2
 import numpy as np
 from cuda.bindings import driver as real
 from numpy.typing import NDArray
 
 from anchorline.runtime.canvas import Placement, to_canvas
+from anchorline.runtime.nv12 import Nv12, bgr_of
 
 OK = real.CUresult.CUDA_SUCCESS
 LEGACY = (0, 1)  # two names of one stream
@@ -453,7 +453,8 @@ class DriverDouble:
         if name.startswith("nv12"):
             luma = self._rows(frame, pitch, height, width)
             pixels = np.concatenate([luma, self._rows(chroma, pitch, height // 2, width)])
-            source = cv2.cvtColor(pixels, cv2.COLOR_YUV2BGR_NV12)
+            matrix, _, full = name.removeprefix("nv12_").partition("_to_")[0].partition("_")
+            source = bgr_of(Nv12(pixels, matrix, full == "full"))
         else:
             source = self._rows(frame, pitch, height, 3 * width).reshape(height, width, 3)
         shape = (canvas_height, canvas_width, 3)

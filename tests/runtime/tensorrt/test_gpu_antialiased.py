@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from anchorline.runtime.canvas import Nv12, bgr_of, place
+from anchorline.runtime.canvas import place
 from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import FrameError, SettingsError
+from anchorline.runtime.nv12 import Nv12, bgr_of
 from anchorline.runtime.tensorrt.frames import DeviceFrame, canvas_launch, resizes_as
 
 RULE = ResizeRule(interpolation="antialiased")

@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 import pytest
 
-from anchorline.runtime.canvas import Nv12
 from anchorline.runtime.detector import Detector
+from anchorline.runtime.nv12 import Nv12
 from anchorline.runtime.tensorrt.cuda import GpuOptions
 
 FLAVOURS = ("tensorrt", "tensorrt-rtx")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anchorline.runtime.canvas import Nv12
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import FrameError, SettingsError
+from anchorline.runtime.nv12 import Nv12
 from anchorline.runtime.tensorrt.frames import _Tensor, is_device_frame
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8)

@@ -25,18 +25,37 @@ __device__ __forceinline__ float grey_level(int scaled) {
   return static_cast<float>(level < 0 ? 0 : level > 255 ? 255 : level);
 }
 
-// ITU-R BT.601 in its limited range, the coefficients with 20 binary places: OpenCV's COLOR_YUV2BGR_NV12.
+// Matrix and range of ITU-R, the luma of black and factors with 20 binary places: anchorline/runtime/nv12.py.
+// BT.601 in its limited range is OpenCV's COLOR_YUV2BGR_NV12.
+struct Bt601 {
+  static constexpr int black = 16, luma = 1220542, u_to_b = 2116026, u_to_g = -409993, v_to_g = -852492,
+                       v_to_r = 1673527;
+};
+struct Bt601Full {
+  static constexpr int black = 0, luma = 1048576, u_to_b = 1858077, u_to_g = -360853, v_to_g = -748826,
+                       v_to_r = 1470104;
+};
+struct Bt709 {
+  static constexpr int black = 16, luma = 1220945, u_to_b = 2215014, u_to_g = -223607, v_to_g = -558796,
+                       v_to_r = 1879825;
+};
+struct Bt709Full {
+  static constexpr int black = 0, luma = 1048576, u_to_b = 1945738, u_to_g = -196424, v_to_g = -490864,
+                       v_to_r = 1651297;
+};
+
+template <typename Colours>
 struct Nv12 {
   static __device__ __forceinline__ Pixel read(const unsigned char* luma, const unsigned char* chroma,
                                                long long pitch, int x, int y) {
     const unsigned char* pair = chroma + (y / 2) * pitch + (x / 2) * 2;
-    const int above_black = static_cast<int>(luma[y * pitch + x]) - 16;
-    const int grey = (above_black < 0 ? 0 : above_black) * 1220542;  // 1.164
+    const int above_black = static_cast<int>(luma[y * pitch + x]) - Colours::black;
+    const int grey = (above_black < 0 ? 0 : above_black) * Colours::luma;
     const int u = static_cast<int>(pair[0]) - 128, v = static_cast<int>(pair[1]) - 128;
     const int half = 1 << 19;
-    return {grey_level(grey + half + 2116026 * u),                // 2.018
-            grey_level(grey + half - 409993 * u - 852492 * v),    // -0.391, -0.813
-            grey_level(grey + half + 1673527 * v)};               // 1.596
+    return {grey_level(grey + half + Colours::u_to_b * u),
+            grey_level(grey + half + Colours::u_to_g * u + Colours::v_to_g * v),
+            grey_level(grey + half + Colours::v_to_r * v)};
   }
 };
 
@@ -107,6 +126,12 @@ __device__ __forceinline__ void to_canvas(const unsigned char* frame, const unsi
 
 KERNEL(bgr_to_uint8, Bgr, unsigned char)
 KERNEL(bgr_to_float32, Bgr, float)
-KERNEL(nv12_to_uint8, Nv12, unsigned char)
-KERNEL(nv12_to_float32, Nv12, float)
+KERNEL(nv12_bt601_to_uint8, Nv12<Bt601>, unsigned char)
+KERNEL(nv12_bt601_to_float32, Nv12<Bt601>, float)
+KERNEL(nv12_bt601_full_to_uint8, Nv12<Bt601Full>, unsigned char)
+KERNEL(nv12_bt601_full_to_float32, Nv12<Bt601Full>, float)
+KERNEL(nv12_bt709_to_uint8, Nv12<Bt709>, unsigned char)
+KERNEL(nv12_bt709_to_float32, Nv12<Bt709>, float)
+KERNEL(nv12_bt709_full_to_uint8, Nv12<Bt709Full>, unsigned char)
+KERNEL(nv12_bt709_full_to_float32, Nv12<Bt709Full>, float)
 #undef KERNEL
