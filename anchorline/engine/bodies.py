@@ -14,6 +14,11 @@ instead of 13 MB for 1000 RoIs of 256 channels at batch 8. Samples beyond the ma
 edge; ONNX's RoiAlign gives 0 from one pixel beyond on, but the canvas of levels with its borders keeps
 every sample of our models inside (``train/model/roi_pooling.py``).
 
+``RoIAlign`` as Gather: the same sum, each sample written out as the four pixels around it and their weights.
+It asks nothing of GridSample, around which a fusion of TensorRT's has been seen to give wrong results, and
+gives 0 beyond the map as ONNX does. TensorRT for RTX makes one kernel of it as well; a table of whole pixels,
+gathered by rows, would hold 0.1 GB an image. Either body's map may have free sides.
+
 ``TopK`` with a large K as several: the best are taken and struck out, then the best of what remains, and so
 on. The results follow each other in falling order, as from one TopK, and entries of -inf come last as there.
 """
@@ -25,9 +30,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from anchorline.engine.graph import FLOAT, OPSET
+
+INT64 = TensorProto.INT64
 
 # Not the domain of the custom ops: a registered plugin would take a node of that name, body or not.
 BODY_DOMAIN = "anchorline.body"
@@ -136,33 +143,31 @@ def fixed_point_nms(
     return op.function(name, ["boxes", "scores"], [kept, unsettled])
 
 
+MapShape = tuple[int, int | None, int | None]  # (C, H, W); None is a side that is free
+
+
 def grid_sample_align(
-    name: str,
-    *,
-    map_shape: tuple[int, ...],
-    rois: int,
-    output_size: int,
-    sampling_ratio: int,
-    kind: int,
+    name: str, *, map_shape: MapShape, rois: int, output_size: int, sampling_ratio: int, kind: int
 ) -> onnx.FunctionProto:
     """The function ``name``: (features [B, C, H, W], rois [B, R, 4]) -> [B * R, C, S, S].
 
-    ``map_shape`` is (C, H, W), ``rois`` R, ``kind`` the ``TensorProto`` type of features and result; B
-    stays open. A ``sampling_ratio`` of 0 becomes ``IN_PLACE_OF_ADAPTIVE``.
+    ``rois`` is R, ``kind`` the ``TensorProto`` type of features and result; B stays open. A
+    ``sampling_ratio`` of 0 becomes ``IN_PLACE_OF_ADAPTIVE``.
     """
     op, size, points = _Operators(), output_size, sampling_ratio or IN_PLACE_OF_ADAPTIVE
-    channels, height, width = map_shape
+    channels, *sides = map_shape
+    # From pixels to -1 and 1 at the map's edges.
+    y_scale, x_scale = (
+        2.0 / known if known else op.Div(2.0, op.Cast(_side(op, axis), to=FLOAT))
+        for axis, known in enumerate(sides, 2)
+    )
     # Always sampled in float32: half-precision coordinates on a large map are a quarter of a cell off,
     # and GridSample takes map and grid of one type.
-    features, corners = op.Cast("features", to=FLOAT), op.Cast("rois", to=FLOAT)
-    x1, y1, x2, y2 = op.Split(corners, axis=-1, num_outputs=4)
-    roi_width, roi_height = op.Sub(x2, x1), op.Sub(y2, y1)
+    features = op.Cast("features", to=FLOAT)
     zero_row, zero_column = (np.zeros(shape, np.float32) for shape in ((1, 1, 1, size), (1, 1, size, 1)))
     columns, rows = [], []  # sample k of every cell along an axis, [B, R, S, S, 1], -1 to 1 on the map
-    for k in range(points):
-        offsets = (np.arange(size) * points + k + 0.5) / (size * points)  # as a share of the RoI's side
-        x = op.Sub(op.Mul(op.Add(x1, op.Mul(roi_width, offsets)), 2.0 / width), 1.0)
-        y = op.Sub(op.Mul(op.Add(y1, op.Mul(roi_height, offsets)), 2.0 / height), 1.0)
+    for x, y in _samples(op, size, points):
+        x, y = (op.Sub(op.Mul(place, scale), 1.0) for place, scale in ((x, x_scale), (y, y_scale)))
         columns.append(op.Unsqueeze(op.Add(op.Unsqueeze(x, [2]), zero_column), [-1]))
         rows.append(op.Unsqueeze(op.Add(op.Unsqueeze(y, [3]), zero_row), [-1]))
     total = None
@@ -173,8 +178,69 @@ def grid_sample_align(
             total = read if total is None else op.Add(total, read)
     cells = op.Cast(op.Mul(total, 1.0 / points**2), to=kind)
     by_channel = op.Reshape(cells, [0, channels, rois, size * size])
-    pooled = op.Reshape(op.Transpose(by_channel, perm=[0, 2, 1, 3]), [-1, channels, size, size])
-    return op.function(name, ["features", "rois"], [pooled])
+    return op.function(name, ["features", "rois"], [_by_roi(op, by_channel, channels, size)])
+
+
+def gather_align(
+    name: str, *, map_shape: MapShape, rois: int, output_size: int, sampling_ratio: int, kind: int
+) -> onnx.FunctionProto:
+    """The function of ``grid_sample_align`` in GatherElements and arithmetic."""
+    op, size, points = _Operators(), output_size, sampling_ratio or IN_PLACE_OF_ADAPTIVE
+    channels, *sides = map_shape
+    height, width = (known if known else _side(op, axis) for axis, known in enumerate(sides, 2))
+    pixels = op.Reshape("features", [0, channels, -1])  # [B, C, H * W]
+    columns, rows = [], []  # pixels of sample k of every cell along an axis, with their weights
+    for x, y in _samples(op, size, points):
+        columns += [tuple(op.Unsqueeze(v, [2]) for v in each) for each in _neighbours(op, x, width, points)]
+        rows += [tuple(op.Unsqueeze(v, [3]) for v in each) for each in _neighbours(op, y, height, points)]
+    total, cells = None, [0, 1, rois * size * size]  # the cells of an image, the same for every channel
+    for row, row_weight in rows:
+        start = op.Mul(row, width)
+        for column, column_weight in columns:
+            index = op.Expand(op.Reshape(op.Add(start, column), cells), [1, channels, 1])
+            read = op.Cast(op.GatherElements(pixels, index, axis=2), to=FLOAT)
+            part = op.Mul(read, op.Reshape(op.Mul(row_weight, column_weight), cells))
+            total = part if total is None else op.Add(total, part)
+    by_channel = op.Reshape(op.Cast(total, to=kind), [0, channels, rois, size * size])
+    return op.function(name, ["features", "rois"], [_by_roi(op, by_channel, channels, size)])
+
+
+def _by_roi(op: _Operators, by_channel: str, channels: int, size: int) -> Any:
+    """[B, C, R, S * S] as [B * R, C, S, S]."""
+    return op.Reshape(op.Transpose(by_channel, perm=[0, 2, 1, 3]), [-1, channels, size, size])
+
+
+def _samples(op: _Operators, size: int, points: int) -> list[tuple[str, str]]:
+    """x and y, each [B, R, S] in pixels of the map, of sample k of every cell of ``rois``, for every k."""
+    x1, y1, x2, y2 = op.Split(op.Cast("rois", to=FLOAT), axis=-1, num_outputs=4)
+    width, height = op.Sub(x2, x1), op.Sub(y2, y1)
+    samples = []
+    for k in range(points):
+        share = (np.arange(size) * points + k + 0.5) / (size * points)  # of the RoI's side
+        samples.append((op.Add(x1, op.Mul(width, share)), op.Add(y1, op.Mul(height, share))))
+    return samples
+
+
+def _neighbours(op: _Operators, place: str, side: Any, points: int) -> list[tuple[str, str]]:
+    """The two pixels around ``place`` along an axis of ``side`` pixels, and their weights of 1 / ``points``.
+
+    Both weights are 0 where it is further than a pixel beyond the outermost centres, or no number.
+    """
+    last = op.Sub(op.Cast(side, to=FLOAT), 1.0)
+    centre = op.Sub(place, 0.5)  # pixel centres stand at 0.5
+    inside = op.And(op.GreaterOrEqual(centre, -1.0), op.LessOrEqual(centre, op.Add(last, 1.0)))
+    centre = op.Where(inside, op.Min(op.Max(centre, 0.0), last), 0.0)
+    low = op.Floor(centre)
+    high = op.Min(op.Add(low, 1.0), last)
+    whole = op.Mul(op.Cast(inside, to=FLOAT), 1.0 / points)
+    high_weight = op.Mul(op.Sub(centre, low), whole)
+    weights = op.Sub(whole, high_weight), high_weight
+    return [(op.Cast(pixel, to=INT64), weight) for pixel, weight in zip((low, high), weights, strict=True)]
+
+
+def _side(op: _Operators, axis: int) -> str:
+    """The size of the features along ``axis``, int64 [1]."""
+    return str(op.Shape("features", start=axis, end=axis + 1))
 
 
 def topk_in_pieces(name: str, *, k: int, most: int, axis: int) -> onnx.FunctionProto:

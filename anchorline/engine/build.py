@@ -148,7 +148,7 @@ def _compile(
     """The plan, what the manifest says of it, and lines on its precision; the builder ends here."""
     started = time.perf_counter()
     mixed, precision = to_precision(model, options.precision, samples)
-    lowered = lower(mixed, options.target, options.nms)
+    lowered = lower(mixed, options.target, options.nms, options.roi_align)
     plugins = sorted({node.op_type for node in lowered.graph.node if node.domain == DOMAIN})
     if plugins and options.version_compatible:
         raise SettingsError(

@@ -3,7 +3,7 @@
 | target | BatchedNMS | RoIAlign |
 |---|---|---|
 | tensorrt | plugin | the file's own function: TensorRT imports RoiAlign, adaptive sampling included |
-| tensorrt-rtx | plugin | ``engine/bodies.py``: no adaptive sampling (``deviations``) |
+| tensorrt-rtx | plugin | ``engine/bodies.py``, either form: no adaptive sampling (``deviations``) |
 | either TensorRT with ``nms="fixed-point"`` | ``engine/bodies.py`` | as above |
 
 Everything that is not a plugin is inlined, and then no node of our domain remains that a registered
@@ -23,6 +23,7 @@ from anchorline.engine.bodies import (
     BODY_DOMAIN,
     IN_PLACE_OF_ADAPTIVE,
     fixed_point_nms,
+    gather_align,
     grid_sample_align,
     topk_in_pieces,
 )
@@ -47,6 +48,7 @@ MOST = 3840  # entries that TensorRT's TopK takes
 ROUNDS = 16  # of the fixed-point NMS; typical images need 6 to 13
 LIMIT = 512  # entries of a class in the head, which bounds the overlap matrix; the RPN's are all needed
 
+_ROI_ALIGN = {"grid-sample": grid_sample_align, "gather": gather_align}
 _PLUGIN_OPS = ("BatchedNMS", "RoIPool")
 _KNOWN_OPS = (*_PLUGIN_OPS, "RoIAlign")
 # Parsed, and then nothing runs them ("no runners").
@@ -59,6 +61,7 @@ def lower(
     model: onnx.ModelProto,
     target: str,
     nms: str = "plugin",
+    roi_align: str = "grid-sample",
     *,
     fixed_point_rounds: int = ROUNDS,
     fixed_point_limit: int | None = LIMIT,
@@ -74,7 +77,7 @@ def lower(
     _check_custom_ops(model)
     lowered = copy.deepcopy(model)
     plugins = set(_PLUGIN_OPS) if nms == "plugin" else set()
-    unsettled = _resolve(lowered, target, plugins, fixed_point_rounds, fixed_point_limit)
+    unsettled = _resolve(lowered, target, plugins, roi_align, fixed_point_rounds, fixed_point_limit)
     if unsettled:
         _report_convergence(lowered.graph, unsettled)
     split_large_topk(lowered)
@@ -123,7 +126,7 @@ def _check_custom_ops(model: onnx.ModelProto) -> None:
 
 
 def _resolve(
-    model: onnx.ModelProto, target: str, plugins: set[str], rounds: int, limit: int | None
+    model: onnx.ModelProto, target: str, plugins: set[str], roi_align: str, rounds: int, limit: int | None
 ) -> list[str]:
     """Give every custom node its plugin's attributes or a body, in place; returns what tells whether each
     fixed-point NMS has settled."""
@@ -152,9 +155,13 @@ def _resolve(
             node.output.append(unsettled[-1])
         elif node.op_type == "RoIAlign" and target == "tensorrt-rtx":
             features, rois = node.input
-            body = grid_sample_align(
+            body = _ROI_ALIGN[roi_align](
                 name,
-                map_shape=tuple(_size(values, features, axis) for axis in (1, 2, 3)),
+                map_shape=(
+                    _size(values, features, 1),
+                    _known_size(values, features, 2),
+                    _known_size(values, features, 3),
+                ),
                 rois=_size(values, rois, 1),
                 output_size=attributes["output_size"],
                 sampling_ratio=attributes["sampling_ratio"],
@@ -177,14 +184,17 @@ def _use_body(model: onnx.ModelProto, node: onnx.NodeProto, body: onnx.FunctionP
 
 
 def _size(values: dict[str, onnx.TypeProto.Tensor], name: str, axis: int) -> int:
-    """A size that has to be fixed; only the batch is free."""
+    """A size that has to be fixed."""
+    size = _known_size(values, name, axis)
+    if size is None:
+        raise ArtefactError(f"{name}: size of axis {axis} is not fixed; expected one, export the model again")
+    return size
+
+
+def _known_size(values: dict[str, onnx.TypeProto.Tensor], name: str, axis: int) -> int | None:
     dims = values[name].shape.dim if name in values else []
     size = dims[axis].dim_value if axis < len(dims) else 0
-    if size < 1:
-        raise ArtefactError(
-            f"{name}: size of axis {axis} is not fixed; only the batch may be free, export the model again"
-        )
-    return int(size)
+    return int(size) if size >= 1 else None
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Target = Literal["tensorrt", "tensorrt-rtx"]
 Precision = Literal["fp16", "fp32"]
 NmsForm = Literal["plugin", "fixed-point"]
+RoIAlignForm = Literal["grid-sample", "gather"]
 Batch = tuple[int, int, int]
 Mebibytes = Annotated[int, Meta(ge=1, description="a whole number of MiB above 0")]
 Level = Annotated[int, Meta(ge=0, le=5, description="a whole number from 0 to 5")]
@@ -47,8 +48,8 @@ class BuildOptions:
     """Options of ``build_engine``; raises ``SettingsError`` for values that cannot be used.
 
     ``compute_capabilities`` are as 86 for 8.6; all from 80 on when empty. ``batch`` is (smallest, best,
-    largest) within the exported batch. ``nms`` "plugin" needs our plugins wherever the engine runs. The two
-    compatibilities are full TensorRT's.
+    largest) within the exported batch. ``nms`` "plugin" needs our plugins wherever the engine runs.
+    ``roi_align`` is TensorRT for RTX's, the two compatibilities are full TensorRT's.
     """
 
     target: Annotated[
@@ -74,6 +75,9 @@ class BuildOptions:
         ),
     ] = ()
     nms: Annotated[NmsForm, Option("Our plugin, or standard operators that any loader runs.")] = "plugin"
+    roi_align: Annotated[
+        RoIAlignForm, Option("What RoIAlign is made of (tensorrt-rtx; TensorRT has one itself).")
+    ] = "grid-sample"
     workspace: Annotated[Mebibytes | None, Option("Scratch memory of the builder, MiB from 1 on.")] = None
     optimization_level: Annotated[
         Level | None, Option("How hard TensorRT searches, 0 to 5 (its default: 3).")
@@ -90,6 +94,11 @@ class BuildOptions:
             raise SettingsError(
                 f"compute capability is {named}; TensorRT builds for the GPU at hand, so leave it out or "
                 "build with --for tensorrt-rtx"
+            )
+        if self.target == "tensorrt" and self.roi_align != "grid-sample":
+            raise SettingsError(
+                f"roi align is {self.roi_align}; TensorRT has RoIAlign itself, so leave it out or build with "
+                "--for tensorrt-rtx"
             )
         if self.target == "tensorrt-rtx":
             for name in ("version_compatible", "hardware_compatible"):

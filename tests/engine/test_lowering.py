@@ -118,6 +118,19 @@ def test_too_few_rounds_and_too_small_a_limit_are_reported(
         assert run_onnx(lowered, scenes)[NMS_CONVERGED].tolist() == [converges], (rounds, limit)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_roi_align_as_gather_detects_the_same(
+    exported: Export, check_same: Callable[..., Outputs], precision: str
+) -> None:
+    model, _ = to_precision(exported(), precision)
+    lowered = lower(model, "tensorrt-rtx", roi_align="gather")
+    operators = {operator for _, operator in nodes_of(lowered)}
+    assert "GatherElements" in operators
+    assert not operators & {"GridSample", "RoiAlign"}
+    tolerances = {} if precision == "fp32" else {"box": 0.3, "score": 5e-3}
+    check_same(with_nms_function(lowered), model, **tolerances)
+
+
 @pytest.mark.parametrize("nms", ["plugin", "fixed-point"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_what_tensorrt_refuses_is_not_in_the_graph(exported: Export, precision: str, nms: str) -> None:

@@ -76,6 +76,20 @@ def test_the_fixed_point_body_needs_no_plugin_though_one_is_registered(
     assert b"nms_converged" not in built.path.read_bytes()
 
 
+def test_roi_align_as_gather_builds_into_no_more_memory(
+    rtx: Any, built: BuildResult, model_file: ModelFile, tmp_path: Path
+) -> None:
+    """Its sums are one kernel, as those of GridSample are."""
+    options = {"batch": (1, 1, 8), "compute_capabilities": CAPABILITIES}
+    result = build(model_file("detections"), tmp_path / "m.engine", roi_align="gather", **options)
+    types = {layer["type"] for layer in result.manifest.raw["layers"]}
+    assert "GATHER" in types
+    assert "GRID_SAMPLE" not in types
+    assert "GRID_SAMPLE" in {layer["type"] for layer in built.manifest.raw["layers"]}
+    assert result.manifest.raw["activation_bytes"] <= built.manifest.raw["activation_bytes"] + 1e6
+    assert result.manifest.raw["options"]["roi_align"] == "gather"
+
+
 @pytest.mark.parametrize(("task", "batch"), [("proposals", (2, 2, 2))])
 def test_float32_and_a_fixed_batch(
     rtx: Any, model_file: ModelFile, tmp_path: Path, task: str, batch: tuple[int, int, int]

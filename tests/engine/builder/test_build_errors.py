@@ -34,6 +34,8 @@ RTX = "tensorrt-rtx"
         ({"target": "tensorflow"}, "target is 'tensorflow'; expected one of tensorrt, tensorrt-rtx"),
         ({"precision": "int8"}, "precision is 'int8'; expected one of fp16, fp32"),
         ({"nms": "soft"}, "nms is 'soft'; expected one of plugin, fixed-point"),
+        ({"roi_align": "crop"}, "roi_align is 'crop'; expected one of grid-sample, gather"),
+        ({"roi_align": "gather"}, "roi align is gather; TensorRT has RoIAlign itself, so leave it out"),
         ({"workspace": 0}, "workspace is 0; expected a whole number of MiB above 0 or None"),
         ({"optimization_level": 6}, "optimization_level is 6; expected a whole number from 0 to 5 or None"),
         ({"optimization_level": 2.0}, "optimization_level is 2.0; expected a whole number from 0 to 5"),

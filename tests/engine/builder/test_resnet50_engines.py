@@ -92,3 +92,15 @@ def test_resnet50_builds_without_a_plugin(rtx: Any, resnet50: Callable[[str], Pa
     )
     assert plugin_layers(result.manifest.raw["layers"]) == []
     assert result.manifest.raw["activation_bytes"] <= ACTIVATION_BYTES
+
+
+def test_resnet50_builds_with_roi_align_as_gather(
+    rtx: Any, resnet50: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A pooled sample of each cell of 1000 RoIs and 256 channels is 50 MB an image, and there are 16."""
+    source, memory = resnet50("detections"), {}
+    for form in ("grid-sample", "gather"):
+        options = BuildOptions(target="tensorrt-rtx", batch=(1, 1, 1), roi_align=form)
+        result = build_engine(source, tmp_path / f"{form}.engine", options, verify=False)
+        memory[form] = result.manifest.raw["activation_bytes"]
+    assert memory["gather"] <= memory["grid-sample"] + 10e6
