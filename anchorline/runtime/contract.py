@@ -235,7 +235,7 @@ class Contract:
                 raise ArtefactError(f"contract is {shown(stated)}; expected a JSON object")
             if "version" not in values:  # which has a default for who makes one
                 raise ArtefactError("contract version is missing")
-            if version == 1:  # whose canvas was always fixed
+            if type(version) is int and version == 1:  # whose canvas was always fixed
                 if isinstance(values.get("resize"), dict):
                     values["resize"] = {"within": None, "padding": 32, **values["resize"]}
                 values["version"] = CONTRACT_VERSION

@@ -88,7 +88,7 @@ def traps(max_batch: int = LARGEST_BATCH, seed: int = 0) -> list[Trap]:
     top = (SMALLEST_SIDE - _THIN[0]) // 2
     lying = generate_scene(seed, (SMALLEST_SIDE, _THIN[1]))[0][top : top + _THIN[0]].copy()
     standing = np.ascontiguousarray(lying.transpose(1, 0, 2))
-    full = tuple((plain, one_object)[index % 2] for index in range(max_batch))
+    full = tuple(mixed[index % len(mixed)] for index in range(max_batch))
     noise = np.random.default_rng(seed).integers(0, 256, (*SCENE_SIZE, 3), dtype=np.uint8)
     return [
         Trap("empty image", ((posed_scene(seed, SCENE_SIZE, []),),)),
@@ -193,9 +193,8 @@ def run_traps(
 
 def _same_canvas(contract: Contract, frames: Sequence[Frame]) -> bool:
     """Whether each frame has, alone, the canvas that it has in a batch of all."""
-    return len({frame_canvas((frame.shape[0], frame.shape[1]), contract) for frame in frames}) == 1 or (
-        contract.canvas is not None
-    )
+    sizes = {(frame.shape[0], frame.shape[1]) for frame in frames}
+    return contract.canvas is not None or len({frame_canvas(size, contract) for size in sizes}) == 1
 
 
 def _detect(detector: BatchDetector, frames: Sequence[Frame]) -> list[Detections]:

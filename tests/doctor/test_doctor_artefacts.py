@@ -130,7 +130,7 @@ def test_every_artefact_tells_what_it_is_and_what_made_it(kind: str, artefacts: 
     assert "settings" not in rows
     assert rows["task"] == "detections"
     assert rows["classes"].endswith("class 10, class 11, ... (20 in all)")
-    assert rows["canvas"].startswith("64x64 ")
+    assert rows["takes"] == "canvas 64x64"
     assert rows["input"].startswith("uint8")
     assert rows["largest batch"] == "8"
     assert rows["precision"] == ("fp16" if kind == "engine" else "fp32")

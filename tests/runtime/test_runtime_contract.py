@@ -90,15 +90,24 @@ ODD = (
     {"a": 1},
     "x" * 5000,
 )
+NULLABLE = (
+    "category_ids",
+    "max_batch",
+    "canvas",
+    *(f"resize.{side}" for side in ("shorter_side", "longer_side", "within")),
+)
 FITS: dict[str, list[Any]] = {
-    **{key: [None] for key in ("category_ids", "max_batch", "resize.shorter_side", "resize.longer_side")},
+    **{key: [None] for key in NULLABLE},
     **{key: [0, 0.5] for key in ("thresholds.score", "thresholds.nms_iou", "thresholds.rpn_nms_iou")},
     **{key: [{}] for key in ("resize", "thresholds")},
     "source": [{}, {"a": 1}],
 }
 FIELDS = [
     *(each.name for each in dataclasses.fields(Contract)),
-    *(f"resize.{name}" for name in ("shorter_side", "longer_side", "interpolation", "rounding")),
+    *(
+        f"resize.{name}"
+        for name in ("shorter_side", "longer_side", "interpolation", "rounding", "within", "padding")
+    ),
     *(
         f"thresholds.{name}"
         for name in ("score", "nms_iou", "max_detections", "rpn_nms_iou", "max_proposals")
@@ -138,7 +147,7 @@ def test_a_mapping_of_unknown_names_is_no_rule_and_no_thresholds(field: str, con
         ({"names": ["a", "b\x1b[31m"]}, r"class name 1 is 'b\x1b[31m'"),
         ({"source": {"\x07": "\u202e"}, "colour": 1}, "'colour' is no field of this version"),
         ({"thresholds": {"\x1b": 1}}, r"thresholds.'\x1b' is no field"),
-        ({"version": 2}, "version 2 is newer than 1"),
+        ({"version": 3}, "version 3 is newer than 2"),
     ],
 )
 def test_fields_that_make_no_sense_together(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from functools import partial
@@ -46,6 +47,8 @@ compare = partial(compare_all, box_tolerance_px=0.05, score_tolerance=1e-4)
 
 class Honest:
     """One box over the middle of each frame, with a score that tells how bright the frame is."""
+
+    contract = Contract("detections", ("thing",), (480, 640), (0.0,) * 3, (1.0,) * 3)
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -255,6 +258,17 @@ def test_a_correct_detector_passes_them_all_at_the_promised_cost(all_traps: list
     assert reference.batches == [1] * 13
     assert (len(candidate.batches), sum(candidate.batches)) == (17, 26)
     assert steps[-1] == (13, 13)
+
+
+def test_frames_that_are_padded_together_are_so_on_both_sides(
+    all_traps: list[Trap], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the canvas is free a mixed batch has one that its frames have not alone."""
+    monkeypatch.setattr(Honest, "contract", dataclasses.replace(Honest.contract, canvas=None))
+    reference = Honest()
+    assert all(each.passed for each in run_traps(all_traps, reference, Honest(), compare))
+    assert sorted(reference.batches) == [1] * 11 + [3, 8]
+    assert set(failed(all_traps, Leaking())) == {"mixed sizes in a batch", "largest batch"}
 
 
 def test_a_leak_between_batch_items_is_named(all_traps: list[Trap]) -> None:

@@ -179,7 +179,7 @@ def test_two_architectures_differ_and_nothing_breaks(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Stages of other shapes cannot be fed; what only one side has is said."""
-    canvas = Detector(artefacts[1], "cpu").contract.canvas
+    canvas = Detector(artefacts[1], "cpu").contract.resize.within
     model = small_model("fpn", len(CLASS_NAMES), canvas=canvas)
     checkpoint = tmp_path / "model.safetensors"
     save_checkpoint(checkpoint, model.state_dict(), model.settings, contract_of(model.settings, CLASS_NAMES))

@@ -107,7 +107,7 @@ def test_the_run_folder_holds_what_it_promises(overfitted: Overfitted, squares: 
     model_settings, contract = read_header(result.checkpoint)
     assert model_settings == settings.model
     assert contract.names == squares.names
-    assert contract.canvas == settings.model.canvas
+    assert (contract.canvas, contract.resize.within) == (None, settings.model.canvas)
     assert contract.source["command"] == "test"
     assert contract.source["data"] == squares.spec
     assert contract.source["settings"]["training"]["epochs"] == EPOCHS
