@@ -1,7 +1,8 @@
 """Run by test_real_bindings.py in a process of its own: our code on NVIDIA's real Python bindings.
 
 TensorRT's libraries are stub_tensorrt.cpp, libcuda is a stub that knows none of our kernels. Each function
-without arguments is a test; the name of the one to run and the stub's path are the arguments.
+without arguments is a test; the arguments are the name of the one to run, the stub's path and that of our
+plugin library in C++.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Context(ctypes.Structure):
     )
 
 
+stub.stub_add_creator.argtypes = [ctypes.c_void_p]
 for name in ("stub_plugin", "stub_attach"):
     getattr(stub, name).restype = ctypes.c_void_p
 stub.stub_plugin.argtypes = [ctypes.c_int, ctypes.POINTER(Fields), ctypes.c_int32]
@@ -122,6 +124,42 @@ def kernels_that_cannot_be_loaded_refuse_the_context() -> None:
     assert stub.stub_attach(nms(BUILD))  # a builder needs no kernels
     assert stub.stub_attach(nms(RUNTIME)) is None
     assert errors.reason(mark).startswith("loading the kernels of BatchedNMS failed: CUDA")
+
+
+def the_library_in_cpp_is_loaded_by_the_registry() -> None:
+    """NVIDIA's code, compiled with NVIDIA's headers, calls the objects of our library."""
+    registry = trt.get_plugin_registry()
+    registry.load_library(sys.argv[3])
+    creator = registry.get_creator("RoIPool", "1", "anchorline")
+    assert isinstance(creator, trt.IPluginCreatorV3One)
+    assert (creator.name, creator.plugin_version, creator.plugin_namespace) == ("RoIPool", "1", "anchorline")
+    kinds = {"output_size": trt.PluginFieldType.INT32, "spatial_scale": trt.PluginFieldType.FLOAT32}
+    assert {field.name: field.type for field in creator.field_names} == kinds
+    values = {"output_size": np.array([14], np.int32), "spatial_scale": np.array([0.125], np.float32)}
+    fields = trt.PluginFieldCollection([trt.PluginField(n, v, kinds[n]) for n, v in values.items()])
+    plugin = creator.create_plugin("node", fields, trt.TensorRTPhase.RUNTIME)
+    core = plugin.get_capability_interface(trt.PluginCapabilityType.CORE)
+    assert (core.plugin_name, core.plugin_version, core.plugin_namespace) == ("RoIPool", "1", "anchorline")
+    assert plugin.get_capability_interface(trt.PluginCapabilityType.BUILD).num_outputs == 1
+    with pytest.raises(AnchorlineError, match="another plugin anchorline::BatchedNMS version 1"):
+        register_plugins(trt)
+
+
+def what_python_s_plugin_serialises_makes_one_of_the_library_and_back() -> None:
+    register_plugins(trt)
+    python = stub.stub_fields(nms(BUILD))
+    kept = {field.name: (field.type, field.length) for field in python.contents.fields[:2]}
+    creators = ctypes.CDLL(sys.argv[3]).getCreators
+    creators.restype = ctypes.POINTER(ctypes.c_void_p)
+    of_library = stub.stub_add_creator(creators(ctypes.byref(ctypes.c_int32()))[0])
+    loaded = stub.stub_plugin(of_library, python, RUNTIME)
+    assert loaded, "the library makes no plugin of it"
+    again = stub.stub_fields(loaded)
+    assert {field.name: (field.type, field.length) for field in again.contents.fields[:2]} == kept
+    assert stub.stub_plugin(0, again, RUNTIME), "Python makes no plugin of it"
+    assert stub.stub_attach(loaded) is None  # the stub's driver knows none of our kernels
+    assert stub.stub_enqueue(loaded, 4, 300) != 0
+    assert stub.stub_enqueue(loaded, 0, 300) == 0
 
 
 def toolkit_for(**options: Any) -> tuple[flavours.Toolkit, BuildOptions]:

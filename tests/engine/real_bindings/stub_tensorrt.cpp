@@ -5,6 +5,8 @@
 // The interfaces are written down as far as they are called, by the places of their virtual functions
 // (NvInferImpl.h, NvInferPluginBase.h, NvOnnxParser.h, which promise not to move them); what has no body here
 // returns 0. The stub_ functions at the end are for the test, which calls them through ctypes.
+#include <dlfcn.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -84,7 +86,17 @@ struct Registry {
   virtual void* error_recorder() { return nullptr; }
   virtual bool parent_search() { return true; }
   virtual void set_parent_search(bool) {}
-  virtual void* load_library(const char*) { return nullptr; }
+  virtual void* load_library(const char* path) {  // of plugins in C++
+    void* library = dlopen(path, RTLD_NOW);
+    void* exported = library ? dlsym(library, "getCreators") : nullptr;
+    if (!exported) return nullptr;
+    int32_t count = 0;
+    Creator* const* all = reinterpret_cast<Creator* const* (*)(int32_t&)>(exported)(count);
+    for (int i = 0; i < count; ++i) {
+      if (!register_creator(*all[i], all[i]->space())) return nullptr;
+    }
+    return library;
+  }
   virtual void deregister_library(void*) {}
   virtual bool register_creator(Creator& creator, const char* space) {
     for (int i = 0; i < creator_count; ++i) {
@@ -92,6 +104,14 @@ struct Registry {
     }
     creators[creator_count++] = &creator;
     return true;
+  }
+  virtual Creator* const* all_creators(int32_t* count) { return *count = creator_count, creators; }
+  virtual Creator* creator(const char* name, const char* version, const char* space) {
+    for (int i = 0; i < creator_count; ++i) {
+      const bool named = !strcmp(creators[i]->name(), name) && !strcmp(creators[i]->version(), version);
+      if (named && !strcmp(creators[i]->space(), space)) return creators[i];
+    }
+    return nullptr;
   }
 } registry;
 
@@ -326,6 +346,7 @@ Plugin* stub_plugin(int creator, const Fields* fields, int32_t phase) {
   return creators[creator]->create("node", fields, phase);
 }
 int stub_creators() { return creator_count; }
+int stub_add_creator(Creator* creator) { return creators[creator_count] = creator, creator_count++; }
 const Fields* stub_fields(Plugin* plugin) {
   return static_cast<PluginRuntime*>(plugin->capability(2))->fields_to_serialize();
 }

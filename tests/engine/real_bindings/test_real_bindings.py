@@ -17,11 +17,14 @@ from pathlib import Path
 
 import pytest
 
+from anchorline.engine.plugin_library import build_plugin_library
+
 HERE = Path(__file__).resolve().parent
 SCENARIOS = HERE / "on_bindings.py"
 BINDINGS = Path(sys.prefix) / "tensorrt-bindings"
 LIBCUDA = HERE.parents[1] / "runtime" / "tensorrt" / "libcuda_stub.c"
 LIBRARIES = ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser")
+PLUGINS = "libanchorline_plugins.so"
 META = (
     "from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n"  # as in NVIDIA's package
 )
@@ -51,6 +54,7 @@ def stubs(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
         for name in LIBRARIES[1:]:  # what the bindings want of these is in the first
             build("gcc", f"{name}.so.11")
         build("gcc", "libcuda.so.1", str(LIBCUDA))
+        build_plugin_library(folder / PLUGINS)
         (folder / "tensorrt").mkdir()
         (folder / "tensorrt" / "__init__.py").write_text(META, encoding="utf-8")
 
@@ -61,7 +65,7 @@ def stubs(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
 def test_on_the_real_bindings(stubs: Path, name: str) -> None:
     paths = [str(stubs), str(BINDINGS), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, str(SCENARIOS), name, str(stubs / f"{LIBRARIES[0]}.so.11")],
+        [sys.executable, str(SCENARIOS), name, str(stubs / f"{LIBRARIES[0]}.so.11"), str(stubs / PLUGINS)],
         env={**os.environ, "LD_LIBRARY_PATH": str(stubs), "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,
