@@ -24,7 +24,7 @@ from anchorline.runtime import Detector, GpuError, GpuOptions
 from anchorline.runtime.canvas import place, to_canvas
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.tensorrt.cuda import CUDA_PACKAGES, Cuda, open_cuda
-from anchorline.runtime.tensorrt.frames import DeviceFrame, FrameIntake
+from anchorline.runtime.tensorrt.frames import DeviceCanvas, DeviceFrame, FrameIntake
 
 SIZES = {"1080p": (1080, 1920), "4K": (2160, 3840)}
 CANVAS = (800, 1088)
@@ -77,15 +77,13 @@ def measure(cuda: Cuda, size: tuple[int, int]) -> dict[str, float]:
     source = cuda.allocate(frame.nbytes, "a frame", "")
     target = cuda.allocate(canvas.nbytes + 8, "a canvas", "")
     on_gpu = DeviceFrame(source, 0, 3 * size[1], size, cuda.device, None, None)
-    image_size = target + canvas.nbytes
+    there = DeviceCanvas(target, target + canvas.nbytes, CANVAS)
     figures = {
         "frame_copy_us": on_events(cuda, stream, lambda: cuda.copy_in(source, pinned, frame.nbytes, stream)),
         "canvas_copy_us": on_events(
             cuda, stream, lambda: cuda.copy_in(target, pinned, canvas.nbytes, stream)
         ),
-        "kernel_us": on_events(
-            cuda, stream, lambda: intake.to_canvas(on_gpu, placement, target, image_size, stream)
-        ),
+        "kernel_us": on_events(cuda, stream, lambda: intake.to_canvas(on_gpu, placement, there, stream)),
         "cpu_letterbox_us": on_clock(lambda: to_canvas(frame, placement, canvas)),
     }
     cuda.free(source)

@@ -207,8 +207,7 @@ def canvas_of(contract: Contract, placements: Sequence[Placement]) -> tuple[int,
     """
     if contract.canvas is not None:
         return contract.canvas
-    sides = (max(placement.valid[axis] for placement in placements) for axis in (0, 1))
-    height, width = (-(-side // contract.resize.padding) * contract.resize.padding for side in sides)
+    height, width = _padded(placements, contract.resize)
     if height * width > max_pixels():
         found = " and ".join("{}x{}".format(*placement.source) for placement in placements[:3])
         raise FrameError(
@@ -216,6 +215,54 @@ def canvas_of(contract: Contract, placements: Sequence[Placement]) -> tuple[int,
             f"pixels; give frames of like shapes, or set {MAX_PIXELS_VARIABLE}={height * width}"
         )
     return height, width
+
+
+def _padded(placements: Sequence[Placement], resize: ResizeRule) -> tuple[int, int]:
+    """The smallest canvas that holds all of them and whose sides are multiples of the rule's padding."""
+    sides = (max(placement.valid[axis] for placement in placements) for axis in (0, 1))
+    height, width = (-(-side // resize.padding) * resize.padding for side in sides)
+    return height, width
+
+
+CanvasRange = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # (height, width): least, best, most
+
+
+def fit(
+    sizes: Sequence[tuple[int, int]], ranges: Sequence[CanvasRange], contract: Contract
+) -> tuple[int, tuple[int, int], list[Placement]]:
+    """For a network that takes canvases of some ``ranges`` only, as an engine: which range a batch of frames
+    of ``sizes`` goes to, its canvas there, and where each frame lies on it.
+
+    Where the contract has a canvas, that is it. Otherwise the frames are scaled as the contract says and,
+    where that is too large for a range, further down to fit it. The range is taken in which the frame that
+    loses most keeps most of its size, of equal ones the one with the smallest canvas. Sizes are
+    (height, width).
+    """
+    fixed, resize = contract.canvas, contract.resize
+    if fixed is not None:
+        fitting = (number for number, each in enumerate(ranges) if lies_within(fixed, each))
+        return next(fitting), fixed, [place(size, fixed, resize) for size in sizes]
+    wanted = [math.prod(place(size, None, resize).valid) for size in sizes]
+    found = []
+    for number, (least, _, most) in enumerate(ranges):
+        room = (
+            most
+            if resize.within is None
+            else (min(most[0], resize.within[0]), min(most[1], resize.within[1]))
+        )
+        placements = [place(size, room, resize) for size in sizes]
+        height, width = _padded(placements, resize)
+        canvas = min(max(height, least[0]), most[0]), min(max(width, least[1]), most[1])
+        lost = max(1 - math.prod(p.valid) / area for p, area in zip(placements, wanted, strict=True))
+        found.append((lost, math.prod(canvas), number, canvas, placements))
+    _, _, number, canvas, placements = min(found)
+    return number, canvas, placements
+
+
+def lies_within(canvas: tuple[int, int], canvases: CanvasRange) -> bool:
+    """Whether a range holds ``canvas``."""
+    least, _, most = canvases
+    return all(low <= side <= high for low, side, high in zip(least, canvas, most, strict=True))
 
 
 def frame_canvas(frame_size: tuple[int, int], contract: Contract) -> tuple[int, int]:

@@ -74,13 +74,17 @@ def contract() -> Contract:
 
 @pytest.fixture(scope="session")
 def write_model(contract: Contract) -> Callable[..., Path]:
-    """Write the model with a contract (the session's, another one, or none as metadata text)."""
+    """Write the model with a contract (the session's, another one, or none as metadata text).
+
+    Height and width are free where the contract's canvas is.
+    """
 
     def write(path: Path, promised: Contract | str | None = contract) -> Path:
         dtype = TensorProto.UINT8
         if isinstance(promised, Contract) and promised.input_dtype == "float32":
             dtype = TensorProto.FLOAT
-        height, width = CANVAS
+        free = isinstance(promised, Contract) and promised.canvas is None
+        height, width = ("height", "width") if free else CANVAS
         graph = helper.make_graph(
             _nodes(),
             "tiny",

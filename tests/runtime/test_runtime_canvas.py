@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
@@ -7,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anchorline.runtime.canvas import (
+    CanvasRange,
     Placement,
     boxes_to_canvas,
     boxes_to_source,
+    fit,
     frame_canvas,
     place,
     resize_float,
@@ -84,6 +88,54 @@ def test_a_rule_that_does_not_fit_the_canvas_gives_way() -> None:
 def test_the_smallest_canvas_is_a_multiple_of_32(size, canvas):
     contract = Contract("detections", ("a",), None, (0.0,) * 3, (1.0,) * 3)
     assert frame_canvas(size, contract) == canvas
+
+
+def ranges_of(*canvases: tuple[int, int]) -> list[CanvasRange]:
+    return [(canvas, canvas, canvas) for canvas in canvases]
+
+
+@pytest.mark.parametrize(
+    ("size", "number", "canvas", "valid"),
+    [
+        ((1080, 1920), 0, (768, 1344), (749, 1333)),
+        ((480, 640), 1, (800, 1088), (800, 1066)),
+        ((640, 480), 2, (1088, 800), (1066, 800)),
+        ((500, 500), 1, (800, 1088), (800, 800)),  # whole on both of the last two: the first of equal ones
+        ((720, 960), 1, (800, 1088), (800, 1066)),
+        ((1000, 1500), 0, (768, 1344), (768, 1152)),  # 799 x 1199 fits none: 0.96 of it, 0.91 on the second
+        ((3000, 100), 2, (1088, 800), (1088, 36)),
+    ],
+)
+def test_a_frame_goes_where_it_keeps_most_of_its_size(size, number, canvas, valid):
+    contract = Contract("detections", ("a",), None, (0.0,) * 3, (1.0,) * 3, resize=ResizeRule(800, 1333))
+    found = fit([size], ranges_of((768, 1344), (800, 1088), (1088, 800)), contract)
+    assert found == (number, canvas, [Placement(size, valid)])
+
+
+def test_a_batch_goes_where_the_frame_that_loses_most_keeps_most():
+    contract = Contract("detections", ("a",), None, (0.0,) * 3, (1.0,) * 3, resize=ResizeRule(800, 1333))
+    number, canvas, placements = fit(
+        [(1080, 1920), (480, 640)], ranges_of((800, 1088), (768, 1344)), contract
+    )
+    assert (number, canvas) == (1, (768, 1344))
+    assert [placement.valid for placement in placements] == [(749, 1333), (768, 1024)]
+
+
+def test_within_a_range_a_frame_has_its_own_canvas():
+    rule = ResizeRule(800, 1333)
+    contract = Contract("detections", ("a",), None, (0.0,) * 3, (1.0,) * 3, resize=rule)
+    ranges = [((32, 64), (768, 1344), (1344, 1344))]
+    for size in ((1080, 1920), (480, 640), (640, 480), (97, 97)):
+        canvas = frame_canvas(size, contract)
+        assert fit([size], ranges, contract) == (0, canvas, [place(size, None, rule)])
+    # No larger than the range, and no smaller.
+    assert fit([(1080, 1920)], [((32, 32), (320, 320), (640, 640))], contract)[1:] == (
+        (384, 640),
+        [Placement((1080, 1920), (360, 640))],
+    )
+    assert fit([(2000, 20)], ranges, contract)[1] == (1344, 64)
+    held = dataclasses.replace(contract, canvas=(320, 640))
+    assert fit([(1080, 1920)], ranges, held) == (0, (320, 640), [place((1080, 1920), (320, 640), rule)])
 
 
 @given(SIDES, SIDES, RULES, st.integers(0, 2**32 - 1))

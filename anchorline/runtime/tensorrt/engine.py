@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import threading
@@ -37,7 +38,7 @@ log = logging.getLogger("anchorline.runtime")
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the network for one image: the shape is without the batch."""
+    """A tensor of the network for one image: the shape is without the batch. -1 is a side that is free."""
 
     name: str
     dtype: np.dtype[Any]
@@ -45,12 +46,17 @@ class Tensor:
 
     @property
     def image_bytes(self) -> int:
+        """Of an image whose sides are all fixed."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def on(self, canvas: tuple[int, int]) -> Tensor:
+        """This one, ``images``, on a ``canvas`` (height, width)."""
+        return dataclasses.replace(self, shape=(*canvas, *self.shape[2:]))
 
 
 @dataclass
 class InferenceSlot:
-    """The network for one batch size on a lane's buffers: its context, and its graph once that is captured.
+    """The network for one shape of batches on a lane's buffers: its context, and its graph once captured.
 
     Everybody else holds this and never the context itself: the traceback of an exception keeps variables
     alive, and a context must be gone before the engine and the GPU are.
@@ -121,41 +127,62 @@ class TensorRTEngine(NotCopied):
                     f"{self.path}: its {mode.lower()}s are {', '.join(there)}; its manifest expects "
                     f"{', '.join(promised)}; build it again"
                 )
-        inputs = [self._tensor(name) for name in contract.inputs]
-        assert contract.canvas is not None
-        expected = Tensor(contract.inputs[0], np.dtype(contract.input_dtype), (*contract.canvas, 3))
+        inputs = [self._tensor(name, free=2 * (contract.canvas is None)) for name in contract.inputs]
+        sides = contract.canvas or (-1, -1)
+        expected = Tensor(contract.inputs[0], np.dtype(contract.input_dtype), (*sides, 3))
         if inputs[0] != expected:
             raise ArtefactError(
                 f"{self.path}: input {inputs[0].name} is {inputs[0].dtype} {list(inputs[0].shape)} for each "
                 f"image; its manifest expects {expected.dtype} {list(expected.shape)}; build it again"
             )
-        profile = [shape[0] for shape in self._engine.get_tensor_profile_shape(inputs[0].name, 0)]
-        if profile != list(self.manifest.batch):
-            raise ArtefactError(
-                f"{self.path}: its batches are {profile} (smallest, best, largest); its manifest says "
-                f"{list(self.manifest.batch)}; build it again"
-            )
+        for number, canvases in enumerate(self.manifest.canvases):
+            shapes = self._engine.get_tensor_profile_shape(inputs[0].name, number)
+            batches = [shape[0] for shape in shapes]
+            if batches != list(self.manifest.batch):
+                raise ArtefactError(
+                    f"{self.path}: its batches are {batches} (smallest, best, largest); its manifest says "
+                    f"{list(self.manifest.batch)}; build it again"
+                )
+            found = [tuple(shape)[1:3] for shape in shapes]
+            if found != list(canvases):
+                raise ArtefactError(
+                    f"{self.path}: the canvases of its profile {number} are {found} (smallest, best, "
+                    f"largest); its manifest says {list(canvases)}; build it again"
+                )
         reported = [NMS_CONVERGED] if NMS_CONVERGED in names else []
         return inputs, [self._tensor(name) for name in (*contract.outputs, *reported)]
 
-    def _tensor(self, name: str) -> Tensor:
+    def _tensor(self, name: str, free: int = 0) -> Tensor:
+        """Of which the batch and so many sides after it may be free."""
         kind = self._engine.get_tensor_dtype(name).name
         shape = tuple(self._engine.get_tensor_shape(name))
-        if kind not in _TYPES or any(side < 0 for side in shape[1:]):
+        if kind not in _TYPES or any(side < 0 for side in shape[1 + free :]):
+            may = "batch, height and width" if free else "the batch"
             raise ArtefactError(
-                f"{self.path}: tensor {name} is {kind} {list(shape)}; only the batch may vary; build it again"
+                f"{self.path}: tensor {name} is {kind} {list(shape)}; only {may} may vary; build it again"
             )
         return Tensor(name, np.dtype(_TYPES[kind]), shape[1:])
 
     def create_slot(
-        self, batch: int, addresses: dict[str, int], activations: int, graph: bool = True
+        self,
+        batch: int,
+        addresses: dict[str, int],
+        activations: int,
+        graph: bool = True,
+        *,
+        profile: int = 0,
+        canvas: tuple[int, int] | None = None,
+        stream: int = 0,
     ) -> InferenceSlot:
-        """A slot for batches of ``batch``, bound once and for all to the tensors' ``addresses``.
+        """A slot for batches of ``batch`` on ``canvas``, which is within the optimisation profile of number
+        ``profile`` (left out: the only one), bound once and for all to the tensors' ``addresses``.
 
-        A captured graph holds the state of its context, so each batch size has a context of its own; they
-        share one block of activations, since a lane runs one at a time. With ``graph`` TensorRT for RTX
-        captures by itself.
+        A captured graph holds the state of its context, so each shape has a context of its own; they share
+        one block of activations, since a lane runs one at a time. With ``graph`` TensorRT for RTX captures by
+        itself.
         """
+        images, sizes = self.inputs
+        shapes = {images.name: images.on(canvas).shape if canvas else images.shape, sizes.name: sizes.shape}
         mark = errors.mark()
         with self._lock, self._capturing:
             slot = InferenceSlot(self._new_context(graph))
@@ -163,12 +190,27 @@ class TensorRTEngine(NotCopied):
             slot.context.set_device_memory(activations, self.activation_bytes)
         if (
             slot.context is None  # TensorRT did not make one
-            or not all(slot.context.set_input_shape(t.name, (batch, *t.shape)) for t in self.inputs)
+            or not self._choose_profile(slot, profile, stream)
+            or not all(slot.context.set_input_shape(name, (batch, *sides)) for name, sides in shapes.items())
             or not all(slot.context.set_tensor_address(*bound) for bound in addresses.items())
         ):
             slot.context = None
-            raise self._failure(f"cannot prepare batches of {batch}", mark)
+            on = "" if canvas is None else " on a canvas of {}x{}".format(*canvas)
+            raise self._failure(f"cannot prepare batches of {batch}{on}", mark)
         return slot
+
+    def _choose_profile(self, slot: InferenceSlot, profile: int, stream: int) -> bool:
+        """Whether it could; the only profile is chosen already."""
+        if len(self.manifest.canvases) == 1:
+            return True
+        chosen = bool(slot.context.set_optimization_profile_async(profile, stream))
+        self._cuda.synchronize(stream)  # it may have queued copies
+        return chosen
+
+    def destroy_context(self, slot: InferenceSlot) -> None:
+        """Let go of the context; its graph must be gone, and nothing of it at work."""
+        with self._lock, self._capturing:
+            slot.context = None
 
     def _failure(self, what: str, mark: int) -> GpuError:
         """The error for what TensorRT refused, with its reason since ``mark``."""

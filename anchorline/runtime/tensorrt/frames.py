@@ -212,12 +212,22 @@ def resizes_as(contract: Contract) -> bool:
     return contract.resize.interpolation == "bilinear"
 
 
-def canvas_launch(
-    frame: DeviceFrame, placement: Placement, contract: Contract, canvas: int, image_size: int
-) -> Launch:
-    """The kernel that lays ``frame`` on the canvas at address ``canvas`` and notes its valid size.
+@dataclass(frozen=True)
+class DeviceCanvas:
+    """The canvas of one image in device memory: the address of its pixels [height, width, 3], that of the two
+    float32 that say which part of it is valid, and its ``size`` (height, width)."""
 
-    ``image_size`` is the address of two float32. uint8 canvases are within one grey level of OpenCV's
+    pixels: int
+    valid_size: int
+    size: tuple[int, int]
+
+
+def canvas_launch(
+    frame: DeviceFrame, placement: Placement, contract: Contract, canvas: DeviceCanvas
+) -> Launch:
+    """The kernel that lays ``frame`` on the ``canvas`` and notes its valid size.
+
+    uint8 canvases are within one grey level of OpenCV's
     resize, float32 ones equal ``canvas.resize_float``. Raises ``SettingsError`` where ``resizes_as`` says no.
     """
     if not resizes_as(contract):
@@ -225,8 +235,7 @@ def canvas_launch(
             f"resize.interpolation is {contract.resize.interpolation!r}, which the GPU's kernels do not do; "
             "lay the frames onto the canvas with canvas.to_canvas"
         )
-    assert contract.canvas is not None
-    height, width = contract.canvas
+    height, width = canvas.size
     # Source pixels for one canvas pixel: in single precision for float32, as in PyTorch.
     number = np.float32 if contract.input_dtype == "float32" else np.float64
     steps = (np.array(placement.source, number) / np.array(placement.valid, number)).tolist()
@@ -235,9 +244,9 @@ def canvas_launch(
         ctypes.c_void_p(frame.chroma),
         ctypes.c_longlong(frame.pitch),
         *map(ctypes.c_int, frame.size),
-        ctypes.c_void_p(canvas),
+        ctypes.c_void_p(canvas.pixels),
         ctypes.c_int(width),
-        ctypes.c_void_p(image_size),
+        ctypes.c_void_p(canvas.valid_size),
         *map(ctypes.c_int, placement.valid),
         *map(ctypes.c_double, steps),
     )
@@ -292,12 +301,10 @@ class FrameIntake:
                 self._cuda.wait(stream, self._event)
         return found, stream
 
-    def resized_by_cpu(self, frame: Any) -> bool:
+    def resized_by_cpu(self, frame: Any, canvas: tuple[int, int]) -> bool:
         """Whether a frame of the host is resized before the copy: where the GPU cannot, and up to the size
         of the canvas, but for NV12 (half the bytes)."""
-        assert self._contract.canvas is not None
-        height, width = self._contract.canvas
-        small = not isinstance(frame, Nv12) and frame.shape[0] * frame.shape[1] <= height * width
+        small = not isinstance(frame, Nv12) and frame.shape[0] * frame.shape[1] <= math.prod(canvas)
         return small or not resizes_as(self._contract)
 
     def stage(self, index: int, frame: Any, stream: int) -> DeviceFrame:
@@ -312,11 +319,9 @@ class FrameIntake:
         colours = frame.colours if isinstance(frame, Nv12) else ""
         return DeviceFrame(address, chroma, pitch, (height, width), self._cuda.device, None, frame, colours)
 
-    def to_canvas(
-        self, frame: DeviceFrame, placement: Placement, canvas: int, image_size: int, stream: int
-    ) -> None:
+    def to_canvas(self, frame: DeviceFrame, placement: Placement, canvas: DeviceCanvas, stream: int) -> None:
         """Queue the kernel for one frame; see ``canvas_launch``. It is loaded when it is first wanted."""
-        item = canvas_launch(frame, placement, self._contract, canvas, image_size)
+        item = canvas_launch(frame, placement, self._contract, canvas)
         self._cuda.launch(self._load_kernel(item.source, item.kernel), item, stream)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""An engine on a GPU as a backend, and its lanes: buffers, a stream, a slot for each batch size.
+"""An engine on a GPU as a backend, and its lanes: buffers, a stream, a slot for each shape of batches.
 
 The life of a batch, all of it queued on one stream and waited for once:
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorline.runtime.backends.base import LaneResult
-from anchorline.runtime.canvas import Placement, place, to_canvas
-from anchorline.runtime.contract import NMS_CONVERGED
+from anchorline.runtime.canvas import Placement, fit, lies_within, to_canvas
+from anchorline.runtime.contract import NMS_CONVERGED, Contract
 from anchorline.runtime.io.errors import FrameError, GpuError, SettingsError
 from anchorline.runtime.nv12 import bgr_of, frame_size
 from anchorline.runtime.tensorrt.cuda import (
@@ -38,13 +39,14 @@ from anchorline.runtime.tensorrt.cuda import (
     open_cuda,
 )
 from anchorline.runtime.tensorrt.engine import REMEDY, InferenceSlot, Tensor, TensorRTEngine
-from anchorline.runtime.tensorrt.frames import DeviceFrame, FrameIntake, resizes_as
+from anchorline.runtime.tensorrt.frames import DeviceCanvas, DeviceFrame, FrameIntake, resizes_as
 from anchorline.runtime.tensorrt.library import load_tensorrt
 from anchorline.runtime.tensorrt.manifest import CannotRunHereError, EngineManifest, check_fit
 from anchorline.runtime.timing import DETECTOR_STAGES
 
 _STAGES = DETECTOR_STAGES[:-1]  # all but what follows the lane
 _MARKS = 6  # the most of a batch: preprocess, upload, preprocess, network, download, end
+_KEPT_CANVASES = 4  # whose contexts and graphs a lane keeps; the one that was used longest ago goes
 _ALIGNMENT = 256  # bytes; what TensorRT asks of a tensor's address
 
 log = logging.getLogger("anchorline.runtime")
@@ -80,10 +82,17 @@ class TensorRTBackend:
             raise
 
     def create_lane(self) -> TensorRTLane:
-        """A lane; raises ``OutOfDeviceMemoryError`` where its buffers do not fit."""
+        """A lane; raises ``OutOfDeviceMemoryError`` where its buffers do not fit, ``SettingsError`` where the
+        detector is held to a canvas that the engine does not take."""
         if self._engine is None:
             raise SettingsError(f"{self.path}: the model is closed; open it again")
-        return TensorRTLane(self._engine, self._cuda, self._options)
+        canvases, held = self._engine.manifest.canvases, self.contract.canvas
+        if held is not None and not any(lies_within(held, each) for each in canvases):
+            raise SettingsError(
+                f"canvas is {held}; this engine was built for those from {canvases[0][0]} to {canvases[0][2]}"
+                + "".join(f", or from {least} to {most}" for least, _, most in canvases[1:])
+            )
+        return TensorRTLane(self._engine, self._cuda, self._options, self.contract)
 
     def close(self) -> None:
         """Release engine and runtime, then the GPU. The lanes must be closed before."""
@@ -99,15 +108,15 @@ class TensorRTBackend:
 class TensorRTLane:
     """The methods are those of ``HostLane``. To be made and closed with the CUDA context current or not."""
 
-    def __init__(self, engine: TensorRTEngine, cuda: Cuda, options: GpuOptions) -> None:
-        self._engine, self._cuda = engine, cuda
-        self._contract = engine.manifest.contract
+    def __init__(self, engine: TensorRTEngine, cuda: Cuda, options: GpuOptions, contract: Contract) -> None:
+        self._engine, self._cuda, self._contract = engine, cuda, contract
         self._lowest = engine.manifest.batch[0]
         self._graph = options.graph is not False
         # TensorRT for RTX captures by itself (its runtime settings say so); pycuda knows no graphs.
         self._graphs = cuda if self._graph and isinstance(cuda, BindingsCuda) and not engine.is_rtx else None
         self._copy_in_graph = self._graphs is not None and not options.timings
-        self._slots: dict[int, InferenceSlot] = {}
+        # By profile and canvas, and then by batch size; the canvas that was used last stands last.
+        self._slots: dict[tuple[int, tuple[int, int]], dict[int, InferenceSlot]] = {}
         # What was submitted and not yet collected: placements, stream, and the frames, kept alive meanwhile.
         self._running: tuple[list[Placement], int, Any] | None = None
         self._lock = threading.Lock()
@@ -138,15 +147,14 @@ class TensorRTLane:
                     "Expected a frame in host memory, since the model's antialiased resize (Pillow's) is "
                     "done by the CPU; got one on the GPU, copy it to the host first"
                 )
-            placements = [
-                place(found.size if found else frame_size(frame), contract.canvas, contract.resize)
-                for frame, found in zip(frames, device_frames, strict=True)
-            ]
+            there = zip(frames, device_frames, strict=True)
+            sizes = [found.size if found else frame_size(frame) for frame, found in there]
+            profile, canvas, placements = fit(sizes, self._engine.manifest.canvases, contract)
             batch = max(len(frames), self._lowest)
-            slot = self._slot(batch)
+            slot = self._slot(profile, canvas, batch)
             self._running = placements, run_on, (frames, device_frames)
             self._clock.mark(run_on, "preprocess")
-            self._fill(frames, device_frames, placements, batch, run_on)
+            self._fill(frames, device_frames, placements, batch, canvas, run_on)
             self._run(slot, run_on)
 
     def collect(self) -> LaneResult:
@@ -185,8 +193,9 @@ class TensorRTLane:
                     with contextlib.suppress(CudaError):
                         self._cuda.synchronize(stream)
                 self._resources.close()
-            for slot in self._slots.values():
-                slot.context = None  # whatever became of the GPU, none may outlive the engine
+            for slots in self._slots.values():
+                for slot in slots.values():
+                    slot.context = None  # whatever became of the GPU, none may outlive the engine
 
     @contextlib.contextmanager
     def _at_work(self) -> Iterator[None]:
@@ -210,42 +219,54 @@ class TensorRTLane:
         device_frames: Sequence[DeviceFrame | None],
         placements: list[Placement],
         batch: int,
+        canvas: tuple[int, int],
         stream: int,
     ) -> None:
         """Queue whatever puts the frames onto the device's canvases."""
+        images = self._buffers.images(canvas)
         on_gpu: dict[int, DeviceFrame | None] = {}
         for index, (frame, found) in enumerate(zip(frames, device_frames, strict=True)):
-            if found is None and self._intake.resized_by_cpu(frame):
-                to_canvas(bgr_of(frame), placements[index], self._buffers.images[index])
+            if found is None and self._intake.resized_by_cpu(frame, canvas):
+                to_canvas(bgr_of(frame), placements[index], images[index])
                 self._buffers.sizes[index] = placements[index].valid
             else:
                 on_gpu[index] = found
-        self._pad(len(frames), batch)
+        self._pad(len(frames), batch, canvas)
         self._clock.mark(stream, "upload")
         if len(on_gpu) < batch:
-            self._buffers.copy_in(batch, stream)
+            self._buffers.copy_in(batch, canvas, stream)
         staged = {
             index: found or self._intake.stage(index, frames[index], stream)
             for index, found in on_gpu.items()
         }
         self._clock.mark(stream, "preprocess")
         for index, there in staged.items():
-            self._intake.to_canvas(there, placements[index], *self._buffers.input_addresses(index), stream)
+            self._intake.to_canvas(there, placements[index], self._buffers.canvas(index, canvas), stream)
 
-    def _pad(self, count: int, batch: int) -> None:
+    def _pad(self, count: int, batch: int, canvas: tuple[int, int]) -> None:
         """Fill a batch that is smaller than the engine's smallest with black images."""
-        self._buffers.images[count:batch] = 0
-        self._buffers.sizes[count:batch] = self._contract.canvas
+        self._buffers.images(canvas)[count:batch] = 0
+        self._buffers.sizes[count:batch] = canvas
 
-    def _slot(self, batch: int) -> InferenceSlot:
-        """The slot of a batch size; the first time it is warmed up and captured, on black images."""
-        if batch not in self._slots:
+    def _slot(self, profile: int, canvas: tuple[int, int], batch: int) -> InferenceSlot:
+        """The slot of a shape; the first time it is warmed up and captured, on black images."""
+        slots = self._slots.pop((profile, canvas), {})
+        if len(self._slots) == _KEPT_CANVASES:
+            self._destroy(self._slots.pop(next(iter(self._slots))))
+        self._slots[profile, canvas] = slots
+        if batch not in slots:
             buffers, stream = self._buffers, self._stream
-            slot = self._slots[batch] = self._engine.create_slot(
-                batch, buffers.addresses, buffers.activations, self._graph
+            slot = slots[batch] = self._engine.create_slot(
+                batch,
+                buffers.addresses,
+                buffers.activations,
+                self._graph,
+                profile=profile,
+                canvas=canvas,
+                stream=stream,
             )
-            self._pad(0, batch)
-            buffers.copy_in(batch, stream)
+            self._pad(0, batch, canvas)
+            buffers.copy_in(batch, canvas, stream)
             self._engine.execute(slot, stream)
             self._cuda.synchronize(stream)
             if self._graphs is not None:
@@ -257,7 +278,7 @@ class TensorRTLane:
 
                 slot.graph = self._graphs.capture(stream, record)
             self._engine.save_cache()
-        return self._slots[batch]
+        return slots[batch]
 
     def _run(self, slot: InferenceSlot, stream: int) -> None:
         self._clock.mark(stream, "network")
@@ -271,18 +292,23 @@ class TensorRTLane:
         self._clock.mark(stream, "end")
 
     def _destroy_slots(self) -> None:
+        for slots in self._slots.values():
+            self._destroy(slots)
+
+    def _destroy(self, slots: dict[int, InferenceSlot]) -> None:
         """Graphs first, then the contexts they were captured from."""
-        for slot in self._slots.values():
+        for slot in slots.values():
             if self._graphs is not None and slot.graph is not None:
                 with contextlib.suppress(CudaError):
                     self._graphs.destroy_graph(slot.graph)
-            slot.context = None
+            self._engine.destroy_context(slot)
 
 
 class _LaneBuffers:
-    """The memory of a lane for the engine's largest batch, allocated once and given back with ``resources``.
+    """The memory of a lane for the engine's largest batch on its largest canvas, allocated once and given
+    back with ``resources``.
 
-    ``images``, ``sizes`` and ``outputs`` are views of pinned memory [largest batch, ...]; ``addresses`` are
+    ``images()``, ``sizes`` and ``outputs`` are views of pinned memory [largest batch, ...]; ``addresses`` are
     the tensors' places on the device, ``activations`` the network's scratch. Inputs lie one after the other,
     the sizes first, so that the first images of a batch and all sizes are one copy; the outputs are one copy
     as well.
@@ -299,7 +325,9 @@ class _LaneBuffers:
         self._cuda = cuda
         self._images, self._sizes = engine.inputs
         self._most = engine.manifest.batch[2]
-        inputs, input_bytes = _layout([self._sizes, self._images], self._most)
+        canvases = [most for _, _, most in engine.manifest.canvases]
+        largest = self._images.on(max(canvases, key=math.prod))
+        inputs, input_bytes = _layout([self._sizes, largest], self._most)
         outputs, self._output_bytes = _layout(engine.outputs, self._most)
         self._images_at = inputs[self._images.name]
         self.activations = on_device(engine.activation_bytes, "one batch in work")
@@ -311,7 +339,6 @@ class _LaneBuffers:
         resources.callback(cuda.free_pinned, self._pinned_out)
         self.addresses = {name: self._inputs + offset for name, offset in inputs.items()}
         self.addresses |= {name: self._outputs + offset for name, offset in outputs.items()}
-        self.images = self._view(self._images, self._pinned_in.array, self._images_at)
         self.sizes = self._view(self._sizes, self._pinned_in.array, inputs[self._sizes.name])
         self.outputs = {
             tensor.name: self._view(tensor, self._pinned_out.array, outputs[tensor.name])
@@ -322,14 +349,19 @@ class _LaneBuffers:
         size = self._most * tensor.image_bytes
         return memory[offset : offset + size].view(tensor.dtype).reshape(self._most, *tensor.shape)
 
-    def input_addresses(self, index: int) -> tuple[int, int]:
-        """Where image ``index`` and its size lie on the device."""
-        image = self.addresses[self._images.name] + index * self._images.image_bytes
-        return image, self.addresses[self._sizes.name] + index * self._sizes.image_bytes
+    def images(self, canvas: tuple[int, int]) -> NDArray[Any]:
+        """The images on a canvas, one after the other: those on another one lie elsewhere."""
+        return self._view(self._images.on(canvas), self._pinned_in.array, self._images_at)
 
-    def copy_in(self, batch: int, stream: int) -> None:
+    def canvas(self, index: int, canvas: tuple[int, int]) -> DeviceCanvas:
+        """That of image ``index`` on the device."""
+        pixels = self.addresses[self._images.name] + index * self._images.on(canvas).image_bytes
+        valid_size = self.addresses[self._sizes.name] + index * self._sizes.image_bytes
+        return DeviceCanvas(pixels, valid_size, canvas)
+
+    def copy_in(self, batch: int, canvas: tuple[int, int], stream: int) -> None:
         """Queue the copy of all sizes and the first ``batch`` images to the device."""
-        size = self._images_at + batch * self._images.image_bytes
+        size = self._images_at + batch * self._images.on(canvas).image_bytes
         self._cuda.copy_in(self._inputs, self._pinned_in, size, stream)
 
     def copy_out(self, stream: int) -> None:

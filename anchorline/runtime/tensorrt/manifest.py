@@ -17,8 +17,8 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from anchorline.runtime.contract import Contract
-from anchorline.runtime.io.errors import UNPRINTABLE, ArtefactError, GpuError, printable
+from anchorline.runtime.contract import Contract, Pixels
+from anchorline.runtime.io.errors import UNPRINTABLE, ArtefactError, GpuError, printable, shown
 from anchorline.runtime.io.files import input_errors, sha256_of
 from anchorline.runtime.io.schema import Name, check_fields, choice, read_object
 from anchorline.runtime.tensorrt.library import FLAVOURS
@@ -34,6 +34,11 @@ Release = Annotated[
 Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z", description="64 hexadecimal digits")]
 Size = Annotated[int, Meta(ge=1, le=1_000_000)]
 Sizes = Annotated[tuple[Size, Size, Size], Meta(description="three sizes of at least 1")]
+Canvas = tuple[Pixels, Pixels]
+Canvases = Annotated[
+    tuple[tuple[Canvas, Canvas, Canvas], ...],
+    Meta(description="a list of three canvases, each a height and a width"),
+]
 Capability = Annotated[int, Meta(ge=10, le=999)]
 
 
@@ -46,7 +51,8 @@ class EngineManifest:
     """What the manifest says; ``raw`` is all of it. Raises ``ArtefactError``.
 
     ``compute_capabilities`` are numbers such as 86; ``batch`` is (smallest, best, largest); ``options`` are
-    what the engine was built with, empty where the manifest does not say.
+    what the engine was built with, empty where the manifest does not say. ``canvases`` are those of each
+    optimisation profile, smallest, best and largest; without any it has the contract's alone.
     """
 
     path: Path
@@ -60,9 +66,21 @@ class EngineManifest:
     options_hash: Name
     options: Annotated[dict[str, Any], Meta(description="a JSON object")]
     raw: dict[str, Any]
+    canvases: Canvases = ()
 
     def __post_init__(self) -> None:
         check_fields(self, "")
+        fixed = self.contract.canvas
+        if not self.canvases and fixed is not None:
+            object.__setattr__(self, "canvases", ((fixed, fixed, fixed),))
+        for canvases in self.canvases:
+            if any(list(sides) != sorted(sides) for sides in zip(*canvases, strict=True)):
+                raise ArtefactError(f"canvas is {shown(canvases)}; expected sides that do not fall")
+        if not self.canvases or (fixed is not None and self.canvases != ((fixed, fixed, fixed),)):
+            raise ArtefactError(
+                f"canvases are {shown(self.canvases)} and the contract's is {shown(fixed)}; expected the "
+                "contract's alone or, where that is free, those of each profile"
+            )
         if list(self.batch) != sorted(self.batch):
             raise ArtefactError(f"batch is {list(self.batch)}; expected sizes that do not fall")
 
@@ -99,6 +117,7 @@ def read_manifest(engine: Path, *, check_engine: bool = True) -> EngineManifest:
             options_hash=_stated(raw, "options_hash"),
             options=raw.get("options", {}),
             raw=raw,
+            canvases=_canvases(raw),
         )
     except ArtefactError as error:
         if str(error).startswith(f"{path}: "):  # the contract's
@@ -110,6 +129,17 @@ def read_manifest(engine: Path, *, check_engine: bool = True) -> EngineManifest:
             "copy both files together"
         )
     return manifest
+
+
+def _canvases(raw: dict[str, Any]) -> Any:
+    """Those of each profile; none in manifests from before engines had several."""
+    profiles = raw["profiles"]
+    if not any(isinstance(profile, dict) and "canvas" in profile for profile in profiles):
+        return ()
+    batches = [_stated(raw, "profiles", number, "batch") for number in range(len(profiles))]
+    if any(batch != batches[0] for batch in batches):
+        raise ArtefactError(f"batches are {shown(batches)}; expected the same in every profile")
+    return tuple(_stated(raw, "profiles", number, "canvas") for number in range(len(profiles)))
 
 
 def manifest_digest(raw: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from anchorline.runtime.canvas import place, to_canvas
 from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.nv12 import COLOURS, Nv12, bgr_of
 from anchorline.runtime.tensorrt import kernels as images
-from anchorline.runtime.tensorrt.frames import DeviceFrame, canvas_launch
+from anchorline.runtime.tensorrt.frames import DeviceCanvas, DeviceFrame, canvas_launch
 from anchorline.runtime.tensorrt.kernels import Launch, compile
 
 CANVAS = (40, 300)  # wider than the threads of a block
@@ -48,7 +48,8 @@ def run(run_on_host: Callable[[Launch, int], None]) -> Callable[..., tuple[NDArr
         canvas = np.full((*CANVAS, 3), 77, dtype)
         size = np.full(2, 77, np.float32)
         placement = place(frame.size, CANVAS, rule)
-        launch = canvas_launch(frame, placement, promised, canvas.ctypes.data, size.ctypes.data)
+        there = DeviceCanvas(canvas.ctypes.data, size.ctypes.data, CANVAS)
+        launch = canvas_launch(frame, placement, promised, there)
         run_on_host(launch, 0)
         return canvas, size
 

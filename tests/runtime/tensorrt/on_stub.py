@@ -10,7 +10,7 @@ import numpy as np
 from anchorline.runtime.canvas import place
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.tensorrt.cuda import CudaError, NoGpuError, OutOfDeviceMemoryError, open_cuda
-from anchorline.runtime.tensorrt.frames import DeviceFrame, FrameIntake
+from anchorline.runtime.tensorrt.frames import DeviceCanvas, DeviceFrame, FrameIntake
 
 stub = ctypes.CDLL(sys.argv[1])
 
@@ -69,7 +69,8 @@ with cuda.current(), cuda.current():
     contract = Contract("detections", ("a",), (40, 300), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     intake = FrameIntake(cuda, contract)
     frame = DeviceFrame(2**40 + 5, 0, 1234, (80, 400), 0, None, None)
-    intake.to_canvas(frame, place((80, 400), (40, 300), contract.resize), device, device + 8, stream)
+    canvas = DeviceCanvas(device, device + 8, (40, 300))
+    intake.to_canvas(frame, place((80, 400), (40, 300), contract.resize), canvas, stream)
     stub.stub_last_launch.restype = ctypes.POINTER(Launch)
     last = stub.stub_last_launch().contents
     assert (list(last.grid), list(last.block), last.stream) == ([2, 40, 1], [256, 1, 1], stream)

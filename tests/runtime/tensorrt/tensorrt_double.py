@@ -1,6 +1,7 @@
 """A double of TensorRT's Python module that runs the engine's ONNX file through onnxruntime.
 
-A plan is JSON: ``{"onnx": path, "batch": [low, best, high], "activation_bytes": n, "plugins": [names]}``.
+A plan is JSON: ``{"onnx": path, "batch": [low, best, high], "activation_bytes": n, "plugins": [names]}``, and
+for several profiles ``"canvases": [[[h, w], [h, w], [h, w]], ...]``, smallest, best and largest of each.
 With ``"stub": true`` the network is a few lines of NumPy instead. Names that TensorRT for RTX's module or
 its classes do not have are refused, and so is what TensorRT leaves undefined.
 """
@@ -137,9 +138,12 @@ class Engine:
         }[self._find(name)[1].type]
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[Any]:
-        assert profile == 0
-        sides = list(self._find(name)[1].shape[1:])
-        return [self._trt.real.Dims([batch, *sides]) for batch in self._plan["batch"]]
+        shape = self._find(name)[1].shape
+        canvases = self._plan.get("canvases", [[shape[1:3]] * 3])[profile]
+        return [
+            self._trt.real.Dims([batch, *(canvas if len(shape) > 2 else ()), *shape[-1:]])
+            for batch, canvas in zip(self._plan["batch"], canvases, strict=True)
+        ]
 
     def get_tensor_shape(self, name: str) -> Any:
         sides = [side if isinstance(side, int) else -1 for side in self._find(name)[1].shape]
@@ -210,6 +214,8 @@ class Context:
         self._addresses: dict[str, int] = {}
         self._scratch: tuple[int, int] | None = None
         self._warm = False
+        several = len(engine()._plan.get("canvases", ())) > 1
+        self._profile: int | None = None if several else 0
         self._token = object()  # of the work that it queued or that was captured from it
         trt.life.append("context")
         trt.driver.users.add(self)
@@ -237,12 +243,18 @@ class Context:
         self._trt.driver.at(address, size)
         self._scratch = (address, size)
 
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self._trt.driver.calls.append(("set_optimization_profile_async", (profile, stream)))
+        self._profile = profile
+        return True
+
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         engine = self._engine()
         assert engine is not None
-        low, _, high = engine._plan["batch"]
-        stated = tuple(engine.get_tensor_shape(name))
-        if tuple(shape[1:]) != stated[1:] or not low <= shape[0] <= high:
+        if self._profile is None:
+            raise self._trt.driver._refuse("a context of an engine with several profiles without one")
+        low, _, high = engine.get_tensor_profile_shape(name, self._profile)
+        if not all(least <= side <= most for least, side, most in zip(low, shape, high, strict=True)):
             self._trt.failed(f"IExecutionContext::setInputShape: {name} {shape} is not in the profile")
             return False
         self._shapes[name] = tuple(shape)

@@ -16,7 +16,7 @@ from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import FrameError, SettingsError
 from anchorline.runtime.nv12 import Nv12, bgr_of
-from anchorline.runtime.tensorrt.frames import DeviceFrame, canvas_launch, resizes_as
+from anchorline.runtime.tensorrt.frames import DeviceCanvas, DeviceFrame, canvas_launch, resizes_as
 
 RULE = ResizeRule(interpolation="antialiased")
 
@@ -44,7 +44,7 @@ def test_all_host_frames_are_resized_by_the_cpu(
     gpu.driver.calls.clear()
     with lane.entered():
         lane.submit(given)
-        np.testing.assert_array_equal(lane._buffers.images[: len(given)], expected["images"])
+        np.testing.assert_array_equal(lane._buffers.images((48, 64))[: len(given)], expected["images"])
         np.testing.assert_array_equal(lane._buffers.sizes[: len(given)], expected["image_sizes"])
         lane.collect()
     assert "cuLaunchKernel" not in [name for name, _ in gpu.driver.calls]
@@ -65,4 +65,4 @@ def test_there_is_no_kernel_for_it(contract: Contract, antialiased: Contract) ->
     assert not resizes_as(antialiased)
     frame = DeviceFrame(1, 0, 240, (60, 80), 0, None, None)
     with pytest.raises(SettingsError, match=r"resize.interpolation is 'antialiased'.*to_canvas"):
-        canvas_launch(frame, place((60, 80), (48, 64), RULE), antialiased, 0, 0)
+        canvas_launch(frame, place((60, 80), (48, 64), RULE), antialiased, DeviceCanvas(0, 0, (48, 64)))

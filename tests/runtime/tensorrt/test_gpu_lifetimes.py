@@ -109,10 +109,9 @@ def test_a_batch_is_filled_up_with_black(gpu: Any, make_engine: Callable) -> Non
             detector.batch([FRAME] * 4)
             detector(one)
             (lane,) = detector._lanes._all
-            (place, _) = lane._buffers.input_addresses(1)
-            assert not gpu.driver.at(place, 2 * FRAME.nbytes).any()
-            (_, sizes) = lane._buffers.input_addresses(1)
-            assert gpu.driver.at(sizes, 16).view(np.float32).tolist() == [48, 64, 48, 64]
+            canvas = lane._buffers.canvas(1, (48, 64))
+            assert not gpu.driver.at(canvas.pixels, 2 * FRAME.nbytes).any()
+            assert gpu.driver.at(canvas.valid_size, 16).view(np.float32).tolist() == [48, 64, 48, 64]
     frame.free()
 
 

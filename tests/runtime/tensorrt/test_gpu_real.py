@@ -26,7 +26,7 @@ from anchorline.runtime.tensorrt.cuda import (
     NoGpuError,
     open_cuda,
 )
-from anchorline.runtime.tensorrt.frames import DeviceFrame, FrameIntake, read_device_frame
+from anchorline.runtime.tensorrt.frames import DeviceCanvas, DeviceFrame, FrameIntake, read_device_frame
 from anchorline.runtime.tensorrt.plugins import BatchedNMS, Call
 
 pytestmark = [
@@ -127,7 +127,9 @@ def test_the_preprocessing_kernel_is_the_cpu_s(
     source, canvas = blocks.put(frame), blocks.put(np.full_like(expected, 7))
     image_size = blocks.put(np.zeros(2, np.float32))
     on_gpu = DeviceFrame(source, 0, 3 * size[1], size, 0, None, None)
-    FrameIntake(cuda, contract).to_canvas(on_gpu, placement, canvas, image_size, blocks.stream)
+    FrameIntake(cuda, contract).to_canvas(
+        on_gpu, placement, DeviceCanvas(canvas, image_size, shape), blocks.stream
+    )
     found = blocks.get(canvas, expected)
     assert np.abs(found.astype(float) - expected.astype(float)).max() <= (1 if dtype == "uint8" else 0)
     assert tuple(blocks.get(image_size, np.zeros(2, np.float32))) == placement.valid
