@@ -50,7 +50,8 @@ def saved(
     def save(model: FasterRCNN) -> Path:
         classes = model.roi_heads.box_predictor.cls_score.out_features - 1
         names = tuple(f"class {number}" for number in range(classes))
-        contract = dataclasses.replace(contract_of(model.settings, names), max_batch=2)
+        contract = contract_of(model.settings, names)
+        contract = dataclasses.replace(contract, max_batch=2, canvas=model.settings.canvas)
         onnx.save(onnx_of(model, contract), tmp_path / "m.onnx")
         return tmp_path / "m.onnx"
 

@@ -52,7 +52,8 @@ def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def export(task: str) -> Path:
         path = folder / f"{task}.onnx"
         if not path.exists():
-            contract = dataclasses.replace(contract_of(settings, names), task=task, max_batch=8)
+            contract = contract_of(settings, names)
+            contract = dataclasses.replace(contract, task=task, max_batch=8, canvas=CANVAS)
             onnx.save(to_onnx(model, contract), path)
         return path
 
