@@ -56,19 +56,20 @@ def exported(
 ) -> Callable[..., onnx.ModelProto]:
     """``exported(neck, task)``: the ONNX form of a small model on a canvas of 128x160, each made once.
 
-    A copy each time, so that a test may change it.
+    With ``free=True`` for any frame size. A copy each time, so that a test may change it.
     """
     from anchorline.train.checkpoint import contract_of
 
-    done: dict[tuple[str, str], bytes] = {}
+    done: dict[tuple[str, str, bool], bytes] = {}
 
-    def get(neck: str = "fpn", task: str = "detections") -> onnx.ModelProto:
-        if (neck, task) not in done:
+    def get(neck: str = "fpn", task: str = "detections", free: bool = False) -> onnx.ModelProto:
+        if (neck, task, free) not in done:
             model = small_model(neck, len(NAMES))
             contract = contract_of(model.settings, NAMES, source={})
-            contract = dataclasses.replace(contract, task=task, canvas=model.settings.canvas)
-            done[neck, task] = onnx_of(model, contract).SerializeToString()
-        return onnx.load_model_from_string(done[neck, task])
+            canvas = None if free else model.settings.canvas
+            contract = dataclasses.replace(contract, task=task, canvas=canvas)
+            done[neck, task, free] = onnx_of(model, contract).SerializeToString()
+        return onnx.load_model_from_string(done[neck, task, free])
 
     return get
 

@@ -131,6 +131,27 @@ def test_roi_align_as_gather_detects_the_same(
     check_same(with_nms_function(lowered), model, **tolerances)
 
 
+@pytest.mark.parametrize("form", ["grid-sample", "gather"])
+def test_a_model_for_any_frame_size_detects_the_same_at_each(
+    form: str,
+    exported: Export,
+    run_onnx: Run,
+    rows_of: Callable[[Outputs, int], NDArray[np.float64]],
+    check_same_rows: Callable[..., None],
+) -> None:
+    """The bodies of RoIAlign read the sides of their map when they run."""
+    model = exported(free=True)
+    assert all(side.dim_param for side in model.graph.input[0].type.tensor_type.shape.dim[1:3])
+    lowered = with_nms_function(lower(model, "tensorrt-rtx", roi_align=form))
+    for height, width in ((160, 128), (96, 224)):
+        patches = np.random.default_rng(5).integers(0, 256, (1, height // 8, width // 8, 3), dtype=np.uint8)
+        images = patches.repeat(8, axis=1).repeat(8, axis=2)
+        inputs = {"images": images, "image_sizes": np.array([(height - 20, width - 30)], np.float32)}
+        rows = rows_of(run_onnx(model, inputs), 0)
+        assert len(rows) > 10, "too few to compare anything"
+        check_same_rows(rows_of(run_onnx(lowered, inputs), 0), rows)
+
+
 @pytest.mark.parametrize("nms", ["plugin", "fixed-point"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_what_tensorrt_refuses_is_not_in_the_graph(exported: Export, precision: str, nms: str) -> None:
