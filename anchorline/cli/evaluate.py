@@ -49,6 +49,7 @@ def evaluate(
         show_report(evaluate_stored(model, dataset), json)
         return
     from anchorline.artefacts import open_detector
+    from anchorline.runtime.canvas import unmixed
 
     detector = open_detector(model, provider, cpu_precision=cpu_precision, proposals=proposals, data=data)
     for_recall = detector.contract.task == "proposals"
@@ -57,7 +58,12 @@ def evaluate(
     measure = evaluate_proposals if for_recall else evaluate_detector
     with progress_bar("evaluating") as progress:
         report = measure(
-            detector.batch, dataset, batch, progress, provider=detector.provider, precision=detector.precision
+            unmixed(detector),
+            dataset,
+            batch,
+            progress,
+            provider=detector.provider,
+            precision=detector.precision,
         )
     show_report(report, json)
     if pictures is not None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import cast
+from typing import Any, Protocol, cast
 
 import cv2
 import numpy as np
@@ -274,6 +275,35 @@ def frame_canvas(frame_size: tuple[int, int], contract: Contract) -> tuple[int, 
         raise SettingsError(f"frame size is {frame_size}; expected a height and a width of at least 1 pixel")
     free = dataclasses.replace(contract, canvas=None)
     return canvas_of(free, [place(frame_size, contract.canvas, contract.resize)])
+
+
+def canvases_alone(contract: Contract, frames: Sequence[Any]) -> list[tuple[int, int]]:
+    """The canvas (height, width) that each frame of the host has where it is padded to no other's.
+
+    Frames that share one have together the results that they have alone; others are padded, and differ.
+    """
+    places = (place(frame_size(frame), contract.canvas, contract.resize) for frame in frames)
+    return [canvas_of(contract, [each]) for each in places]
+
+
+class _BatchDetector(Protocol):
+    @property
+    def contract(self) -> Contract: ...
+    def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]: ...
+
+
+def unmixed(detector: _BatchDetector) -> Callable[[Sequence[NDArray[np.uint8]]], list[Detections]]:
+    """``detector.batch`` in as many runs as other canvases follow each other, in the order of the frames.
+
+    So no frame's result depends on what else is in its batch.
+    """
+
+    def detect(frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        canvases = iter(canvases_alone(detector.contract, frames))
+        runs = [list(run) for _, run in itertools.groupby(frames, lambda frame: next(canvases))]
+        return [found for run in runs for found in detector.batch(run)]
+
+    return detect
 
 
 def held_to(contract: Contract, canvas: tuple[int, int] | None, resize: ResizeRule | None) -> Contract:

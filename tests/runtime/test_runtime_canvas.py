@@ -18,8 +18,10 @@ from anchorline.runtime.canvas import (
     place,
     resize_float,
     to_canvas,
+    unmixed,
 )
 from anchorline.runtime.contract import Contract, ResizeRule
+from anchorline.runtime.detections import Detections
 
 SIDES = st.integers(1, 6000)
 BOUNDS = st.none() | st.integers(1, 2000)
@@ -203,6 +205,24 @@ def test_any_memory_layout_gives_the_same_canvas(picture, view):
     to_canvas(frame, placement, from_view)
     to_canvas(np.array(frame, order="C"), placement, from_copy)
     np.testing.assert_array_equal(from_view, from_copy)
+
+
+@pytest.mark.parametrize(("canvas", "runs"), [(None, [2, 1, 2, 1]), ((64, 128), [6])])
+def test_no_frame_is_padded_to_another_s_canvas(contract, canvas, runs):
+    class Counting:
+        def __init__(self):
+            self.contract, self.runs = dataclasses.replace(contract, canvas=canvas), []
+
+        def batch(self, frames):
+            self.runs.append(len(frames))
+            return [Detections.empty(size=frame.shape[:2]) for frame in frames]
+
+    sides = [(40, 60), (64, 33), (65, 33), (64, 65), (50, 90), (30, 30)]  # on 64x64, 96x64, 64x96 and 32x32
+    detector = Counting()
+    found = unmixed(detector)([np.zeros((*size, 3), np.uint8) for size in sides])
+    assert [each.size for each in found] == sides  # in the order of the frames
+    assert detector.runs == runs
+    assert unmixed(detector)([]) == []
 
 
 def test_pixels_and_boxes_move_together():

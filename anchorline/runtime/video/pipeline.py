@@ -21,6 +21,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from anchorline.runtime.canvas import canvases_alone
+from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import NotCopied, SettingsError, shown
 from anchorline.runtime.video.display import displayed, plot_latency
@@ -221,24 +223,35 @@ class VideoPipeline(NotCopied):
     def _detect(self) -> None:
         while (taken := self._intake.take()) is not None:
             number, results = taken
-            start = time.perf_counter()
-            found = self.detector.batch([result.frame for result in results])
-            seconds = time.perf_counter() - start
-            # A detector without figures of its own is all network.
-            times = dict(getattr(self.detector, "timings", None) or {"network": seconds})
-            self.figures.took(times, *{result.source for result in results})
-            if not isinstance(found, Sequence) or not all(isinstance(each, Detections) for each in found):
-                raise SettingsError(
-                    f"the detector's batch() gave {shown(found)}; expected a list of Detections"
-                )
-            if len(found) != len(results):
-                raise SettingsError(
-                    f"the detector's batch() gave {len(found)} results for {len(results)} frames"
-                )
-            for result, detections in zip(results, found, strict=True):
-                result.detections = detections
-                result.times.update(times)
+            for run in self._runs(results):
+                self._detect_together(run)
             self._detected.put((number, results))
+
+    def _runs(self, results: list[Result]) -> list[list[Result]]:
+        """Those of each canvas: what is found in a source does not depend on what the others send."""
+        contract = getattr(self.detector, "contract", None)
+        if len(results) == 1 or not isinstance(contract, Contract) or contract.canvas is not None:
+            return [results]
+        runs: dict[tuple[int, int], list[Result]] = {}
+        canvases = canvases_alone(contract, [result.frame for result in results])
+        for canvas, result in zip(canvases, results, strict=True):
+            runs.setdefault(canvas, []).append(result)
+        return list(runs.values())
+
+    def _detect_together(self, results: list[Result]) -> None:
+        start = time.perf_counter()
+        found = self.detector.batch([result.frame for result in results])
+        seconds = time.perf_counter() - start
+        # A detector without figures of its own is all network.
+        times = dict(getattr(self.detector, "timings", None) or {"network": seconds})
+        self.figures.took(times, *{result.source for result in results})
+        if not isinstance(found, Sequence) or not all(isinstance(each, Detections) for each in found):
+            raise SettingsError(f"the detector's batch() gave {shown(found)}; expected a list of Detections")
+        if len(found) != len(results):
+            raise SettingsError(f"the detector's batch() gave {len(found)} results for {len(results)} frames")
+        for result, detections in zip(results, found, strict=True):
+            result.detections = detections
+            result.times.update(times)
 
     def _draw(self) -> None:
         is_wanted = any(sink.wants_drawing for sink in self._sinks)

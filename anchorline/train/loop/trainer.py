@@ -21,6 +21,7 @@ from anchorline.data.dataset import Dataset
 from anchorline.data.proposals import read_proposals
 from anchorline.data.summary import DataSummary, summarise_data
 from anchorline.evaluation.evaluation import proposal_recall
+from anchorline.runtime.canvas import unmixed
 from anchorline.runtime.io.errors import ArtefactError, TrainingError, reason_of
 from anchorline.runtime.io.files import atomic_path, atomic_write_text, expect_regular, write_json
 from anchorline.train.checkpoint import contract_of, load_checkpoint, save_checkpoint
@@ -352,10 +353,10 @@ class Trainer:
             share = distributed.own_share(self.validation_proposals, VALIDATION_BATCH)
             detector = StoredProposalDetector(model, self.contract, share, str(self.device))
         if self.phase.task == "proposals":
-            found = list(distributed.run_shared(detector.batch, data, VALIDATION_BATCH))
+            found = list(distributed.run_shared(unmixed(detector), data, VALIDATION_BATCH))
             count = self.contract.thresholds.max_proposals
             return proposal_recall(data.images, found, (count,)).recall[count][0.5]
-        return distributed.shared_map50(detector.batch, data, VALIDATION_BATCH, detector.provider)
+        return distributed.shared_map50(unmixed(detector), data, VALIDATION_BATCH, detector.provider)
 
     def _save(self, path: Path) -> None:
         if distributed.is_main():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -93,8 +94,6 @@ def test_a_batch_waits_no_longer_than_it_may(stub, grey):
 
 
 def test_the_batch_is_bounded_by_the_contract(stub, grey, contract):
-    import dataclasses
-
     detector = stub()
     detector.contract = dataclasses.replace(contract, max_batch=2)
     sources = [Source((grey(i) for i in range(9)), name=f"s{s}") for s in range(3)]
@@ -102,6 +101,32 @@ def test_the_batch_is_bounded_by_the_contract(stub, grey, contract):
     assert max(detector.batches) == 2
     with pytest.raises(SettingsError, match="at most 2 frames at once"):
         VideoPipeline(detector, ["0"], DetectOptions(batch=3))
+
+
+@pytest.mark.parametrize("canvas", [None, (96, 96)])
+def test_frames_of_other_canvases_do_not_share_a_run(stub, contract, canvas):
+    """What is found in a source must not depend on the padding that another one's frames ask for."""
+    runs = []
+
+    class Noting(stub):
+        def batch(self, frames):
+            runs.append([frame.shape[:2] for frame in frames])
+            return super().batch(frames)
+
+    detector = Noting()
+    detector.contract = dataclasses.replace(contract, canvas=canvas)
+    tall = (100, 40)  # on a canvas of 128 x 64 where that is free, the others on 64 x 64
+    sizes = [(48, 64), tall, (64, 48), (60, 50), tall]
+    sources = [Source([np.full((*size, 3), 9, np.uint8)] * 6, name=f"s{s}") for s, size in enumerate(sizes)]
+    results = list(VideoPipeline(detector, sources, DetectOptions(batch=30, max_wait=60.0)))
+    for source in sources:
+        assert [each.index for each in results if each.source == source.name] == list(range(6))
+    assert all(len(each.detections) and each.times["network"] > 0 for each in results)
+    if canvas is None:
+        assert sorted(map(len, runs)) == [12, 18]
+        assert {*min(runs, key=len)} == {tall}
+    else:
+        assert list(map(len, runs)) == [30]
 
 
 # Under `latest` the latency is bounded and the losses are counted
