@@ -17,13 +17,15 @@ from anchorline.runtime.backends.selection import exact_provider
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import GpuError, OutputError, SettingsError
+from anchorline.runtime.model_file import read_onnx
+from anchorline.runtime.tensorrt.manifest import read_manifest
 from anchorline.verify.stages import BatchDetector, Subject, onnx_subject
 from anchorline.verify.verification import VerifyReport, verify_subjects, write_not_executed, write_record
 
 _ENGINE_PROVIDERS = ("tensorrt", "tensorrt-rtx")
 _TORCHVISION_NOTE = (
-    "torchvision's canvas is each image's own size in multiples of 32; on a larger one the features near the "
-    "border differ (docs/import.md)"
+    "torchvision's canvas is each image's own size in multiples of 32; on the candidate's fixed one the "
+    "features near the border differ (docs/import.md)"
 )
 
 
@@ -67,8 +69,9 @@ def open_detector(
 def open_subject(path: Path, provider: str = "auto", other: Contract | None = None) -> Subject:
     """One side of a verification. An engine runs itself or not at all, never the ONNX file in its place.
 
-    With the contract of the ``other`` side a checkpoint does that side's task on that side's canvas. Raises
-    ``AnchorlineError`` for what cannot be opened, ``GpuError`` for what cannot run here.
+    What takes frames of any size does so on the canvas of the ``other`` side's contract, where that is fixed;
+    a checkpoint does the other side's task as well. Raises ``AnchorlineError`` for what cannot be opened,
+    ``GpuError`` for what cannot run here.
     """
     if is_engine(path):
         if provider not in ("auto", *_ENGINE_PROVIDERS):
@@ -81,7 +84,8 @@ def open_subject(path: Path, provider: str = "auto", other: Contract | None = No
         from anchorline.train.predict import checkpoint_subject
 
         return checkpoint_subject(path, other)
-    return onnx_subject(path, exact_provider(provider))
+    canvas = other.canvas if other is not None and read_onnx(path).contract.canvas is None else None
+    return onnx_subject(path, exact_provider(provider), canvas)
 
 
 def verify(
@@ -100,10 +104,10 @@ def verify(
     """Compare ``candidate`` with ``reference`` and write the record beside the candidate.
 
     On the labelled ``data`` (specs), on ``images`` (files, folders, a video), or on generated scenes.
-    A checkpoint on one side is opened on the canvas the other was exported for. ``provider`` is for the
-    candidate. ``worst`` is a .png for the images that differ most. With ``reference_by="torchvision"``
-    the weights of the checkpoint ``reference`` run in torchvision's own detector, which shows its
-    detections only. Raises ``AnchorlineError`` for what cannot be opened.
+    Where one side has a fixed canvas the other is opened on that; a checkpoint does the other side's task.
+    ``provider`` is for the candidate. ``worst`` is a .png for the images that differ most. With
+    ``reference_by="torchvision"`` the weights of the checkpoint ``reference`` run in torchvision's own
+    detector, which shows its detections only. Raises ``AnchorlineError`` for what cannot be opened.
     """
     if data and images:
         raise SettingsError("both --data and --images are given; expected one of them")
@@ -118,11 +122,12 @@ def verify(
         else:
             dataset = images_or_video(images, names) if images else scenes(names)
         dataset = dataset.first(limit)
+        on_other_canvas = reference_by == "torchvision" and theirs.detector.contract.canvas is not None
         # torchvision sizes its canvas by the image, so the traps' odd shapes would differ by design.
-        which = () if reference_by == "torchvision" else None
+        which = () if on_other_canvas else None
         report = verify_subjects(ours, theirs, dataset, bisect=bisect, which_traps=which, progress=progress)
     notes = [*report.notes]
-    if reference_by == "torchvision":
+    if on_other_canvas:
         notes.append(_TORCHVISION_NOTE)
     if worst is not None and not report.detections.write_worst(dataset, worst):
         notes.append(f"{worst}: not written, no image differs")
@@ -138,18 +143,21 @@ def _open_both(
 ) -> tuple[Subject, Subject]:
     """Both sides, the candidate on ``provider``. An ONNX file as the reference runs on the CPU, since a
     fault of a provider would be in both sides otherwise. A candidate that cannot run here is recorded."""
-    reference_provider = "auto" if is_engine(reference) else "cpu"
-    # A checkpoint takes task and canvas from the other side, which is therefore opened first.
-    waits = is_checkpoint(candidate) and not is_checkpoint(reference)
-    first = open_subject(reference, reference_provider) if waits and reference_by == "anchorline" else None
+    # Of two checkpoints the reference does the candidate's task.
+    other = None if is_checkpoint(reference) else _contract_of(reference)
     try:
-        theirs = open_subject(candidate, provider, None if first is None else first.detector.contract)
+        theirs = open_subject(candidate, provider, other)
     except GpuError as error:
         write_not_executed(candidate, _reason(candidate, error), reference if reference.is_file() else None)
         raise
+    contract = theirs.detector.contract
     if reference_by == "torchvision":
-        return _open_in_torchvision(reference, theirs.detector.contract.task), theirs
-    return first or open_subject(reference, reference_provider, theirs.detector.contract), theirs
+        return _open_in_torchvision(reference, contract.task), theirs
+    return open_subject(reference, "auto" if is_engine(reference) else "cpu", contract), theirs
+
+
+def _contract_of(path: Path) -> Contract:
+    return read_manifest(path).contract if is_engine(path) else read_onnx(path).contract
 
 
 def _reason(path: Path, error: GpuError) -> str:

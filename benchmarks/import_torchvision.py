@@ -104,7 +104,7 @@ def prepare(name: str, frames: dict[str, list[Frame]], folder: Path) -> Trial:
     import_in_process(name, checkpoint, imported, classes_file(name, folder))
     ours = TorchDetector.load(imported)
     reference = TorchvisionDetector(model, ours.contract)
-    expected = {aspect: reference.batch(group) for aspect, group in frames.items()}
+    expected = {aspect: list(map(reference, group)) for aspect, group in frames.items()}
     return Trial(name, imported, reference, frames, expected)
 
 

@@ -130,12 +130,13 @@ class Subject:
         return self.stages
 
 
-def onnx_subject(path: Path, provider: str = "cpu") -> Subject:
+def onnx_subject(path: Path, provider: str = "cpu", canvas: tuple[int, int] | None = None) -> Subject:
     """An exported ONNX file, its inside on onnxruntime's CPU provider; raises ``ArtefactError``.
 
-    A graph without the stages' names, as the first versions wrote it, is compared as a whole.
+    One for frames of any size is held to the ``canvas`` (height, width), where there is one. A graph without
+    the stages' names, as the first versions wrote it, is compared as a whole.
     """
-    detector = Detector(path, provider)
+    detector = Detector(path, provider, canvas=canvas)
     inside = OnnxStages(path, detector)
     return Subject(path, detector, inside if inside.stages else None)
 

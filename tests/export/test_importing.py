@@ -114,7 +114,7 @@ def check_import(
     options["verify"] = False
     contract = import_checkpoint(source.path, out, arch=arch, **options).contract  # type: ignore[arg-type]
     reference = TorchvisionDetector(source.model, contract)
-    expected = reference.batch(frames)
+    expected = [reference(frame) for frame in frames]
     found = [
         TorchDetector.load(out, canvas=frame_canvas((f.shape[0], f.shape[1]), contract))(f) for f in frames
     ]

@@ -78,6 +78,26 @@ def test_our_models_detect_as_torchvisions_form_of_them(
         check_same_rows(rows_of(TorchDetector(model, contract)(frame)), rows_of(expected))
 
 
+@pytest.mark.parametrize("resize", [ResizeRule(120, 160), ResizeRule(within=(128, 160))])
+def test_a_batch_is_padded_as_torchvision_pads_it(
+    small_model: Callable[..., FasterRCNN], check_same_rows: Callable[..., None], resize: ResizeRule
+) -> None:
+    """On the sides of the largest, on which a smaller frame has other boxes than alone."""
+    model = small_model("fpn")
+    contract = contract_for(model, resize=resize)
+    frames = [patches(300, 400), patches(200, 90), patches(100, 100)]
+    reference = TorchvisionDetector.of(model, contract)
+    expected = reference.batch(frames)
+    for found, each in zip(TorchDetector(model, contract).batch(frames), expected, strict=True):
+        assert len(each) > 20, "too few detections to compare anything"
+        check_same_rows(rows_of(found), rows_of(each))
+    alone = reference(frames[1])
+    assert (
+        rows_of(alone).shape != rows_of(expected[1]).shape
+        or np.abs(rows_of(alone) - rows_of(expected[1])).max() > 1e-3
+    )
+
+
 def test_the_rpn_drops_proposals_below_its_score_threshold(small_model: Callable[..., FasterRCNN]) -> None:
     """A lower score never suppresses a higher one, so the proposals above the threshold stay as they were."""
     images, sizes = torch.from_numpy(patches(128, 160))[None], torch.tensor([[128.0, 160.0]])

@@ -206,7 +206,7 @@ def test_the_provider_is_the_candidate_s(
     """On the same provider on both sides a fault of it would be in both."""
     opened = []
 
-    def note(path: Path, provider: str) -> SimpleNamespace:
+    def note(path: Path, provider: str, canvas: object) -> SimpleNamespace:
         opened.append((path.name, provider))
         if path == artefacts[1]:
             raise SettingsError("seen enough")

@@ -155,9 +155,9 @@ _USUAL = {
 class TorchvisionDetector:
     """A detector of torchvision with its own resizing, as a ``BatchDetector``.
 
-    ``model`` is the network in evaluation mode; label n + 1 of it is ``contract.names[n]``. Frames go
-    through it one by one, since torchvision pads a batch to its largest image, which changes results.
-    Where ``contract.resize`` is not a shorter and a longer side, frames are resized as it says.
+    ``model`` is the network in evaluation mode; label n + 1 of it is ``contract.names[n]``. A batch is padded
+    as torchvision pads it, to the largest sides. Where ``contract.resize`` is not a shorter and a longer
+    side, frames are resized as it says.
     """
 
     provider = "torchvision"
@@ -165,6 +165,9 @@ class TorchvisionDetector:
 
     def __init__(self, model: TorchvisionFasterRCNN, contract: Contract) -> None:
         self.model, self.contract = model.eval(), contract
+        rule = contract.resize
+        if None in (rule.shorter_side, rule.longer_side) or rule.within is not None:
+            self._resize_by_the_rule()
         # torchvision derives the scales of RoI pooling from the first image it sees and keeps them; a
         # narrow one would mislead it (48 rows padded to 64 look like stride 16 instead of 32).
         self(np.zeros((256, 256, 3), np.uint8))
@@ -175,27 +178,38 @@ class TorchvisionDetector:
         return cls(torchvision_model(model, contract), contract)
 
     def batch(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:
-        """Detections of several BGR frames of any sizes."""
-        return [self(frame) for frame in frames]
+        """Detections of several BGR frames of any sizes, in one run."""
+        pixels = [torch.from_numpy(check_frame(frame)[:, :, ::-1].copy()) for frame in frames]
+        with torch.inference_mode():
+            results: list[dict[str, Tensor]] = self.model(
+                [rgb.permute(2, 0, 1).float() / 255 for rgb in pixels]
+            )
+        return [
+            Detections(
+                boxes=found["boxes"].numpy(),
+                scores=found["scores"].numpy(),
+                labels=found["labels"].numpy() - 1,
+                class_names=self.contract.names,
+                category_ids=self.contract.category_ids,
+                size=(frame.shape[0], frame.shape[1]),
+            )
+            for frame, found in zip(frames, results, strict=True)
+        ]
 
-    @torch.inference_mode()
     def __call__(self, frame: NDArray[np.uint8]) -> Detections:
         """Detections of one BGR frame [H, W, 3], boxes in its own pixels."""
-        frame = check_frame(frame)
-        size, resize = (frame.shape[0], frame.shape[1]), self.contract.resize
-        if None in (resize.shorter_side, resize.longer_side) or resize.within is not None:
-            height, width = place(size, self.contract.canvas, resize).valid
-            self.model.transform.fixed_size = (width, height)
-        rgb = torch.from_numpy(np.ascontiguousarray(frame[:, :, ::-1])).permute(2, 0, 1).float() / 255
-        found: dict[str, Tensor] = self.model([rgb])[0]
-        return Detections(
-            boxes=found["boxes"].numpy(),
-            scores=found["scores"].numpy(),
-            labels=found["labels"].numpy() - 1,
-            class_names=self.contract.names,
-            category_ids=self.contract.category_ids,
-            size=size,
-        )
+        return self.batch([frame])[0]
+
+    def _resize_by_the_rule(self) -> None:
+        """torchvision knows two sides, or one size for all images of a batch."""
+        transform, resize = self.model.transform, self.model.transform.resize
+
+        def resize_one(image: Tensor, target: Any = None) -> Any:
+            size = (image.shape[-2], image.shape[-1])
+            transform.fixed_size = place(size, self.contract.canvas, self.contract.resize).valid[::-1]
+            return resize(image, target)
+
+        transform.resize = resize_one
 
 
 def torchvision_model(model: FasterRCNN, contract: Contract) -> TorchvisionFasterRCNN:
