@@ -45,12 +45,12 @@ def test_a_checkpoint_becomes_a_model(
         "model.max_detections=7",
     ]
     assert cli.main(["import", str(checkpoint), "--arch", SMALLEST, "--out", str(out), *options]) == 0
-    line = f"{out}: {SMALLEST}, 2 classes, canvas 64x96, batch-norm eps 0.001, not verified: the fast resize"
+    line = f"{out}: {SMALLEST}, 2 classes, any frame size, batch-norm eps 0.001, not verified: the fast"
     assert capsys.readouterr().out.startswith(line)
     settings, contract = read_header(out)
     assert settings.backbone_norm_eps == 1e-3
     assert contract.names == ("cat", "dog")
-    assert contract.canvas == settings.canvas == (64, 96)
+    assert contract.resize.within == settings.canvas == (64, 96)
     assert (contract.resize.shorter_side, contract.resize.longer_side) == (60, 96)
     assert contract.input_dtype == "uint8"
     assert (contract.thresholds.score, contract.thresholds.max_detections) == (0.2, 7)
@@ -158,7 +158,7 @@ def test_a_model_of_another_library_says_what_it_was_taken_for(
     captured = capsys.readouterr()
     assert "the checkpoint is Detectron2's, taken as detectron2_r50_fpn" in captured.err
     assert captured.out == (
-        f"{out}: detectron2_r50_fpn, 2 classes, canvas 64x96, batch-norm eps 1e-05, not verified: there is "
+        f"{out}: detectron2_r50_fpn, 2 classes, any frame size, batch-norm eps 1e-05, not verified: there is "
         "no Detectron2 here to compare with (docs/import.md)\n"
     )
     record = json.loads(Path(f"{out}.verify.json").read_text(encoding="utf-8"))

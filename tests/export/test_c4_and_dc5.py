@@ -77,8 +77,6 @@ def exported(
     contract = contract_of(model.settings, NAMES, source={"arch": f"detectron2_r50_{kind}"})
     save_checkpoint(checkpoint, model.state_dict(), model.settings, contract)
     result = export_onnx(checkpoint, folder / "model.onnx", task=task)
-    noted = [note.partition(" images of ")[2][:18] for note in result.notes]
-    assert noted == ([] if kind == "fpn" else ["C4 and DC5 models,"])
     assert result.verification is not None
     assert result.verification.passed, result.verification.reason
     assert {*inside, task} <= {stage.name for stage in result.verification.stages}

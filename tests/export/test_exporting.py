@@ -145,7 +145,8 @@ def test_the_file_carries_the_checkpoint_s_contract(exported: Exported) -> None:
     (entry,) = exported.proto.metadata_props
     assert entry.key == CONTRACT_KEY
     contract = Contract.from_json(entry.value)
-    assert (contract.task, contract.names, contract.canvas) == ("detections", CLASS_NAMES, CANVAS)
+    assert (contract.task, contract.names, contract.canvas) == ("detections", CLASS_NAMES, None)
+    assert contract.resize.within == CANVAS
     assert contract.source["command"] == "test"
     assert contract.source["exported_by"].startswith("anchorline ")
     assert json.loads(exported.result.contract.to_json()) == json.loads(entry.value)
@@ -263,8 +264,8 @@ def test_a_full_disk_leaves_nothing(
     [
         ("model.onnx", {"task": "masks"}, SettingsError, "'masks'"),
         ("model.onnx", {"max_batch": 0}, SettingsError, "max batch is 0"),
-        ("model.onnx", {"canvas": (100, 96)}, SettingsError, "(100, 96)"),
-        ("model.onnx", {"canvas": (0, 0)}, SettingsError, "multiples of 32"),
+        ("model.onnx", {"canvas": (100, 96.5)}, SettingsError, "(100, 96.5)"),
+        ("model.onnx", {"canvas": (0, 0)}, SettingsError, "multiples of 1"),
         ("model.safetensors", {}, SettingsError, ".onnx"),
         ("model", {"verify": False}, SettingsError, ".onnx"),
     ],
@@ -369,7 +370,7 @@ def test_proposals_evaluate_alike(exported: Exported, proposing: Path) -> None:
     data = synthetic_dataset(4, seed=5, size=(144, 96))
     with Detector(proposing) as detector:
         found = evaluate_proposals(detector.batch, data, batch=3)
-        model, _ = load_checkpoint(exported.checkpoint, canvas=(96, 64))
+        model, _ = load_checkpoint(exported.checkpoint)
         reference = evaluate_proposals(TorchDetector(model, detector.contract).batch, data, batch=1)
     assert found.recall[50][0.5] > 0
     assert found.objects == reference.objects > 0

@@ -254,7 +254,7 @@ MMDETECTION = {
 @pytest.mark.parametrize("kind", ["fpn", "c4", "dc5", "mmdet"])
 @torch.inference_mode()
 def test_detections_are_those_of_the_recipe(kind: str, tmp_path: Path) -> None:
-    """On a canvas of the image's own size, where no library pads."""
+    """On an image whose sides need no padding."""
     image = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
     image = F.avg_pool2d(image.permute(2, 0, 1)[None].float(), 5, 1, 2)[0].permute(1, 2, 0).round()
     recipe = Recipe(kind)
@@ -265,7 +265,7 @@ def test_detections_are_those_of_the_recipe(kind: str, tmp_path: Path) -> None:
     arch = "mmdet_r50_fpn" if recipe.mm else f"detectron2_r50_{kind}"
     result = import_checkpoint(path, out, classes=classes, overrides=[f"rpn_post_nms={PROPOSALS}"])
     assert result.contract.source["arch"] == arch
-    model, _ = load_checkpoint(out, canvas=(HEIGHT, WIDTH))
+    model, _ = load_checkpoint(out)
     found = model(image.to(torch.uint8)[None], torch.tensor([[float(HEIGHT), float(WIDTH)]]))
     count = int(found.num_detections[0])
     ours = np.column_stack((found.labels[0, :count], found.scores[0, :count], found.boxes[0, :count]))

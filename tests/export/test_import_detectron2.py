@@ -314,7 +314,7 @@ def test_a_pkl_of_the_zoo_becomes_a_model(
     assert contract.names == ("cat", "dog")
     assert contract.profile == "detectron2"
     assert contract.resize == ResizeRule(800, 1333, "antialiased", "nearest")
-    assert (contract.input_dtype, contract.channel_order, contract.canvas) == ("uint8", "bgr", (800, 1344))
+    assert (contract.input_dtype, contract.channel_order, contract.canvas) == ("uint8", "bgr", None)
     assert contract.mean == (103.53, 116.28, 123.675)
     assert contract.std == (57.375, 57.12, 58.395)
     assert contract.source["library"] == "Detectron2"
@@ -353,14 +353,13 @@ def test_a_training_checkpoint_of_c4_becomes_a_model(classes: Path, tmp_path: Pa
     moved = [deltas[size * 3 + ratio] for ratio in range(3) for size in range(5)]
     assert saved["rpn.head.bbox_pred.bias"].reshape(15, 4).tolist() == moved
     assert result.settings.rpn_pre_nms == 6000
-    assert result.contract.resize == ResizeRule(800, 1333, "bilinear", "nearest")
-    assumed, unpadded = result.warnings
+    assert result.contract.resize == ResizeRule(800, 1333, "bilinear", "nearest", padding=1)
+    (assumed,) = result.warnings
     assert (
         "assumed detectron2_r50_c4's usual --resize 800x1333, anchor_sizes=[[32, 64, 128, 256, 512]], "
         in assumed
     )
     assert "roi_size=14" in assumed
-    assert "Detectron2 does not pad the images of C4 and DC5 models" in unpadded
     model, _ = load_checkpoint(out)
     assert model.roi_heads.box_head.get_submodule("layer4.0.conv1").stride == (2, 2)
 

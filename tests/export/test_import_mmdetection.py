@@ -445,7 +445,7 @@ def test_a_checkpoint_of_version_3_becomes_a_model(
     assert contract.names == ("cat", "dog")
     assert contract.profile == "mmdetection"
     assert contract.resize == ResizeRule(600, 1000, "bilinear", "nearest")
-    assert (contract.canvas, contract.input_dtype) == ((608, 1024), "uint8")
+    assert (contract.canvas, contract.input_dtype) == (None, "uint8")
     assert contract.thresholds.score == 0.3
     assert model.settings.anchor_sizes[0] == (16.0, 24.0)
     assert model.backbone.body.get_submodule("layer2.0.conv2").stride == (2, 2), "pytorch's style"

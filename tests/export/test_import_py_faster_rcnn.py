@@ -137,8 +137,8 @@ def test_the_settings_are_py_faster_rcnns(tmp_path: Path) -> None:
     assert (contract.profile, contract.channel_order, contract.input_dtype) == ("caffe2015", "bgr", "float32")
     assert contract.mean == (102.9801, 115.9465, 122.7717)
     assert contract.std == (1, 1, 1)
-    assert contract.resize == ResizeRule(600, 1000, rounding="nearest")
-    assert contract.canvas == (608, 1024)
+    assert contract.resize == ResizeRule(600, 1000, rounding="nearest", padding=1)
+    assert contract.canvas is None
     assert contract.names == VOC_CLASSES
     assert contract.names[14] == "person"
     assert contract.category_ids is None

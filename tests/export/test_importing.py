@@ -28,7 +28,6 @@ from anchorline.export.importers.conversion import import_checkpoint
 from anchorline.export.importers.library import coco_90
 from anchorline.export.importers.torchvision import ARCHITECTURES, TorchvisionDetector
 from anchorline.export.onnx_export import export_onnx
-from anchorline.runtime.canvas import frame_canvas
 from anchorline.runtime.contract import NAMES_VARIABLE, ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
@@ -109,16 +108,13 @@ def check_import(
     score: float = 2e-5,
     **options: object,
 ) -> None:
-    """Import ``source`` and compare in PyTorch, each frame on the size that torchvision pads it to."""
+    """Import ``source`` and compare in PyTorch, each frame by itself and all in one batch."""
     out = folder / "model.safetensors"
     options["verify"] = False
     contract = import_checkpoint(source.path, out, arch=arch, **options).contract  # type: ignore[arg-type]
-    reference = TorchvisionDetector(source.model, contract)
-    expected = [reference(frame) for frame in frames]
-    found = [
-        TorchDetector.load(out, canvas=frame_canvas((f.shape[0], f.shape[1]), contract))(f) for f in frames
-    ]
-    check_same(expected, found, box=0.02, score=score)
+    reference, ours = TorchvisionDetector(source.model, contract), TorchDetector.load(out)
+    check_same([reference(f) for f in frames], [ours(f) for f in frames], box=0.02, score=score)
+    check_same(reference.batch(frames), ours.batch(frames), box=0.02, score=score)
 
 
 def test_what_is_torchvisions_is_published_with_its_record(smallest: Source, tmp_path: Path) -> None:
@@ -159,7 +155,7 @@ def test_what_is_not_leaves_the_earlier_file_and_its_record(
 def check_in_double(source: Source, imported: Path, frame: Frame, patch: pytest.MonkeyPatch) -> None:
     """The same two networks on the same pixels in double precision: what remains is not rounding."""
     contract = TorchDetector.load(imported).contract
-    ours = TorchDetector.load(imported, canvas=frame_canvas((frame.shape[0], frame.shape[1]), contract))
+    ours = TorchDetector.load(imported)
     inputs, placements = ours.prepare([frame])
     height, width = placements[0].valid
     resized = inputs["images"][0, :height, :width]
@@ -194,16 +190,22 @@ def test_detections_are_torchvisions(smallest: Source, frames: list[Frame], tmp_
 def test_detections_through_onnxruntime_are_torchvisions(
     smallest: Source, frames: list[Frame], tmp_path: Path
 ) -> None:
-    """``export --for`` finds the canvas of a camera's frames, whatever the model's own."""
+    """One file for all frames, and one for those of a camera, whose canvas the rule gives."""
     imported, onnx = tmp_path / "model.safetensors", tmp_path / "model.onnx"
+    import_checkpoint(smallest.path, imported, arch=SMALLEST, verify=False)
+    for frame_size, canvas in ((None, None), ((240, 320), (320, 448))):
+        contract = export_onnx(imported, onnx, frame_size=frame_size, verify=False).contract
+        assert (contract.canvas, contract.input_dtype) == (canvas, "float32")
+        with Detector(onnx, provider="cpu") as detector:
+            found = detector.batch(frames[:3])
+        expected = TorchvisionDetector(smallest.model, contract).batch(frames[:3])
+        check_same(expected, found, box=0.05, score=1e-4)
+
+
+def test_a_model_held_to_a_canvas_is_not_compared(smallest: Source, tmp_path: Path) -> None:
+    imported = tmp_path / "model.safetensors"
     result = import_checkpoint(smallest.path, imported, arch=SMALLEST, canvas=(64, 64))
-    assert "the canvas is another than torchvision's" in result.verification
-    contract = export_onnx(imported, onnx, frame_size=(240, 320), verify=False).contract
-    assert contract.canvas == (320, 448)
-    assert contract.input_dtype == "float32"
-    with Detector(onnx, provider="cpu") as detector:
-        found = detector.batch(frames[:3])
-    check_same(TorchvisionDetector(smallest.model, contract).batch(frames[:3]), found, box=0.05, score=1e-4)
+    assert "torchvision scales no frame to fit a canvas" in result.verification
 
 
 @pytest.mark.slow
@@ -341,7 +343,7 @@ def test_the_contract_says_what_the_model_is(state: dict[str, Tensor], classes: 
     contract = import_checkpoint(path, out, arch=SMALLEST, classes=classes).contract
     assert contract.profile == "torchvision"
     assert contract.resize == ResizeRule(320, 640)
-    assert contract.canvas == (320, 640)
+    assert (contract.canvas, contract.resize.within) == (None, None)
     assert contract.input_dtype == "float32"
     assert contract.thresholds.max_proposals == 150
     assert contract.source["imported_from"] == "checkpoint.pth"
@@ -357,7 +359,7 @@ def test_the_contract_says_what_the_model_is(state: dict[str, Tensor], classes: 
     assert "nms_iou=0.4" not in assumed
     fast = import_checkpoint(path, out, arch=SMALLEST, classes=classes, fast_resize=True, canvas=(96, 64))
     assert fast.contract.input_dtype == "uint8"
-    assert fast.contract.canvas == load_checkpoint(out)[0].settings.canvas == (96, 64)
+    assert fast.contract.resize.within == load_checkpoint(out)[0].settings.canvas == (96, 64)
 
 
 def test_cocos_classes_keep_torchvisions_labels() -> None:
