@@ -49,7 +49,9 @@ _GRAPH_OPTIONS = {
     "tensorrt-rtx": "enable_cuda_graph",
 }
 _LOST = range(700, 721)  # cudaError_t from an illegal address to a failed launch
+_NO_GRAPH = "-1"  # onnxruntime's: a run that is not captured
 _FATAL_ONLY = 4  # onnxruntime's log severity: its errors come back as exceptions anyway
+_Bound = tuple[Any, Any, dict[str, Any]]  # binding, run options, inputs by name
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
 # Quantises float layers that stand between rounded values, with one scale for all channels.
 _UNWANTED_OPTIMIZERS = ["WeightBiasQuantization"]
@@ -165,10 +167,14 @@ class OnnxRuntimeLane(HostLane):
 class BoundNetwork:
     """``session`` with its inputs and outputs bound to buffers on ``device_type`` (``cuda``, ``cpu``).
 
-    The buffers of a batch size are made once, so that the session copies nothing by itself and its CUDA
-    graph, one for each batch size with ``graph``, stays valid: it replays the very addresses it was captured
-    with. One call runs at a time.
+    The buffers of a shape (batch, height and width) are made once, so that the session copies nothing by
+    itself and its CUDA graph, with ``graph`` one for each shape, stays valid: it replays the very addresses
+    it was captured with. The buffers of the ``KEPT_SHAPES`` used last are kept. Graphs cannot be given back,
+    so only the first ``MOST_GRAPHS`` shapes get one, whose buffers then stay. One call runs at a time.
     """
+
+    KEPT_SHAPES = 4
+    MOST_GRAPHS = 8
 
     def __init__(
         self, session: Any, contract: Contract, device_type: str, device: int, graph: bool = False
@@ -176,17 +182,15 @@ class BoundNetwork:
         self._session, self._contract = session, contract
         self._where = (device_type, device)
         self._graph = graph
-        self._sizes: dict[int, tuple[Any, Any, dict[str, Any]]] = {}  # binding, run options, inputs
+        self._captured: dict[tuple[int, ...], _Bound] = {}
+        self._kept: dict[tuple[int, ...], _Bound] = {}  # the one used last at the end
         self._lock = threading.Lock()
 
     def infer(self, inputs: Arrays) -> tuple[Arrays, dict[str, float]]:
         """Outputs by name, as arrays of the host, and the seconds of upload, network and download."""
-        batch = len(inputs[self._contract.inputs[0]])
         with self._lock:
             started = time.perf_counter()
-            if batch not in self._sizes:
-                self._sizes[batch] = self._bind(batch, inputs)
-            binding, options, buffers = self._sizes[batch]
+            binding, options, buffers = self._bound_for(inputs)
             for name, buffer in buffers.items():
                 buffer.update_inplace(np.ascontiguousarray(inputs[name]))
             uploaded = time.perf_counter()
@@ -200,7 +204,22 @@ class BoundNetwork:
         seconds = {"upload": uploaded - started, "network": ran - uploaded, "download": done - ran}
         return outputs, seconds
 
-    def _bind(self, batch: int, inputs: Arrays) -> tuple[Any, Any, dict[str, Any]]:
+    def _bound_for(self, inputs: Arrays) -> _Bound:
+        shape = inputs[self._contract.inputs[0]].shape
+        if shape in self._captured:
+            return self._captured[shape]
+        if shape in self._kept:
+            self._kept[shape] = self._kept.pop(shape)
+        elif self._graph and len(self._captured) < self.MOST_GRAPHS:
+            self._captured[shape] = self._bind(inputs, str(len(self._captured) + 1))
+            return self._captured[shape]
+        else:
+            if len(self._kept) == self.KEPT_SHAPES:
+                del self._kept[next(iter(self._kept))]
+            self._kept[shape] = self._bind(inputs, _NO_GRAPH)
+        return self._kept[shape]
+
+    def _bind(self, inputs: Arrays, graph: str) -> _Bound:
         import onnxruntime
 
         def buffer(shape: list[int], dtype: Any) -> Any:
@@ -208,13 +227,13 @@ class BoundNetwork:
 
         binding, options = self._session.io_binding(), onnxruntime.RunOptions()
         if self._graph:
-            options.add_run_config_entry("gpu_graph_id", str(batch))
+            options.add_run_config_entry("gpu_graph_id", graph)
         buffers = {name: buffer(list(values.shape), values.dtype) for name, values in inputs.items()}
         for name, value in buffers.items():
             binding.bind_ortvalue_input(name, value)
         described = {output.name: output for output in self._session.get_outputs()}
         for name in self._contract.outputs:
-            shape = [batch, *described[name].shape[1:]]
+            shape = [len(inputs[self._contract.inputs[0]]), *described[name].shape[1:]]
             binding.bind_ortvalue_output(name, buffer(shape, _NUMPY_TYPES[described[name].type]))
         return binding, options, buffers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -51,9 +52,9 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return asked
 
 
-def bound_inputs(levels: list[int]) -> dict[str, np.ndarray]:
-    images = np.stack([np.full((48, 64, 3), level, np.uint8) for level in levels])
-    return {"images": images, "image_sizes": np.full((len(levels), 2), (48, 64), np.float32)}
+def bound_inputs(levels: list[int], size: tuple[int, int] = (48, 64)) -> dict[str, np.ndarray]:
+    images = np.stack([np.full((*size, 3), level, np.uint8) for level in levels])
+    return {"images": images, "image_sizes": np.full((len(levels), 2), size, np.float32)}
 
 
 def test_bound_memory_gives_the_session_s_numbers(session: Any, contract: Contract) -> None:
@@ -68,7 +69,7 @@ def test_bound_memory_gives_the_session_s_numbers(session: Any, contract: Contra
             np.testing.assert_array_equal(outputs[name], value)
         assert list(seconds) == ["upload", "network", "download"]
         kept.append((outputs, expected))
-    assert len(network._sizes) == 2  # buffers are made once for a batch size
+    assert len(network._kept) == 2  # buffers are made once for a batch size
     for outputs, expected in kept:
         np.testing.assert_array_equal(outputs["scores"], expected[1])  # and results are nobody's buffer
 
@@ -107,6 +108,48 @@ def test_each_batch_size_has_its_graph(
     for levels in ([1], [1, 2], [3]):
         network.infer(bound_inputs(levels))
     assert told == [("gpu_graph_id", "1"), ("gpu_graph_id", "2")]
+
+
+@pytest.fixture
+def free(tmp_path: Path, write_model: Callable[..., Path], contract: Contract) -> tuple[Any, Contract]:
+    """A session of a model for frames of any size, and its contract."""
+    contract = dataclasses.replace(contract, canvas=None)
+    path = write_model(tmp_path / "free.onnx", contract)
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]), contract
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_the_buffers_of_a_few_shapes_are_kept(
+    free: tuple[Any, Contract], monkeypatch: pytest.MonkeyPatch, graph: bool
+) -> None:
+    """And all that a graph was captured with, whose addresses it replays; beyond those nothing is."""
+    session, contract = free
+    made: list[tuple[int, ...]] = []
+    told: list[str] = []
+    bind = BoundNetwork._bind
+
+    def noted(self: BoundNetwork, inputs: dict[str, np.ndarray], number: str) -> Any:
+        made.append(inputs["images"].shape[:3])
+        told.append(number)
+        return bind(self, inputs, number)
+
+    monkeypatch.setattr(BoundNetwork, "_bind", noted)
+    monkeypatch.setattr(BoundNetwork, "MOST_GRAPHS", 2)
+    network = BoundNetwork(session, contract, "cpu", 0, graph)
+    sides = [32 * (1 + number) for number in range(7)]
+    for side in [*sides, 192, 224, 128]:
+        inputs = bound_inputs([side], (side, 64))
+        outputs, _ = network.infer(inputs)
+        for name, value in zip(contract.outputs, session.run(list(contract.outputs), inputs), strict=True):
+            np.testing.assert_array_equal(outputs[name], value)
+    assert made == [(1, side, 64) for side in sides]  # the last four stay
+    network.infer(bound_inputs([1], (32, 64)))  # the first two only where graphs hold them
+    assert len(made) == (7 if graph else 8)
+    assert told == (["1", "2", *["-1"] * 5] if graph else ["-1"] * 8)
+    network.infer(bound_inputs([1], (160, 64)))  # used longest ago of four, when another came
+    assert len(made) == (7 if graph else 9)
+    network.infer(bound_inputs([1, 2], (128, 64)))
+    assert made[-1] == (2, 128, 64)
 
 
 def test_the_options_of_the_gpu_providers(with_cuda: list[Any], model_path: Path) -> None:
