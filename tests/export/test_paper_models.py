@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,22 @@ import onnxruntime
 import pytest
 import torch
 import torchvision
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from anchorline.data.synthetic import generate_scene
 from anchorline.engine.lowering import lower
 from anchorline.export.functions import attach_functions
 from anchorline.export.onnx_export import export_onnx
 from anchorline.runtime.contract import DOMAIN
+from anchorline.runtime.detections import Detections
+from anchorline.runtime.detector import Detector
 from anchorline.train.checkpoint import contract_of, save_checkpoint
 from anchorline.train.model import ops
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.model.roi_pooling import RoIMaxPooling
 from anchorline.train.model.settings import ModelSettings
+from anchorline.train.predict import TorchDetector
 from anchorline.train.settings import load_preset
 
 NAMES = ("cat", "dog", "bird")
@@ -121,10 +127,6 @@ def small(name: str) -> FasterRCNN:
         # No ties between overlapping boxes, which rounding would decide.
         "model.rpn_nms_iou=1.0",
         "model.nms_iou=1.0",
-        # RoIs that cover the same cells have equal scores: room for all, so that no cut decides.
-        "model.rpn_pre_nms=700",
-        "model.rpn_post_nms=700",
-        "model.max_detections=1400",
     ]
     model = FasterRCNN(load_preset(f"{name}-paper", overrides).model, len(NAMES)).eval()
     with torch.no_grad():
@@ -142,7 +144,7 @@ def test_a_small_paper_model_is_the_same_in_onnxruntime(name: str, tmp_path: Pat
     contract = contract_of(model.settings, NAMES)
     checkpoint = tmp_path / "model.safetensors"
     save_checkpoint(checkpoint, model.state_dict(), model.settings, contract)
-    result = export_onnx(checkpoint, tmp_path / "model.onnx")
+    result = export_onnx(checkpoint, tmp_path / "model.onnx", canvas=(96, 160))
     assert result.verification is not None
     assert result.verification.passed
     stages = {stage.name for stage in result.verification.stages}
@@ -154,3 +156,27 @@ def test_a_small_paper_model_is_the_same_in_onnxruntime(name: str, tmp_path: Pat
     assert attributes["spatial_scale"] == 1 / 16
     lowered = lower(proto, "tensorrt-rtx")
     assert {node.op_type for node in lowered.graph.node if node.domain == DOMAIN} == {"RoIPool", "BatchedNMS"}
+
+
+def rows_of(found: Detections) -> NDArray[np.float64]:
+    """Detections as rows (x1, y1, x2, y2, score, label)."""
+    return np.column_stack((found.boxes, found.scores, found.labels)).astype(np.float64)
+
+
+def test_zf_takes_sides_that_its_poolings_round_up(
+    check_same_rows: Callable[..., None], tmp_path: Path
+) -> None:
+    """caffe pads nothing, so the canvas has the frame's own odd sides, and every pooling rounds up."""
+    model = small("zf")
+    checkpoint, out = tmp_path / "model.safetensors", tmp_path / "model.onnx"
+    save_checkpoint(checkpoint, model.state_dict(), model.settings, contract_of(model.settings, NAMES))
+    export_onnx(checkpoint, out, verify=False)
+    reference = TorchDetector.load(checkpoint)
+    with Detector(out, "cpu") as detector:
+        for size in ((97, 150), (90, 64), (66, 160)):
+            frame = generate_scene(0, size, 0)[0]
+            (canvas,) = detector.prepare([frame])[0][detector.contract.inputs[0]]
+            assert any(side % 2 for side in canvas.shape[:2])
+            expected = reference(frame)
+            assert len(expected) > 20
+            check_same_rows(rows_of(detector(frame)), rows_of(expected))
