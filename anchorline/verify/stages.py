@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.backends.onnxruntime import exact_sums, open_for_checks
 from anchorline.runtime.canvas import PROPOSAL_NAMES, Placement, check_frame, to_detections
-from anchorline.runtime.contract import Contract
+from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import ArtefactError, DataError, one_line
@@ -130,13 +130,19 @@ class Subject:
         return self.stages
 
 
-def onnx_subject(path: Path, provider: str = "cpu", canvas: tuple[int, int] | None = None) -> Subject:
+def onnx_subject(
+    path: Path,
+    provider: str = "cpu",
+    canvas: tuple[int, int] | None = None,
+    resize: ResizeRule | None = None,
+) -> Subject:
     """An exported ONNX file, its inside on onnxruntime's CPU provider; raises ``ArtefactError``.
 
-    One for frames of any size is held to the ``canvas`` (height, width), where there is one. A graph without
-    the stages' names, as the first versions wrote it, is compared as a whole.
+    One for frames of any size is held to the ``canvas`` (height, width) or takes another ``resize`` rule,
+    where there is one. A graph without the stages' names, as the first versions wrote it, is compared as a
+    whole.
     """
-    detector = Detector(path, provider, canvas=canvas)
+    detector = Detector(path, provider, canvas=canvas, resize=resize)
     inside = OnnxStages(path, detector)
     return Subject(path, detector, inside if inside.stages else None)
 
