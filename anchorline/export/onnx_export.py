@@ -36,10 +36,10 @@ from anchorline.train.predict import TorchDetector, TorchStages, check_own_propo
 from anchorline.verify.stages import Subject, onnx_subject
 from anchorline.verify.verification import VerifyReport, settle, verify_subjects, write_not_executed
 
-# The quick set, for some seconds: ``anchorline verify`` tries everything. On a large canvas that is fixed,
-# where one image takes seconds, less of it.
 _EXAMPLE_CANVAS = (192, 256)  # in the trace of a graph for any
 
+# The quick set, for some seconds: ``anchorline verify`` tries everything. On a large canvas that is fixed,
+# where one image takes seconds, less of it.
 QUICK_SCENES = 3
 QUICK_TRAPS = ("empty image", "all 255", "mixed sizes in a batch")
 QUICK_ROOM = (384, 512)  # pixels
