@@ -103,27 +103,38 @@ def _with_observers(model: onnx.ModelProto, tensors: Sequence[str], count: int) 
     copy = deepcopy(model)
     graph = copy.graph
     del graph.node[:], graph.output[:]
-    shapes = {value.name: _shape_of(value) for value in graph.value_info}
 
-    def constant(name: str, value: int) -> str:
-        graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), name))
+    def constant(name: str, *values: int) -> str:
+        name = f"observed/{name}"
+        graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
         return name
 
-    all_, start = constant("observed/all", -1), constant("observed/start", 0)
-    end, axis = constant("observed/end", np.iinfo(np.int64).max), constant("observed/axis", 0)
+    all_, zero, end = constant("all", -1), constant("zero", 0), constant("end", np.iinfo(np.int64).max)
+    wanted, one, primes = constant("wanted", count), constant("one", 1), constant("primes", *_primes())
     observers = {}
     for name in tensors:
-        elements = math.prod(shapes.get(name, [0]))
-        stride = max(1, elements // count)
-        while math.gcd(stride, elements) > 1:  # no common factor: columns and channels mix
-            stride += 1
-        flat, low, high, some = (f"observed/{name}/{part}" for part in ("flat", "low", "high", "some"))
-        step = constant(f"observed/{name}/step", stride)
+        flat, size, most, small, rest, odd, fits, steps, step, low, high, some = (
+            f"observed/{name}/{part}"
+            for part in (
+                "flat", "size", "most", "small", "rest", "odd", "fits", "steps", "step",
+                "low", "high", "some",
+            )
+        )  # fmt: skip
         observers[name] = [
             helper.make_node("Reshape", [name, all_], [flat]),
+            # How large a map is depends on the frame. The stride is the largest prime that gives enough
+            # values and is no factor of the size: columns and channels mix.
+            helper.make_node("Shape", [flat], [size]),
+            helper.make_node("Div", [size, wanted], [most]),
+            helper.make_node("LessOrEqual", [primes, most], [small]),
+            helper.make_node("Mod", [size, primes], [rest]),
+            helper.make_node("Cast", [rest], [odd], to=TensorProto.BOOL),
+            helper.make_node("And", [small, odd], [fits]),
+            helper.make_node("Where", [fits, primes, one], [steps]),
+            helper.make_node("ReduceMax", [steps], [step], keepdims=1),
             helper.make_node("ReduceMin", [flat], [low], keepdims=0),
             helper.make_node("ReduceMax", [flat], [high], keepdims=0),
-            helper.make_node("Slice", [flat, start, end, axis, step], [some]),
+            helper.make_node("Slice", [flat, zero, end, zero, step], [some]),
         ]
         graph.output.extend(onnx.ValueInfoProto(name=output) for output in (low, high, some))
     for value in graph.input:
@@ -133,6 +144,17 @@ def _with_observers(model: onnx.ModelProto, tensors: Sequence[str], count: int) 
         for name in node.output:
             graph.node.extend(observers.get(name, ()))
     return copy
+
+
+def _primes() -> list[int]:
+    """Strides: primes up to a million, each a quarter larger than the one before at most."""
+    found = [2]
+    while found[-1] < 1_000_000:
+        step = found[-1] + max(1, found[-1] // 8)
+        while any(step % factor == 0 for factor in range(2, math.isqrt(step) + 1)):
+            step += 1
+        found.append(step)
+    return found
 
 
 # What each layer costs. Integers are simulated: rounded values in float32, which is what they stand for and

@@ -26,6 +26,7 @@ from anchorline import cli
 from anchorline.data.dataset import Dataset, LabelledImage, load_datasets
 from anchorline.data.synthetic import generate_scene
 from anchorline.evaluation.evaluation import evaluate
+from anchorline.export import calibration
 from anchorline.export import integer_graph as quantizing_graph
 from anchorline.export import quantization as quantizing_search
 from anchorline.export.calibration import measure_ranges, measure_sensitivity
@@ -258,6 +259,21 @@ def test_onnxruntime_runs_every_quantised_layer_on_integers(made: dict[str, Path
     assert len(floats) == 2, "the RPN's last two"
     assert len([op for op in ops if op in ("Gemm", "FusedGemm")]) == 2
     assert ops.count("QuantizeLinear") == 2, "the pixels, and the pooled features"
+
+
+def test_as_many_values_are_looked_at_whatever_the_size_of_the_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph does not state their sizes where it takes frames of any; each channel has its share."""
+    nodes = [helper.make_node("Relu", ["images"], ["map"])]
+    free = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["B", "height", "width", 3])
+    graph = helper.make_graph(nodes, "free", [free], [onnx.ValueInfoProto(name="map")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    sizes = ((512, 640), (320, 448), (96, 32))
+    images = [{"images": np.tile(np.float32([1, 2, 3]), (1, *size, 1))} for size in sizes]
+    samples = []
+    monkeypatch.setattr(calibration, "_narrowed", lambda low, high, sample, method: samples.append(sample))
+    measure_ranges(model, ["map"], images, 2, "mse")
+    assert 2 * 16384 <= len(samples[0]) - 96 * 32 * 3 < 2.5 * 16384  # all values of the small one
+    np.testing.assert_allclose(np.bincount(samples[0].astype(int))[1:] / len(samples[0]), 1 / 3, atol=1e-3)
 
 
 def test_a_layer_given_back_to_float_stays_float_between_integers(folder: Path, tmp_path: Path) -> None:
