@@ -63,6 +63,24 @@ def test_the_detections_are_onnxruntime_s(tmp_path, write_model, contract, dtype
 
 
 @needs_openvino
+def test_one_network_runs_every_frame_size(tmp_path, write_model, contract, cache):
+    """A folder of mixed pictures compiles once; padding moves no result of its neighbours."""
+    path = write_model(tmp_path / "a.onnx", dataclasses.replace(contract, canvas=None))
+    rng = np.random.default_rng(0)
+    mixed = 2 * [rng.integers(0, 256, (*rng.integers(20, 200, 2), 3), dtype=np.uint8) for _ in range(12)]
+    with (
+        Detector(path, "cpu", threads=1) as cpu,
+        Detector(path, "openvino", threads=1, cpu_precision="fp32") as openvino,
+    ):
+        for found, expected in zip(openvino.stream(mixed), map(cpu, mixed), strict=True):
+            np.testing.assert_allclose(found.boxes, expected.boxes, rtol=1e-5)
+            np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
+        for found, expected in zip(openvino.batch(mixed[:5]), cpu.batch(mixed[:5]), strict=True):
+            np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
+    assert len(list(cache.iterdir())) == 1
+
+
+@needs_openvino
 def test_results_are_no_views_of_what_the_next_call_fills(model_path):
     with Detector(model_path, "openvino", threads=1) as detector:
         first = detector(np.full((48, 64, 3), 255, np.uint8))

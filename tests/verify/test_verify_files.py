@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -14,16 +15,17 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from anchorline.artefacts import _open_both
 from anchorline.cli import main
-from anchorline.data.synthetic import CLASS_NAMES, generate_scene
+from anchorline.data.synthetic import CLASS_NAMES, generate_scene, scenes
 from anchorline.export import onnx_export as exporting
-from anchorline.runtime.contract import Contract
+from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import OutputError, SettingsError
 from anchorline.train.checkpoint import contract_of, save_checkpoint
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.verify import verify
-from anchorline.verify.verification import record_path
+from anchorline.verify.verification import record_path, verify_subjects
 
 TRAPS = 13
 
@@ -169,6 +171,25 @@ def test_a_checkpoint_takes_task_and_canvas_from_the_other_side_whichever_it_is(
         record_path(sides[1]).unlink()
     assert main(["verify", str(artefacts[1]), str(out)]) == 2  # two ONNX files keep their tasks
     assert "expected one task" in capsys.readouterr().err
+
+
+def test_a_free_file_is_opened_on_the_canvas_of_the_other_side(
+    artefacts: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """Whichever it is: padded to its own canvas it would differ in the preprocessing."""
+    free, fixed = artefacts[1], tmp_path / "fixed.onnx"
+    proto = onnx.load(free)
+    sides = next(v for v in proto.graph.input if v.name == "images").type.tensor_type.shape.dim
+    sides[1].dim_value, sides[2].dim_value = 96, 64
+    (entry,) = [each for each in proto.metadata_props if each.key == CONTRACT_KEY]
+    entry.value = dataclasses.replace(Contract.from_json(entry.value), canvas=(96, 64)).to_json()
+    onnx.save(proto, fixed)
+    for pair in ((fixed, free), (free, fixed)):
+        reference, candidate = _open_both(*pair)
+        with reference, candidate:
+            report = verify_subjects(reference, candidate, scenes(CLASS_NAMES, 2), which_traps=())
+        assert report.passed, report.reason
+        assert report.detections.summary.total.matched > 0
 
 
 def test_two_architectures_differ_and_nothing_breaks(
