@@ -11,6 +11,7 @@ from anchorline.runtime.backends.cpu_options import CpuOptions
 from anchorline.runtime.backends.execution_providers import PROVIDER_PACKAGES
 from anchorline.runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, available_providers
 from anchorline.runtime.backends.openvino import has_openvino
+from anchorline.runtime.canvas import held_to
 from anchorline.runtime.io.errors import ArtefactError, GpuError, SettingsError, shown
 from anchorline.runtime.tensorrt.cuda import GpuOptions
 from anchorline.runtime.tensorrt.library import FLAVOURS
@@ -32,7 +33,10 @@ _saying = threading.Lock()
 
 
 def open_backend(path: Path, provider: str, cpu: CpuOptions, options: GpuOptions) -> Backend:
-    """Load ``path``; see ``Detector`` for the arguments."""
+    """Load ``path``; see ``Detector`` for the arguments.
+
+    Where an engine's ONNX file runs in its place it does so on the engine's canvas, if that has one.
+    """
     if not isinstance(provider, str) or provider not in ("auto", OPENVINO, *PROVIDERS):
         raise SettingsError(f"provider is {shown(provider)}; available here: {', '.join(_offered())}")
     if path.suffix.lower() == ".safetensors":
@@ -45,7 +49,7 @@ def open_backend(path: Path, provider: str, cpu: CpuOptions, options: GpuOptions
             raise SettingsError(f"provider is {provider!r}, but {path} is an engine of {manifest.flavour}")
         if provider == "auto" or provider in FLAVOURS:
             return _open_engine(path, manifest, provider, cpu, options)
-        path = onnx_of(path, manifest)
+        return _on_canvas_of(manifest, open_backend(onnx_of(path, manifest), provider, cpu, options))
     offered = _offered()
     if provider not in offered:
         package = PROVIDER_PACKAGES["tensorrt-rtx"].distribution
@@ -83,8 +87,14 @@ def _open_engine(
         onnx = onnx_of(path, manifest)
     except ArtefactError as error:
         raise GpuError(f"{path}: cannot run here: {reason}. Nor can its ONNX file instead: {error}") from None
-    backend = _open_onnx(onnx, (OPENVINO, "cpu"), cpu, options)
+    backend = _on_canvas_of(manifest, _open_onnx(onnx, (OPENVINO, "cpu"), cpu, options))
     _say_once(path, f"TensorRT cannot run it here ({reason}); {onnx.name} runs on the CPU instead")
+    return backend
+
+
+def _on_canvas_of(manifest: EngineManifest, backend: Backend) -> Backend:
+    if backend.contract.canvas is None:
+        backend.contract = held_to(backend.contract, manifest.contract.canvas, None)
     return backend
 
 

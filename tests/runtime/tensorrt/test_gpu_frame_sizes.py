@@ -166,3 +166,18 @@ def test_a_manifest_without_canvases_has_the_contract_s(
     assert read_manifest(make_engine()).canvases == (((48, 64),) * 3,)
     with pytest.raises(ArtefactError, match=r"canvases are \(\) and the contract's is None; expected"):
         read_manifest(make_engine(promised=free))
+
+
+@pytest.mark.parametrize("provider", ["cpu", "auto"])
+def test_the_onnx_file_in_an_engine_s_place_runs_on_its_canvas(
+    provider: str, gpu: Any, make_engine: Callable, free: Contract, write_model: Callable[..., Path]
+) -> None:
+    """As the engine would, though the file takes any frame size."""
+    elsewhere = {"compute_capabilities": [120]}
+    engine = make_engine(manifest=elsewhere, write=lambda path, _: write_model(path, free))
+    with Detector(engine, provider) as detector:
+        assert detector.provider in ("cpu", "openvino")
+        assert detector.contract.canvas == (48, 64)
+        assert detector(frame_of(96, 96)).boxes[0].tolist() == [0, 0, 96, 96]
+    with pytest.raises(SettingsError, match="was made for one canvas"):
+        Detector(engine, provider, canvas=(48, 80))
