@@ -44,7 +44,7 @@ class Artefact:
             **(origin or {"made by": "not stated"}),
             "task": contract.task,
             "classes": ", ".join(names) + more,
-            "takes": contract.frame_sizes,
+            "takes": (self.engine or contract).frame_sizes,
             "precision": self.engine.precision if self.engine else contract.precision,
             "input": f"{contract.input_dtype}, numeric profile {contract.profile}",
             "largest batch": "any" if contract.max_batch is None else str(contract.max_batch),

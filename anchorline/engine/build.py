@@ -19,10 +19,11 @@ from anchorline import __version__
 from anchorline.data.synthetic import scenes
 from anchorline.engine.fp16_range import Sample
 from anchorline.engine.graph import check_exported, read_model
-from anchorline.engine.lowering import deviations, lower
+from anchorline.engine.lowering import deviations, fix_canvas, lower
 from anchorline.engine.mixed_precision import to_precision
 from anchorline.engine.options import Batch, BuildOptions
 from anchorline.engine.toolkit import Progress, Toolkit, layer_report, load_toolkit, parse, serialise
+from anchorline.runtime.canvas import CanvasRange, lies_within
 from anchorline.runtime.contract import DOMAIN
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import ArtefactError, GpuError, SettingsError
@@ -64,9 +65,10 @@ class BuildResult:
         activation = raw.get("activation_bytes")
         memory = "" if activation is None else f", {activation / 1e6:.0f} MB of activation memory"
         return (
-            f"{manifest.flavour} {manifest.flavour_version}, {manifest.precision}, batch "
-            f"{':'.join(map(str, manifest.batch))}, {capabilities}, {raw['engine']['bytes'] / 1e6:.1f} MB"
-            f"{memory}; {self.reason}{self.verification and '; '}{self.verification}"
+            f"{manifest.flavour} {manifest.flavour_version}, {manifest.precision}, {manifest.frame_sizes}, "
+            f"batch {':'.join(map(str, manifest.batch))}, {capabilities}, "
+            f"{raw['engine']['bytes'] / 1e6:.1f} MB{memory}; {self.reason}"
+            f"{self.verification and '; '}{self.verification}"
         )
 
 
@@ -96,9 +98,10 @@ def build_engine(
     if out.suffix.lower() != ".engine":
         raise SettingsError(f"output is {str(out)!r}; expected a file name that ends in .engine")
     model = read_model(onnx_path)
-    batch = options.resolve_batch(check_exported(model, str(onnx_path)))
+    contract = check_exported(model, str(onnx_path))
+    batch, canvases = options.resolve_batch(contract), options.resolve_canvases(contract)
     toolkit = load_toolkit(options)
-    identity = build_identity(sha256_of(onnx_path), options, batch, toolkit, samples)
+    identity = build_identity(sha256_of(onnx_path), options, batch, canvases, toolkit, samples)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     with contextlib.suppress(ArtefactError):  # no earlier engine, or none that is whole
         earlier = read_manifest(out)
@@ -107,7 +110,9 @@ def build_engine(
 
     verification = ""
     with atomic_path(out) as draft:
-        plan, facts, notes = _compile(model, options, batch, toolkit, samples, timing_cache, progress)
+        plan, facts, notes = _compile(
+            model, options, batch, canvases, toolkit, samples, timing_cache, progress
+        )
         warn(facts["warnings"])
         draft.write_bytes(plan)
         manifest = {
@@ -129,7 +134,7 @@ def build_engine(
         manifest = plain(manifest)
         write_json(manifest_path(draft), {**manifest, DIGEST: manifest_digest(manifest)})
         if verify:
-            verification = _verify(onnx_path, draft)
+            verification = _verify(onnx_path, draft, canvases if contract.canvas is None else ())
         else:
             write_not_executed(draft, "built with --no-verify", onnx_path)
     reason = f"built in {facts['build_seconds']:.1f} s"
@@ -140,6 +145,7 @@ def _compile(
     model: onnx.ModelProto,
     options: BuildOptions,
     batch: Batch,
+    canvases: Sequence[CanvasRange],
     toolkit: Toolkit,
     samples: Sequence[Sample],
     timing_cache: Path | None,
@@ -148,6 +154,10 @@ def _compile(
     """The plan, what the manifest says of it, and lines on its precision; the builder ends here."""
     started = time.perf_counter()
     mixed, precision = to_precision(model, options.precision, samples)
+    free = check_exported(mixed).canvas is None
+    if free and len(canvases) == 1 and canvases[0][0] == canvases[0][2]:
+        fix_canvas(mixed, canvases[0][1])
+        free = False
     lowered = lower(mixed, options.target, options.nms, options.roi_align)
     plugins = sorted({node.op_type for node in lowered.graph.node if node.domain == DOMAIN})
     if plugins and options.version_compatible:
@@ -159,7 +169,8 @@ def _compile(
     builder = toolkit.create_builder()
     network, libraries = parse(toolkit, builder, lowered, batch)
     layers = layer_report(network)
-    plan = serialise(toolkit, builder, network, options, batch, timing_cache, progress, libraries)
+    bounds = canvases if free else ()
+    plan = serialise(toolkit, builder, network, options, batch, timing_cache, progress, libraries, bounds)
     contract = dataclasses.replace(check_exported(lowered), max_batch=batch[2])
     facts = {
         "contract": json.loads(contract.to_json()),
@@ -175,8 +186,11 @@ def _compile(
             "samples": precision.samples,
             "largest": None if precision.largest is None else list(precision.largest),
         },
-        "profiles": [{"batch": list(batch), "activation_bytes": plan.activation_bytes}],
-        "activation_bytes": plan.activation_bytes,
+        "profiles": [
+            {"batch": list(batch), "canvas": [*map(list, sides)], "activation_bytes": memory}
+            for sides, memory in zip(canvases, plan.activation_bytes, strict=True)
+        ],
+        "activation_bytes": max(filter(None, plan.activation_bytes), default=None),
         "plugins": plugins,
         "build_seconds": round(time.perf_counter() - started, 3),
         "warnings": [*deviations(model, options.target), *plan.warnings],
@@ -185,25 +199,39 @@ def _compile(
     return plan.content, facts, tuple(precision.lines())
 
 
-def _verify(model: Path, engine: Path) -> str:
+def _verify(model: Path, engine: Path, canvases: Sequence[CanvasRange]) -> str:
     """Compare a new ``engine`` with the ONNX ``model`` it was built from, and record it; says how it went.
 
-    The engine runs itself or not at all, never the ONNX file in its place. Raises ``ParityError``.
+    The engine runs itself or not at all, never the ONNX file in its place. Of a model for any frame size both
+    are held to the best canvas of each profile and, where it is within, to the same one upright. Raises
+    ``ParityError``.
     """
-    try:
-        candidate = Subject(engine, Detector(engine, "tensorrt"))
-    except GpuError as error:
-        reason = str(error).removeprefix(f"{engine}: ")
-        write_not_executed(engine, reason, model)
-        return f"not verified: {reason}"
-    with candidate, onnx_subject(model) as reference:
-        report = verify_subjects(reference, candidate, scenes(reference.detector.contract.names))
-    settle(engine, report, f"the engine and {model.name}")
+    tried = [canvas for each in canvases for canvas in (each[1], each[1][::-1]) if lies_within(canvas, each)]
+    told: list[str] = []
+    for canvas in dict.fromkeys(tried) or [None]:
+        held = None if len(canvases) == 1 and canvases[0][0] == canvases[0][2] else canvas
+        try:
+            candidate = Subject(engine, Detector(engine, "tensorrt", canvas=held))
+        except GpuError as error:
+            reason = str(error).removeprefix(f"{engine}: ")
+            write_not_executed(engine, reason, model)
+            return f"not verified: {reason}"
+        with candidate, onnx_subject(model, canvas=canvas) as reference:
+            report = verify_subjects(reference, candidate, scenes(reference.detector.contract.names))
+        on = "" if held is None else " on a canvas of {}x{}".format(*held)
+        report = dataclasses.replace(report, notes=(*report.notes, *told))
+        settle(engine, report, f"the engine and {model.name}{on}")
+        told.append(f"compared before{on}: {report.describe()}")
     return report.describe()
 
 
 def build_identity(
-    onnx_sha256: str, options: BuildOptions, batch: Batch, toolkit: Toolkit, samples: Sequence[Sample]
+    onnx_sha256: str,
+    options: BuildOptions,
+    batch: Batch,
+    canvases: Sequence[CanvasRange],
+    toolkit: Toolkit,
+    samples: Sequence[Sample],
 ) -> dict[str, Any]:
     """Everything that decides what a build gives; its hash is the manifest's ``options_hash``."""
     digest = hashlib.sha256()
@@ -215,6 +243,7 @@ def build_identity(
     return {
         "onnx_sha256": onnx_sha256,
         "options": {**asked, "batch": batch, "compute_capabilities": toolkit.capabilities},
+        "canvases": canvases,
         "flavour_version": toolkit.version,
         "gpu": toolkit.gpu,
         "anchorline": __version__,

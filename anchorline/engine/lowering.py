@@ -13,6 +13,7 @@ plugin could take. Works on graphs of either precision.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import onnx
@@ -41,7 +42,7 @@ from anchorline.engine.graph import (
     state_opset,
     tensor_names,
 )
-from anchorline.runtime.contract import DOMAIN, NMS_CONVERGED, OP_VERSION
+from anchorline.runtime.contract import CONTRACT_KEY, DOMAIN, NMS_CONVERGED, OP_VERSION
 from anchorline.runtime.io.errors import ArtefactError
 
 MOST = 3840  # entries that TensorRT's TopK takes
@@ -55,6 +56,19 @@ _KNOWN_OPS = (*_PLUGIN_OPS, "RoIAlign")
 _DATA_DEPENDENT = ("NonMaxSuppression", "NonZero")
 # TensorRT for RTX cannot parse RoiAlign without a driver.
 _NOT_ON = {"tensorrt": _DATA_DEPENDENT, "tensorrt-rtx": (*_DATA_DEPENDENT, "RoiAlign")}
+
+
+def fix_canvas(model: onnx.ModelProto, canvas: tuple[int, int]) -> None:
+    """Let ``model``, exported for any frame size, take the one ``canvas`` (height, width), in place.
+
+    What its shapes are computed from is then constant, and the builder folds it.
+    """
+    contract = check_exported(model)
+    images = next(value for value in model.graph.input if value.name == contract.inputs[0])
+    for side, size in zip(images.type.tensor_type.shape.dim[1:3], canvas, strict=True):
+        side.dim_value = size
+    stated = dataclasses.replace(contract, canvas=canvas).to_json()
+    next(entry for entry in model.metadata_props if entry.key == CONTRACT_KEY).value = stated
 
 
 def lower(

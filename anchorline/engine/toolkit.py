@@ -13,6 +13,7 @@ from typing import Any
 import onnx
 
 from anchorline.engine.options import Batch, BuildOptions
+from anchorline.runtime.canvas import CanvasRange
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError
 from anchorline.runtime.io.files import atomic_write_bytes
 from anchorline.runtime.tensorrt.library import FLAVOURS, captured_log, load_tensorrt, tensorrt_logger
@@ -196,10 +197,11 @@ _WAKE_S = 0.1
 
 @dataclass(frozen=True)
 class Plan:
-    """A serialised engine, with what TensorRT said: warnings, and the activation memory it will need."""
+    """A serialised engine, with what TensorRT said: warnings, and the activation memory that each
+    optimisation profile will need."""
 
     content: bytes
-    activation_bytes: int | None
+    activation_bytes: tuple[int | None, ...]
     warnings: tuple[str, ...]
 
 
@@ -212,9 +214,11 @@ def serialise(
     timing_cache: Path | None = None,
     progress: Progress | None = None,
     libraries: Sequence[str] = (),
+    canvases: Sequence[CanvasRange] = (),
 ) -> Plan:
     """Build ``network``. A Ctrl-C ends the build at TensorRT's next step and is raised again.
 
+    Where height and width of the images are free, ``canvases`` bound them, in an optimisation profile each.
     ``timing_cache`` is a folder with one file for each GPU and version, ``libraries`` are ``parse``'s. Raises
     ``AnchorlineError`` with TensorRT's reason when the build fails, ``OutputError`` when the timing cache
     cannot be written.
@@ -222,11 +226,8 @@ def serialise(
     config = toolkit.create_config(builder, options)
     if options.version_compatible:
         config.plugins_to_serialize = list(libraries)
-    if batch[0] != batch[2]:
-        profile = builder.create_optimization_profile()
-        for tensor in map(network.get_input, range(network.num_inputs)):
-            profile.set_shape(tensor.name, *((size, *tuple(tensor.shape)[1:]) for size in batch))
-        config.add_optimization_profile(profile)
+    if canvases or batch[0] != batch[2]:
+        _add_profiles(builder, config, network, batch, canvases)
     cache_file = None if timing_cache is None else _load_timing_cache(toolkit, config, timing_cache)
     monitor = config.progress_monitor = _monitor(toolkit.trt, progress)
     # In a thread of its own, so that this one hears Ctrl-C at once and can pass it on.
@@ -247,9 +248,26 @@ def serialise(
         raise AnchorlineError(f"{toolkit.title} {toolkit.version} could not build the engine: {reason}")
     if cache_file is not None:
         atomic_write_bytes(cache_file, bytes(config.get_timing_cache().serialize()))
-    found = [match for _, text in texts for match in _ACTIVATION.findall(text)]
+    found = [int(match) for _, text in texts for match in _ACTIVATION.findall(text)]
+    profiles = max(1, len(canvases))  # each tells of its own
+    memory = found[-profiles:] if len(found) >= profiles else [None] * profiles
     warnings = [text for level, text in texts if level == "WARNING"]
-    return Plan(bytes(plan), int(found[-1]) if found else None, _readable(warnings))
+    return Plan(bytes(plan), tuple(memory), _readable(warnings))
+
+
+def _add_profiles(
+    builder: Any, config: Any, network: Any, batch: Batch, canvases: Sequence[CanvasRange]
+) -> None:
+    """An optimisation profile for each of the ``canvases``, or one where no sides are free."""
+    ranges: Sequence[tuple[tuple[int, ...], ...]] = canvases or [((), (), ())]
+    for sides in ranges:
+        profile = builder.create_optimization_profile()
+        for tensor in map(network.get_input, range(network.num_inputs)):
+            _, *stated = tuple(tensor.shape)
+            free = stated.count(-1)
+            shapes = [(size, *side[:free], *stated[free:]) for size, side in zip(batch, sides, strict=True)]
+            profile.set_shape(tensor.name, *shapes)
+        config.add_optimization_profile(profile)
 
 
 @dataclass

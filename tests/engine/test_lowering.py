@@ -11,7 +11,8 @@ import onnx.inliner
 import pytest
 from numpy.typing import NDArray
 
-from anchorline.engine.lowering import lower
+from anchorline.engine.graph import check_exported
+from anchorline.engine.lowering import fix_canvas, lower
 from anchorline.engine.mixed_precision import to_precision
 from anchorline.export.functions import default_functions
 from anchorline.runtime.contract import CONTRACT_KEY, NMS_CONVERGED
@@ -150,6 +151,30 @@ def test_a_model_for_any_frame_size_detects_the_same_at_each(
         rows = rows_of(run_onnx(model, inputs), 0)
         assert len(rows) > 10, "too few to compare anything"
         check_same_rows(rows_of(run_onnx(lowered, inputs), 0), rows)
+
+
+@pytest.mark.parametrize("canvas", [(128, 160), (96, 224)])
+def test_a_canvas_that_is_fixed_before_lowering_detects_the_same(
+    canvas: tuple[int, int],
+    exported: Export,
+    run_onnx: Run,
+    rows_of: Callable[[Outputs, int], NDArray[np.float64]],
+    check_same_rows: Callable[..., None],
+) -> None:
+    """And takes no other; with the fixed-point NMS, which has to know its sizes."""
+    model, fixed = exported(free=True), exported(free=True)
+    fix_canvas(fixed, canvas)
+    assert check_exported(fixed).canvas == canvas
+    lowered = lower(fixed, "tensorrt-rtx", "fixed-point", fixed_point_rounds=40)
+    height, width = canvas
+    patches = np.random.default_rng(5).integers(0, 256, (1, height // 8, width // 8, 3), dtype=np.uint8)
+    images = patches.repeat(8, axis=1).repeat(8, axis=2)
+    inputs = {"images": images, "image_sizes": np.array([(height - 20, width - 30)], np.float32)}
+    rows = rows_of(run_onnx(model, inputs), 0)
+    assert len(rows) > 10, "too few to compare anything"
+    check_same_rows(rows_of(run_onnx(lowered, inputs), 0), rows)
+    with pytest.raises(Exception, match="Got invalid dimensions"):
+        run_onnx(lowered, {**inputs, "images": np.zeros((1, 64, 64, 3), np.uint8)})
 
 
 @pytest.mark.parametrize("nms", ["plugin", "fixed-point"])

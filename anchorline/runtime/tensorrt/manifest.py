@@ -84,6 +84,16 @@ class EngineManifest:
         if list(self.batch) != sorted(self.batch):
             raise ArtefactError(f"batch is {list(self.batch)}; expected sizes that do not fall")
 
+    @property
+    def frame_sizes(self) -> str:
+        """In words: its canvas, or those of each profile."""
+        each = []
+        for least, _, most in self.canvases:
+            sides = "{}x{}".format(*least), "{}x{}".format(*most)
+            each.append(sides[0] if least == most else " to ".join(sides))
+        only = len(each) == 1 and " " not in each[0]
+        return f"canvas {each[0]}" if only else f"canvases {', '.join(each)}"
+
 
 def manifest_path(engine: Path) -> Path:
     """Where the manifest of ``engine`` stands."""

@@ -39,6 +39,18 @@ def model_file(
 
 
 @pytest.fixture(scope="session")
+def free_file(exported: Callable[..., onnx.ModelProto], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A detector with an FPN, exported for any frame size and batches of 1 to 4."""
+    path = tmp_path_factory.mktemp("free") / "m.onnx"
+    model = exported(free=True)
+    contract = dataclasses.replace(check_exported(model), max_batch=4)
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {CONTRACT_KEY: contract.to_json()})
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def built(
     rtx: Any, model_file: Callable[[str], Path], once: Callable[[str, Callable[[Path], None]], Path]
 ) -> BuildResult:

@@ -114,7 +114,9 @@ def test_the_manifest_says_what_the_engine_is(built: BuildResult, model_file: Mo
     assert raw["precision_report"]["half_nodes"] > 50
     assert raw["contract"]["names"] == ["cat", "dog", "bird"]
     assert raw["activation_bytes"] > 1e6
-    assert raw["profiles"] == [{"batch": [1, 1, 8], "activation_bytes": raw["activation_bytes"]}]
+    assert raw["profiles"] == [
+        {"batch": [1, 1, 8], "canvas": [[128, 160]] * 3, "activation_bytes": raw["activation_bytes"]}
+    ]
     assert raw["plugins"] == {
         "BatchedNMS": {"namespace": "anchorline", "version": "1", "kernels_sha256": source_hash("nms")}
     }
@@ -176,7 +178,7 @@ def test_what_makes_a_build_be_done_again(change: str, small: Path, tmp_path: Pa
 def test_an_engine_that_cannot_run_here_is_published_with_a_record_that_says_so(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(path: Path, provider: str) -> None:
+    def refused(path: Path, provider: str, **options: Any) -> None:
         raise GpuError(f"{path}: cannot run here: there is no NVIDIA GPU")
 
     monkeypatch.setattr(building, "Detector", refused)
@@ -205,7 +207,7 @@ def test_an_engine_that_differs_leaves_the_earlier_one(
     monkeypatch.setattr(building, "scenes", partial(scenes, count=1))
     monkeypatch.setattr(building, "verify_subjects", partial(verify_subjects, which_traps=("noise",)))
 
-    monkeypatch.setattr(building, "Detector", lambda *_: Detector(tmp_path / "faulty.onnx", "cpu"))
+    monkeypatch.setattr(building, "Detector", lambda *_, **__: Detector(tmp_path / "faulty.onnx", "cpu"))
     with pytest.raises(
         ParityError, match=r"the engine and m\.onnx disagree in .*was not published"
     ) as caught:
@@ -213,7 +215,7 @@ def test_an_engine_that_differs_leaves_the_earlier_one(
     assert str(caught.value).startswith(f"{out}: ")
     assert {path: path.read_bytes() for path in out.parent.iterdir()} == before
 
-    monkeypatch.setattr(building, "Detector", lambda *_: Detector(small / "m.onnx", "cpu"))
+    monkeypatch.setattr(building, "Detector", lambda *_, **__: Detector(small / "m.onnx", "cpu"))
     assert "1 traps hold" in build(small / "m.onnx", out, precision="fp32", force=True).describe()
     record = json.loads(record_path(out).read_text(encoding="utf-8"))
     assert record["passed"] is True

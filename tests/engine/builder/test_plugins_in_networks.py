@@ -52,8 +52,9 @@ def test_batched_nms_keeps_the_shape_of_the_scores(rtx: Any) -> None:
     assert (tuple(output.shape), output.dtype) == ((-1, 300), rtx.float32)
     plan = engine.serialise(toolkit, builder, network, options, (1, 2, 8))
     # Five words of 64 boxes: 15 tiles of 512 bytes for each of at most eight groups.
-    assert plan.activation_bytes is not None
-    assert 8 * 15 * 512 <= plan.activation_bytes < 8 * 15 * 512 + 8192
+    (memory,) = plan.activation_bytes
+    assert memory is not None
+    assert 8 * 15 * 512 <= memory < 8 * 15 * 512 + 8192
     assert plan.warnings == ()
 
 
