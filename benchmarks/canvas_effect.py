@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data", required=True)
     arguments = parser.parse_args()
-    height, width = load_checkpoint(arguments.checkpoint)[1].canvas
+    height, width = load_checkpoint(arguments.checkpoint)[0].settings.canvas
     exact = detector(arguments.checkpoint, (height, width), "float32")
     dataset = load_dataset(arguments.data, exact.contract.names)
     frames = [image.load() for image in dataset]
@@ -69,10 +69,10 @@ def main() -> None:
 
 def detector(checkpoint: Path, canvas: tuple[int, int], dtype: str) -> TorchDetector:
     """The model with its frames at their own scale on another canvas."""
-    model, contract = load_checkpoint(checkpoint, canvas)
-    height, width = load_checkpoint(checkpoint)[1].canvas
+    model, contract = load_checkpoint(checkpoint)
+    height, width = model.settings.canvas
     rule = ResizeRule(min(height, width), max(height, width))
-    return TorchDetector(model, dataclasses.replace(contract, resize=rule, input_dtype=dtype))
+    return TorchDetector(model, dataclasses.replace(contract, canvas=canvas, resize=rule, input_dtype=dtype))
 
 
 def preprocess_ms(tried: TorchDetector, frames: Sequence[NDArray[np.uint8]]) -> float:

@@ -34,7 +34,7 @@ from anchorline.data.synthetic import generate_scene
 from anchorline.export import export_onnx
 from anchorline.runtime import Detector
 from anchorline.runtime.backends.cpu_options import usable_cores
-from anchorline.train.checkpoint import load_checkpoint, save_checkpoint
+from anchorline.train.checkpoint import contract_of, load_checkpoint, save_checkpoint
 
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)  # of the canvas's sides
 BATCHES = (1, 2, 4, 8)
@@ -150,15 +150,14 @@ def exported(checkpoint: Path, variant: Variant, folder: Path) -> Path:
             rpn_post_nms=variant.proposals,
             rpn_pre_nms=max(model.settings.rpn_pre_nms, variant.proposals),
         )
-        contract = dataclasses.replace(contract, canvas=variant.canvas)
-        save_checkpoint(changed, model.state_dict(), settings, contract)
-        export_onnx(changed, out, max_batch=max(BATCHES), verify=False)
+        save_checkpoint(changed, model.state_dict(), settings, contract_of(settings, contract.names))
+        export_onnx(changed, out, canvas=variant.canvas, max_batch=max(BATCHES), verify=False)
     return out
 
 
 def multiplications(checkpoint: Path, variant: Variant) -> float:
     """Floating-point operations of one frame's convolutions and matrix products."""
-    model, _ = load_checkpoint(checkpoint, variant.canvas)
+    model, _ = load_checkpoint(checkpoint)
     height, width = variant.canvas
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:

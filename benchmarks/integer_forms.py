@@ -74,7 +74,7 @@ def main() -> None:
     medians = {name: float(np.median(each)) for name, each in times.items()}
     for name, seconds in medians.items():
         row = {
-            "canvas": "x".join(map(str, detectors[name].contract.canvas)),
+            "canvas": detectors[name].contract.frame_sizes,
             "adds_in": f"{16 if saturates() else 32} bits",
             "form": name,
             "data": Path(options.data).name,

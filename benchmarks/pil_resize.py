@@ -22,7 +22,7 @@ from record import append_row
 
 from anchorline.data.synthetic import synthetic_dataset
 from anchorline.evaluation.evaluation import evaluate
-from anchorline.runtime.canvas import place, resize_antialiased
+from anchorline.runtime.canvas import place, resize_antialiased, usual_canvas
 from anchorline.runtime.contract import ResizeRule
 from anchorline.train.checkpoint import load_checkpoint
 from anchorline.train.predict import TorchDetector
@@ -85,7 +85,8 @@ def cost(size: tuple[int, int]) -> dict[str, object]:
 def effect(checkpoint: Path, factor: float) -> dict[str, object]:
     """Detections of scenes that are ``factor`` times as large as the canvas, with either resize."""
     model, contract = load_checkpoint(checkpoint)
-    size = (round(contract.canvas[0] * factor), round(contract.canvas[1] * factor))
+    height, width = usual_canvas(contract)
+    size = (round(height * factor), round(width * factor))
     dataset = synthetic_dataset(SCENES, SEED, size)
     frames = [image.load() for image in dataset]
     found, scores = {}, {}
@@ -106,7 +107,7 @@ def effect(checkpoint: Path, factor: float) -> dict[str, object]:
     ).total
     count = sum(map(len, found["antialiased"]))
     return {
-        "canvas": f"{contract.canvas[0]}x{contract.canvas[1]}",
+        "canvas": "x".join(map(str, usual_canvas(contract))),
         "scenes": f"{size[0]}x{size[1]}",
         "shrunk_by": f"{factor:.2f}",
         "images": SCENES,

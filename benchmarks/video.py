@@ -126,7 +126,7 @@ def real(clip: Path, folder: Path, model: Path, provider: str) -> dict[str, obje
         with VideoReader(clip) as reader:
             detector(next(iter(reader))[2])
         summary = detect([clip], detector, DetectOptions(save=folder / "real.mp4"), progress=False)
-        canvas = "x".join(map(str, detector.contract.canvas))
+        canvas = detector.contract.frame_sizes
         case = f"file to mp4, {summary.provider} {summary.precision}, canvas {canvas}"
     return {
         "case": case,
