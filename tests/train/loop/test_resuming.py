@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from anchorline.data.dataset import Dataset
 from anchorline.runtime.io.errors import ArtefactError
 from anchorline.train.checkpoint import load_checkpoint
-from anchorline.train.loop import distributed
+from anchorline.train.loop import distributed, trainer
 from anchorline.train.loop.train import train
 from anchorline.train.model.faster_rcnn import FasterRCNN
+from anchorline.train.predict import TorchDetector
 from anchorline.train.settings import Settings
 
 MakeSettings = Callable[..., Settings]
@@ -106,12 +107,17 @@ def test_an_interruption_leaves_the_best_checkpoint(
 def scripted_accuracy(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> list[dict[str, Tensor]]:
     """Validations report ``values``; returns the list of the weights that they will have seen."""
     seen: list[dict[str, Tensor]] = []
+    opened: list[TorchDetector] = []
+
+    def detector(*arguments: Any) -> TorchDetector:
+        opened.append(TorchDetector(*arguments))
+        return opened[-1]
 
     def map50(detect: Any, data: Dataset, batch: int, provider: str) -> float:
-        model: nn.Module = detect.__self__.model
-        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        seen.append({name: tensor.clone() for name, tensor in opened[-1].model.state_dict().items()})
         return values[len(seen) - 1]
 
+    monkeypatch.setattr(trainer, "TorchDetector", detector)
     monkeypatch.setattr(distributed, "shared_map50", map50)
     return seen
 
