@@ -11,7 +11,7 @@ import onnx.parser
 import pytest
 
 from anchorline.engine import toolkit as engine
-from anchorline.engine.options import BuildOptions
+from anchorline.engine.options import Batch, BuildOptions
 from anchorline.runtime.io.errors import AnchorlineError
 from anchorline.runtime.tensorrt import library as tensorrt_library
 from anchorline.runtime.tensorrt import plugins
@@ -29,11 +29,11 @@ pool (KIND[B, 8, 20, 30] features, float[B, 50, 4] rois) => (KIND[R, 8, 7, 7] po
 }}"""
 
 
-def network_of(text: str) -> tuple[Any, Any, Any, BuildOptions]:
+def network_of(text: str, batch: Batch = (1, 2, 8)) -> tuple[Any, Any, Any, BuildOptions]:
     options = BuildOptions(target="tensorrt-rtx", compute_capabilities=(86,))
     toolkit = engine.load_toolkit(options)
     builder = toolkit.create_builder()
-    network, _ = engine.parse(toolkit, builder, onnx.parser.parse_model(text), (1, 2, 8))
+    network, _ = engine.parse(toolkit, builder, onnx.parser.parse_model(text), batch)
     return toolkit, builder, network, options
 
 
@@ -125,7 +125,7 @@ def test_building_loads_no_cuda(rtx: Any) -> None:
         "import sys; sys.modules['cuda'] = None\n"
         "import onnx.parser\n"
         "from anchorline.engine import toolkit as engine\n"
-        "from anchorline.engine.options import BuildOptions\n"
+        "from anchorline.engine.options import Batch, BuildOptions\n"
         "options = BuildOptions(target='tensorrt-rtx', compute_capabilities=(86,))\n"
         "toolkit = engine.load_toolkit(options)\n"
         "builder = toolkit.create_builder()\n"

@@ -313,10 +313,12 @@ if library:
     engine.register_plugins = lambda trt: None  # nothing of Python's
     load_tensorrt("tensorrt-rtx").get_plugin_registry().load_library(library)
 for name, text in (("nms", NMS), ("pool", POOL.replace("KIND", "float16"))):
-    toolkit, builder, network, options = network_of(text)
-    plan = engine.serialise(toolkit, builder, network, options, (1, 2, 8))
-    open(f"{{folder}}/{{name}}", "wb").write(plan.content)
-    print(name, plan.activation_bytes, plan.warnings)
+    for batch in ((2, 2, 2), (1, 2, 8)):
+        toolkit, builder, network, options = network_of(text, batch)
+        plan = engine.serialise(toolkit, builder, network, options, batch)
+        print(name, batch, len(plan.content), plan.activation_bytes, plan.warnings)
+        if batch == (2, 2, 2):
+            open(f"{{folder}}/{{name}}", "wb").write(plan.content)
 """
 
 
@@ -326,6 +328,7 @@ def test_tensorrt_for_rtx_builds_the_same_engine_with_it(
     """NVIDIA's own code asks the library for types, shapes, formats, memory and what to keep.
 
     Nothing differs from the plugin in Python: an engine built with either finds what it needs in the other.
+    Free sides have numbers in the plan, given in no fixed order, so bytes are compared where none is free.
     """
     told = []
     for name in ("", str(library)):
@@ -341,7 +344,7 @@ def test_tensorrt_for_rtx_builds_the_same_engine_with_it(
         assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
         told.append(done.stdout)
     assert told[0] == told[1]
-    assert "nms 61440 ()" in told[0]  # 8 groups of 15 tiles
+    assert re.search(r"nms \(1, 2, 8\) \d+ 61440 \(\)", told[0])  # 8 groups of 15 tiles
     for name in ("nms", "pool"):
         engines = [(tmp_path / each / name).read_bytes() for each in ("python", "library")]
         assert engines[0] == engines[1]
