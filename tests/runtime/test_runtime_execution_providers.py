@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from anchorline.runtime.backends.execution_providers import (
     PROVIDER_PACKAGES,
     linked_tensorrt,
     preload_libraries,
+    provider_devices,
 )
 from anchorline.runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, available_providers
 from anchorline.runtime.backends.selection import open_backend
@@ -58,7 +59,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         package = PROVIDER_PACKAGES[provider]
         if plays:
-            package = dataclasses.replace(package, provider=plays)
+            package = dataclasses.replace(package, provider=plays, kind="CPU")
             monkeypatch.setitem(PROVIDER_PACKAGES, provider, package)
             monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [])
             if provider in PROVIDERS:
@@ -94,6 +95,23 @@ def test_a_session_runs_on_the_devices_of_a_package(
     assert given == [([CPU], {"enable_cuda_graph": "1"})]
     with pytest.raises(GpuError, match="device is 1; onnxruntime-ep-nv-tensorrt-rtx lists 1 here, from 0 on"):
         OnnxRuntimeBackend(model_path, "tensorrt-rtx", options=GpuOptions(device=1))
+
+
+@pytest.mark.parametrize(("provider", "kinds"), [("openvino", ["CPU"]), ("tensorrt-rtx", ["GPU", "GPU"])])
+def test_of_the_devices_of_a_package_those_of_its_kind_are_used(
+    provider: str, kinds: list[str], install: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO lists GPUs and NPUs beside processors, in any order. What the program itself has told
+    onnxruntime of is not registered again, which onnxruntime refuses."""
+    registered = install(provider, error="library is already registered")
+    types = onnxruntime.OrtHardwareDeviceType
+    listed = [
+        SimpleNamespace(ep_name=PROVIDER_PACKAGES[provider].provider, device=SimpleNamespace(type=kind))
+        for kind in (types.NPU, types.GPU, types.CPU, types.GPU)
+    ]
+    monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: listed)
+    assert [one.device.type.name for one in provider_devices(provider)] == kinds
+    assert registered == []
 
 
 def test_a_library_that_cannot_be_loaded_is_the_reason(install: Any, model_path: Path) -> None:

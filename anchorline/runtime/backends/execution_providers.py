@@ -23,20 +23,27 @@ from anchorline.runtime.io.errors import GpuError, one_line
 
 @dataclass(frozen=True)
 class ProviderPackage:
-    """A package that brings one execution provider: the names of both, and of its module."""
+    """A package that brings one execution provider: the names of both, and of its module.
+
+    ``kind`` is that of the devices that are used of those it lists (``OrtHardwareDeviceType``).
+    """
 
     provider: str
     module: str
     distribution: str
+    kind: str
 
 
 # By provider. Those for one CUDA release have its number behind the name: ...-cu13.
 PROVIDER_PACKAGES = {
     "tensorrt-rtx": ProviderPackage(
-        "NvTensorRTRTXExecutionProvider", "onnxruntime_ep_nv_tensorrt_rtx", "onnxruntime-ep-nv-tensorrt-rtx"
+        "NvTensorRTRTXExecutionProvider",
+        "onnxruntime_ep_nv_tensorrt_rtx",
+        "onnxruntime-ep-nv-tensorrt-rtx",
+        kind="GPU",
     ),
-    "openvino": ProviderPackage(
-        "OpenVINOExecutionProvider", "onnxruntime_ep_openvino", "onnxruntime-ep-openvino"
+    "openvino": ProviderPackage(  # it lists GPUs and NPUs as well, which compute otherwise
+        "OpenVINOExecutionProvider", "onnxruntime_ep_openvino", "onnxruntime-ep-openvino", kind="CPU"
     ),
 }
 _LINKED = re.compile(rb"(?:libnvinfer\.so\.|nvinfer_)(\d+)")
@@ -80,7 +87,8 @@ def provider_devices(provider: str) -> list[Any]:
         )
     with _registering:
         try:
-            if provider not in _registered:
+            # The program may have told onnxruntime of it before, which refuses a second time.
+            if provider not in _registered and not _listed(package):
                 library = importlib.import_module(package.module).get_library_path()
                 onnxruntime.register_execution_provider_library(package.provider, library)
                 _registered.add(provider)
@@ -89,10 +97,17 @@ def provider_devices(provider: str) -> list[Any]:
                 f"{package.distribution} cannot be loaded by onnxruntime {onnxruntime.__version__} "
                 f"({one_line(error)[:300]}); see anchorline doctor"
             ) from None
-    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == package.provider]
+    devices = _listed(package)
     if not devices:
         raise GpuError(f"{package.distribution} offers no device here; see anchorline doctor")
     return devices
+
+
+def _listed(package: ProviderPackage) -> list[Any]:
+    import onnxruntime
+
+    of_package = (one for one in onnxruntime.get_ep_devices() if one.ep_name == package.provider)
+    return [one for one in of_package if one.device.type.name == package.kind]
 
 
 def add_provider(options: Any, provider: str, number: int, settings: dict[str, str]) -> None:

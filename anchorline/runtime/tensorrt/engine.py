@@ -106,7 +106,8 @@ class TensorRTEngine(NotCopied):
         if runtime is not None:
             if self.manifest.options.get("version_compatible"):
                 runtime.engine_host_code_allowed = True  # such a plan brings the runtime that it runs on
-            engine = runtime.deserialize_cuda_engine(content)
+            with self._capturing:  # weights are allocated
+                engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
             if errors.tell_of_memory(mark):
                 free = self._cuda.memory_info()[0]
@@ -269,6 +270,7 @@ class TensorRTEngine(NotCopied):
 
     def close(self) -> None:
         """Let go of engine and runtime, in this order; the contexts must be gone. Safe to call twice."""
-        self._cache = None
-        self._engine = None
-        self._runtime = None
+        with self._capturing:
+            self._cache = None
+            self._engine = None
+            self._runtime = None

@@ -222,7 +222,7 @@ def _call(function: str, *arguments: Any, doing: str) -> Any:
 # failure is an exception there, and the layer makes an error code of it. It prints that on stderr alone, so
 # each is logged as well.
 
-_registered: dict[str, list[Any]] = {}  # the creators by module: the registry does not keep them alive
+_registered: set[str] = set()  # by the modules' names; the Python layer keeps their creators alive
 _registering = threading.Lock()
 # Every plugin made, a few hundred bytes each. A cancelled build of TensorRT for RTX 1.7 destroys its clones
 # twice over, which corrupts the heap once Python has freed them.
@@ -242,15 +242,14 @@ def register_plugins(trt: Any) -> None:
             tensorrt_logger("tensorrt"), ""
         ):
             raise AnchorlineError("TensorRT does not register its own plugins; install it again")
-        creators = list(map(_creator_class(trt), PLUGINS))
         registry = trt.get_plugin_registry()
-        for creator in creators:
+        for creator in map(_creator_class(trt), PLUGINS):
             if not registry.register_creator(creator, PLUGIN_NAMESPACE):
                 raise AnchorlineError(
                     f"{trt.__name__}: another plugin {PLUGIN_NAMESPACE}::{creator.name} version "
                     f"{PLUGIN_VERSION} is registered in this process; load only one"
                 )
-        _registered[trt.__name__] = creators
+        _registered.add(trt.__name__)
 
 
 def _plugin_class(trt: Any) -> type:

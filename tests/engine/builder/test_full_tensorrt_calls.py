@@ -43,12 +43,12 @@ def tensorrt(request: pytest.FixtureRequest, rtx: Any, monkeypatch: pytest.Monke
         builder, "lower", lambda model, _, *rest, **kw: lower(model, "tensorrt-rtx", *rest, **kw)
     )
     # One library serves both modules here: the plugins are registered, and one logger is in use.
-    monkeypatch.setitem(plugins._registered, "tensorrt", [])
+    flavours.register_plugins(rtx)
+    monkeypatch.setattr(plugins, "_registered", {rtx.__name__, "tensorrt"})
     logger = tensorrt_library.tensorrt_logger("tensorrt-rtx")
     monkeypatch.setattr(flavours, "tensorrt_logger", lambda _: logger)
     monkeypatch.setattr("anchorline.engine.toolkit.tensorrt_logger", lambda _: logger)
     tensorrt_library.load_tensorrt.cache_clear()
-    flavours.register_plugins(rtx)
     yield module
     tensorrt_library.load_tensorrt.cache_clear()
 

@@ -30,7 +30,7 @@ from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, GpuErro
 from anchorline.runtime.tensorrt.engine import TensorRTEngine
 from anchorline.runtime.tensorrt.library import errors, load_tensorrt
 from anchorline.runtime.tensorrt.manifest import EngineManifest
-from anchorline.runtime.tensorrt.plugins import register_plugins
+from anchorline.runtime.tensorrt.plugins import BatchedNMS, register_plugins
 
 stub = ctypes.CDLL(sys.argv[2])
 BUILD, RUNTIME = 0, 1
@@ -145,13 +145,29 @@ def the_library_in_cpp_is_loaded_by_the_registry() -> None:
         register_plugins(trt)
 
 
+def add_of_library(place: int) -> int:
+    """Registers one of our library's creators, of BatchedNMS and RoIPool; returns its place."""
+    creators = ctypes.CDLL(sys.argv[3]).getCreators
+    creators.restype = ctypes.POINTER(ctypes.c_void_p)
+    return int(stub.stub_add_creator(creators(ctypes.byref(ctypes.c_int32()))[place]))
+
+
+def creators_live_on_with_the_registry() -> None:
+    """Also where the second is refused: nobody else holds the first."""
+    add_of_library(1)
+    with pytest.raises(AnchorlineError, match="another plugin anchorline::RoIPool version 1"):
+        register_plugins(trt)
+    gc.collect()
+    creator = trt.get_plugin_registry().get_creator("BatchedNMS", "1", "anchorline")
+    assert creator.op is BatchedNMS
+    assert plugin_of(1, BUILD, iou_threshold=0.7, score_threshold=0.05)
+
+
 def what_python_s_plugin_serialises_makes_one_of_the_library_and_back() -> None:
     register_plugins(trt)
     python = stub.stub_fields(nms(BUILD))
     kept = {field.name: (field.type, field.length) for field in python.contents.fields[:2]}
-    creators = ctypes.CDLL(sys.argv[3]).getCreators
-    creators.restype = ctypes.POINTER(ctypes.c_void_p)
-    of_library = stub.stub_add_creator(creators(ctypes.byref(ctypes.c_int32()))[0])
+    of_library = add_of_library(0)
     loaded = stub.stub_plugin(of_library, python, RUNTIME)
     assert loaded, "the library makes no plugin of it"
     again = stub.stub_fields(loaded)

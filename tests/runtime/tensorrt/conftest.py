@@ -107,7 +107,7 @@ def gpu(
     monkeypatch.setattr(tensorrt_lane, "load_tensorrt", modules.__getitem__)
     for module in (tensorrt_engine, plugins):
         monkeypatch.setattr(module, "tensorrt_logger", lambda name: None)
-    monkeypatch.setattr(plugins, "_registered", {})
+    monkeypatch.setattr(plugins, "_registered", set())
     monkeypatch.setattr(opening, "_said", set())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield Gpu(driver, modules, driver_module.Misuse)

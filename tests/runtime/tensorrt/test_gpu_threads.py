@@ -62,19 +62,27 @@ def test_nothing_is_allocated_while_tensorrt_for_rtx_may_capture(
     def allocated() -> int:
         return sum(name in allocations for name in gpu.driver.names())
 
-    with Detector(make_engine(flavour), workers=2) as detector, ThreadPoolExecutor(2) as pool:
+    def loaded() -> int:
+        return gpu.trt[flavour].life.count("engine")
+
+    path = make_engine(flavour)
+    with Detector(path, workers=2) as detector, ThreadPoolExecutor(3) as pool:
         monkeypatch.setattr(context, "execute_async_v3", wait)
         calls = [pool.submit(detector, level_frame(1))]
         assert running.wait(20)
         before = allocated()
         calls.append(pool.submit(detector, level_frame(2)))  # with a lane of its own
-        deadline = time.monotonic() + (0.3 if flavour == "tensorrt-rtx" else 20)
-        while time.monotonic() < deadline and allocated() == before:
+        opened = pool.submit(Detector, path)  # with an engine of its own
+        deadline = time.monotonic() + (0.5 if flavour == "tensorrt-rtx" else 20)
+        while time.monotonic() < deadline and (allocated() == before or loaded() == 1):
             time.sleep(0.01)
         assert (allocated() == before) == (flavour == "tensorrt-rtx")
+        assert (loaded() == 1) == (flavour == "tensorrt-rtx")
         go_on.set()
         assert [level_of(call.result()) for call in calls] == [1, 2]
         assert allocated() > before
+        opened.result().close()
+        assert loaded() == 2
 
 
 def test_many_threads_get_their_own_results(detector: Detector) -> None:
