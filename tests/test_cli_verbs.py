@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from anchorline import cli
 from anchorline.data.synthetic import CLASS_NAMES
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
+from anchorline.runtime.slices import slice_views
 from anchorline.runtime.video.pipeline import VideoPipeline
 
 CANVAS = 64  # pixels, both sides
@@ -358,3 +359,41 @@ def test_files_are_detected_for_throughput(sources: list[str], policy: Any, tuni
     from anchorline.runtime.video.source import waits
 
     assert waits(sources, policy) == (tuning == "throughput")
+
+
+def test_slices_reach_detect_and_evaluate(
+    model: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "figures.json"
+    sliced = ["--slice", "64", "--overlap", "0.5", "--no-full", "--batch", "1", "--json", str(figures)]
+    assert cli.main(["detect", str(image), "--model", str(model), *sliced]) == 0
+    written = json.loads(figures.read_text(encoding="utf-8"))
+    views = len(slice_views((CANVAS, 2 * CANVAS), (64, 64), 0.5, full=False))
+    assert written["views"] == views
+    assert (f"each frame in {views} views" in capsys.readouterr().out) == (views > 1)
+    assert cli.main(["evaluate", str(model), "--data", "synthetic:1", "--slice", "200x300"]) == 0
+    assert "AP50" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["detect", "evaluate", "bench"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--slice", "30"], "height is 30; expected a whole number of at least 64"),
+        (["--slice", "640by640"], "--slice is '640by640'; expected HEIGHTxWIDTH in pixels"),
+        (["--slice", "640", "--overlap", "0.95"], "overlap is 0.95; expected a number from 0 to 0.9"),
+        (["--overlap", "0.3"], "overlap is 0.3, which needs --slice HEIGHTxWIDTH|auto"),
+        (["--no-full"], "full is False, which needs --slice HEIGHTxWIDTH|auto"),
+        (["--slice", "auto"], "does not tell how large the objects were that it was trained on"),
+    ],
+)
+def test_slices_are_refused_in_one_line(
+    verb: str, options: list[str], words: str, model: Path, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = {
+        "detect": ["detect", str(image), "--model", str(model)],
+        "evaluate": ["evaluate", str(model), "--data", "synthetic:1"],
+        "bench": ["bench", str(model), "--images", str(image), "--batches", "1"],
+    }[verb]
+    assert cli.main([*command, *options]) == 2
+    assert words in error_line(capsys)

@@ -24,6 +24,7 @@ from anchorline.runtime.io.files import atomic_path, atomic_write_text, write_js
 from anchorline.runtime.timing import DETECTOR_STAGES
 from anchorline.runtime.video.display import check_plot
 from anchorline.runtime.video.figures import stage_table
+from anchorline.runtime.video.options import SliceOptions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,10 +72,12 @@ class BenchReport:
         grid = Table.grid(padding=(1, 0))
         for row in self.rows:
             title = f"{row.model}: {row.provider}, {row.precision}, batch {row.batch}, {row.threads} threads"
+            sliced = f", each in {row.views:g} views" if row.views != 1 else ""
             caption = (
-                f"{row.fps:.1f} frames/s over {row.batches} batches of {row.frame_size} frames; opened in "
-                f"{row.open_s:.2f} s, first batch {row.first_ms:.1f} ms; peak memory {row.peak_mib:.0f} MiB, "
-                f"{row.base_mib:.0f} of them before the model"
+                f"{row.fps:.1f} frames/s ({1000 / row.fps:.1f} ms a frame{sliced}) over {row.batches} "
+                f"batches of {row.frame_size} frames; opened in {row.open_s:.2f} s, first batch "
+                f"{row.first_ms:.1f} ms; peak memory {row.peak_mib:.0f} MiB, {row.base_mib:.0f} of them "
+                "before the model"
             )
             grid.add_row(stage_table(row.stages, TOTAL, title=title, caption=caption, min_width=72))
         grid.add_row("; ".join(f"{name} {value}" for name, value in self.machine.items()))
@@ -91,6 +94,7 @@ def bench(
     warmup: int = 10,
     threads: int | None = None,
     cpu_precision: str = "auto",
+    slices: SliceOptions | None = None,
     json_file: str | Path | None = None,
     csv_file: str | Path | None = None,
     plot: str | Path | None = None,
@@ -100,8 +104,8 @@ def bench(
 
     ``source`` is a video, an image or a folder of images, of which the first frames are held in memory;
     without it generated scenes of 1920x1080 are used. ``batches`` batches of ``batch`` frames are measured
-    after ``warmup`` others. The figures go to the files that are named. Raises ``AnchorlineError`` for what
-    cannot be opened or run.
+    after ``warmup`` others, in ``slices`` where they are given. The figures go to the files that are named.
+    Raises ``AnchorlineError`` for what cannot be opened or run.
     """
     if not models or not providers:
         raise SettingsError("nothing to measure; name at least one model and one provider")
@@ -111,11 +115,13 @@ def bench(
         check_plot(plot, "picture")
     pairs = list(itertools.product(map(str, models), providers))
     shown = None if source is None else str(source)
+    in_slices = None if slices is None else asdict(slices)
     rows = []
     for done, (model, provider) in enumerate(pairs):
         if progress is not None:
             progress(done, len(pairs))
-        rows.append(_measure(Work(model, shown, provider, batch, batches, warmup, threads, cpu_precision)))
+        work = Work(model, shown, provider, batch, batches, warmup, threads, cpu_precision, in_slices)
+        rows.append(_measure(work))
     report = BenchReport(tuple(rows), machine())
     if json_file is not None:
         write_json(json_file, report.to_json())

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from anchorline.runtime.io.errors import AnchorlineError, DataError
 from anchorline.runtime.io.files import sha256_of
 from anchorline.runtime.io.images import find_inputs
 from anchorline.runtime.timing import DETECTOR_STAGES
+from anchorline.runtime.video.options import SliceOptions
 from anchorline.runtime.video.reader import open_file
 
 TOTAL = "total"  # frames to boxes by the clock, what lies between the stages included
@@ -47,6 +49,7 @@ class Work:
     warmup: int
     threads: int | None
     cpu_precision: str
+    slices: Mapping[str, Any] | None = None  # the fields of SliceOptions
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class BenchRow:
 
     ``stages`` holds milliseconds a batch, ``{stage: {"p50", "p90", "p95", "p99", "max"}}``, ``total``
     included; ``batches`` were measured after ``warmup`` others. ``fps`` is frames by the sum of all totals.
+    ``views`` is how often the network looked at a frame, once or in slices.
     ``open_s`` is the time to open the model, ``first_ms`` that of the first batch. ``peak_mib`` is the
     process's largest resident memory, of which ``base_mib`` was there before the model.
     """
@@ -67,6 +71,7 @@ class BenchRow:
     threads: int
     frame_size: str
     frames: int
+    views: float
     batches: int
     warmup: int
     fps: float
@@ -85,10 +90,13 @@ def measure(work: Work) -> BenchRow:
     base = peak_memory()
     endless = cycle(frames)
     seconds: dict[str, list[float]] = {stage: [] for stage in (*DETECTOR_STAGES, TOTAL)}
-    found = 0
+    found = views = 0
     start = time.perf_counter()
     with Detector(
-        work.model, work.provider, threads=work.threads, cpu_precision=work.cpu_precision
+        *(work.model, work.provider),
+        threads=work.threads,
+        cpu_precision=work.cpu_precision,
+        slices=None if work.slices is None else SliceOptions(**work.slices),
     ) as detector:
         open_s = time.perf_counter() - start
         warmup = max(1, work.warmup)
@@ -104,6 +112,7 @@ def measure(work: Work) -> BenchRow:
                 for stage in DETECTOR_STAGES:
                     seconds[stage].append(detector.timings[stage])
                 found += sum(map(len, detections))
+                views += sum(detector.views(frame.shape[:2]) for frame in group)
         count = work.batch * work.batches
         return BenchRow(
             model=Path(work.model).name,
@@ -114,6 +123,7 @@ def measure(work: Work) -> BenchRow:
             threads=work.threads or usable_cores(),
             frame_size=" ".join(sorted({f"{f.shape[1]}x{f.shape[0]}" for f in frames})),
             frames=count,
+            views=views / count,
             batches=work.batches,
             warmup=warmup,
             fps=count / sum(seconds[TOTAL]),

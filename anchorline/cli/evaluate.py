@@ -13,16 +13,21 @@ from anchorline.cli.options import (
     JsonOption,
     PicturesOption,
     ProviderOption,
+    spelled_out,
     tell_dropped,
 )
 from anchorline.console import progress_bar, say, show_report
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.video.options import Slices
 
 
+@spelled_out
 def evaluate(
     model: Annotated[
         Path,
         typer.Argument(metavar="MODEL", help="A model.onnx, a model.safetensors or stored proposals.jsonl."),
     ],
+    *,
     data: DataOption,
     provider: ProviderOption = "auto",
     proposals: Annotated[
@@ -31,6 +36,7 @@ def evaluate(
     ] = None,
     cpu_precision: CpuPrecisionOption = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Images a batch; the figures do not depend on it.")] = 1,
+    slices: Slices = None,
     pictures: PicturesOption = None,
     shown_score: Annotated[
         float,
@@ -50,7 +56,12 @@ def evaluate(
         return
     from anchorline.artefacts import open_detector
     from anchorline.runtime.canvas import unmixed
+    from anchorline.runtime.slices import in_slices
 
+    if proposals is not None and slices is not None:
+        raise SettingsError(
+            "--slice and --proposals are given, which are of whole images; leave out one of them"
+        )
     detector = open_detector(model, provider, cpu_precision=cpu_precision, proposals=proposals, data=data)
     for_recall = detector.contract.task == "proposals"
     dataset = load_datasets(data, names=None if for_recall else detector.contract.names)
@@ -58,7 +69,7 @@ def evaluate(
     measure = evaluate_proposals if for_recall else evaluate_detector
     with progress_bar("evaluating") as progress:
         report = measure(
-            unmixed(detector),
+            in_slices(unmixed(detector), slices, detector.contract),
             dataset,
             batch,
             progress,

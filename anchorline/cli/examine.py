@@ -14,8 +14,10 @@ from anchorline.cli.options import (
     PicturesOption,
     ProviderOption,
     picture_file,
+    spelled_out,
 )
 from anchorline.console import progress_bar, show, show_report
+from anchorline.runtime.video.options import Slices
 
 
 def verify(
@@ -56,8 +58,10 @@ def verify(
         raise typer.Exit(1)
 
 
+@spelled_out
 def bench(
     models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="Exported models or engines.")],
+    *,
     images: Annotated[
         Path | None,
         typer.Option(
@@ -76,6 +80,7 @@ def bench(
         int | None, typer.Option(min=1, help="Threads of the network (default: one a core).")
     ] = None,
     cpu_precision: CpuPrecisionOption = "auto",
+    slices: Slices = None,
     csv: Annotated[Path | None, typer.Option(help="Write the figures to this file as CSV.")] = None,
     pictures: PicturesOption = None,
     json: JsonOption = None,
@@ -93,6 +98,7 @@ def bench(
             warmup=warmup,
             threads=threads,
             cpu_precision=cpu_precision,
+            slices=slices,
             json_file=json,
             csv_file=csv,
             plot=picture_file(pictures, "bench.png"),

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from anchorline.console import say
-from anchorline.runtime.io.errors import SettingsError
-from anchorline.runtime.video.options import CpuPrecision, DetectOptions, Provider, option_fields
+from anchorline.runtime.io.errors import SettingsError, shown
+from anchorline.runtime.video.options import CpuPrecision, DetectOptions, Option, Provider, option_fields
 
 if TYPE_CHECKING:
     from anchorline.data.dataset import Dataset
@@ -43,21 +43,38 @@ CpuPrecisionOption = Annotated[CpuPrecision, typer.Option(help=_help["cpu_precis
 def spelled_out(command: Callable[..., None]) -> Callable[..., None]:
     """The command with an option for each field of its parameter ``options``, a dataclass.
 
-    The fields are those annotated with an ``Option`` that has a help, also of dataclasses inside it.
+    The fields are those annotated with an ``Option`` that has a help, also of dataclasses inside it. One that
+    may be left out (``Slices``) is made where its own option is given; it may be a parameter as well.
     """
     signature = inspect.signature(command, eval_str=True)
-    kind = signature.parameters["options"].annotation
+    own = {name: _stated(each.annotation) for name, each in signature.parameters.items()}
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        options = _gather(kind, values)
-        command(options=options, **values)
+        for name, (hint, about) in own.items():
+            if name == "options":
+                values[name] = _gather(hint, values)
+            elif about is not None:
+                values[name] = _gather_optional(hint, about, values.pop(name), values)
+        command(**values)
 
     parameters: list[inspect.Parameter] = []
-    for each in signature.parameters.values():
-        parameters += _parameters(kind) if each.name == "options" else [each]
+    for name, each in signature.parameters.items():
+        hint, about = own[name]
+        if name == "options":
+            parameters += _parameters(hint)
+        else:
+            parameters += [each] if about is None else _optional_parameters(name, hint, about)
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return run
+
+
+def _stated(annotation: Any) -> tuple[Any, Option | None]:
+    """The plain type, and the ``Option`` that it is annotated with."""
+    inside = getattr(annotation, "__metadata__", ())
+    return getattr(annotation, "__origin__", annotation), next(
+        (each for each in inside if isinstance(each, Option)), None
+    )
 
 
 def _parameters(kind: type) -> Iterator[inspect.Parameter]:
@@ -67,18 +84,36 @@ def _parameters(kind: type) -> Iterator[inspect.Parameter]:
             yield from _parameters(hint)  # type: ignore[arg-type]
         if about is None or not about.help:
             continue
+        if _optional_kind(hint) is not None:
+            yield from _optional_parameters(name, hint, about)
+            continue
         if about.parse:
             hint, default = list[str] | None, None
         elif Path in get_args(hint):
             hint = Path | None  # text as well in Python
         elif bool in get_args(hint):
             hint = bool  # or options of its own in Python
-        flag = about.flag or "--" + name.replace("_", "-")
-        low = about.low if about.high is None else None  # our own message names both bounds
-        asked = typer.Option(flag, help=about.help, min=low, metavar=about.metavar)
-        yield inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, asked]
-        )
+        yield _parameter(name, hint, about, default)
+
+
+def _parameter(name: str, hint: Any, about: Option, default: Any) -> inspect.Parameter:
+    flag = about.flag or "--" + name.replace("_", "-")
+    low = about.low if about.high is None else None  # our own message names both bounds
+    asked = typer.Option(flag, help=about.help, min=low, metavar=about.metavar)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, asked]
+    )
+
+
+def _optional_kind(hint: Any) -> Any:
+    """The dataclass of ``hint`` where it may be None instead; else None."""
+    kinds = [each for each in get_args(hint) if is_dataclass(each)]
+    return kinds[0] if len(get_args(hint)) == 2 and kinds and type(None) in get_args(hint) else None
+
+
+def _optional_parameters(name: str, hint: Any, about: Option) -> Iterator[inspect.Parameter]:
+    yield _parameter(name, str | None, about, None)
+    yield from _parameters(_optional_kind(hint))
 
 
 def _gather(kind: type, values: dict[str, Any]) -> Any:
@@ -89,8 +124,28 @@ def _gather(kind: type, values: dict[str, Any]) -> Any:
             given[name] = _gather(hint, values)  # type: ignore[arg-type]
         elif name in values and about is not None:
             value = values.pop(name)
-            given[name] = about.parse(value or ()) if about.parse else value
+            if _optional_kind(hint) is not None:
+                given[name] = _gather_optional(hint, about, value, values)
+            else:
+                given[name] = about.parse(value or ()) if about.parse else value
     return kind(**given)
+
+
+def _gather_optional(hint: Any, about: Option, text: str | None, values: dict[str, Any]) -> Any:
+    """The dataclass as ``text`` and its other options say, or None; ``SettingsError`` for these alone."""
+    kind = _optional_kind(hint)
+    asked = [name for name, (_, field) in option_fields(kind).items() if field and field.help]
+    given = {name: values.pop(name) for name in asked}
+    if text is not None:
+        assert about.parse is not None
+        return kind(**about.parse(text), **given)
+    for name, value in given.items():
+        if value != getattr(kind, name):
+            raise SettingsError(
+                f"{name.replace('_', '-')} is {shown(value)}, which needs {about.flag} {about.metavar}; add "
+                "it, or leave this out"
+            )
+    return None
 
 
 def size(text: str | None, option: str, form: str) -> tuple[int, int] | None:

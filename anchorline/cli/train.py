@@ -11,6 +11,8 @@ import typer
 
 from anchorline.cli.options import DataOption, JsonOption, tell_dropped
 from anchorline.console import USER_ERROR, say, show_report
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.video.options import parse_slices
 
 
 def train(
@@ -41,6 +43,19 @@ def train(
         Literal["joint", "alternating", "rpn-only", "fast-rcnn"] | None,
         typer.Option(help="Train all together, in the paper's four steps, or one half (default: joint)."),
     ] = None,
+    slice_: Annotated[
+        str | None,
+        typer.Option(
+            "--slice", metavar="HEIGHTxWIDTH", help="Train on slices of the images, for small objects."
+        ),
+    ] = None,
+    overlap: Annotated[
+        float | None, typer.Option(help="Share of a slice that the next one shows again (default: 0.2).")
+    ] = None,
+    min_visible: Annotated[
+        float | None,
+        typer.Option(help="Share of an object that a slice has to show to teach it (default: 0.3)."),
+    ] = None,
     proposals: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Stored proposals that fast-rcnn trains on.")
     ] = None,
@@ -58,13 +73,20 @@ def train(
     from anchorline.train.loop.train import train as train_model
     from anchorline.train.settings import load_preset
 
-    changes = {"epochs": epochs, "seed": seed, "regime": schedule}
+    changes: dict[str, object] = {"epochs": epochs, "seed": seed, "regime": schedule}
+    changes |= {"slice_overlap": overlap, "min_visible": min_visible}
+    if slice_ is not None:
+        if not (sides := parse_slices(slice_)):
+            raise SettingsError("--slice is 'auto', which is for detection; name a size, such as --slice 512")
+        changes["slice"] = [sides["height"], sides["width"]]
     overrides = [*(set_ or ())]
     overrides += [f"training.{name}={value}" for name, value in changes.items() if value is not None]
     command = shlex.join(["anchorline", *sys.argv[1:]])
     try:
         with joined_processes(device):
             settings = load_preset(preset, overrides)
+            if settings.training.slices is None and (overlap, min_visible) != (None, None):
+                raise SettingsError("--overlap and --min-visible need --slice HEIGHTxWIDTH; add it")
             dataset = load_datasets(data)
             validation = load_datasets(val, names=dataset.names) if val else None
             if is_main():

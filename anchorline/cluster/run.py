@@ -37,7 +37,7 @@ from anchorline.cluster.worker import DetectionWorker, Job, NotHere, Piece, Work
 from anchorline.runtime.io.addresses import shown_address
 from anchorline.runtime.io.errors import AnchorlineError, DataError, SettingsError, check_count, one_line
 from anchorline.runtime.timing import StageTimes
-from anchorline.runtime.video.figures import DetectSummary
+from anchorline.runtime.video.figures import DetectSummary, Looks
 from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.pipeline import TERMINATED, signals_as_exit
 from anchorline.runtime.video.source import Item, check_outputs, parse_source, plan
@@ -261,6 +261,7 @@ class _Answer:
     detections: int = 0
     warnings: tuple[str, ...] = ()
     unreadable: str | None = None
+    looks: Looks = field(default_factory=Looks)
 
 
 @dataclass(eq=False)
@@ -433,6 +434,7 @@ class _Run:
             answer.frames += len(piece.times)
             answer.detections += piece.detections
             answer.warnings, answer.unreadable = piece.warnings, piece.unreadable
+            answer.looks = piece.looks
             self._computed += len(piece.times)
             for times in piece.times:
                 self._stages.add(times)
@@ -518,6 +520,7 @@ class _Run:
                 "--provider"
             )
         frames = sum(answer.frames for answer in answers)
+        looks = sum((answer.looks for answer in answers), Looks())
         providers, precisions = (
             ", ".join(dict.fromkeys(node[key] for node in nodes.values())) or "none"
             for key in ("provider", "precision")
@@ -530,6 +533,8 @@ class _Run:
             providers,
             precisions,
             warnings=tuple(warnings),
+            views=looks.views_a_frame,
+            detect_ms=looks.ms_a_frame,
         )
         return ClusterSummary(
             detect=detect,

@@ -23,6 +23,7 @@ from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, DataError, OutputError, SettingsError
 from anchorline.runtime.io.files import atomic_path, cache_folder, output_errors, sha256_of
 from anchorline.runtime.tensorrt.manifest import manifest_path, onnx_of, read_manifest
+from anchorline.runtime.video.figures import Looks
 from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.pipeline import VideoPipeline, batch_size
 from anchorline.runtime.video.reader import open_file
@@ -109,8 +110,8 @@ def _size(path: str) -> int | None:
 class Piece:
     """Some frames of an item's answer: JSON lines as UTF-8, and of each frame its seconds by stage.
 
-    The last one tells what was wrong with the files; ``unreadable`` is the complaint about the first of
-    which there is no frame.
+    The last one tells what was wrong with the files (``unreadable`` is the complaint about the first of
+    which there is no frame), and what the detector had to look at in all.
     """
 
     lines: bytearray = field(default_factory=bytearray)
@@ -118,6 +119,7 @@ class Piece:
     detections: int = 0
     warnings: tuple[str, ...] = ()
     unreadable: str | None = None
+    looks: Looks = field(default_factory=Looks)
 
 
 class DetectionWorker:
@@ -197,7 +199,7 @@ class DetectionWorker:
         except DataError as error:
             if error is not figures.first_error:
                 raise  # of the detections, not of a file
-        piece.warnings = tuple(figures.warnings)
+        piece.warnings, piece.looks = tuple(figures.warnings), pipeline.figures.looks
         piece.unreadable = None if figures.first_error is None else str(figures.first_error)
         yield piece
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from anchorline.runtime.video.frames import Result as Result
     from anchorline.runtime.video.options import DetectOptions as DetectOptions
     from anchorline.runtime.video.options import Filters as Filters
+    from anchorline.runtime.video.options import SliceOptions as SliceOptions
     from anchorline.runtime.video.options import TrackOptions as TrackOptions
     from anchorline.runtime.video.pipeline import VideoPipeline as VideoPipeline
     from anchorline.runtime.video.pipeline import detect as detect
@@ -53,7 +54,7 @@ _NAMES = {
     "tensorrt.cuda": "GpuOptions",
     "video.figures": "DetectSummary",
     "video.frames": "Result",
-    "video.options": "DetectOptions Filters TrackOptions",
+    "video.options": "DetectOptions Filters SliceOptions TrackOptions",
     "video.pipeline": "VideoPipeline detect",
     "video.reader": "VideoReader",
     "video.sinks": "LatestFrame",

@@ -24,10 +24,11 @@ from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import FrameError, SettingsError, check_count, shown
 from anchorline.runtime.io.files import expect_regular
 from anchorline.runtime.nv12 import Nv12, frame_size
+from anchorline.runtime.slices import Slicer
 from anchorline.runtime.tensorrt.cuda import GpuOptions
 from anchorline.runtime.tensorrt.frames import is_device_frame
 from anchorline.runtime.timing import DETECTOR_STAGES
-from anchorline.runtime.video.options import is_share
+from anchorline.runtime.video.options import SliceOptions, is_share
 
 Frame = Any  # uint8 BGR [H, W, 3] on the host, the same on the GPU, or an Nv12 of either
 
@@ -46,6 +47,7 @@ class Detector:
     ``CpuOptions``: the arithmetic on a processor, and latency or throughput. ``gpu`` says how a GPU is used.
     A file for frames of any size can be held to a ``canvas`` (height, width), onto which all frames are laid,
     or take another ``resize`` rule than its own: at a smaller scale it is faster and finds fewer small ones.
+    With ``slices`` frames larger than a slice are looked at in several views (docs/slicing.md).
 
     ``contract`` is what the model promises (task, class names, canvas, thresholds, origin), ``provider`` what
     the network runs on, such as ``"cpu"``, and ``precision`` its arithmetic, such as ``"fp32"``.
@@ -66,6 +68,7 @@ class Detector:
         tuning: str = "latency",
         canvas: tuple[int, int] | None = None,
         resize: ResizeRule | None = None,
+        slices: SliceOptions | None = None,
     ) -> None:
         expect_regular(model)
         check_count("workers", workers, most=MOST_THREADS)
@@ -82,6 +85,7 @@ class Detector:
             "tuning": tuning,
             "canvas": canvas,
             "resize": resize,
+            "slices": slices,
         }
         cpu = CpuOptions(threads, cpu_precision, tuning)
         self._backend = open_backend(Path(model), provider, cpu, gpu or GpuOptions())
@@ -90,6 +94,7 @@ class Detector:
             self.contract = self._backend.contract = held_to(self._backend.contract, canvas, resize)
             # Detections below this are dropped; 0 where all that the graph lets through are returned.
             self.score_threshold = _choose_threshold(score_threshold, self.contract)
+            self.slicer = None if slices is None else Slicer(slices, self.contract)
         except BaseException:
             self._backend.close()
             raise
@@ -124,14 +129,29 @@ class Detector:
         self._lanes.check()
         checked = self._checked(list(_several(frames)))
         timings = dict.fromkeys(DETECTOR_STAGES, 0.0)
-        step = self.contract.max_batch or max(1, len(checked))
-        found: list[Detections] = []
-        for first in range(0, len(checked), step):
-            with self._lanes.lane() as lane, lane.entered():
-                lane.submit(checked[first : first + step], stream)
-                found += self._collect(lane, timings)
+
+        def detect(views: list[Frame]) -> list[Detections]:
+            step = self.contract.max_batch or max(1, len(views))
+            found: list[Detections] = []
+            for first in range(0, len(views), step):
+                with self._lanes.lane() as lane, lane.entered():
+                    lane.submit(views[first : first + step], stream)
+                    found += self._collect(lane, timings)
+            return found
+
+        if self.slicer is None:
+            found = detect(checked)
+        else:
+            start = time.perf_counter()
+            found = self.slicer.batch(checked, detect)
+            # What is not the network's and its lanes' is cutting and merging.
+            timings["postprocess"] += max(0.0, time.perf_counter() - start - sum(timings.values()))
         self._thread.timings = self._last_timings = timings
         return found
+
+    def views(self, size: tuple[int, int]) -> int:
+        """How often the network looks at a frame of ``size`` (height, width): once, or in slices."""
+        return 1 if self.slicer is None else len(self.slicer.views(size))
 
     def stream(self, frames: Iterable[Frame], batch: int = 1, in_flight: int = 2) -> Iterator[Detections]:
         """Detect in a sequence of frames, one result a frame, in order.
@@ -139,7 +159,7 @@ class Detector:
         ``batch`` frames go through the network at a time, and up to ``in_flight`` batches are under way at
         once: on a GPU the next one is copied while this one computes, at the cost of its memory. A frame
         is read ``batch * in_flight`` frames ahead of its result and must not be changed until that has
-        come.
+        come. With slices one batch of frames is under way at a time.
         """
         check_count("batch", batch)
         check_count("in_flight", in_flight)
@@ -147,6 +167,8 @@ class Detector:
         if most is not None and batch > most:
             raise SettingsError(f"batch is {batch}; the model takes at most {most} at a time")
         self._lanes.check()
+        if self.slicer is not None:
+            return self._sliced(_several(frames), batch)
         return self._streamed(_several(frames), batch, in_flight)
 
     def prepare(
@@ -157,6 +179,10 @@ class Detector:
         ``images`` [B, H, W, 3] is overwritten by the next call.
         """
         return self._preprocess(frames)
+
+    def _sliced(self, source: Iterator[Frame], batch: int) -> Iterator[Detections]:
+        while chunk := list(itertools.islice(source, batch)):
+            yield from self.batch(chunk)
 
     def _streamed(self, source: Iterator[Frame], batch: int, in_flight: int) -> Iterator[Detections]:
         """The lanes go back when the iterator ends, fails or is closed."""
@@ -205,6 +231,11 @@ class Detector:
                         raise FrameError(
                             f"the frame lies on a GPU, but this model runs on {self.provider}; copy the "
                             "frame to the host, or run an engine"
+                        )
+                    if self.slicer is not None:
+                        raise FrameError(
+                            "the frame lies on a GPU, and slices are cut on the host; copy the frame to the "
+                            "host, or open the model without slices"
                         )
                 elif isinstance(frame, Nv12):
                     frame_size(frame)

@@ -20,6 +20,7 @@ from msgspec import Meta
 from anchorline.runtime.io.errors import SettingsError, reason_of
 from anchorline.runtime.io.files import expect_regular
 from anchorline.runtime.io.schema import AtLeastOne, Share, check_fields
+from anchorline.runtime.video.options import LEAST_SLICE, SliceOptions
 from anchorline.train.model.settings import (
     BelowOne,
     ModelSettings,
@@ -97,6 +98,16 @@ class TrainingSettings:
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, into ``RUN/tensorboard``."""
 
+    slice: tuple[Whole, Whole] = (0, 0)
+    """Height and width of slices of the images, which are the samples then (docs/slicing.md); 0 for whole
+    images. Validation looks at whole images in such slices."""
+    slice_overlap: Share = 0.2
+    """Share of a slice that the next one shows again, at most 0.9."""
+    min_visible: Share = 0.3
+    """Objects of which less shows in a slice are not learnt there, nor are they background."""
+    empty_slices: NotNegative = 0.25
+    """Slices without an object to train on, at most, as a share of those with one."""
+
     flip: Share = 0.5
     """Probability of a horizontal mirror image."""
     vertical_flip: Share = 0.0
@@ -150,6 +161,16 @@ class TrainingSettings:
         expect(ordered, "training.roi_background_iou", self.roi_background_iou, "at most roi_positive_iou")
         ordered = self.zoom[0] <= self.zoom[1]
         expect(ordered, "training.zoom", self.zoom, "a lowest and a highest magnification")
+        sides = set(self.slice) == {0} or min(self.slice) >= LEAST_SLICE
+        expect(
+            sides, "training.slice", self.slice, f"a height and a width of at least {LEAST_SLICE}, or 0, 0"
+        )
+        expect(self.slice_overlap <= 0.9, "training.slice_overlap", self.slice_overlap, "at most 0.9")
+
+    @property
+    def slices(self) -> SliceOptions | None:
+        """Those that the model is to be run with, where it is trained on slices."""
+        return SliceOptions(*self.slice, overlap=self.slice_overlap) if any(self.slice) else None
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,9 @@ def test_a_slow_call_is_not_hidden(bench_model, picture, monkeypatch):
         def __exit__(self, *error):
             pass
 
+        def views(self, size):
+            return 1
+
         def batch(self, frames):
             seconds = next(self.durations)
             now[0] += seconds

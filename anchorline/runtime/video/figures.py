@@ -154,6 +154,28 @@ class SourceFigures:
             self.warnings.append(f"{self.name}: further messages of this kind are left out")
 
 
+@dataclass(frozen=True)
+class Looks:
+    """How many frames the detector was shown, in how many views, and the seconds that this took."""
+
+    frames: int = 0
+    views: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Looks) -> Looks:
+        return Looks(self.frames + other.frames, self.views + other.views, self.seconds + other.seconds)
+
+    @property
+    def views_a_frame(self) -> float:
+        """1 where nothing was sliced."""
+        return self.views / self.frames if self.frames else 1.0
+
+    @property
+    def ms_a_frame(self) -> float:
+        """The time that the detector took for one, on average."""
+        return 1000.0 * self.seconds / self.frames if self.frames else 0.0
+
+
 class Figures:
     """The figures of all sources, and the stages over all of them."""
 
@@ -163,12 +185,19 @@ class Figures:
         self.stages = StageTimes()
         self.sources = {name: SourceFigures(name, live) for name, live in sources.items()}
         self.age = Durations()  # of all results
+        self._lock = threading.Lock()
+        self.looks = Looks()
 
     def begin(self) -> None:
         """The pipeline starts now."""
         self.start = time.monotonic()
         for each in self.sources.values():
             each.start = self.start
+
+    def looked(self, looks: Looks) -> None:
+        """The detector was shown some more frames."""
+        with self._lock:
+            self.looks += looks
 
     def took(self, times: Mapping[str, float], *sources: str) -> None:
         """Stages took these seconds, once for all and in full for each of the sources."""
@@ -203,6 +232,8 @@ class Figures:
             age=self.age.percentiles(),
             sources={source.name: source.snapshot() for source in each},
             warnings=tuple(line for source in each for line in source.warnings),
+            views=self.looks.views_a_frame,
+            detect_ms=self.looks.ms_a_frame,
         )
 
 
@@ -231,7 +262,9 @@ class RecentRates:
 class DetectSummary:
     """What a run amounted to. ``stages`` holds milliseconds, ``{stage: {"p50", "p95", "p99"}}``; ``fps`` is
     frames over the wall time of the whole run, reading and writing included. ``age`` is the same percentiles
-    of the time from capture to result. ``sources`` holds each source's own figures by name."""
+    of the time from capture to result. ``sources`` holds each source's own figures by name. ``views`` is how
+    often the network looked at a frame on average, 1 without slices, and ``detect_ms`` the time that the
+    detector took for one."""
 
     frames: int
     fps: float
@@ -244,6 +277,8 @@ class DetectSummary:
     age: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    views: float = 1.0
+    detect_ms: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``files.write_json``."""
@@ -256,6 +291,8 @@ class DetectSummary:
         tables = Table.grid(padding=(0, 0))
         title = f"{self.frames} frames, {self.detections} detections, {self.fps:.1f} frames/s"
         caption, total = f"provider {self.provider}, {self.precision}", "capture to result"
+        if self.views > 1:
+            caption += f"\neach frame in {self.views:.3g} views, {self.detect_ms:.1f} ms a frame"
         stages = {**self.stages, total: self.age} if self.age else self.stages
         tables.add_row(stage_table(stages, total, title=title, caption=caption, min_width=48))
         if self.sources:

@@ -36,6 +36,7 @@ Policy = Literal["wait", "latest"]
 Decoder = Literal["opencv", "pyav"]
 Polygon = tuple[tuple[float, float], ...]
 _MIN_CORNERS = 3
+LEAST_SLICE = 64  # pixels of a side
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Option:
     high: float | None = None
     flag: str | None = None
     metavar: str | None = None
-    parse: Callable[[Iterable[str]], Any] | None = None
+    parse: Callable[..., Any] | None = None
 
 
 def option_fields(kind: type) -> dict[str, tuple[Any, Option | None]]:
@@ -211,12 +212,75 @@ class TrackOptions:
 
 
 @dataclass(frozen=True)
+class SliceOptions:
+    """How large frames are looked at in slices (``runtime/slices.py``, docs/slicing.md).
+
+    Slices have ``height`` and ``width`` in pixels of the frame; ``width`` is ``height`` where it is left out,
+    and without either they are derived from the objects that the model was trained on. Objects up to
+    ``overlap`` times a slice's side are whole in one of them, larger ones in the whole frame, which is looked
+    at as well with ``full``. Raises ``SettingsError``.
+    """
+
+    height: Annotated[int | None, Option(low=LEAST_SLICE)] = None
+    width: Annotated[int | None, Option(low=LEAST_SLICE)] = None
+    overlap: Annotated[
+        float, Option("Share of a slice that the next one shows again; with --slice.", low=0, high=0.9)
+    ] = 0.2
+    full: Annotated[
+        bool,
+        Option("Look at the whole frame beside its slices; with --slice.", flag="--full/--no-full"),
+    ] = True
+    merge: Annotated[
+        Literal["nms", "weighted"],
+        Option("Of one object in several slices: the best box, or their mean weighted by score."),
+    ] = "nms"
+    merge_by: Annotated[
+        Literal["ios", "iou"],
+        Option("What tells that two boxes are one object: intersection over the smaller, or over the union."),
+    ] = "ios"
+    merge_threshold: Annotated[float, Option("From how much of that on.", low=0, high=1)] = 0.5
+    # Views of frames in one run of the network at most: what bounds its memory.
+    at_once: Annotated[int, Option(low=1)] = 8
+
+    def __post_init__(self) -> None:
+        if self.height is not None and self.width is None:
+            object.__setattr__(self, "width", self.height)
+        check_fields(self)
+        if self.height is None and self.width is not None:
+            raise SettingsError(
+                f"slices have a width of {self.width} and no height; expected both, or neither"
+            )
+
+
+def parse_slices(text: str) -> dict[str, int]:
+    """``"512x640"`` as height and width, ``"640"`` as both, ``"auto"`` as neither; else ``SettingsError``."""
+    if text.strip().lower() == "auto":
+        return {}
+    height, cross, width = text.lower().partition("x")
+    sides = [height, width if cross else height]
+    if not all(side.isdecimal() and len(side) < 8 for side in sides):
+        raise SettingsError(f"--slice is {text!r}; expected HEIGHTxWIDTH in pixels, such as 640x640, or auto")
+    return dict(zip(("height", "width"), map(int, sides), strict=True))
+
+
+Slices = Annotated[
+    SliceOptions | None,
+    Option(
+        "Detect in slices of this size, which keep small objects, and merge what they show.",
+        flag="--slice",
+        metavar="HEIGHTxWIDTH|auto",
+        parse=parse_slices,
+    ),
+]
+
+
+@dataclass(frozen=True)
 class DetectOptions:
     """The options of ``detect``, ``VideoPipeline`` and ``detect_on_cluster``; each says at its field what
     it means. Raises ``SettingsError`` for a value that cannot be used, or that needs a package which is
     not installed.
 
-    ``provider``, ``score_threshold``, ``threads`` and ``cpu_precision`` are those of ``Detector``, for
+    ``provider``, ``score_threshold``, ``threads``, ``cpu_precision`` and ``slices`` are ``Detector``'s, for
     ``open_detector``; a detector that the caller opened keeps its own.
     """
 
@@ -248,6 +312,7 @@ class DetectOptions:
     max_wait: Annotated[
         float, Option("Seconds that a frame waits at most for others of its batch.", low=0)
     ] = 0.01
+    slices: Slices = None
     # Threads that call the detector. By default it is one, which gives live sources the lowest age; where
     # every source waits, it is as many as the detector says in `concurrent_calls`.
     workers: Annotated[int | None, Option(low=1)] = None
@@ -293,6 +358,7 @@ class DetectOptions:
             *(model, self.provider, self.score_threshold, self.threads),
             cpu_precision=self.cpu_precision,
             tuning=tuning,
+            slices=self.slices,
         )
 
 

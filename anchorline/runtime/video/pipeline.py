@@ -26,7 +26,7 @@ from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import NotCopied, SettingsError, shown
 from anchorline.runtime.video.display import displayed, plot_latency
-from anchorline.runtime.video.figures import DetectSummary, Figures
+from anchorline.runtime.video.figures import DetectSummary, Figures, Looks
 from anchorline.runtime.video.frames import Result
 from anchorline.runtime.video.intake import Feed, Intake
 from anchorline.runtime.video.options import DetectOptions, TrackOptions
@@ -249,6 +249,9 @@ class VideoPipeline(NotCopied):
             raise SettingsError(f"the detector's batch() gave {shown(found)}; expected a list of Detections")
         if len(found) != len(results):
             raise SettingsError(f"the detector's batch() gave {len(found)} results for {len(results)} frames")
+        views = getattr(self.detector, "views", lambda size: 1)
+        looked = sum(views((result.frame.shape[0], result.frame.shape[1])) for result in results)
+        self.figures.looked(Looks(len(results), looked, seconds))
         for result, detections in zip(results, found, strict=True):
             result.detections = detections
             result.times.update(times)

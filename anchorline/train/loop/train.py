@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anchorline.data.dataset import Dataset
+from anchorline.data.slices import sliced
 from anchorline.data.summary import DataSummary
 from anchorline.runtime.io.errors import DataError, SettingsError
 from anchorline.train.alternating import train_alternating
@@ -72,6 +73,15 @@ def train(
                 f"{validation_proposals}: proposals for validation are given without validation data; "
                 "expected --val SPEC with --val-proposals"
             )
+        if settings.training.slices is not None and proposals is not None:
+            raise SettingsError(
+                "training.slice is given with stored proposals, which are those of whole images; leave out "
+                "one of them"
+            )
+        if settings.training.slices is not None:
+            training = settings.training
+            rule = (training.slice, training.slice_overlap, training.min_visible, training.empty_slices)
+            data = sliced(data, *rule, seed=training.seed)
         phase = PhaseConfig(
             settings=settings,
             data=data,

@@ -5,6 +5,7 @@ Joint training is one phase; alternating training is four of them (``alternating
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from anchorline.data.dataset import Dataset
 from anchorline.data.proposals import read_proposals
+from anchorline.data.slices import object_sides
 from anchorline.data.summary import DataSummary, summarise_data
 from anchorline.evaluation.evaluation import proposal_recall
 from anchorline.runtime.canvas import unmixed
 from anchorline.runtime.io.errors import ArtefactError, TrainingError, reason_of
 from anchorline.runtime.io.files import atomic_path, atomic_write_text, expect_regular, write_json
+from anchorline.runtime.slices import OBJECT_SIDES, in_slices
 from anchorline.train.checkpoint import contract_of, load_checkpoint, save_checkpoint
 from anchorline.train.data.dataset import (
     Batch,
@@ -137,6 +140,9 @@ class Trainer:
         if phase.needs_proposals:
             source[STORED_PROPOSALS] = True
         self.contract = contract_of(settings.model, data.names, data.category_ids, source, phase.task)
+        if (sides := object_sides(data, self.contract)) is not None:
+            source[OBJECT_SIDES] = sides
+            self.contract = dataclasses.replace(self.contract, source=source)
 
         torch.manual_seed(training.seed)  # every phase draws its fresh layers from the same seed
         self.model = FasterRCNN(settings.model, len(data.names))
@@ -356,7 +362,9 @@ class Trainer:
             found = list(distributed.run_shared(unmixed(detector), data, VALIDATION_BATCH))
             count = self.contract.thresholds.max_proposals
             return proposal_recall(data.images, found, (count,)).recall[count][0.5]
-        return distributed.shared_map50(unmixed(detector), data, VALIDATION_BATCH, detector.provider)
+        slices = self.settings.training.slices if self.validation_proposals is None else None
+        detect = in_slices(unmixed(detector), slices, self.contract)
+        return distributed.shared_map50(detect, data, VALIDATION_BATCH, detector.provider)
 
     def _save(self, path: Path) -> None:
         if distributed.is_main():
