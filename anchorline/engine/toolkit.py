@@ -14,9 +14,10 @@ import onnx
 
 from anchorline.engine.options import Batch, BuildOptions
 from anchorline.runtime.canvas import CanvasRange
-from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError
+from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, SettingsError, one_line
 from anchorline.runtime.io.files import atomic_write_bytes
 from anchorline.runtime.tensorrt.library import FLAVOURS, captured_log, load_tensorrt, tensorrt_logger
+from anchorline.runtime.tensorrt.plugins import log as plugin_log
 from anchorline.runtime.tensorrt.plugins import register_plugins
 
 # Alone by NVIDIA's advice (TensorRT for RTX, support matrix): in an engine with others it costs speed, and
@@ -244,7 +245,10 @@ def serialise(
     plan = running.result()
     texts = [(record.levelname, " ".join(record.getMessage().split())) for record in records]
     if plan is None:
-        reason = next((text for level, text in reversed(texts) if level == "ERROR"), "no reason given")
+        failed = [record for record in records if record.levelname == "ERROR"]
+        # A plugin of ours tells why, TensorRT only that it refused.
+        failed = [record for record in failed if record.name == plugin_log.name] or failed
+        reason = one_line(failed[-1].getMessage()) if failed else "no reason given"
         raise AnchorlineError(f"{toolkit.title} {toolkit.version} could not build the engine: {reason}")
     if cache_file is not None:
         atomic_write_bytes(cache_file, bytes(config.get_timing_cache().serialize()))

@@ -45,14 +45,16 @@ def build_plugin_library(
     with tempfile.TemporaryDirectory(prefix="anchorline-") as folder, atomic_path(out) as draft:
         _write_images(Path(folder))
         source, result = str(SOURCES / "plugins.cpp"), str(draft.absolute())
-        _run([*program, *COMPILING, *asked, "-I.", source, *LINKING, "-o", result], Path(folder))
+        _run([*program, *COMPILING, *asked, f"-I{folder}", source, *LINKING, "-o", result])
     return out
 
 
-def _run(command: list[str], folder: Path) -> None:
-    """In the ``folder`` of the images, which the source names without one."""
+def _run(command: list[str]) -> None:
+    plain = {**os.environ, "LC_ALL": "C"}  # whose errors are called error
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_SECONDS)
+        done = subprocess.run(
+            command, env=plain, capture_output=True, text=True, errors="replace", timeout=_SECONDS
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise AnchorlineError(f"{command[0]} cannot be run ({one_line(error)})") from None
     if done.returncode:
@@ -67,7 +69,11 @@ def _run(command: list[str], folder: Path) -> None:
 def _find_compiler(asked: str | None) -> list[str]:
     wanted = asked or os.environ.get("CXX")
     for name in [wanted] if wanted else COMPILERS:
-        program, *arguments = shlex.split(name) or [""]
+        try:
+            program, *arguments = shlex.split(name) or [""]
+        except ValueError as error:  # a quotation mark without its other
+            reason = str(error).lower()
+            raise SettingsError(f"C++ compiler is {wanted!r}, and there is {reason} in it") from None
         if shutil.which(program):
             return [program, *arguments]
     if wanted:
@@ -85,7 +91,7 @@ def _write_images(folder: Path) -> None:
     lines = []
     for source in sorted({op.source for op in PLUGINS}):
         for architecture, content in images(source).items():
-            name = f"{source}.{architecture or 'ptx'}"
-            (folder / name).write_bytes(content)
-            lines.append(f'IMAGE({source}, {architecture}, "{name}")\n')
+            file = folder / f"{source}.{architecture or 'ptx'}"
+            file.write_bytes(content)
+            lines.append(f'IMAGE({source}, {architecture}, "{file}")\n')
     (folder / "images.inc").write_text("".join(lines), encoding="utf-8")

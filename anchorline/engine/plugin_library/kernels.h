@@ -61,9 +61,9 @@ struct Grid {
 
 class Kernels {
  public:
-  // The kernels of the process.
+  // The kernels of the process. Never destroyed, for engines may run until its very end.
   static Kernels& of_process() {
-    static Kernels kernels;
+    static Kernels& kernels = *new Kernels;
     return kernels;
   }
 

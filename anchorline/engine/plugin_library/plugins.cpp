@@ -60,6 +60,16 @@ struct BatchedNMS {
     return true;
   }
 
+  // Whether the kernels take so many.
+  static bool fits(const Dims& scores) {
+    const int64_t groups = scores.d[0], boxes = scores.d[1];
+    if (boxes <= MAX_BOXES && groups <= MAX_GROUPS) return true;
+    report("BatchedNMS: %lld groups of %lld boxes; the plugin takes at most %lld of %lld: export with fewer "
+           "proposals, or build for smaller batches", static_cast<long long>(groups),
+           static_cast<long long>(boxes), static_cast<long long>(MAX_GROUPS), static_cast<long long>(MAX_BOXES));
+    return false;
+  }
+
   // The overlap matrix on and above its diagonal, in tiles of 64x64 bits.
   static size_t workspace_bytes(const Dims& scores) {
     const int64_t words = words_of(scores.d[1]);
@@ -68,13 +78,8 @@ struct BatchedNMS {
 
   bool launch(const PluginTensorDesc* tensors, const void* const* inputs, void* kept, void* tiles,
               cudaStream_t stream) const {
+    if (!fits(tensors[1].dims)) return false;
     const int64_t groups = tensors[1].dims.d[0], boxes = tensors[1].dims.d[1], words = words_of(boxes);
-    if (boxes > MAX_BOXES || groups > MAX_GROUPS) {
-      report("BatchedNMS: %lld groups of %lld boxes; the plugin takes at most %lld of %lld: export with fewer "
-             "proposals", static_cast<long long>(groups), static_cast<long long>(boxes),
-             static_cast<long long>(MAX_GROUPS), static_cast<long long>(MAX_BOXES));
-      return false;
-    }
     if (groups == 0 || boxes == 0) return true;
     Kernels& gpu = Kernels::of_process();
     const int count = static_cast<int>(boxes);
@@ -132,6 +137,7 @@ struct RoIPool {
     return true;
   }
 
+  static bool fits(const Dims&) { return true; }
   static size_t workspace_bytes(const Dims&) { return 0; }
 
   bool launch(const PluginTensorDesc* tensors, const void* const* inputs, void* pooled, void*,
@@ -150,19 +156,17 @@ struct RoIPool {
 };
 
 // The attributes of an op as TensorRT takes them: both ops have two. `op` is null where only names matter.
+template <typename Op>
 struct Fields {
   PluginField all[2];
-  PluginFieldCollection collection;
+  PluginFieldCollection collection{2, all};
 
-  template <typename Op>
-  const PluginFieldCollection* fill(const Op* op) {
+  explicit Fields(const Op* op) {
     for (int i = 0; i < 2; ++i) {
       const Attribute& attribute = Op::attributes()[i];
       const char* value = op ? reinterpret_cast<const char*>(op) + attribute.offset : nullptr;
       all[i] = {attribute.name, value, attribute.type, op ? 1 : 0};
     }
-    collection = {2, all};
-    return &collection;
   }
 };
 
@@ -173,7 +177,7 @@ class Plugin final : public IPluginV3,
                      public IPluginV3OneBuild,
                      public IPluginV3OneRuntime {
  public:
-  Plugin(const Op& op, bool loaded) : op_(op), loaded_(loaded) {}
+  Plugin(const Op& op, bool loaded) : op_(op), loaded_(loaded), fields_(&op_) {}
 
   IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
     switch (type) {
@@ -210,9 +214,9 @@ class Plugin final : public IPluginV3,
     return tensors[position].desc.format == TensorFormat::kLINEAR && Op::accepts(position, tensors);
   }
 
-  int32_t configurePlugin(const DynamicPluginTensorDesc*, int32_t, const DynamicPluginTensorDesc*,
+  int32_t configurePlugin(const DynamicPluginTensorDesc* inputs, int32_t, const DynamicPluginTensorDesc*,
                           int32_t) noexcept override {
-    return 0;
+    return Op::fits(inputs[1].max) ? 0 : 1;
   }
 
   size_t getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t, const DynamicPluginTensorDesc*,
@@ -236,12 +240,12 @@ class Plugin final : public IPluginV3,
     return op_.launch(tensors, inputs, outputs[0], workspace, stream) ? 0 : 1;
   }
 
-  const PluginFieldCollection* getFieldsToSerialize() noexcept override { return fields_.fill(&op_); }
+  const PluginFieldCollection* getFieldsToSerialize() noexcept override { return &fields_.collection; }
 
  private:
   Op op_;
   bool loaded_;
-  Fields fields_;
+  Fields<Op> fields_;  // with the addresses of what is in `op_`
 };
 
 // Makes the plugin of a node from its attributes, or from what an engine holds of them.
@@ -251,14 +255,16 @@ class Creator final : public IPluginCreatorV3One {
   const char* getPluginName() const noexcept override { return Op::name; }
   const char* getPluginVersion() const noexcept override { return VERSION; }
   const char* getPluginNamespace() const noexcept override { return NAMESPACE; }
-  const PluginFieldCollection* getFieldNames() noexcept override { return names_.fill<Op>(nullptr); }
+  const PluginFieldCollection* getFieldNames() noexcept override { return &names_.collection; }
 
   IPluginV3* createPlugin(const char* node, const PluginFieldCollection* given,
                           TensorRTPhase phase) noexcept override {
     Op op{};
     for (int i = 0; i < 2; ++i) {
       const Attribute& wanted = Op::attributes()[i];
-      const auto is_wanted = [&](const PluginField& field) { return !std::strcmp(field.name, wanted.name); };
+      const auto is_wanted = [&](const PluginField& field) {
+        return field.name && !std::strcmp(field.name, wanted.name);
+      };
       const PluginField* end = given->fields + given->nbFields;
       const PluginField* found = std::find_if(given->fields, end, is_wanted);
       if (found == end || found->type != wanted.type || found->length != 1 || !found->data) {
@@ -272,13 +278,12 @@ class Creator final : public IPluginCreatorV3One {
   }
 
  private:
-  Fields names_;
+  Fields<Op> names_{nullptr};
 };
 
 static IPluginCreatorInterface* const* creators(int32_t& count) {
-  static Creator<BatchedNMS> nms;
-  static Creator<RoIPool> pool;
-  static IPluginCreatorInterface* const all[] = {&nms, &pool};
+  // Never destroyed: TensorRT's registry has them until the process ends.
+  static IPluginCreatorInterface* const all[] = {new Creator<BatchedNMS>, new Creator<RoIPool>};
   count = 2;
   return all;
 }
@@ -300,7 +305,8 @@ static const bool registered_on_load = [] {
     const char* library;
     int place;
   } versions[] = {{"libnvinfer.so.10", 12}, {"libnvinfer.so.11", 8}};
-  for (const auto& version : versions) {
+  bool registered = false;
+  for (const auto& version : versions) {  // both may be: onnxruntime brings its own
     void* tensorrt = dlopen(version.library, RTLD_NOW | RTLD_NOLOAD);
     void* function = tensorrt ? dlsym(tensorrt, "getPluginRegistry") : nullptr;
     if (!function) continue;
@@ -312,9 +318,9 @@ static const bool registered_on_load = [] {
     for (int i = 0; i < count; ++i)
       if (!add(registry, creators[i], anchorline::NAMESPACE))
         anchorline::report("another plugin of this name is registered in this process; load only one");
-    return true;
+    registered = true;
   }
-  anchorline::report("TensorRT 10 or 11 is not loaded, so nothing was registered");
-  return false;
+  if (!registered) anchorline::report("TensorRT 10 or 11 is not loaded, so nothing was registered");
+  return registered;
 }();
 #endif

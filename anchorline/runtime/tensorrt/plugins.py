@@ -79,6 +79,15 @@ class BatchedNMS:
         """The output's shape from the inputs', which may be symbolic; ``product`` multiplies two sides."""
         return list(shapes[1])
 
+    def check_sizes(self, shapes: Sequence[Shape]) -> None:
+        """Raise ``ArtefactError`` for more than the kernels take."""
+        groups, boxes = shapes[1]
+        if boxes > MAX_BOXES or groups > MAX_GROUPS:
+            raise ArtefactError(
+                f"BatchedNMS: {groups} groups of {boxes} boxes; the plugin takes at most {MAX_GROUPS} of "
+                f"{MAX_BOXES}: export with fewer proposals, or build for smaller batches"
+            )
+
     def workspace_bytes(self, shapes: Sequence[Shape]) -> int:
         """The overlap matrix on and above its diagonal, in tiles of 64x64 bits: below N * N / 8 a group."""
         groups, boxes = shapes[1]
@@ -87,12 +96,8 @@ class BatchedNMS:
 
     def launches(self, call: Call) -> list[Launch]:
         """The kernels to run, in order."""
+        self.check_sizes(call.shapes)
         groups, boxes = call.shapes[1]
-        if boxes > MAX_BOXES or groups > MAX_GROUPS:
-            raise ArtefactError(
-                f"BatchedNMS: {groups} groups of {boxes} boxes; the plugin takes at most {MAX_GROUPS} of "
-                f"{MAX_BOXES}: export with fewer proposals"
-            )
         if groups == 0 or boxes == 0:
             return []
         inputs = tuple(ctypes.c_void_p(address) for address in call.inputs)
@@ -141,6 +146,8 @@ class RoIPool:
     def output_shape(self, shapes: Sequence[Sequence[Any]], product: Callable[[Any, Any], Any]) -> list[Any]:
         (_, channels, _, _), (images, rois, _) = shapes
         return [product(images, rois), channels, self.output_size, self.output_size]
+
+    def check_sizes(self, shapes: Sequence[Shape]) -> None: ...
 
     def workspace_bytes(self, shapes: Sequence[Shape]) -> int:
         return 0
@@ -304,9 +311,11 @@ def _plugin_class(trt: Any) -> type:
             return bool(linear and self.op.accepts(position, names))
 
         def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            """Nothing to do, here and in the two that follow."""
+            with _logged(f"preparing {self.op.name}"):
+                self.op.check_sizes([tuple(tensor.max) for tensor in inputs])
 
-        def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None: ...
+        def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            """Nothing to do, here and in the next."""
 
         def set_tactic(self, tactic: int) -> None: ...
 

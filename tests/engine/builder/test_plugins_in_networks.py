@@ -77,6 +77,16 @@ def test_attributes_out_of_range_are_refused_with_their_name(
     assert "iou_threshold is 1.5" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("boxes", "batch", "told"), [(8200, (1, 2, 8), "of 8200 boxes"), (4, (1, 2, 70_000), "70000 groups of 4")]
+)
+def test_more_than_the_kernels_take_is_not_built(rtx: Any, boxes: int, batch: Batch, told: str) -> None:
+    """Not at the first frame; ``--batch`` may ask for more groups than a grid has."""
+    toolkit, builder, network, options = network_of(NMS.replace("300", str(boxes)), batch)
+    with pytest.raises(AnchorlineError, match=rf"{told}.*; the plugin takes at most 65535 of 8192"):
+        engine.serialise(toolkit, builder, network, options, batch)
+
+
 def test_registering_twice_is_harmless(rtx: Any) -> None:
     register_plugins(rtx)
     register_plugins(rtx)

@@ -202,9 +202,10 @@ static Values build(IPluginV3& plugin, const std::vector<Tensor>& inputs, Tensor
       if (variant == 2) one.format = static_cast<TensorFormat>(1);
       std::printf(" %d", builder->supportsFormatCombination(position, asked.data(), count, 1));
     }
+  std::printf("\n");
   expect(!builder->configurePlugin(tensors.data(), count, &tensors[count], 1), "configurePlugin");
   workspace = builder->getWorkspaceSize(tensors.data(), count, &tensors[count], 1);
-  std::printf("\nworkspace %zu\nserialised", workspace);
+  std::printf("workspace %zu\nserialised", workspace);
   Values kept;
   const PluginFieldCollection* fields = runtime->getFieldsToSerialize();
   for (int i = 0; i < fields->nbFields; ++i) {

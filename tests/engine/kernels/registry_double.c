@@ -4,7 +4,7 @@
 #include <stdlib.h>
 
 static int add(void *registry, void *creator, const char *name_space) {
-  return printf("registered in %s\n", name_space), registry && creator;
+  return printf("registered in %s by %d\n", name_space, VERSION), registry && creator;
 }
 static void other(void) { abort(); }
 

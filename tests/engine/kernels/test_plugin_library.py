@@ -249,7 +249,7 @@ def test_inputs_of_the_wrong_shape_and_too_many_boxes_are_refused(drive: Callabl
     found = drive("BatchedNMS", NMS, np.zeros((5, 4), np.float32), np.zeros((1, 5), np.float32))
     assert found.answers["failed"] == "getOutputShapes"
     found = drive("BatchedNMS", NMS, np.zeros((1, 8193, 4), np.float32), np.zeros((1, 8193), np.float32))
-    assert found.answers["failed"] == "enqueue"
+    assert found.answers["failed"] == "configurePlugin"
     assert "1 groups of 8193 boxes; the plugin takes at most 65535 of 8192" in found.errors
     assert launched(found) == []
 
@@ -303,6 +303,16 @@ def test_what_is_exported_and_what_is_needed(library: Path) -> None:
     assert re.findall(r" T (\S+)", exported.stdout) == ["getCreators", "setLoggerFinder"]
 
 
+def test_nothing_is_destroyed_when_the_process_ends(tmp_path: Path) -> None:
+    """A program's own objects may hold engines, and go last."""
+    (tmp_path / "images.inc").write_text("")
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", f"-I{tmp_path}", "-c", str(SOURCES / "plugins.cpp")]
+    subprocess.run([*command, "-o", tmp_path / "plugins.o"], check=True, timeout=120)
+    wanted = subprocess.run(["nm", "-u", tmp_path / "plugins.o"], capture_output=True, text=True, check=True)
+    assert "dlsym" in wanted.stdout
+    assert "__cxa_atexit" not in wanted.stdout
+
+
 ON_RTX = f"""
 import sys
 sys.path.insert(0, {str(HERE.parent / "builder")!r})
@@ -344,27 +354,32 @@ def test_tensorrt_for_rtx_builds_the_same_engine_with_it(
         assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
         told.append(done.stdout)
     assert told[0] == told[1]
-    assert re.search(r"nms \(1, 2, 8\) \d+ 61440 \(\)", told[0])  # 8 groups of 15 tiles
+    assert re.search(r"nms \(1, 2, 8\) \d+ \(61440,\) \(\)", told[0])  # 8 groups of 15 tiles
     for name in ("nms", "pool"):
         engines = [(tmp_path / each / name).read_bytes() for each in ("python", "library")]
         assert engines[0] == engines[1]
         assert b"anchorline" in engines[0]
 
 
-@pytest.mark.parametrize(("version", "place"), [(10, 12), (11, 8)])
-def test_registering_on_load(version: int, place: int, tmp_path: Path) -> None:
-    """As Triton loads it: opened, no more, beside a TensorRT that not all libraries can see."""
-    name = f"libnvinfer.so.{version}"
-    options = ["-shared", "-fPIC", f"-DPLACE={place}", f"-Wl,-soname,{name}", "-o", str(tmp_path / name)]
-    subprocess.run(["g++", "-x", "c", str(HERE / "registry_double.c"), *options], check=True, timeout=120)
+def test_registering_on_load(tmp_path: Path) -> None:
+    """As Triton loads it: opened, no more, beside a TensorRT that not all libraries can see; or beside two,
+    where onnxruntime brings an older one."""
+    versions = []
+    for number, place in ((10, 12), (11, 8)):
+        versions.append(tmp_path / f"libnvinfer.so.{number}")
+        options = ["-shared", "-fPIC", f"-DPLACE={place}", f"-DVERSION={number}"]
+        named = [f"-Wl,-soname,{versions[-1].name}", "-o", str(versions[-1])]
+        source = ["g++", "-x", "c", str(HERE / "registry_double.c")]
+        subprocess.run([*source, *options, *named], check=True, timeout=120)
     library = build_plugin_library(tmp_path / "libplugins.so", compiler=STRICT, register_on_load=True)
     code = "import ctypes, sys; print(*(bool(ctypes.CDLL(name)) for name in sys.argv[1:]))"
-    loaded = [sys.executable, "-c", code]
-    done = subprocess.run([*loaded, tmp_path / name, library], capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines() == ["registered in anchorline"] * 2 + ["True True"], done.stderr
-    alone = subprocess.run([*loaded, library], capture_output=True, text=True, timeout=60)
-    assert alone.stdout.strip() == "True"
-    assert "TensorRT 10 or 11 is not loaded" in alone.stderr
+    for there in ([], versions[:1], versions[1:], versions):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *there, library], capture_output=True, text=True, timeout=60
+        )
+        told = [f"registered in anchorline by {one.name.split('.')[-1]}" for one in there for _ in range(2)]
+        assert done.stdout.splitlines() == [*told, " ".join(["True"] * (len(there) + 1))], done.stderr
+        assert ("TensorRT 10 or 11 is not loaded" in done.stderr) == (not there)
 
 
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,6 +394,8 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path, monkeypatch: py
         build_plugin_library(tmp_path / "plugins.so")
     with pytest.raises(AnchorlineError, match=r"g\+\+ could not compile the plugin library: .*error"):
         build_plugin_library(tmp_path / "plugins.so", compiler="g++ -fno-such")
+    with pytest.raises(SettingsError, match=r"C\+\+ compiler is 'g\+\+ \"-I', and .*quotation"):
+        build_plugin_library(tmp_path / "plugins.so", compiler='g++ "-I')
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
@@ -386,3 +403,15 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path, monkeypatch: py
     ):
         build_plugin_library(tmp_path / "plugins.so")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compiler_is_run_where_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program or an option of it may be a path from here."""
+    compiler = tmp_path / "tools" / "c++"
+    compiler.parent.mkdir()
+    compiler.write_text('#!/bin/sh\necho "error: $LC_ALL $PWD $1 \\0303" >&2; exit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AnchorlineError, match=rf"compile the plugin library: error: C {tmp_path} -Iheaders"):
+        build_plugin_library("plugins.so", compiler="tools/c++ -Iheaders")
+    assert [each.name for each in tmp_path.iterdir()] == ["tools"]
