@@ -20,7 +20,9 @@ while [ $# -gt 0 ]; do
   case $1 in
     --out) out=${2:?--out needs a folder}; shift 2 ;;
     -*) echo "gpu_session.sh: no such option: $1; it takes --out FOLDER and models" >&2; exit 2 ;;
-    *) models+=("$(realpath "$1")"); shift ;;
+    *)
+      [ -f "$1" ] || { echo "gpu_session.sh: $1: no such file; expected a model.onnx" >&2; exit 2; }
+      models+=("$(realpath "$1")"); shift ;;
   esac
 done
 
@@ -59,7 +61,9 @@ step() {
     last=$(grep '[[:alnum:]]' "$out/$name.log" | tail -n 1 | tr '|' '/' | cut -c1-300)
     case $code in
       0) verdict=passed ;;
-      2) verdict="could not run here" ;;  # what our commands answer then; pytest does when it is interrupted
+      2)  # what our commands answer then, and to errors; pytest does when it is interrupted
+        verdict="could not run here"
+        [[ $name == build-* ]] && ! grep -q "not installed" "$out/$name.log" && code=1 verdict="failed" ;;
       124 | 137) verdict="cut off after $most s" ;;
       *) verdict="failed with exit code $code" ;;
     esac

@@ -74,6 +74,29 @@ def test_the_report_says_of_each_step_how_it_ended(tmp_path: Path) -> None:
     assert report in done.stdout
 
 
+def test_a_model_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
+    done = session(tmp_path, GPU, "no.onnx")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip() == "gpu_session.sh: no.onnx: no such file; expected a model.onnx"
+
+
+@pytest.mark.parametrize(
+    ("told", "verdict", "code"),
+    [("TensorRT is not installed, and this needs it", "could not run here", 0), ("no plan", "failed", 1)],
+)
+def test_an_engine_that_is_not_built_is_a_failure_where_tensorrt_is(
+    told: str, verdict: str, code: int, tmp_path: Path
+) -> None:
+    (tmp_path / "a.onnx").write_bytes(b"")
+    builds = f"  *anchorline?build*) echo '{told}' >&2; exit 2 ;;\n  *tests/engine/kernels*) echo passed ;;\n"
+    players = PYTHON.replace("sleep 60", "echo kept").replace("exit 1", "exit 0")
+    done = session(tmp_path, GPU, "a.onnx", python=players.replace("in\n", f"in\n{builds}", 1))
+    report = (tmp_path / "gpu_session" / "report.md").read_text(encoding="utf-8")
+    for flavour in ("tensorrt", "tensorrt-rtx"):
+        assert f"| build-a-{flavour} | {verdict} |" in report
+    assert done.returncode == code
+
+
 def test_what_cannot_run_here_is_neither_passed_nor_failed(tmp_path: Path) -> None:
     (tmp_path / "nms.onnx").write_bytes(b"")
     players = PYTHON.replace("sleep 60", "echo kept").replace("exit 1", "exit 0")
