@@ -59,10 +59,12 @@ def _run(command: list[str]) -> None:
         raise AnchorlineError(f"{command[0]} cannot be run ({one_line(error)})") from None
     if done.returncode:
         lines = done.stderr.splitlines() or ["no reason given"]
-        reason = next((line for line in lines if "error" in line), lines[0])
+        # The linker, of -lstdc++: the static one is a package of its own in some systems.
+        told = (line for line in lines if "error" in line or "cannot find" in line)
+        reason = next(told, lines[0])
         raise AnchorlineError(
             f"{command[0]} could not compile the plugin library: {one_line(reason)}; "
-            "it takes a C++17 compiler for Linux"
+            "it takes a C++17 compiler for Linux with its static runtime (libstdc++-static)"
         )
 
 

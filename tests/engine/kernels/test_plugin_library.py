@@ -411,7 +411,14 @@ def test_a_compiler_is_run_where_it_was_named(tmp_path: Path, monkeypatch: pytes
     compiler.parent.mkdir()
     compiler.write_text('#!/bin/sh\necho "error: $LC_ALL $PWD $1 \\0303" >&2; exit 1\n')
     compiler.chmod(0o755)
+    linker = tmp_path / "tools" / "linker"
+    linker.write_text(
+        "#!/bin/sh\necho 'ld: cannot find -lstdc++' >&2; echo 'collect2: error: 1 exit status' >&2; exit 1\n"
+    )
+    linker.chmod(0o755)
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(AnchorlineError, match=r"the plugin library: ld: cannot find -lstdc\+\+"):
+        build_plugin_library("plugins.so", compiler="tools/linker")
     with pytest.raises(AnchorlineError, match=rf"compile the plugin library: error: C {tmp_path} -Iheaders"):
         build_plugin_library("plugins.so", compiler="tools/c++ -Iheaders")
     assert [each.name for each in tmp_path.iterdir()] == ["tools"]
