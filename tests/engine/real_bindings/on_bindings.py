@@ -30,7 +30,7 @@ from anchorline.runtime.io.errors import AnchorlineError, ArtefactError, GpuErro
 from anchorline.runtime.tensorrt.engine import TensorRTEngine
 from anchorline.runtime.tensorrt.library import errors, load_tensorrt
 from anchorline.runtime.tensorrt.manifest import EngineManifest
-from anchorline.runtime.tensorrt.plugins import BatchedNMS, register_plugins
+from anchorline.runtime.tensorrt.plugins import BatchedNMS, RoIPool, _creator_class, register_plugins
 
 stub = ctypes.CDLL(sys.argv[2])
 BUILD, RUNTIME = 0, 1
@@ -150,6 +150,23 @@ def add_of_library(place: int) -> int:
     creators = ctypes.CDLL(sys.argv[3]).getCreators
     creators.restype = ctypes.POINTER(ctypes.c_void_p)
     return int(stub.stub_add_creator(creators(ctypes.byref(ctypes.c_int32()))[place]))
+
+
+def fields_of_other_types_and_lengths_make_no_plugin() -> None:
+    """As a damaged engine may hold them."""
+    of_library, of_python = add_of_library(1), stub.stub_creators()
+    trt.get_plugin_registry().register_creator(_creator_class(trt)(RoIPool), "another")
+    for creator in (of_library, of_python):
+        for kind, length, made in (
+            (INT32, 1, True), (INT32, 2, False), (INT32, -1, False), (INT32, 0, False), (99, 1, False),
+        ):  # fmt: skip
+            size, scale = (ctypes.c_int32 * 2)(7, 7), ctypes.c_float(0.0625)
+            fields = (Field * 2)(
+                Field(b"output_size", ctypes.addressof(size), kind, length),
+                Field(b"spatial_scale", ctypes.addressof(scale), FLOAT32, 1),
+            )
+            plugin = stub.stub_plugin(creator, ctypes.byref(Fields(2, fields)), RUNTIME)
+            assert (plugin is not None) == made, (creator, kind, length)
 
 
 def creators_live_on_with_the_registry() -> None:
