@@ -22,8 +22,9 @@ from record import append_row
 
 from anchorline.data.synthetic import synthetic_dataset
 from anchorline.evaluation.evaluation import evaluate
-from anchorline.runtime.canvas import place, resize_antialiased, usual_canvas
+from anchorline.runtime.canvas import place, usual_canvas
 from anchorline.runtime.contract import ResizeRule
+from anchorline.runtime.resize import resize_antialiased
 from anchorline.train.checkpoint import load_checkpoint
 from anchorline.train.predict import TorchDetector
 from anchorline.verify.compare import compare_all

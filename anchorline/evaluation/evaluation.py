@@ -1,7 +1,7 @@
 """Evaluate a detector on labelled images: VOC and COCO AP by class and size, or the recall of proposals.
 
 A detector is any function from a list of frames to a list of ``Detections``, so a checkpoint, an
-ONNX file and an engine go through the same code.
+ONNX file and an engine go through the same code: with their own ``batch``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from anchorline.data.dataset import Dataset, LabelledImage, list_names
 from anchorline.data.proposals import read_proposals
 from anchorline.data.summary import MOST_ROWS, SIZE_CLASSES, in_size_class
 from anchorline.evaluation.metrics import PrecisionRecall, coco_figures, mean_of_known, voc_curves
+from anchorline.runtime.canvas import unmixed
+from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import DataError, SettingsError
 from anchorline.runtime.io.files import plain
@@ -42,7 +44,14 @@ def part_of(progress: Progress | None, start: int, total: int) -> Progress | Non
 def run_detector(
     detect: Detect, dataset: Dataset, batch: int = 1, progress: Progress | None = None
 ) -> Iterator[Detections]:
-    """The detector's own results for every image, in order, computed ``batch`` images at a time."""
+    """The detector's own results for every image, in order, computed ``batch`` images at a time.
+
+    Where ``detect`` is the ``batch`` of a detector with a contract it is given images of one canvas at a
+    time, so that no result depends on ``batch``. Any other function gets all of them.
+    """
+    owner: Any = getattr(detect, "__self__", None)
+    if isinstance(getattr(owner, "contract", None), Contract) and detect == getattr(owner, "batch", None):
+        detect = unmixed(owner)
     if batch < 1:
         raise SettingsError(f"batch is {batch}; expected at least 1")
     if not len(dataset):

@@ -97,7 +97,7 @@ class ResizeRule:
     with sides rounded up to multiples of ``padding``. The aspect ratio is kept. Sizes are rounded ``down`` as
     torchvision does, or to the ``nearest`` pixel as Detectron2, MMDetection and py-faster-rcnn do (see
     ``canvas.place``). ``interpolation`` is ``bilinear`` between the nearest four pixels, or ``antialiased``:
-    Pillow's filter, in whole grey levels, as Detectron2 resizes (see ``canvas.resize_antialiased``).
+    Pillow's filter, in whole grey levels, as Detectron2 resizes (see ``resize.resize_antialiased``).
     """
 
     shorter_side: Side = None

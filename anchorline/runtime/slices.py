@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.runtime.canvas import canvases_alone, usual_canvas
+from anchorline.runtime.canvas import by_canvas, usual_canvas
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import FrameError, SettingsError, shown
@@ -148,11 +148,8 @@ class Slicer:
         return merged
 
     def _detect_together(self, views: list[Any], detect: Detect) -> list[Detections]:
-        by_canvas: dict[tuple[int, int], list[int]] = {}
-        for place, canvas in enumerate(canvases_alone(self.contract, views)):
-            by_canvas.setdefault(canvas, []).append(place)
         found: dict[int, Detections] = {}
-        for places in by_canvas.values():
+        for places in by_canvas(self.contract, views):
             for group in np.array_split(places, -(-len(places) // self._together)):
                 found.update(zip(group.tolist(), detect([views[place] for place in group]), strict=True))
         return [found[place] for place in range(len(views))]

@@ -26,7 +26,6 @@ from typing import Any
 
 from anchorline.data.proposals import write_proposals
 from anchorline.data.summary import DataSummary
-from anchorline.runtime.canvas import unmixed
 from anchorline.runtime.io.errors import ArtefactError
 from anchorline.runtime.io.files import sha256_of, write_json
 from anchorline.train.loop.distributed import from_main, is_main, run_shared, wait_for_all
@@ -133,7 +132,7 @@ def _stored(step: PhaseConfig) -> Path:
 def _store_proposals(step: PhaseConfig) -> None:
     training = step.settings.training
     rpn = load_rpn(step.checkpoint, str(step.device), training.rpn_pre_nms, training.rpn_post_nms)
-    found = run_shared(unmixed(rpn), step.data, training.batch)
+    found = run_shared(rpn.batch, step.data, training.batch)
     if is_main():
         write_proposals(_stored(step), step.data, found)
     else:

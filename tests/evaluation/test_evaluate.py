@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from rich.console import Console
 from anchorline.data.dataset import Dataset
 from anchorline.evaluation.evaluation import evaluate, evaluate_proposals, proposal_recall
 from anchorline.evaluation.metrics import confusion_matrix
+from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import DataError, SettingsError
 
@@ -204,3 +206,27 @@ def test_a_vocabulary_of_many_classes_costs_what_is_used(make_image: Callable[..
     with console.capture() as capture:
         console.print(report.render())
     assert "the first 200 of 20000 classes" in " ".join(capture.get().split())
+
+
+@pytest.mark.parametrize(("canvas", "runs"), [(None, [[0, 2], [1]]), ((128, 128), [[0, 1, 2]])])
+def test_a_detector_is_given_images_of_one_canvas_at_a_time(
+    data: Dataset, answers: list[Detections], canvas: tuple[int, int] | None, runs: list[list[int]]
+) -> None:
+    """Padded to its neighbours, as a batch is, an image would have other results for another ``batch``."""
+    sizes = [(100, 100), (60, 100), (97, 120)]
+    images = tuple(
+        dataclasses.replace(image, load=lambda number=number: np.full((*sizes[number], 3), number, np.uint8))
+        for number, image in enumerate(data.images)
+    )
+
+    class Model:
+        contract = Contract("detections", ("cat",), canvas, (0, 0, 0), (1, 1, 1))
+        runs: ClassVar[list[list[int]]] = []
+
+        def batch(self, frames: list[np.ndarray]) -> list[Detections]:
+            self.runs.append([int(frame[0, 0, 0]) for frame in frames])
+            return [answers[number] for number in self.runs[-1]]
+
+    report = evaluate(Model().batch, dataclasses.replace(data, images=images), 3, provider="cpu")
+    assert Model.runs == runs
+    assert report.map50 == pytest.approx(1.0)  # each image got its own

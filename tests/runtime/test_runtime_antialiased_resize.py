@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from anchorline.runtime.canvas import _blocks, place, resize_antialiased, to_canvas
+from anchorline.runtime.canvas import place, to_canvas
 from anchorline.runtime.contract import ResizeRule
+from anchorline.runtime.resize import _blocks, resize_antialiased
 
 SIDES = st.integers(1, 90)
 PILLOW = int(PIL.__version__.split(".")[0])

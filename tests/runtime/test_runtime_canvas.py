@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import cv2
 import numpy as np
@@ -13,15 +14,16 @@ from anchorline.runtime.canvas import (
     Placement,
     boxes_to_canvas,
     boxes_to_source,
+    by_canvas,
     fit,
     frame_canvas,
+    held_to,
     place,
-    resize_float,
     to_canvas,
-    unmixed,
 )
 from anchorline.runtime.contract import Contract, ResizeRule
-from anchorline.runtime.detections import Detections
+from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.resize import resize_float
 
 SIDES = st.integers(1, 6000)
 BOUNDS = st.none() | st.integers(1, 2000)
@@ -207,22 +209,47 @@ def test_any_memory_layout_gives_the_same_canvas(picture, view):
     np.testing.assert_array_equal(from_view, from_copy)
 
 
-@pytest.mark.parametrize(("canvas", "runs"), [(None, [2, 1, 2, 1]), ((64, 128), [6])])
-def test_no_frame_is_padded_to_another_s_canvas(contract, canvas, runs):
-    class Counting:
-        def __init__(self):
-            self.contract, self.runs = dataclasses.replace(contract, canvas=canvas), []
+@pytest.mark.parametrize(("canvas", "runs"), [(None, [[0, 1, 4], [2], [3], [5]]), ((64, 128), [[*range(6)]])])
+def test_which_frames_share_a_canvas(contract, canvas, runs):
+    sides = [(40, 60), (64, 33), (65, 33), (64, 65), (50, 40), (30, 30)]  # on 64x64, 96x64, 64x96 and 32x32
+    frames = [np.zeros((*size, 3), np.uint8) for size in sides]
+    contract = dataclasses.replace(contract, canvas=canvas)
+    assert by_canvas(contract, frames) == runs
+    assert by_canvas(contract, []) == []
 
-        def batch(self, frames):
-            self.runs.append(len(frames))
-            return [Detections.empty(size=frame.shape[:2]) for frame in frames]
 
-    sides = [(40, 60), (64, 33), (65, 33), (64, 65), (50, 90), (30, 30)]  # on 64x64, 96x64, 64x96 and 32x32
-    detector = Counting()
-    found = unmixed(detector)([np.zeros((*size, 3), np.uint8) for size in sides])
-    assert [each.size for each in found] == sides  # in the order of the frames
-    assert detector.runs == runs
-    assert unmixed(detector)([]) == []
+@pytest.mark.parametrize(
+    ("canvas", "told"),
+    [
+        (5, "canvas is 5; expected (height, width)"),
+        ("64x96", "canvas is '64x96'; expected (height, width)"),
+        (np.array([64, 96]), "expected (height, width)"),
+        ((64, 96, 3), "expected (height, width)"),
+        ((64, 100), "canvas is (64, 100); expected a height and a width that are multiples of 32"),
+        ((0, 96), "multiples of 32"),
+        ((64.0, 96), "multiples of 32"),
+        ((1 << 20, 1 << 20), "canvas is 1048576x1048576; expected at most"),
+    ],
+    ids=str,
+)
+def test_a_canvas_that_no_model_is_held_to(contract, canvas, told):
+    free = dataclasses.replace(contract, canvas=None)
+    with pytest.raises(SettingsError, match=re.escape(told)):
+        held_to(free, canvas, None)
+
+
+def test_a_free_model_is_held_to_a_canvas_and_another_rule(contract):
+    free = dataclasses.replace(contract, canvas=None)
+    assert held_to(free, [64, 96], None).canvas == (64, 96)
+    held = held_to(free, None, ResizeRule(100, padding=1))
+    assert held.canvas is None
+    assert held.resize == ResizeRule(100, padding=32)  # what the network needs stays
+    fixed = dataclasses.replace(contract, canvas=(64, 96))
+    assert held_to(fixed, None, None) is fixed
+    with pytest.raises(SettingsError, match=r"made for one canvas, \(64, 96\)"):
+        held_to(fixed, (64, 96), None)
+    with pytest.raises(SettingsError, match=r"resize is 100; expected ResizeRule"):
+        held_to(fixed, None, 100)
 
 
 def test_pixels_and_boxes_move_together():

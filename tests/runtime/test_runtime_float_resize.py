@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anchorline.runtime.canvas import _taps, resize_float
+from anchorline.runtime.resize import _taps, resize_float
 
 
 def plain(frame: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -228,7 +228,7 @@ def canvas_launch(
     """The kernel that lays ``frame`` on the ``canvas`` and notes its valid size.
 
     uint8 canvases are within one grey level of OpenCV's
-    resize, float32 ones equal ``canvas.resize_float``. Raises ``SettingsError`` where ``resizes_as`` says no.
+    resize, float32 ones equal ``resize.resize_float``. Raises ``SettingsError`` where ``resizes_as`` says no.
     """
     if not resizes_as(contract):
         raise SettingsError(

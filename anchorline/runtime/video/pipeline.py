@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorline.runtime.canvas import canvases_alone
+from anchorline.runtime.canvas import by_canvas
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import NotCopied, SettingsError, shown
@@ -232,11 +232,8 @@ class VideoPipeline(NotCopied):
         contract = getattr(self.detector, "contract", None)
         if len(results) == 1 or not isinstance(contract, Contract) or contract.canvas is not None:
             return [results]
-        runs: dict[tuple[int, int], list[Result]] = {}
-        canvases = canvases_alone(contract, [result.frame for result in results])
-        for canvas, result in zip(canvases, results, strict=True):
-            runs.setdefault(canvas, []).append(result)
-        return list(runs.values())
+        runs = by_canvas(contract, [result.frame for result in results])
+        return [[results[number] for number in run] for run in runs]
 
     def _detect_together(self, results: list[Result]) -> None:
         start = time.perf_counter()

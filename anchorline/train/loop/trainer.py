@@ -359,7 +359,7 @@ class Trainer:
             share = distributed.own_share(self.validation_proposals, VALIDATION_BATCH)
             detector = StoredProposalDetector(model, self.contract, share, str(self.device))
         if self.phase.task == "proposals":
-            found = list(distributed.run_shared(unmixed(detector), data, VALIDATION_BATCH))
+            found = list(distributed.run_shared(detector.batch, data, VALIDATION_BATCH))
             count = self.contract.thresholds.max_proposals
             return proposal_recall(data.images, found, (count,)).recall[count][0.5]
         slices = self.settings.training.slices if self.validation_proposals is None else None
