@@ -157,6 +157,7 @@ class BuildOptions:
     def resolve_canvases(self, contract: Contract) -> tuple[CanvasRange, ...]:
         """Those of each optimisation profile; (height, width) of the smallest, the best and the largest."""
         from anchorline.runtime.canvas import frame_canvas, usual_canvas
+        from anchorline.runtime.io.images import max_pixels
 
         fixed, largest = contract.canvas, self.max_frame
         if fixed is not None and (self.frames or largest):
@@ -168,7 +169,13 @@ class BuildOptions:
             best, upright = frame_canvas(largest, contract), frame_canvas(largest[::-1], contract)
             side = max(contract.resize.padding, _LEAST_SIDE)
             least = min(side, best[0]), min(side, best[1])
-            return ((least, best, (max(best[0], upright[0]), max(best[1], upright[1]))),)
+            height, width = max(best[0], upright[0]), max(best[1], upright[1])
+            if height * width > max_pixels():
+                raise SettingsError(
+                    f"largest frame is {largest[0]}x{largest[1]}, and for it upright as well the canvas is "
+                    f"{height}x{width}; expected at most {max_pixels()} pixels: give a smaller frame"
+                )
+            return ((least, best, (height, width)),)
         canvases = [frame_canvas(size, contract) for size in self.frames] or [usual_canvas(contract)]
         return tuple((canvas, canvas, canvas) for canvas in dict.fromkeys(canvases))
 

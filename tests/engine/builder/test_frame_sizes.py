@@ -103,6 +103,10 @@ def test_what_cannot_be_asked_for() -> None:
             SettingsError, match=r"1080, 1920.* exported for a canvas of \(800, 1344\): leave"
         ):
             BuildOptions(**asked).resolve_canvases(contract)
+    # Either way up the canvas is small, and the one that holds both is not.
+    free = Contract("detections", ("a",), None, (0.0,) * 3, (1.0,) * 3, resize=ResizeRule(padding=1))
+    with pytest.raises(SettingsError, match=r"largest frame is 1x100000, .*100000x100000; expected at most"):
+        BuildOptions(max_frame=(1, 100000)).resolve_canvases(free)
     with pytest.raises(SettingsError, match="expected one or the other"):
         BuildOptions(frames=(HD,), max_frame=HD)
     with pytest.raises(SettingsError, match=r"frames is .*a height and a width in pixels"):
