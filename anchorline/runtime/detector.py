@@ -130,13 +130,18 @@ class Detector:
         checked = self._checked(list(_several(frames)))
         timings = dict.fromkeys(DETECTOR_STAGES, 0.0)
 
+        inside = 0.0  # seconds in lanes, or waiting for one
+
         def detect(views: list[Frame]) -> list[Detections]:
+            nonlocal inside
+            start = time.perf_counter()
             step = self.contract.max_batch or max(1, len(views))
             found: list[Detections] = []
             for first in range(0, len(views), step):
                 with self._lanes.lane() as lane, lane.entered():
                     lane.submit(views[first : first + step], stream)
                     found += self._collect(lane, timings)
+            inside += time.perf_counter() - start
             return found
 
         if self.slicer is None:
@@ -144,8 +149,7 @@ class Detector:
         else:
             start = time.perf_counter()
             found = self.slicer.batch(checked, detect)
-            # What is not the network's and its lanes' is cutting and merging.
-            timings["postprocess"] += max(0.0, time.perf_counter() - start - sum(timings.values()))
+            timings["postprocess"] += time.perf_counter() - start - inside  # cutting and merging
         self._thread.timings = self._last_timings = timings
         return found
 

@@ -16,7 +16,7 @@ from anchorline.cluster import WorkerState
 from anchorline.cluster import worker as worker_module
 from anchorline.cluster.outputs import Outputs, copies_folder
 from anchorline.cluster.worker import DetectionWorker, Job, NotHere, WorkItem, find_model, model_files
-from anchorline.runtime import Detector, detect
+from anchorline.runtime import Detector, SliceOptions, detect, write_image
 from anchorline.runtime.io.errors import ArtefactError, OutputError, SettingsError
 from anchorline.runtime.video.options import DetectOptions, Filters
 from anchorline.runtime.video.source import Item
@@ -86,6 +86,20 @@ def test_lines_and_warnings_are_those_of_the_local_run(options, opened, files, m
     assert frames == local.frames == len(lines.splitlines())
     assert last.unreadable == warnings[-1]
     assert str(sources[3]) in last.unreadable
+
+
+def test_slices_are_those_of_the_local_run_and_their_cost_travels(opened, model, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (100, 120, 3), dtype=np.uint8)
+    picture = tmp_path / "wide.png"
+    write_image(picture, pixels)
+    options = DetectOptions(provider="cpu", jsonl="-", slices=SliceOptions(64))
+    with options.open_detector(model) as detector:
+        local = detect([picture], detector, replace(options, jsonl="local.jsonl"), progress=False)
+    lines, _, last = whole_answer(opened(options=options), item_of(picture))
+    assert lines == (tmp_path / "local.jsonl").read_bytes()
+    assert (last.looks.frames, last.looks.views) == (1, 7)
+    assert last.looks.views_a_frame == local.views == 7
+    assert last.looks.ms_a_frame > 0
 
 
 def test_an_answer_comes_in_pieces(opened, write_clip, tmp_path, monkeypatch):
