@@ -6,9 +6,9 @@
 Generated scenes of 3840x2160 with objects of 12 to 40 pixels of the demo's classes, for a checkpoint of the
 demo. Plain detection is on the model's own canvas, which is the slices' as well, and on larger ones, up to
 the slices' scale. With ``--sahi N`` SAHI's own code (``pip install --target folder sahi shapely --no-deps``)
-works on N scenes, by turns with this project's: a box is alike where the other side has one of its class with
-an IoU of 0.9. Rows go to ``results/slicing.csv`` and ``slicing_sahi.csv``. Times are ratios of processor
-time, which other programs disturb less.
+works on N scenes, by turns with this project's and on one thread each: a box is alike where the other side
+has one of its class with an IoU of 0.9. Rows go to ``results/slicing.csv`` and ``slicing_sahi.csv``. Times
+are the processor's, which other programs disturb less.
 """
 
 from __future__ import annotations
@@ -159,12 +159,14 @@ def crop(frame: NDArray[np.uint8], found: Detections) -> NDArray[np.uint8]:
 
 def beside_sahi(options: argparse.Namespace, model: Path, sides: tuple[int, int], command: str) -> None:
     """The same weights in torchvision's detector under SAHI, and exported here, on the same slices."""
+    import torch
     from sahi.models.torchvision import TorchVisionDetectionModel
     from sahi.predict import get_sliced_prediction
 
     from anchorline.export.importers.torchvision import TorchvisionDetector
     from anchorline.train.checkpoint import load_checkpoint
 
+    torch.set_num_threads(1)  # threads that wait for each other would count as processor time
     network, contract = load_checkpoint(options.checkpoint)
     theirs = TorchvisionDetector.of(network, contract)
     wrapped = TorchVisionDetectionModel(
@@ -190,7 +192,7 @@ def beside_sahi(options: argparse.Namespace, model: Path, sides: tuple[int, int]
             [each.category.id - 1 for each in found],
         )
 
-    with Detector(model, "cpu", slices=SliceOptions(*sides)) as ours:
+    with Detector(model, "cpu", threads=1, slices=SliceOptions(*sides)) as ours:
         for seed in range(options.sahi):
             frame = small_scene(seed)[0]
             found, spent = {}, {}
