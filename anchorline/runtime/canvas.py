@@ -81,9 +81,12 @@ def canvas_of(contract: Contract, placements: Sequence[Placement]) -> tuple[int,
     height, width = _padded(placements, contract.resize)
     if height * width > max_pixels():
         found = " and ".join("{}x{}".format(*placement.source) for placement in placements[:3])
+        remedy = (
+            "give frames of like shapes" if len(placements) > 1 else "bound the resize rule's longer side"
+        )
         raise FrameError(
             f"Frames of {found} would need a canvas of {height}x{width}; expected at most {max_pixels()} "
-            f"pixels; give frames of like shapes, or set {MAX_PIXELS_VARIABLE}={height * width}"
+            f"pixels; {remedy}, or set {MAX_PIXELS_VARIABLE}={height * width}"
         )
     return height, width
 

@@ -236,6 +236,8 @@ class Contract:
             if "version" not in values:  # which has a default for who makes one
                 raise ArtefactError("contract version is missing")
             if type(version) is int and version == 1:  # whose canvas was always fixed
+                if values.get("canvas", ...) is None:
+                    raise ArtefactError("contract canvas is null; expected (height, width) in version 1")
                 if isinstance(values.get("resize"), dict):
                     values["resize"] = {"within": None, "padding": 32, **values["resize"]}
                 values["version"] = CONTRACT_VERSION

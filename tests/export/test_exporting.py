@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import re
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -395,6 +396,22 @@ def test_a_frame_canvas_holds_the_frame_at_its_scale(
     assert frame_canvas(frame_size, contract) == canvas
     whole = place(frame_size, contract.canvas, contract.resize)
     assert place(frame_size, canvas, contract.resize).valid == whole.valid
+
+
+def test_a_frame_size_fixes_the_canvas_that_its_frames_fill(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def asked(model: FasterRCNN, contract: Contract) -> None:
+        raise Asked(contract.canvas)
+
+    monkeypatch.setattr(exporting, "to_onnx", asked)
+    expected = frame_canvas((30, 900), exported.result.contract)
+    assert expected[0] < expected[1]
+    with pytest.raises(Asked, match=re.escape(str(expected))):
+        exporting.export_onnx(exported.checkpoint, tmp_path / "m.onnx", frame_size=(30, 900))
 
 
 def test_a_canvas_and_a_frame_size_exclude_each_other(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from anchorline.export.importers.conversion import import_checkpoint
 from anchorline.export.importers.library import coco_90
 from anchorline.export.importers.torchvision import ARCHITECTURES, TorchvisionDetector
 from anchorline.export.onnx_export import export_onnx
+from anchorline.runtime.canvas import frame_canvas
 from anchorline.runtime.contract import NAMES_VARIABLE, ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
@@ -190,16 +191,16 @@ def test_detections_are_torchvisions(smallest: Source, frames: list[Frame], tmp_
 def test_detections_through_onnxruntime_are_torchvisions(
     smallest: Source, frames: list[Frame], tmp_path: Path
 ) -> None:
-    """One file for all frames, and one for those of a camera, whose canvas the rule gives."""
+    """One file for all frames, also held to the canvas that the rule gives those of a camera."""
     imported, onnx = tmp_path / "model.safetensors", tmp_path / "model.onnx"
     import_checkpoint(smallest.path, imported, arch=SMALLEST, verify=False)
-    for frame_size, canvas in ((None, None), ((240, 320), (320, 448))):
-        contract = export_onnx(imported, onnx, frame_size=frame_size, verify=False).contract
-        assert (contract.canvas, contract.input_dtype) == (canvas, "float32")
-        with Detector(onnx, provider="cpu") as detector:
-            found = detector.batch(frames[:3])
-        expected = TorchvisionDetector(smallest.model, contract).batch(frames[:3])
-        check_same(expected, found, box=0.05, score=1e-4)
+    contract = export_onnx(imported, onnx, verify=False).contract
+    assert (contract.canvas, contract.input_dtype) == (None, "float32")
+    assert frame_canvas((240, 320), contract) == (320, 448)
+    expected = TorchvisionDetector(smallest.model, contract).batch(frames[:3])
+    for canvas in (None, (320, 448)):
+        with Detector(onnx, provider="cpu", canvas=canvas) as detector:
+            check_same(expected, detector.batch(frames[:3]), box=0.05, score=1e-4)
 
 
 def test_a_model_held_to_a_canvas_is_not_compared(smallest: Source, tmp_path: Path) -> None:

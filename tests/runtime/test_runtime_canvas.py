@@ -15,6 +15,7 @@ from anchorline.runtime.canvas import (
     boxes_to_canvas,
     boxes_to_source,
     by_canvas,
+    canvas_of,
     fit,
     frame_canvas,
     held_to,
@@ -22,7 +23,7 @@ from anchorline.runtime.canvas import (
     to_canvas,
 )
 from anchorline.runtime.contract import Contract, ResizeRule
-from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.io.errors import FrameError, SettingsError
 from anchorline.runtime.resize import resize_float
 
 SIDES = st.integers(1, 6000)
@@ -250,6 +251,21 @@ def test_a_free_model_is_held_to_a_canvas_and_another_rule(contract):
         held_to(fixed, (64, 96), None)
     with pytest.raises(SettingsError, match=r"resize is 100; expected ResizeRule"):
         held_to(fixed, None, 100)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "remedy"),
+    [
+        ([(1, 9000)], "bound the resize rule's longer side"),
+        ([(9000, 1), (1, 90)], "give frames of like shapes"),
+    ],
+)
+def test_a_canvas_of_more_pixels_than_images_may_have(contract, sizes, remedy):
+    free = dataclasses.replace(contract, canvas=None, resize=ResizeRule(800))
+    with pytest.raises(
+        FrameError, match=rf"would need a canvas of .*; {remedy}, or set ANCHORLINE_MAX_PIXELS="
+    ):
+        canvas_of(free, [place(size, None, free.resize) for size in sizes])
 
 
 def test_pixels_and_boxes_move_together():

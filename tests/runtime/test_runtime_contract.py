@@ -148,6 +148,7 @@ def test_a_mapping_of_unknown_names_is_no_rule_and_no_thresholds(field: str, con
         ({"source": {"\x07": "\u202e"}, "colour": 1}, "'colour' is no field of this version"),
         ({"thresholds": {"\x1b": 1}}, r"thresholds.'\x1b' is no field"),
         ({"version": 3}, "version 3 is newer than 2"),
+        ({"version": 1, "canvas": None}, "canvas is null; expected (height, width) in version 1"),
     ],
 )
 def test_fields_that_make_no_sense_together(
