@@ -147,6 +147,7 @@ def test_it_is_the_same_in_onnxruntime_and_after_lowering(
     assert len(fixed) != len(expected) or np.abs(fixed - expected).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_dc5_proposes_the_same_in_onnxruntime(
     small_model: Callable[..., FasterRCNN], small_resnet: str, tmp_path: Path
 ) -> None:

@@ -76,6 +76,7 @@ def test_the_fixed_point_body_needs_no_plugin_though_one_is_registered(
     assert b"nms_converged" not in built.path.read_bytes()
 
 
+@pytest.mark.slow
 def test_roi_align_as_gather_builds_into_no_more_memory(
     rtx: Any, built: BuildResult, model_file: ModelFile, tmp_path: Path
 ) -> None:

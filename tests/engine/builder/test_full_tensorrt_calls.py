@@ -30,6 +30,7 @@ _spec.loader.exec_module(double)
 
 ModelFile = Callable[[str], Path]
 VERSIONS = ("10.16.0.72", "11.4.1.5")
+CANVASES = [((128, 160),) * 3]
 
 
 @pytest.fixture(params=VERSIONS)
@@ -117,7 +118,7 @@ def test_a_version_compatible_engine_has_no_plugin_of_ours(
 def test_another_gpu_or_version_is_another_build(tensorrt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def key() -> str:
         options = BuildOptions()
-        identity = build_identity("0" * 64, options, (1, 1, 1), flavours.load_toolkit(options), ())
+        identity = build_identity("0" * 64, options, (1, 1, 1), CANVASES, flavours.load_toolkit(options), ())
         return json.dumps(identity)
 
     first = key()
