@@ -446,10 +446,15 @@ def record_of(phase: PhaseConfig) -> dict[str, Any]:
 
 
 def check_record(path: Path, record: Mapping[str, Any], phase: PhaseConfig) -> None:
-    """Raise ``ArtefactError`` where the ``record`` in ``path`` is of settings or data that give others."""
+    """Raise ``ArtefactError`` where the ``record`` in ``path`` is of settings or data that give others.
+
+    A setting that it lacks is newer than the run: its default is what the run did.
+    """
     wanted = json.loads(json.dumps(record_of(phase)))  # JSON makes lists of tuples
+    usual = json.loads(json.dumps(Settings().to_dict()))
     for table, values in wanted["settings"].items():
-        before = {RENAMED.get(name, name): value for name, value in record["settings"][table].items()}
+        before = usual[table]
+        before |= {RENAMED.get(name, name): value for name, value in record["settings"][table].items()}
         for name, value in values.items():
             if before.get(name) != value and name != "workers":  # which change no number
                 raise ArtefactError(

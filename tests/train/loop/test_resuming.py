@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,20 @@ def test_a_state_with_a_setting_s_former_name_goes_on_in_silence(
     train(tiny(epochs=1), scenes, out, resume=True)
     assert capsys.readouterr().err == ""
     check_resume_fails(tiny(epochs=1, lr_schedule="step"), scenes, out, "training.lr_schedule = 'cosine'")
+
+
+def test_a_state_of_before_a_setting_goes_on_with_its_default(
+    tiny: MakeSettings, scenes: Dataset, finished: Path, tmp_path: Path
+) -> None:
+    out = copy_of(finished, tmp_path)
+    state = out / "last" / "state.pt"
+    saved = torch.load(state, weights_only=True)
+    progress = json.loads(saved["progress"])
+    for name in ("slice", "slice_overlap", "min_visible", "empty_slices"):
+        del progress["settings"]["training"][name]
+    torch.save({**saved, "progress": json.dumps(progress)}, state)
+    train(tiny(epochs=1), scenes, out, resume=True)
+    check_resume_fails(tiny(epochs=1, min_visible=0.5), scenes, out, "training.min_visible = 0.3")
 
 
 def test_resuming_with_other_data(tiny: MakeSettings, scenes: Dataset, finished: Path) -> None:
