@@ -162,8 +162,8 @@ class BuildOptions:
         fixed, largest = contract.canvas, self.max_frame
         if fixed is not None and (self.frames or largest):
             raise SettingsError(
-                f"frames are {self.frames or largest}, but the model was exported for a canvas of {fixed}: "
-                "leave them out, or export it for any frame size"
+                f"frames (height, width) are {self.frames or largest}, but the model was exported for a "
+                f"canvas of {fixed}: leave them out, or export it for any frame size"
             )
         if largest is not None:
             best, upright = frame_canvas(largest, contract), frame_canvas(largest[::-1], contract)

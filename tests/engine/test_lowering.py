@@ -132,6 +132,13 @@ def test_roi_align_as_gather_detects_the_same(
     check_same(with_nms_function(lowered), model, **tolerances)
 
 
+def inputs_on(height: int, width: int) -> dict[str, NDArray[np.generic]]:
+    """An image of random patches of 8 pixels that fills a part of a canvas."""
+    patches = np.random.default_rng(5).integers(0, 256, (1, height // 8, width // 8, 3), dtype=np.uint8)
+    images = patches.repeat(8, axis=1).repeat(8, axis=2)
+    return {"images": images, "image_sizes": np.array([(height - 20, width - 30)], np.float32)}
+
+
 @pytest.mark.parametrize("form", ["grid-sample", "gather"])
 def test_a_model_for_any_frame_size_detects_the_same_at_each(
     form: str,
@@ -145,9 +152,7 @@ def test_a_model_for_any_frame_size_detects_the_same_at_each(
     assert all(side.dim_param for side in model.graph.input[0].type.tensor_type.shape.dim[1:3])
     lowered = with_nms_function(lower(model, "tensorrt-rtx", roi_align=form))
     for height, width in ((160, 128), (96, 224)):
-        patches = np.random.default_rng(5).integers(0, 256, (1, height // 8, width // 8, 3), dtype=np.uint8)
-        images = patches.repeat(8, axis=1).repeat(8, axis=2)
-        inputs = {"images": images, "image_sizes": np.array([(height - 20, width - 30)], np.float32)}
+        inputs = inputs_on(height, width)
         rows = rows_of(run_onnx(model, inputs), 0)
         assert len(rows) > 10, "too few to compare anything"
         check_same_rows(rows_of(run_onnx(lowered, inputs), 0), rows)
@@ -166,10 +171,7 @@ def test_a_canvas_that_is_fixed_before_lowering_detects_the_same(
     fix_canvas(fixed, canvas)
     assert check_exported(fixed).canvas == canvas
     lowered = lower(fixed, "tensorrt-rtx", "fixed-point", fixed_point_rounds=40)
-    height, width = canvas
-    patches = np.random.default_rng(5).integers(0, 256, (1, height // 8, width // 8, 3), dtype=np.uint8)
-    images = patches.repeat(8, axis=1).repeat(8, axis=2)
-    inputs = {"images": images, "image_sizes": np.array([(height - 20, width - 30)], np.float32)}
+    inputs = inputs_on(*canvas)
     rows = rows_of(run_onnx(model, inputs), 0)
     assert len(rows) > 10, "too few to compare anything"
     check_same_rows(rows_of(run_onnx(lowered, inputs), 0), rows)
