@@ -19,6 +19,7 @@ from anchorline.runtime.io import images
 from anchorline.runtime.io.errors import DataError, OutputError, SettingsError
 from anchorline.runtime.io.image_bytes import find_damage, read_header
 from anchorline.runtime.io.images import (
+    decode_image,
     find_images,
     is_image,
     is_video,
@@ -64,6 +65,23 @@ def png_with_orientation(image: np.ndarray, orientation: int) -> bytes:
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     after_header = 8 + 25
     return content[:after_header] + chunk + content[after_header:]
+
+
+def test_the_content_of_a_file_is_decoded_as_the_file_is_read(tmp_path: Path) -> None:
+    content = jpeg_with_orientation(np.random.default_rng(0).integers(0, 256, (20, 31, 3), np.uint8), 6)
+    (tmp_path / "a.jpg").write_bytes(content)
+    assert decode_image(content).shape == (31, 20, 3)
+    np.testing.assert_array_equal(decode_image(content), read_image(tmp_path / "a.jpg"))
+    for damaged in (b"", content[:200], b"text"):
+        with pytest.raises(DataError, match=r"^image 3: "):
+            decode_image(damaged, "image 3")
+
+
+def test_no_content_is_decoded_that_is_longer_than_images_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = encode(".png", np.zeros((4, 4, 3), np.uint8))
+    monkeypatch.setenv("ANCHORLINE_MAX_PIXELS", "1")
+    with pytest.raises(DataError, match="ANCHORLINE_MAX_PIXELS"):
+        decode_image(content + bytes(1000))
 
 
 @pytest.mark.parametrize("orientation", sorted(STORED))

@@ -199,18 +199,31 @@ def _unused(image: NDArray[np.uint8], bits: int) -> int:
 
 def _decode(path: str | Path) -> tuple[NDArray[np.uint8], int]:
     """The image, and the bits of a sample in the file."""
-    limit = _MOST_BYTES_PER_PIXEL * max_pixels()
     # OpenCV's own file functions fail on non-ASCII paths on some systems.
     with input_errors(path, "expected an image", DataError):
         if Path(path).is_dir():
             raise DataError(f"{path}: is a folder, expected an image file")
-        length = os.stat(path).st_size
-        if length > limit:
-            raise DataError(
-                f"{path}: has {length} bytes, more than the {limit} that the largest image may need; "
-                f"expected an image file, or a larger {MAX_PIXELS_VARIABLE}"
-            )
+        _check_length(path, os.stat(path).st_size)
         content = Path(path).read_bytes()
+    return _decode_bytes(content, path)
+
+
+def decode_image(content: bytes, name: str = "image") -> NDArray[np.uint8]:
+    """As ``read_image``, from the content of an image file; ``name`` is what errors call it."""
+    _check_length(name, len(content))
+    return _decode_bytes(content, name)[0]
+
+
+def _check_length(path: str | Path, length: int) -> None:
+    limit = _MOST_BYTES_PER_PIXEL * max_pixels()
+    if length > limit:
+        raise DataError(
+            f"{path}: has {length} bytes, more than the {limit} that the largest image may need; "
+            f"expected an image file, or a larger {MAX_PIXELS_VARIABLE}"
+        )
+
+
+def _decode_bytes(content: bytes, path: str | Path) -> tuple[NDArray[np.uint8], int]:
     if not content:
         raise DataError(f"{path}: the file is empty, expected an image; copy or download it again")
     damage = find_damage(content)
