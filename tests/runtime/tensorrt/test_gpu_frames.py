@@ -14,6 +14,7 @@ from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import FrameError, SettingsError
 from anchorline.runtime.nv12 import Nv12
 from anchorline.runtime.tensorrt.frames import _Tensor, is_device_frame
+from anchorline.runtime.video.options import SliceOptions
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 _new_capsule = ctypes.pythonapi.PyCapsule_New
@@ -217,3 +218,29 @@ def test_a_detector_on_the_cpu_takes_none(gpu: Any, model_path: Path) -> None:
         with pytest.raises(SettingsError, match="runs on cpu, which takes none"):
             detector(PIXELS, stream=5)
     frame.free()
+
+
+def test_slices_are_of_frames_on_the_host(gpu: Any, make_engine: Callable[..., Path]) -> None:
+    """Rows of a slice lie apart, and an engine answers as onnxruntime does. GPU frames are refused."""
+    pixels = np.random.default_rng(2).integers(0, 256, (100, 150, 3), dtype=np.uint8)
+    engine, slices = make_engine(), SliceOptions(64, overlap=0.25)
+    with Detector(engine.with_suffix(".onnx"), "cpu", slices=slices) as on_cpu:
+        expected = on_cpu(pixels)
+    with Detector(engine, slices=slices) as detector:
+        assert detector.provider == "tensorrt"
+        found = detector(pixels)
+        np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-3)
+        np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+        frame, tensor = gpu.frame(pixels), DlpackArray(gpu.driver, pixels)
+        planes = gpu.frame(np.zeros((150, 100), np.uint8))
+        for given in (frame, tensor, Nv12(planes)):
+            with pytest.raises(FrameError, match="slices are cut on the host; copy the frame to the host"):
+                detector(given)
+        with pytest.raises(FrameError, match="frame 1 of the batch: the frame lies on a GPU, and slices"):
+            detector.batch([pixels, frame])
+        with pytest.raises(FrameError, match="slices are cut on the host"):
+            list(detector.stream([frame]))
+        assert len(detector(pixels)) == len(expected)
+    frame.free()
+    planes.free()
+    gpu.driver.remove(tensor.address)
