@@ -121,6 +121,10 @@ def export(
         str | None, typer.Option(metavar="WxH", help="Trim the canvas to what a camera's frames fill.")
     ] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Largest batch the runtime will use.")] = None,
+    winograd: Annotated[
+        bool,
+        typer.Option("--winograd", help="For fp32 on processors: 3x3 convolutions in fewer multiplications."),
+    ] = False,
     verify: Annotated[bool, typer.Option(help="Compare with PyTorch before the file is published.")] = True,
 ) -> None:
     """Write a checkpoint as one ONNX file, and prove that onnxruntime gives PyTorch's detections."""
@@ -134,8 +138,11 @@ def export(
         canvas=size(canvas, "--canvas", "HEIGHTxWIDTH"),
         frame_size=frame_size and frame_size[::-1],
         max_batch=max_batch,
+        winograd=winograd,
         verify=verify,
     )
+    if winograd:
+        say(f"{result.contract.source['winograd']} convolutions in Winograd's form")
     verdict = "not verified" if result.verification is None else result.verification.describe()
     say(f"{result.path}: {result.contract.task}, {result.contract.frame_sizes}, {verdict}")
 

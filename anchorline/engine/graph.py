@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from anchorline.runtime.contract import CONTRACT_KEY, Contract
+from anchorline.runtime.contract import CONTRACT_KEY, DOMAIN, WINOGRAD_OP, Contract
 from anchorline.runtime.io.errors import ArtefactError
 from anchorline.runtime.io.files import input_errors
 from anchorline.runtime.model_file import read_onnx
@@ -25,7 +25,8 @@ HALF_SCALES_OPSET = 19
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """Load and check an exported ONNX file.
+    """Load and check an exported ONNX file; convolutions in Winograd's form, which is one for processors, are
+    plain ones again.
 
     Raises ``ArtefactError`` for a file that is missing, unreadable, no ONNX, or not an export of ours.
     """
@@ -39,6 +40,10 @@ def read_model(path: Path) -> onnx.ModelProto:
             f"{path}: not an ONNX file, or one that was cut off; export or copy it again"
         ) from error
     check_exported(model, str(path))
+    for node in model.graph.node:
+        if node.domain == DOMAIN and node.op_type == WINOGRAD_OP:
+            node.domain, node.op_type = "", "Conv"
+    refill(model.functions, (f for f in model.functions if f.name != WINOGRAD_OP))
     return model
 
 

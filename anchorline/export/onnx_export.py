@@ -24,6 +24,7 @@ from anchorline import __version__
 from anchorline.data.dataset import from_frames
 from anchorline.data.synthetic import scenes
 from anchorline.export.functions import OPSET, attach_functions, save_model
+from anchorline.export.winograd import use_winograd
 from anchorline.runtime.canvas import frame_canvas, held_to, usual_canvas
 from anchorline.runtime.contract import CONTRACT_KEY, TASKS, Contract
 from anchorline.runtime.io.errors import SettingsError, check_choice
@@ -65,6 +66,7 @@ def export_onnx(
     canvas: tuple[int, int] | None = None,
     frame_size: tuple[int, int] | None = None,
     max_batch: int | None = None,
+    winograd: bool = False,
     verify: bool = True,
     images: Sequence[NDArray[np.uint8]] = (),
 ) -> ExportResult:
@@ -72,11 +74,11 @@ def export_onnx(
 
     It takes frames of every size. ``canvas`` (height, width) fixes that of the graph's input;
     ``frame_size`` (height, width) fixes it to what frames of a camera fill (see ``frame_canvas``).
-    ``max_batch`` bounds the
-    otherwise free batch. With ``verify`` the new file must give what PyTorch gives, stage by stage and
-    detection by detection, on ``images`` (BGR uint8, any sizes; generated scenes when empty) and in a
-    few traps, or ``ParityError`` is raised and nothing is published. The verdict, or that there is none,
-    goes to the record beside the file.
+    ``max_batch`` bounds the otherwise free batch. ``winograd`` writes 3x3 convolutions in fewer
+    multiplications, for processors (``winograd.py``); the contract's ``source`` says how many. With
+    ``verify`` the new file must give what PyTorch gives, stage by stage and detection by detection, on
+    ``images`` (BGR uint8, any sizes; generated scenes when empty) and in a few traps, or ``ParityError`` is
+    raised and nothing is published. The verdict, or that there is none, goes to the record beside the file.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     if task is not None:
@@ -102,6 +104,10 @@ def export_onnx(
         source={**contract.source, "exported_by": f"anchorline {__version__}"},
     )
     proto = to_onnx(model, contract)
+    if winograd:
+        count = use_winograd(proto, usual_canvas(contract))
+        contract = dataclasses.replace(contract, source={**contract.source, "winograd": count})
+        onnx.helper.set_model_props(proto, {CONTRACT_KEY: contract.to_json()})
     report = None
     with atomic_path(out) as draft:
         save_model(proto, draft)

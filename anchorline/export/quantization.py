@@ -270,6 +270,10 @@ def read_float_model(path: Path, contract: Contract) -> onnx.ModelProto:
     precision = "fp16" if halves else contract.precision
     if precision != "fp32":
         raise ArtefactError(f"{path}: its precision is {precision}, expected fp32; {remedy}")
+    if contract.winograd:
+        raise ArtefactError(
+            f"{path}: its convolutions are in Winograd's form, for fp32; export it without --winograd"
+        )
     name_nodes(model.graph)
     return model
 

@@ -29,6 +29,7 @@ CONTRACT_VERSION = 2
 # The custom ops' domain in an ONNX file, which is also the namespace of their TensorRT plugins.
 DOMAIN = "anchorline"
 OP_VERSION = 1
+WINOGRAD_OP = "WinogradConv"  # 3x3 convolutions in a file for processors
 
 # The output that an engine with the fixed-point NMS has besides the contract's: bool [1], false when
 # suppression needed more rounds than the engine has, so that duplicates may be left.
@@ -181,6 +182,11 @@ class Contract:
         if self.precision != "int8" or not isinstance(made, Mapping):
             return False
         return made.get("for") == "cpu" and made.get("weight_bits") != 7
+
+    @property
+    def winograd(self) -> bool:
+        """Whether it has convolutions in Winograd's form, whose sums bf16 rounds too much."""
+        return bool(self.source.get("winograd"))
 
     def __post_init__(self) -> None:
         check_fields(self, "contract ")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from anchorline.runtime.backends.onnxruntime import exact_sums, open_for_checks
 from anchorline.runtime.canvas import PROPOSAL_NAMES, Placement, check_frame, to_detections
-from anchorline.runtime.contract import Contract, ResizeRule
+from anchorline.runtime.contract import WINOGRAD_OP, Contract, ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import ArtefactError, DataError, one_line
@@ -42,7 +42,7 @@ ORDER = (
     "detections",
 )
 _IN_GRAPH = {*ORDER, "proposal_scores"} - {"preprocess", "detections"}
-_WEIGHTED = ("Conv", "Gemm", "MatMul")
+_WEIGHTED = ("Conv", "Gemm", "MatMul", WINOGRAD_OP)
 _FED = "fed/"
 # A canvas may round to the next grey level, on another processor or in another number format.
 _GREY_LEVELS = 1.0

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from anchorline.runtime.contract import Contract
 from anchorline.runtime.io.errors import SettingsError, check_choice, check_count
 
 MOST_THREADS = 1024  # libraries fail without a word of it where they cannot start as many
@@ -100,14 +101,23 @@ def cpu_facts() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
-def network_precision(wanted: str, model: str) -> str:
-    """What a provider that knows bf16 computes a model of the precision ``model`` in.
+def network_precision(wanted: str, contract: Contract) -> str:
+    """What a provider that knows bf16 computes the model of ``contract`` in.
 
-    Raises ``SettingsError`` for bf16 where the processor lacks it, or the model is no float one.
+    Raises ``SettingsError`` for bf16 where the processor lacks it, or the model is none for it.
     """
-    if model != "fp32":  # int8: what is left in float stays exact
+    if contract.precision != "fp32":  # int8: what is left in float stays exact
         if wanted == "bf16":
-            raise SettingsError(f"cpu_precision is 'bf16', but the model is {model}; use auto or fp32")
+            raise SettingsError(
+                f"cpu_precision is 'bf16', but the model is {contract.precision}; use auto or fp32"
+            )
+        return "fp32"
+    if contract.winograd:
+        if wanted == "bf16":
+            raise SettingsError(
+                "cpu_precision is 'bf16', but the model's convolutions are in Winograd's form, for fp32; use "
+                "auto or fp32, or export it without --winograd"
+            )
         return "fp32"
     if wanted == "bf16" and not has_native_bf16():
         raise SettingsError(

@@ -103,6 +103,12 @@ class OnnxRuntimeBackend:
                 f"{self.path}: its 8-bit weights need VNNI, which this processor has not; quantise the float "
                 "model again, or use the provider cpu"
             )
+        bf16 = provider == "openvino" and self.contract.precision == "fp32" and has_native_bf16()
+        if bf16 and self.contract.winograd:
+            raise ArtefactError(
+                f"{self.path}: its convolutions are in Winograd's form, for fp32, and OpenVINO as "
+                "onnxruntime's provider takes bf16 here; use the provider cpu, or export without --winograd"
+            )
         with model.checked():
             self._session: Any = _open_session(self.path, provider, options, self._threads, exact)
         if exact:
@@ -112,7 +118,7 @@ class OnnxRuntimeBackend:
                 self.path,
             )
         self.precision = self.contract.precision
-        if provider == "openvino" and self.precision == "fp32" and has_native_bf16():
+        if bf16:
             self.precision = "bf16"  # OpenVINO's own choice there
         # On a GPU inputs and outputs stay bound to device memory. TensorRT's providers move them themselves.
         self._bound = (

@@ -171,7 +171,7 @@ def _open(model: ModelFile, options: CpuOptions) -> Any:
 
     The file's name is the hash of everything that decides the network, so it never goes stale.
     """
-    precision = network_precision(options.precision, model.contract.precision)
+    precision = network_precision(options.precision, model.contract)
     settings = {
         "INFERENCE_NUM_THREADS": str(options.thread_count),
         "PERFORMANCE_HINT": options.tuning.upper(),
