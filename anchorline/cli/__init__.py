@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from anchorline import __version__, console
-from anchorline.cli.convert import build, export, import_, plugin_library, quantize
+from anchorline.cli.convert import build, deploy, export, import_, plugin_library, quantize
 from anchorline.cli.detect import detect
 from anchorline.cli.evaluate import evaluate, proposals
 from anchorline.cli.examine import bench, doctor, verify
@@ -47,7 +47,7 @@ def _anchorline(
 
 
 _DATA = (detect, evaluate, train, proposals)
-_FILES = (import_, export, quantize, verify, build, plugin_library)
+_FILES = (import_, export, quantize, verify, build, plugin_library, deploy)
 for _verb in (*_DATA, *_FILES, demo, bench, doctor):
     app.command(_verb.__name__.rstrip("_").replace("_", "-"))(_verb)
 

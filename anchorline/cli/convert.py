@@ -1,4 +1,5 @@
-"""From one artefact to the next: ``import``, ``export``, ``quantize``, ``build`` and ``plugin-library``."""
+"""From one artefact to the next, and to other servers: ``import``, ``export``, ``quantize``, ``build``,
+``plugin-library`` and ``deploy``."""
 
 from __future__ import annotations
 
@@ -244,3 +245,27 @@ def plugin_library(
 
     library = build_plugin_library(out, compiler=compiler, register_on_load=register_on_load)
     say(f"{library}: BatchedNMS and RoIPool for TensorRT 10, 11 and TensorRT for RTX")
+
+
+def deploy(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An exported model.onnx, or an engine.")],
+    *,
+    target: Annotated[Literal["triton"], typer.Option("--for", help="The server that is to run it.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    backend: Annotated[
+        Literal["onnxruntime", "openvino", "tensorrt"] | None,
+        typer.Option(help="Triton's for the network (default: onnxruntime, or tensorrt for an engine)."),
+    ] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(min=1, help="Largest batch that the server forms (default: the model's, 8).")
+    ] = None,
+    compiler: Annotated[
+        str | None,
+        typer.Option(help="A C++17 compiler, for an engine's plugin library (default: $CXX, c++)."),
+    ] = None,
+) -> None:
+    """Write a folder with all that another server needs to run a model: a repository for Triton."""
+    from anchorline.deploy import deploy_triton
+
+    written = deploy_triton(model, out, backend=backend, max_batch=max_batch, compiler=compiler)
+    say(f"{written}: ready for {target}; see {written / 'README.md'}")

@@ -1,0 +1,5 @@
+"""Handing a model over to NVIDIA's Triton or DeepStream: a folder that holds all they need."""
+
+from anchorline.deploy.triton import deploy_triton
+
+__all__ = ["deploy_triton"]
