@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from anchorline import cli
 from anchorline.data.synthetic import CLASS_NAMES
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
+from anchorline.runtime.io.files import sha256_of
 from anchorline.runtime.slices import slice_views
 from anchorline.runtime.video.pipeline import VideoPipeline
 
@@ -229,6 +230,10 @@ def test_evaluate_writes_its_pictures(model: Path, tmp_path: Path) -> None:
     names = {"per_class.png", "pr_curves.png", "confusion.png", "worst_images.jpg"}
     assert names <= {path.name for path in (tmp_path / "plots").iterdir()}
     assert json.loads((tmp_path / "plots/confusion.json").read_text())["min_score"] == 0.25
+    for name in ("per_class", "pr_curves", "confusion", "worst_images"):  # each says what it is of
+        found = json.loads((tmp_path / f"plots/{name}.json").read_text())
+        assert found["model"] == {"name": "model.onnx", "sha256": sha256_of(model)}
+        assert found["data"] == "synthetic:2"
 
 
 def test_evaluate_on_yolo_data_tells_of_images_without_labels(

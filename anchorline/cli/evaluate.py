@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -56,6 +57,7 @@ def evaluate(
         return
     from anchorline.artefacts import open_detector
     from anchorline.runtime.canvas import unmixed
+    from anchorline.runtime.io.files import sha256_of
     from anchorline.runtime.slices import in_slices
 
     if proposals is not None and slices is not None:
@@ -76,6 +78,8 @@ def evaluate(
             provider=detector.provider,
             precision=detector.precision,
         )
+    identity = {"name": model.name, "sha256": sha256_of(model)}
+    report = dataclasses.replace(report, model=identity, slices=slices)
     show_report(report, json)
     if pictures is not None:
         from anchorline.evaluation.pictures import write_report_files

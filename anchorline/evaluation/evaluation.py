@@ -6,7 +6,8 @@ ONNX file and an engine go through the same code: with their own ``batch``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +29,8 @@ from anchorline.runtime.io.files import plain
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from anchorline.runtime.video.options import SliceOptions
 
 PROPOSAL_COUNTS = (1, 3, 10, 30, 50, 100, 200, 300, 500, 1000)
 IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
@@ -103,6 +106,7 @@ class EvaluationReport:
     figure is NaN where there is no object to find. ``per_size`` are COCO's figures for ``small``,
     ``medium`` and ``large`` objects; ``curves`` the precision-recall curves at IoU 0.5 by class name;
     ``detections`` what the detector found in each image, with labels that index the data's names.
+    ``data`` is the spec; ``model`` (name and sha256) and ``slices`` are for whoever opened the model to say.
     """
 
     map50: float
@@ -115,6 +119,9 @@ class EvaluationReport:
     precision: str
     curves: dict[str, PrecisionRecall]
     detections: tuple[Detections, ...] = field(repr=False)
+    data: str = ""
+    model: Mapping[str, str] | None = None
+    slices: SliceOptions | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The plain dict that ``anchorline evaluate --json`` writes; NaN becomes None."""
@@ -210,6 +217,7 @@ def report_detections(
         precision=precision,
         curves=dict(zip(names, curves, strict=True)),
         detections=found,
+        data=dataset.spec,
     )
 
 
@@ -242,7 +250,10 @@ def _labels_by_name(names: tuple[str, ...], wanted: tuple[str, ...], spec: str) 
 
 @dataclass(frozen=True)
 class ProposalReport:
-    """Recall by number of proposals and IoU, and the average recall ``ar`` (IoU .5:.95, most proposals)."""
+    """Recall by number of proposals and IoU, and the average recall ``ar`` (IoU .5:.95, most proposals).
+
+    ``data``, ``model`` and ``slices`` as in ``EvaluationReport``.
+    """
 
     recall: dict[int, dict[float, float]]
     ar: float
@@ -250,6 +261,9 @@ class ProposalReport:
     images: int
     provider: str
     precision: str
+    data: str = ""
+    model: Mapping[str, str] | None = None
+    slices: SliceOptions | None = None
 
     def to_json(self) -> dict[str, Any]:
         """``{"recall": {"100": {"0.5": ...}}, "ar", ...}``; None where there is no object."""
@@ -282,13 +296,15 @@ def evaluate_proposals(
 ) -> ProposalReport:
     """Run a model that delivers proposals over the data set and report its recall."""
     found = list(run_detector(propose, dataset, batch, progress))
-    return proposal_recall(dataset.images, found, provider=provider, precision=precision)
+    report = proposal_recall(dataset.images, found, provider=provider, precision=precision)
+    return dataclasses.replace(report, data=dataset.spec)
 
 
 def evaluate_stored(path: Path, dataset: Dataset) -> ProposalReport:
     """The recall of the stored proposals in ``path`` on the data set; raises ``DataError``."""
     stored = [each.to_detections() for each in read_proposals(path, dataset)]
-    return proposal_recall(dataset.images, stored, provider="stored proposals")
+    report = proposal_recall(dataset.images, stored, provider="stored proposals")
+    return dataclasses.replace(report, data=dataset.spec)
 
 
 def proposal_recall(

@@ -81,7 +81,7 @@ def plot_loss_curve(csv_path: str | Path, path: str | Path) -> None:
     Reads the columns ``step``, ``loss`` and any ``loss_*``; empty cells are left out, so validation
     rows (column ``map50``) may stand between training rows. Raises ``DataError`` for another file.
     """
-    columns = _read_columns(Path(csv_path))
+    columns = read_columns(Path(csv_path))
     figure, (axes,) = new_figure(7.2, 4.6)
     for name in sorted(name for name in columns if name == "loss" or name.startswith("loss_")):
         steps, values = columns[name]
@@ -204,8 +204,8 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         figure.savefig(temporary, dpi=130)
 
 
-def _read_columns(path: Path) -> dict[str, NDArray[np.float64]]:
-    """Each numeric column as [2, N]: the steps at which it has a value, and the values."""
+def read_columns(path: Path) -> dict[str, NDArray[np.float64]]:
+    """Each numeric column of a training's CSV as [2, N]: the steps at which it has one, and the values."""
     expect_regular(path, DataError)
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -383,9 +383,10 @@ def write_report_files(
 
     For detections ``per_class``, ``pr_curves``, ``confusion`` and ``worst_images`` (a .jpg); the last
     two count detections from ``shown_score`` on. For proposals ``recall``. ``dataset`` is the one
-    that was evaluated.
+    that was evaluated. Each JSON names the model and the data, as the report does.
     """
     folder = Path(folder)
+    about = {"model": report.model, "data": report.data}
     if isinstance(report, ProposalReport):
         plot_recall(report, folder / "recall.png")
         write_json(folder / "recall.json", report)
@@ -400,10 +401,10 @@ def write_report_files(
     plot_class_table(report, folder / "per_class.png")
     write_json(folder / "per_class.json", report)
     plot_pr_curves(report, folder / "pr_curves.png")
-    write_json(folder / "pr_curves.json", {"iou_threshold": 0.5, "classes": report.curves})
+    write_json(folder / "pr_curves.json", {**about, "iou_threshold": 0.5, "classes": report.curves})
     confusion = confusion_matrix(dataset, report.detections, shown_score)
     plot_confusion(confusion, folder / "confusion.png")
-    write_json(folder / "confusion.json", confusion)
+    write_json(folder / "confusion.json", {**about, **confusion.to_json()})
     sheet = folder / "worst_images.jpg"
     worst = worst_images_sheet(dataset, report.detections, sheet, worst_images, shown_score)
-    write_json(folder / "worst_images.json", {"min_score": shown_score, "images": worst})
+    write_json(folder / "worst_images.json", {**about, "min_score": shown_score, "images": worst})

@@ -85,6 +85,9 @@ def test_the_json_is_the_designs(data: Dataset, answers: list[Detections]) -> No
         "images": 3,
         "provider": "openvino",
         "precision": "bf16",
+        "data": data.spec,
+        "model": None,
+        "slices": None,
     }
 
 
