@@ -6,6 +6,7 @@ shows scenes that the training has not seen, and its own ground truth measures t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -21,12 +22,13 @@ from anchorline.data.dataset import Dataset
 from anchorline.data.synthetic import synthetic_dataset
 from anchorline.data.synthetic_video import synthetic_video_dataset, write_video
 from anchorline.evaluation.evaluation import EvaluationReport, report_detections
-from anchorline.evaluation.pictures import contact_sheet, plot_loss_curve, plot_pr_curves
+from anchorline.evaluation.pictures import contact_sheet, plot_loss_curve, write_report_files
 from anchorline.export import ExportResult, export_onnx
+from anchorline.report.page import report as write_page
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.runtime.io.files import write_json
+from anchorline.runtime.io.files import sha256_of, write_json
 from anchorline.runtime.video.figures import DetectSummary
 from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.pipeline import detect
@@ -81,7 +83,8 @@ class DemoReport:
             "video": f"{VIDEO_FRAMES} frames of an unseen scene",
             "detect": f"{self.detection.fps:.0f} frames/s from file to annotated mp4",
             "evaluate": f"mAP50 {accuracy.map50:.3f}, VOC07 {accuracy.voc07:.3f}, COCO {accuracy.map:.3f}",
-            "pictures": "loss curve, precision-recall curves, contact sheet",
+            "pictures": "loss curve, precision-recall curves, confusion, worst frames, contact sheet",
+            "report": "all of this on one page, for a browser",
         }
         table = Table(title="Anchorline demo", caption=Text(f"everything is in {self.folder}/"))
         for column in ("step", "result", "file"):
@@ -139,13 +142,17 @@ def demo(
         options = DetectOptions(save=annotated, jsonl=lines, shown_score=SHOWN_SCORE)
         found = detect([video], detector, options, progress=False)
     with step("evaluate", out / "evaluation.json") as figures:
-        accuracy = evaluate_lines(lines, synthetic_video_dataset(VIDEO_SEED, VIDEO_FRAMES))
+        truth = synthetic_video_dataset(VIDEO_SEED, VIDEO_FRAMES)
+        identity = {"name": model.name, "sha256": sha256_of(model)}
+        accuracy = dataclasses.replace(evaluate_lines(lines, truth), model=identity)
         write_json(figures, accuracy.to_json())
     with step("pictures", out / "contact_sheet.png") as sheet, VideoReader(annotated) as reader:
         plot_loss_curve(out / "run" / "metrics.csv", out / "loss_curve.png")
-        plot_pr_curves(accuracy, out / "pr_curves.png")
+        write_report_files(accuracy, truth, out)
         shown = set(np.linspace(0, VIDEO_FRAMES - 1, SHEET_FRAMES).astype(int).tolist())
         contact_sheet([frame for index, _, frame in reader if index in shown], sheet)
+    with step("report", out / "report.html") as page:
+        write_page(model, page)
     report = DemoReport(out, files, seconds, exported, found, accuracy)
     write_json(out / "demo.json", report.to_json())
     return report

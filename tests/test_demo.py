@@ -18,6 +18,7 @@ from anchorline.data.synthetic import CLASS_NAMES
 from anchorline.data.synthetic_video import synthetic_video_dataset
 from anchorline.demo import DemoReport, demo, evaluate_lines
 from anchorline.runtime.io.errors import SettingsError
+from anchorline.runtime.io.files import sha256_of
 from anchorline.runtime.video.reader import VideoReader
 from anchorline.train.checkpoint import load_checkpoint
 
@@ -54,6 +55,7 @@ def test_nothing_is_missing_and_nothing_is_left_over(made: DemoReport) -> None:
         "loss_curve.png",
         "model.onnx",
         "pr_curves.png",
+        "report.html",
         "run/last/model.safetensors",
         "run/last/state.pt",
         "run/metrics.csv",
@@ -62,7 +64,7 @@ def test_nothing_is_missing_and_nothing_is_left_over(made: DemoReport) -> None:
         "scene.mp4",
     }
     assert not list(made.folder.rglob(".*")), "temporary files are left"
-    assert set(made.files) == {"train", "export", "video", "detect", "evaluate", "pictures"}
+    assert set(made.files) == {"train", "export", "video", "detect", "evaluate", "pictures", "report"}
     assert all(path.is_file() for path in made.files.values())
     assert set(made.seconds) == set(made.files)
 
@@ -95,12 +97,21 @@ def test_each_frame_has_its_line(made: DemoReport) -> None:
 def test_the_figures_are_those_of_the_lines(made: DemoReport) -> None:
     truth = synthetic_video_dataset(module.VIDEO_SEED, FRAMES)
     again = evaluate_lines(made.folder / "detections.jsonl", truth).to_json()
+    again["model"] = {"name": "model.onnx", "sha256": sha256_of(made.folder / "model.onnx")}
     assert json.loads((made.folder / "evaluation.json").read_text()) == json.loads(json.dumps(again))
     assert again["images"] == FRAMES
     report = json.loads((made.folder / "demo.json").read_text())
     assert report["evaluation"] == json.loads(json.dumps(again))
     assert report["detect"]["frames"] == FRAMES
     assert set(report["seconds"]) == set(made.seconds)
+
+
+def test_the_page_has_every_part_but_the_latency(made: DemoReport) -> None:
+    page = (made.folder / "report.html").read_text(encoding="utf-8")
+    for part in ("Precision and recall", "Confusion", "The worst images", "The numbers held", "Loss over"):
+        assert part in page
+    assert "Found and not shown" not in page
+    assert "latency: not measured" in page
 
 
 def test_the_model_was_trained_on_the_scenes_and_verified(made: DemoReport) -> None:

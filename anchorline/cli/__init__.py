@@ -18,7 +18,7 @@ from anchorline import __version__, console
 from anchorline.cli.convert import build, deploy, export, import_, plugin_library, quantize
 from anchorline.cli.detect import detect
 from anchorline.cli.evaluate import evaluate, proposals
-from anchorline.cli.examine import bench, doctor, verify
+from anchorline.cli.examine import bench, doctor, report, verify
 from anchorline.cli.options import respelled
 from anchorline.cli.train import demo, train
 
@@ -48,7 +48,7 @@ def _anchorline(
 
 _DATA = (detect, evaluate, train, proposals)
 _FILES = (import_, export, quantize, verify, build, plugin_library, deploy)
-for _verb in (*_DATA, *_FILES, demo, bench, doctor):
+for _verb in (*_DATA, *_FILES, demo, bench, report, doctor):
     app.command(_verb.__name__.rstrip("_").replace("_", "-"))(_verb)
 
 

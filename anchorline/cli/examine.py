@@ -1,4 +1,4 @@
-"""What an artefact or a machine is worth: ``verify``, ``bench`` and ``doctor``."""
+"""What an artefact or a machine is worth: ``verify``, ``bench``, ``report`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from anchorline.cli.options import (
     picture_file,
     spelled_out,
 )
-from anchorline.console import progress_bar, show, show_report
+from anchorline.console import progress_bar, say, show, show_report
 from anchorline.runtime.video.options import Slices
 
 
@@ -105,6 +105,50 @@ def bench(
             progress=progress,
         )
     show(report.render())
+
+
+def report(
+    target: Annotated[
+        Path, typer.Argument(metavar="MODEL|FOLDER", help="A model's file, or the folder that holds one.")
+    ],
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE|FOLDER", help="evaluate's --json or, with curves, its --pictures; may be repeated."
+        ),
+    ] = None,
+    verify: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="verify's --json; may be repeated.")
+    ] = None,
+    bench: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="bench's --json; may be repeated.")
+    ] = None,
+    training: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="The run folder of the training.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write (default: report.html beside the model).")
+    ] = None,
+) -> None:
+    """Put what evaluate, verify, bench and train wrote of a model on one offline page; measures nothing.
+
+    Besides the files that are named it takes those beside the model that are of it.
+    """
+    from anchorline.report.page import report as write
+
+    made = write(
+        target,
+        out,
+        evaluations=evaluation or (),
+        verifications=verify or (),
+        benches=bench or (),
+        training=training,
+    )
+    say(f"{made.path}: {made.bytes / 1e3:.0f} kB")
+    for what, how in made.missing:
+        say(f"missing: {what}; {how}", to_stderr=True)
+    for reason in made.left_out:
+        say(f"not shown: {reason}", to_stderr=True)
 
 
 def doctor(
