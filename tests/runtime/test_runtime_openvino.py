@@ -152,6 +152,18 @@ def test_the_second_opening_comes_from_the_cache(model_path, cache, monkeypatch)
 
 
 @needs_openvino
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_kept_network_computes_in_the_precision_that_was_asked_for(model_path, cache, precision):
+    """OpenVINO's own file does not say it, and left alone takes bf16 where the processor has it."""
+    if precision == "bf16" and not cpu_options.has_native_bf16():
+        pytest.skip("this processor does not compute bf16 natively")
+    for _ in range(2):
+        with Detector(model_path, "openvino", threads=1, cpu_precision=precision) as detector:
+            assert detector.precision == precision
+    assert len(list(cache.iterdir())) == 1
+
+
+@needs_openvino
 @pytest.mark.parametrize("damage", ["cut", "flipped", "header", "empty", "folder"])
 def test_a_damaged_entry_is_made_again_and_said_once(model_path, cache, caplog, damage):
     def opened() -> None:

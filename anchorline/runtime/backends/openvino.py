@@ -32,7 +32,7 @@ from anchorline.runtime.model_file import ModelFile, read_onnx
 LIMIT_BYTES = 2 << 30  # of the compiled networks on disk
 _TELEMETRY = "openvino_telemetry"
 _SUFFIX = ".network"
-_CACHE_FORMAT = "3"
+_CACHE_FORMAT = "4"
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 _said: set[Path] = set()  # damaged entries that were logged already
@@ -172,9 +172,10 @@ def _open(model: ModelFile, options: CpuOptions) -> Any:
     The file's name is the hash of everything that decides the network, so it never goes stale.
     """
     precision = network_precision(options.precision, model.contract)
-    settings = {
+    settings = {  # of a kept network as well: it forgets even the precision that it was compiled for
         "INFERENCE_NUM_THREADS": str(options.thread_count),
         "PERFORMANCE_HINT": options.tuning.upper(),
+        "INFERENCE_PRECISION_HINT": _HINTS[precision],
     }
     facts = {
         "format": _CACHE_FORMAT,
@@ -182,7 +183,6 @@ def _open(model: ModelFile, options: CpuOptions) -> Any:
         "openvino": str(load_openvino().__version__),
         "device": str(core().get_property("CPU", "FULL_DEVICE_NAME")),
         "capabilities": str(core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
-        "precision": precision,
         **settings,
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -198,7 +198,7 @@ def _open(model: ModelFile, options: CpuOptions) -> Any:
     with hidden_folder(Path(tempfile.gettempdir()), 0o700) as folder:
         inlined = folder / "inlined.onnx"
         write_inlined(model.path, inlined)
-        network = _compile(model.path, inlined, {**settings, "INFERENCE_PRECISION_HINT": _HINTS[precision]})
+        network = _compile(model.path, inlined, settings)
     exported = network.export_model()
     store_network(kept_at, exported if isinstance(exported, bytes) else bytes(exported.read()))
     return network
