@@ -63,7 +63,7 @@ def open_detector(
 
         return TorchDetector.load(model)
     wanted = provider if cpu_precision == "bf16" else exact_provider(provider)
-    return Detector(model, wanted, cpu_precision=cpu_precision)
+    return Detector(model, wanted, cpu_precision=cpu_precision, measure=False)
 
 
 def open_subject(path: Path, provider: str = "auto", other: Contract | None = None) -> Subject:

@@ -94,6 +94,7 @@ def bench(
     warmup: int = 10,
     threads: int | None = None,
     cpu_precision: str = "auto",
+    measure: bool | None = None,
     slices: SliceOptions | None = None,
     json_file: str | Path | None = None,
     csv_file: str | Path | None = None,
@@ -104,8 +105,8 @@ def bench(
 
     ``source`` is a video, an image or a folder of images, of which the first frames are held in memory;
     without it generated scenes of 1920x1080 are used. ``batches`` batches of ``batch`` frames are measured
-    after ``warmup`` others, in ``slices`` where they are given. The figures go to the files that are named.
-    Raises ``AnchorlineError`` for what cannot be opened or run.
+    after ``warmup`` others, in ``slices`` where they are given. ``measure`` is ``Detector``'s. The figures
+    go to the files that are named. Raises ``AnchorlineError`` for what cannot be opened or run.
     """
     if not models or not providers:
         raise SettingsError("nothing to measure; name at least one model and one provider")
@@ -120,7 +121,8 @@ def bench(
     for done, (model, provider) in enumerate(pairs):
         if progress is not None:
             progress(done, len(pairs))
-        work = Work(model, shown, provider, batch, batches, warmup, threads, cpu_precision, in_slices)
+        options = (batch, batches, warmup, threads, cpu_precision, measure, in_slices)
+        work = Work(model, shown, provider, *options)
         rows.append(_measure(work))
     report = BenchReport(tuple(rows), machine())
     if json_file is not None:

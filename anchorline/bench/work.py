@@ -49,6 +49,7 @@ class Work:
     warmup: int
     threads: int | None
     cpu_precision: str
+    measure: bool | None = None
     slices: Mapping[str, Any] | None = None  # the fields of SliceOptions
 
 
@@ -97,6 +98,7 @@ def measure(work: Work) -> BenchRow:
         threads=work.threads,
         cpu_precision=work.cpu_precision,
         slices=None if work.slices is None else SliceOptions(**work.slices),
+        measure=work.measure,
     ) as detector:
         open_s = time.perf_counter() - start
         warmup = max(1, work.warmup)
@@ -120,7 +122,7 @@ def measure(work: Work) -> BenchRow:
             provider=detector.provider,
             precision=detector.precision,
             batch=work.batch,
-            threads=work.threads or usable_cores(),
+            threads=detector.threads or work.threads or usable_cores(),
             frame_size=" ".join(sorted({f"{f.shape[1]}x{f.shape[0]}" for f in frames})),
             frames=count,
             views=views / count,

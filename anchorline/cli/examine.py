@@ -11,6 +11,7 @@ from anchorline.cli.options import (
     CpuPrecisionOption,
     ImagesOption,
     JsonOption,
+    MeasureOption,
     PicturesOption,
     ProviderOption,
     picture_file,
@@ -80,16 +81,17 @@ def bench(
         int | None, typer.Option(min=1, help="Threads of the network (default: one a core).")
     ] = None,
     cpu_precision: CpuPrecisionOption = "auto",
+    measure: MeasureOption = None,
     slices: Slices = None,
     csv: Annotated[Path | None, typer.Option(help="Write the figures to this file as CSV.")] = None,
     pictures: PicturesOption = None,
     json: JsonOption = None,
 ) -> None:
     """Measure how fast models run here: percentiles of each stage, throughput, peak memory."""
-    from anchorline.bench.bench import bench as measure
+    from anchorline.bench.bench import bench as bench_models
 
     with progress_bar("measuring") as progress:
-        report = measure(
+        report = bench_models(
             models,
             source=images,
             providers=provider or ("auto",),
@@ -98,6 +100,7 @@ def bench(
             warmup=warmup,
             threads=threads,
             cpu_precision=cpu_precision,
+            measure=measure,
             slices=slices,
             json_file=json,
             csv_file=csv,

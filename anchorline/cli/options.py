@@ -38,6 +38,7 @@ PicturesOption = Annotated[
 ]
 ProviderOption = Annotated[Provider, typer.Option(help=_help["provider"])]
 CpuPrecisionOption = Annotated[CpuPrecision, typer.Option(help=_help["cpu_precision"])]
+MeasureOption = Annotated[bool | None, typer.Option("--measure/--no-measure", help=_help["measure"])]
 
 
 def spelled_out(command: Callable[..., None]) -> Callable[..., None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from anchorline.doctor.artefact import Artefact, Verification
     from anchorline.doctor.runtimes import Runtime
+    from anchorline.runtime.backends.choice import Choice
 
 # What is shown of the installed packages; the JSON has these as well as everything that conflicts.
 SHOWN_PACKAGES = {
@@ -34,12 +36,14 @@ SHOWN_PACKAGES = {
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """All facts and findings; of an artefact that was given also what runs it and whether it was verified."""
+    """All facts and findings; of an artefact that was given also what runs it, which of that was measured to
+    be the quickest here (of an ONNX file), and whether it was verified."""
 
     machine: Machine
     findings: list[Finding]
     artefact: Artefact | None = None
     runtimes: Sequence[Runtime] = ()
+    choices: Sequence[Choice] = ()
     verification: Verification | None = None
 
     @property
@@ -54,7 +58,9 @@ class DoctorReport:
         if self.artefact is not None and self.verification is not None:
             runtimes = [asdict(runtime) for runtime in self.runtimes]
             verification = asdict(self.verification)
-            artefact = {**self.artefact.to_json(), "runtimes": runtimes, "verification": verification}
+            measured = [asdict(choice) for choice in self.choices]
+            artefact = {**self.artefact.to_json(), "runtimes": runtimes, "measured": measured}
+            artefact["verification"] = verification
         findings = [asdict(finding) for finding in self.findings]
         return {"healthy": self.healthy, "findings": findings, "artefact": artefact, "machine": machine}
 
@@ -70,6 +76,7 @@ class DoctorReport:
         if self.artefact is not None and self.verification is not None:
             rows = [*self.artefact.rows().items(), ("verified", self.verification.text)]
         runs = [(each.name, f"{'runs it' if each.runs else 'no'}: {each.reason}") for each in self.runtimes]
+        runs += [("auto takes", _measured(each)) for each in self.choices]
         findings = [(each.level, f"{each.text}\n-> {each.remedy}") for each in self.findings]
         for section in (rows, runs, _machine_rows(self.machine), findings):
             for name, value in section:
@@ -95,14 +102,23 @@ def doctor(artefact: Path | None = None, machine: Machine | None = None) -> Doct
     # Here and not above: these need the runtime, and that needs NumPy and OpenCV.
     from anchorline.doctor.artefact import read_artefact, read_verification
     from anchorline.doctor.runtimes import runtime_findings, runtimes_for
+    from anchorline.runtime.backends.choice import choices_of
+    from anchorline.runtime.model_file import read_onnx
 
     found = read_artefact(artefact)
     runtimes, verification = runtimes_for(found, machine), read_verification(artefact)
+    choices = choices_of(read_onnx(artefact)) if found.kind == "onnx" else []
     more = runtime_findings(found, runtimes)
     if found.kind != "checkpoint" or verification.state != "missing":  # others are compared with it
         more += verification.findings(artefact)
     findings = sorted([*more, *findings], key=lambda each: each.level != "problem")
-    return DoctorReport(machine, findings, found, runtimes, verification)
+    return DoctorReport(machine, findings, found, runtimes, choices, verification)
+
+
+def _measured(choice: Choice) -> str:
+    facts, day = choice.facts, datetime.fromtimestamp(choice.measured, timezone.utc).date()
+    asked = ", ".join(f"{name} {facts[name]}" for name in ("tuning", "threads", "precision") if name in facts)
+    return f"{choice.describe()}; measured on {day} for {asked}"
 
 
 def _machine_rows(machine: Machine) -> Iterator[tuple[str, str]]:

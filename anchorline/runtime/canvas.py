@@ -27,6 +27,7 @@ from anchorline.runtime.nv12 import Nv12, bgr_of, frame_size
 from anchorline.runtime.resize import resize_antialiased, resize_float
 
 PROPOSAL_NAMES = ("object",)
+USUAL_FRAME = (600, 800)  # height and width of a frame in the most common shape, 4:3
 
 _BGR = "Expected a frame as uint8 BGR array of shape [H, W, 3]"
 
@@ -218,8 +219,8 @@ def _checked_canvas(canvas: object, unit: int) -> tuple[int, int] | None:
 
 
 def usual_canvas(contract: Contract) -> tuple[int, int]:
-    """The contract's canvas or, where that is free, that of a frame in the most common shape (4:3)."""
-    return contract.canvas or frame_canvas((600, 800), contract)
+    """The contract's canvas or, where that is free, that of a ``USUAL_FRAME``."""
+    return contract.canvas or frame_canvas(USUAL_FRAME, contract)
 
 
 def to_canvas(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from anchorline.runtime.backends.base import Lane, LanePool
 from anchorline.runtime.backends.cpu_options import MOST_THREADS, CpuOptions
 from anchorline.runtime.backends.selection import open_backend
-from anchorline.runtime.canvas import Placement, Preprocessor, check_frame, held_to, to_detections
+from anchorline.runtime.canvas import Placement, Preprocessor, check_frame, to_detections
 from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import FrameError, SettingsError, check_count, shown
@@ -38,19 +38,23 @@ class Detector:
 
     ``model`` is an ONNX file written by ``anchorline export`` or an engine by ``anchorline build``.
     ``provider`` is ``"auto"`` (the best one here: an engine runs on TensorRT or, where that cannot be, its
-    ONNX file on the CPU, and the log says why; an ONNX file on CUDA, else OpenVINO, else onnxruntime's
-    CPU), ``"cpu"``, ``"openvino"``, ``"cuda"``, ``"tensorrt"`` or ``"tensorrt-rtx"``; one that is named and
-    not to be had is an error. Detections with a score under
-    ``score_threshold`` are dropped; by default all that the graph lets through (its own cut is
-    ``contract.thresholds.score``) are returned. ``threads`` bounds the CPU threads, ``workers`` the calls
-    that run at once (on a GPU each takes memory of its own). ``cpu_precision`` and ``tuning`` are those of
+    ONNX file on the CPU, and the log says why; an ONNX file on CUDA, else on the quickest of OpenVINO and
+    onnxruntime's CPU), ``"cpu"``, ``"openvino"``, ``"cuda"``, ``"tensorrt"`` or ``"tensorrt-rtx"``; one that
+    is named and not to be had is an error. Detections with a score under ``score_threshold`` are dropped; by
+    default all that the graph lets through (its own cut is ``contract.thresholds.score``) are returned.
+    ``threads`` sets the CPU threads (None: one a core, or as measured), ``workers`` the calls that run at
+    once (on a GPU each takes memory of its own). ``cpu_precision`` and ``tuning`` are those of
     ``CpuOptions``: the arithmetic on a processor, and latency or throughput. ``gpu`` says how a GPU is used.
     A file for frames of any size can be held to a ``canvas`` (height, width), onto which all frames are laid,
     or take another ``resize`` rule than its own: at a smaller scale it is faster and finds fewer small ones.
     With ``slices`` frames larger than a slice are looked at in several views (docs/slicing.md).
+    Which is the quickest is measured when a model is opened for the first time on a machine, which takes
+    seconds, and remembered (docs/performance.md); with ``measure=False`` it is assumed to be OpenVINO. None:
+    as the environment variable ``ANCHORLINE_MEASURE`` says, 1 or 0; by default it is measured.
 
     ``contract`` is what the model promises (task, class names, canvas, thresholds, origin), ``provider`` what
-    the network runs on, such as ``"cpu"``, and ``precision`` its arithmetic, such as ``"fp32"``.
+    the network runs on, such as ``"cpu"``, ``precision`` its arithmetic, such as ``"fp32"``, and ``threads``
+    how many threads of the processor it has, None for an engine.
     Pickled or copied it is its arguments, with which the file is opened anew.
     Raises ``ArtefactError``, ``SettingsError`` and ``GpuError``.
     """
@@ -69,6 +73,7 @@ class Detector:
         canvas: tuple[int, int] | None = None,
         resize: ResizeRule | None = None,
         slices: SliceOptions | None = None,
+        measure: bool | None = None,
     ) -> None:
         expect_regular(model)
         check_count("workers", workers, most=MOST_THREADS)
@@ -86,12 +91,16 @@ class Detector:
             "canvas": canvas,
             "resize": resize,
             "slices": slices,
+            "measure": measure,
         }
         cpu = CpuOptions(threads, cpu_precision, tuning)
-        self._backend = open_backend(Path(model), provider, cpu, gpu or GpuOptions())
+        self._backend = open_backend(
+            *(Path(model), provider, cpu, gpu or GpuOptions()), canvas=canvas, resize=resize, measure=measure
+        )
         self.provider, self.precision = self._backend.provider, self._backend.precision
+        self.threads = self._backend.threads
+        self.contract = self._backend.contract
         try:
-            self.contract = self._backend.contract = held_to(self._backend.contract, canvas, resize)
             # Detections below this are dropped; 0 where all that the graph lets through are returned.
             self.score_threshold = _choose_threshold(score_threshold, self.contract)
             self.slicer = None if slices is None else Slicer(slices, self.contract)

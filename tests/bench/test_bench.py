@@ -52,7 +52,7 @@ def test_a_slow_call_is_not_hidden(bench_model, picture, monkeypatch):
     """The clock of the test: each call takes as long as is written here, and all of it comes out."""
 
     class Slow:
-        provider, precision = "cpu", "fp32"
+        provider, precision, threads = "cpu", "fp32", 1
         durations = iter([0.5, 0.25, 0.1, 0.1, 9.0, 0.1])
 
         def __init__(self, *arguments, **settings):

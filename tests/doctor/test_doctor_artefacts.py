@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +16,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
 from safetensors.numpy import save_file
 
 from anchorline.doctor import runtimes
 from anchorline.doctor.artefact import Artefact, read_artefact, read_verification
+from anchorline.doctor.diagnosis import doctor
 from anchorline.doctor.machine import GpuState, Imported, Machine, find_gpus
 from anchorline.doctor.runtimes import Runtime, runtime_findings, runtimes_for
+from anchorline.runtime.backends import choice as choosing
+from anchorline.runtime.backends.cpu_options import CpuOptions
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import ArtefactError, GpuError
-from anchorline.runtime.io.files import sha256_of
+from anchorline.runtime.io.files import sha256_of, write_json
 from anchorline.runtime.model_file import read_onnx, with_digest
 from anchorline.verify.verification import write_not_executed
 
@@ -450,6 +455,33 @@ def test_openvino(
 
     monkeypatch.setattr(runtimes, "open_openvino", fail)
     assert runtimes_for(artefacts["onnx"], machine)[-1] == Runtime("OpenVINO", False, "it does not compile")
+
+
+def test_what_was_measured_here_is_told(
+    tmp_path: Path, make_machine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And neither what another processor's or version's cache holds, nor what is damaged."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_onnx(tmp_path / "model.onnx", CONTRACT)
+    assert doctor(path, make_machine()).choices == []
+    providers = ("openvino", "cpu")
+    facts = choosing.facts_of(read_onnx(path), CONTRACT, CpuOptions(threads=2), providers)
+    figures = tuple(choosing.Figure(name, 2, "fp32", 9, 0.04, 0.1) for name in providers)
+    choice = choosing.Choice(facts, "openvino", 2, figures, {}, False, 1.8e9, 2.0)
+    folder = tmp_path / "cache" / "anchorline" / "choices"
+    write_json(folder / f"{facts['model'][:16]}-1.json", choice)
+    elsewhere = dataclasses.replace(choice, facts={**facts, "processor": "another"})
+    write_json(folder / f"{facts['model'][:16]}-2.json", elsewhere)
+    (folder / f"{facts['model'][:16]}-3.json").write_text("{")
+    report = doctor(path, make_machine())
+    assert report.choices == [choice]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(report.render())
+    text = console.export_text()
+    assert "openvino, fp32, 2 threads: 40 ms a frame (cpu, fp32, 2 threads: 40 ms)" in text
+    assert "measured on 2027-01-15" in text
+    (stated,) = report.to_json()["artefact"]["measured"]
+    assert stated["facts"] == facts
 
 
 def test_an_engine_runs_where_it_was_built_for(

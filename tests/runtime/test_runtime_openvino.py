@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import subprocess
 import sys
@@ -115,15 +116,54 @@ def test_auto_takes_openvino_and_checks_do_not(model_path):
 
 
 @needs_openvino
+@pytest.mark.parametrize("tuning", cpu_options.TUNINGS)
+@pytest.mark.parametrize("asked", cpu_options.PRECISIONS)
+def test_what_auto_measures_is_of_the_precision_that_was_asked_for(model_path, cache, asked, tuning):
+    native = cpu_options.has_native_bf16()
+    if asked == "bf16" and not native:
+        pytest.skip("this processor does not compute bf16 natively")
+    with Detector(model_path, measure=True, threads=1, cpu_precision=asked, tuning=tuning) as detector:
+        assert len(detector(np.full((48, 64, 3), 255, np.uint8))) == 2
+        found = detector.provider, detector.precision
+    answers = cache.parent / "choices"
+    if asked == "bf16":  # which onnxruntime does not compute in: nothing to choose
+        assert found == ("openvino", "bf16")
+        assert not answers.exists()
+        return
+    (kept,) = answers.iterdir()
+    stated = json.loads(kept.read_text())
+    ran = {figure["provider"]: figure["precision"] for figure in stated["figures"]}
+    assert ran == {"cpu": "fp32", "openvino": "bf16" if asked == "auto" and native else "fp32"}
+    assert found == (stated["provider"], ran[stated["provider"]])
+
+
+@needs_openvino
+def test_processes_that_open_a_model_at_once_measure_once_and_choose_alike(model_path):
+    """As the workers of a service do, whose results should not differ."""
+    code = (
+        "import sys; from anchorline.runtime import Detector\n"
+        f"with Detector({str(model_path)!r}, measure=True) as detector: print(detector.provider)"
+    )
+    command = [sys.executable, "-c", code]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    said = [process.communicate(timeout=100) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    assert len({out for out, _ in said}) == 1
+    assert [err.count("measured once") for _, err in said].count(1) == 1
+
+
+@needs_openvino
 def test_what_openvino_cannot_compile_runs_on_the_cpu_and_that_is_said_once(model_path, monkeypatch, caplog):
     def fail(*arguments: object) -> None:
         raise RuntimeError("no conversion rule\nfor this")
 
     monkeypatch.setattr(openvino_backend, "core", lambda: FailingCore(fail))
-    for _ in range(2):
-        with Detector(model_path, threads=1) as detector:
+    for measure in (False, False, True, True):
+        with Detector(model_path, threads=1, measure=measure) as detector:
             assert detector.provider == "cpu"
-    assert [record.message.count("no conversion rule for this") for record in caplog.records] == [1]
+    said = caplog.messages
+    assert [message.count("no conversion rule for this") for message in said] == [1]
     with pytest.raises(ArtefactError, match=r"cannot compile it .*use the provider cpu"):
         Detector(model_path, "openvino")
 

@@ -7,7 +7,7 @@ import os
 import platform
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,8 +57,19 @@ def usable_cores() -> int:
 
     The two threads of one core count once, since they share its arithmetic units.
     """
+    return _allowed(_siblings)
+
+
+def thread_counts() -> tuple[int, ...]:
+    """How many threads a network may have here: one for each of ``usable_cores``, which is what it has
+    unless told or measured otherwise, and one for each hardware thread of theirs, where that is more."""
+    return tuple(dict.fromkeys((usable_cores(), _allowed(str))))
+
+
+def _allowed(core_of: Callable[[int], str]) -> int:
+    """How many cores this process may use, where ``core_of`` says to which one a hardware thread belongs."""
     if hasattr(os, "sched_getaffinity"):
-        cores = len({_siblings(cpu) for cpu in os.sched_getaffinity(0)})
+        cores = len({core_of(cpu) for cpu in os.sched_getaffinity(0)})
     else:
         cores = os.cpu_count() or 1
     try:

@@ -32,7 +32,7 @@ from anchorline.runtime.backends.execution_providers import (
 )
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.io.errors import ArtefactError, GpuError, SettingsError, one_line
-from anchorline.runtime.model_file import read_onnx
+from anchorline.runtime.model_file import ModelFile, read_onnx
 from anchorline.runtime.tensorrt.cuda import CudaError, GpuOptions
 
 # By their names on the command line; the second and third come with onnxruntime-gpu, the last as a package of
@@ -75,8 +75,8 @@ class OnnxRuntimeBackend:
     """A network in an ONNX file that carries its contract; for any number of threads.
 
     ``provider`` is one of ``PROVIDERS``; ``threads`` bounds the CPU threads, by default one for each core.
-    Raises ``ArtefactError`` for a file that is missing, damaged, no ONNX, without contract or at odds with
-    it, ``GpuError`` where the provider does not start.
+    ``model`` is the file where it was read already. Raises ``ArtefactError`` for a file that is missing,
+    damaged, no ONNX, without contract or at odds with it, ``GpuError`` where the provider does not start.
     """
 
     device_frames = False  # whether frames in GPU memory can be handed to its lanes
@@ -87,6 +87,7 @@ class OnnxRuntimeBackend:
         provider: str = "cpu",
         threads: int | None = None,
         options: GpuOptions | None = None,
+        model: ModelFile | None = None,
     ) -> None:
         if provider not in available_providers():
             raise SettingsError(
@@ -94,8 +95,8 @@ class OnnxRuntimeBackend:
             )
         self.path, self.provider = Path(path), provider
         options = options or GpuOptions()
-        self._threads = CpuOptions(threads).thread_count
-        model = read_onnx(self.path)
+        self.threads = CpuOptions(threads).thread_count
+        model = model or read_onnx(self.path)
         self.contract = model.contract
         exact = exact_sums(self.contract) if provider in ("cpu", "openvino") else {}
         if exact and provider == "openvino":
@@ -110,7 +111,7 @@ class OnnxRuntimeBackend:
                 "onnxruntime's provider takes bf16 here; use the provider cpu, or export without --winograd"
             )
         with model.checked():
-            self._session: Any = _open_session(self.path, provider, options, self._threads, exact)
+            self._session: Any = _open_session(self.path, provider, options, self.threads, exact)
         if exact:
             log.warning(
                 "%s: its 8-bit weights need VNNI, which this processor has not; it is computed in float32, "
@@ -133,7 +134,7 @@ class OnnxRuntimeBackend:
         if self._session is None:
             raise SettingsError(f"{self.path}: the model is closed; open it again")
         # The cores that a run takes are shared with the other detectors of this process.
-        cores = core_budget().lent(self._threads) if self.provider == "cpu" else contextlib.nullcontext()
+        cores = core_budget().lent(self.threads) if self.provider == "cpu" else contextlib.nullcontext()
         try:
             if self._bound is not None:
                 return self._bound.infer(inputs)

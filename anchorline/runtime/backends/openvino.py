@@ -76,17 +76,21 @@ def core() -> Any:
 class OpenVINOBackend:
     """A network in an ONNX file that carries its contract; for any number of threads.
 
-    Compiled networks are kept on disk (``store_network``). Raises ``ArtefactError`` for a file that
-    is missing, damaged, no ONNX, without contract or at odds with it, or that OpenVINO cannot compile, and
-    ``SettingsError`` where OpenVINO is not installed or the processor has no bf16 and it is asked for.
+    Compiled networks are kept on disk (``store_network``). ``model`` is the file where it was read already.
+    Raises ``ArtefactError`` for a file that is missing, damaged, no ONNX, without contract or at odds with
+    it, or that OpenVINO cannot compile, and ``SettingsError`` where OpenVINO is not installed or the
+    processor has no bf16 and it is asked for.
     """
 
     provider = "openvino"
     device_frames = False
 
-    def __init__(self, path: str | Path, options: CpuOptions | None = None) -> None:
-        self.path = Path(path)
-        model = read_onnx(self.path)
+    def __init__(
+        self, path: str | Path, options: CpuOptions | None = None, model: ModelFile | None = None
+    ) -> None:
+        self.path, options = Path(path), options or CpuOptions()
+        self.threads = options.thread_count
+        model = model or read_onnx(self.path)
         try:
             load_openvino()
         except Exception as error:  # a damaged package may raise anything
@@ -95,7 +99,7 @@ class OpenVINOBackend:
                 "pip install 'anchorline[openvino]', or use the provider cpu"
             ) from error
         self.contract = model.contract
-        self._network: Any = _open(model, options or CpuOptions())
+        self._network: Any = _open(model, options)
         if self.contract.needs_vnni and adds_in_16_bits():
             raise ArtefactError(
                 f"{self.path}: its 8-bit weights need VNNI, which this processor has not; quantise the float "

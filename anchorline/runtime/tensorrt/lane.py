@@ -60,6 +60,7 @@ class TensorRTBackend:
     """
 
     device_frames = True
+    threads: int | None = None  # those of a processor, of which it needs none
 
     def __init__(self, path: Path, manifest: EngineManifest, options: GpuOptions) -> None:
         self.path = path

@@ -280,8 +280,8 @@ class DetectOptions:
     it means. Raises ``SettingsError`` for a value that cannot be used, or that needs a package which is
     not installed.
 
-    ``provider``, ``score_threshold``, ``threads``, ``cpu_precision`` and ``slices`` are ``Detector``'s, for
-    ``open_detector``; a detector that the caller opened keeps its own.
+    ``provider``, ``measure``, ``score_threshold``, ``threads``, ``cpu_precision`` and ``slices`` are
+    ``Detector``'s, for ``open_detector``; a detector that the caller opened keeps its own.
     """
 
     save: Annotated[
@@ -290,7 +290,17 @@ class DetectOptions:
     jsonl: Annotated[
         str | Path | None, Option("Write one JSON line a frame to this file; - is stdout, without tables.")
     ] = None
-    provider: Annotated[Provider, Option("What runs the model; auto takes the best one here.")] = "auto"
+    provider: Annotated[
+        Provider, Option("What runs the model; auto: a GPU, else what is quickest on the processor.")
+    ] = "auto"
+    measure: Annotated[
+        bool | None,
+        Option(
+            "Time the providers of the processor when a model is first opened here, and remember the "
+            "quickest; else it is assumed (default: as ANCHORLINE_MEASURE, 1 or 0, says, or 1).",
+            flag="--measure/--no-measure",
+        ),
+    ] = None
     score_threshold: Annotated[
         float | None, Option("Leave out detections below this score (default: the model's own).")
     ] = None
@@ -359,6 +369,7 @@ class DetectOptions:
             cpu_precision=self.cpu_precision,
             tuning=tuning,
             slices=self.slices,
+            measure=self.measure,
         )
 
 
