@@ -10,9 +10,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from anchorline.runtime.contract import Contract
 from anchorline.runtime.io.errors import SettingsError, check_choice, check_count
+
+if TYPE_CHECKING:  # the doctor reads this module where the runtime's packages are broken
+    from anchorline.runtime.contract import Contract
 
 MOST_THREADS = 1024  # libraries fail without a word of it where they cannot start as many
 PRECISIONS = ("auto", "fp32", "bf16")
