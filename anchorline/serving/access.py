@@ -1,7 +1,8 @@
-"""Who may see the run: the token, and the names under which browsers may reach the server."""
+"""Who may use a server: the token, the names under which browsers may reach it, what they may do there."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import ipaddress
@@ -10,6 +11,7 @@ import re
 import socket
 from collections.abc import Iterable
 
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,14 +25,15 @@ _SHORTEST_TOKEN = 8
 _TOKEN = re.compile(r"[\x21-\x7e]+")  # what fits a header
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::\d{1,5})?")
-_NO_TOKEN = (
-    "This live view needs its token: open the page once as /?token=... "
-    "or send the header 'Authorization: Bearer ...'.\n"
-)
-_WRONG_HOST = (
-    "This server is not known by that name; use an IP address or localhost, or start it with "
-    "--serve-name NAME.\n"
-)
+# On every answer of a server.
+HEADERS = {
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-store",
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+}
 
 
 class Gate:
@@ -44,6 +47,16 @@ class Gate:
     request that is not granted is the last one on its connection. Raises ``SettingsError`` for a token or a
     name that cannot be used.
     """
+
+    no_token = (
+        "This live view needs its token: open the page once as /?token=... "
+        "or send the header 'Authorization: Bearer ...'."
+    )
+    wrong_host = (
+        "This server is not known by that name; use an IP address or localhost, or start it with "
+        "--serve-name NAME."
+    )
+    open_paths = frozenset({HEALTH})
 
     def __init__(self, app: ASGIApp, token: str | None, names: Iterable[str]) -> None:
         if token is not None and (len(token) < _SHORTEST_TOKEN or not _TOKEN.fullmatch(token)):
@@ -82,7 +95,7 @@ class Gate:
         """The answer to a request that goes no further, the redirection with the cookie included."""
         request, path = Request(scope), scope["path"]
         if not self._knows(request.headers.getlist("host")):
-            return PlainTextResponse(_WRONG_HOST, 421)
+            return self.refused(self.wrong_host, 421)
         scope[GRANTED] = self._token is None
         if self._token is None:
             return None
@@ -99,9 +112,13 @@ class Gate:
         else:
             granted = _same(request.cookies.get(cookie, ""), self._cookie)
         scope[GRANTED] = granted = granted and not asked
-        if granted or (path == HEALTH and not scheme and cookie not in request.cookies):
+        if granted or (path in self.open_paths and not scheme and cookie not in request.cookies):
             return None
-        return PlainTextResponse(_NO_TOKEN, 401, {"WWW-Authenticate": "Bearer"})
+        return self.refused(self.no_token, 401, {"WWW-Authenticate": "Bearer"})
+
+    def refused(self, why: str, code: int, headers: dict[str, str] | None = None) -> Response:
+        """The answer to who may not come in."""
+        return PlainTextResponse(f"{why}\n", code, headers)
 
     def _knows(self, given: list[str]) -> bool:
         """Whether the ``Host`` header is there, once, and names this server."""
@@ -116,6 +133,24 @@ class Gate:
         except ValueError:
             return False
         return True
+
+
+def is_of_own_page(headers: Headers) -> bool:
+    """Whether a request comes from a page of this server, or from no page at all."""
+    host = headers["host"].lower()
+    origin = headers.get("origin", f"http://{host}")  # a browser states it
+    is_own = origin.partition("://")[2].lower() == host
+    return is_own and headers.get("sec-fetch-site", "none") in ("same-origin", "none")
+
+
+def content_policy(html: str) -> str:
+    """A Content-Security-Policy for the page: its own style and script by their hashes, nothing foreign."""
+    rules = ["default-src 'none'"]
+    for kind, text in re.findall(r"<(style|script)>(.*?)</\1>", html, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        rules.append(f"{kind}-src 'sha256-{digest}'")
+    rules += ["img-src 'self' blob: data:", "connect-src 'self'"]
+    return "; ".join([*rules, "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"])
 
 
 def _same(given: str, expected: str) -> bool:

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import json
-import re
 import struct
 import time
 from collections.abc import AsyncIterator, Iterator
 from importlib.resources import files
 
-from prometheus_client import generate_latest
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.serving.access import GRANTED, HEALTH
+from anchorline.serving.access import GRANTED, HEALTH, is_of_own_page
+from anchorline.serving.connections import KEPT
 from anchorline.serving.live_state import LiveState
-from anchorline.serving.metrics import RunCollector
+from anchorline.serving.metrics import RunCollector, metrics_answer
 
-WATCHING = "anchorline.watching"  # in the scope of a request that is answered with a stream
 MOST_VIEWERS = 64
 PATIENCE = 10.0  # seconds that a viewer may read nothing
 _TICK = 1.0  # seconds between two states of the figures
 _LONGEST_BODY = 64 * 1024
 _BODY_SECONDS = 5.0
-_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BOUNDARY = "frame"
 _RECORDS = "application/octet-stream"
 _MULTIPART = f"multipart/x-mixed-replace; boundary={_BOUNDARY}"
@@ -39,16 +34,6 @@ _STATUS = 0xFFFFFFFF  # where a picture would have its source's place
 def read_page() -> str:
     """The page's HTML: one file with its style and script."""
     return files("anchorline.serving").joinpath("page.html").read_text(encoding="utf-8")
-
-
-def content_policy(html: str) -> str:
-    """A Content-Security-Policy for the page: its own style and script by their hashes, nothing foreign."""
-    rules = ["default-src 'none'"]
-    for kind, text in re.findall(r"<(style|script)>(.*?)</\1>", html, re.DOTALL):
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        rules.append(f"{kind}-src 'sha256-{digest}'")
-    rules += ["img-src 'self' blob: data:", "connect-src 'self'"]
-    return "; ".join([*rules, "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"])
 
 
 class Pages:
@@ -74,8 +59,7 @@ class Pages:
         return Response(self._live.status(), media_type="application/json")
 
     async def _metrics(self, request: Request) -> Response:
-        # Not prometheus-client's own application: a header that is no UTF-8 is an error to it.
-        return Response(generate_latest(RunCollector(self._live)), headers={"Content-Type": _METRICS_TYPE})
+        return metrics_answer(RunCollector(self._live))
 
     async def _health(self, request: Request) -> Response:
         problems = self._live.problems()
@@ -97,10 +81,8 @@ class Pages:
         return Response(media_type=stream.media_type) if request.method == "HEAD" else stream
 
     async def _controls(self, request: Request) -> Response:
-        headers, host = request.headers, request.headers["host"].lower()
-        origin = headers.get("origin", f"http://{host}")  # a browser states it
-        is_own = origin.partition("://")[2].lower() == host
-        if not is_own or headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        headers = request.headers
+        if not is_of_own_page(headers):
             return _refused(403, "expected a request of this server's own page")
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             return _refused(415, "expected the content type application/json")
@@ -146,7 +128,7 @@ class LiveStream(StreamingResponse):
         live = self._live
         live.loop = asyncio.get_running_loop()
         self._abort = scope["state"]["abort"]
-        scope[WATCHING] = True
+        scope[KEPT] = True
         live.viewers.add(self._news)
         live.painter.watch(self._source)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import math
 import socket
 import sys
 from collections import Counter
@@ -22,12 +23,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from anchorline.runtime.io.errors import SettingsError
 from anchorline.runtime.io.schema import Count, check_fields
 from anchorline.serving.access import GRANTED
-from anchorline.serving.application import WATCHING
+from anchorline.serving.listening import BACKLOG
 
-BACKLOG = 1024  # connections that wait to be taken; who finds no place here tries again after a second
+KEPT = "anchorline.kept"  # in the scope of a request whose connection is not cut for others
 _AT_ONCE = 16  # taken in one turn of the loop, so that those who ask are heard before many others come
 _LONGEST_HEAD = 16 * 1024  # bytes of a request line and headers
-_LEAVE_SECONDS = 1  # that connections get to end in good order
 _SUBNET = 64  # bits of an IPv6 address, which are one customer's
 
 # Nonsense from outside is no event, and our own mistakes are logged by the gate. uvicorn's own loggers are
@@ -109,9 +109,9 @@ class Connection(H11Protocol):
         return self.cycle is not None and bool(self.cycle.scope.get(GRANTED))
 
     @property
-    def is_watching(self) -> bool:
-        """Whether it is answered with a stream."""
-        return self.is_answering and WATCHING in self.cycle.scope
+    def is_kept(self) -> bool:
+        """Whether it is answered with a stream, or its request is worked on."""
+        return self.is_answering and KEPT in self.cycle.scope
 
     def cut(self) -> None:
         """End it now, and count it no more."""
@@ -124,7 +124,9 @@ class Connection(H11Protocol):
         self.since = self.loop.time()
 
     def _time_is_up(self) -> None:
-        if not self.is_watching:
+        if self.is_kept:
+            self._allow(self._limits.idle_seconds)
+        else:
             self.cut()
 
     def _make_room(self) -> None:
@@ -142,7 +144,7 @@ class Connection(H11Protocol):
             is_young = each.since > young and not each.is_granted
             return each.is_answering, is_young, each.is_granted, -strangers[each.network], each.since
 
-        others = (each for each in everybody if each is not self and not each.is_watching)
+        others = (each for each in everybody if each is not self and not each.is_kept)
         min(others, key=order, default=self).cut()
 
     def send_400_response(self, msg: str) -> None:
@@ -167,10 +169,14 @@ def network_of(host: str) -> str:
 class Server(uvicorn.Server):
     """Serves ``app`` over HTTP/1.1, quietly; ``run`` takes the sockets and blocks until ``should_exit``.
 
-    Every answer carries the ``headers``, refusals and failures included.
+    Every answer carries the ``headers``, refusals and failures included. At the end connections have
+    ``leave_seconds`` to end in good order.
     """
 
-    def __init__(self, app: ASGIApp, headers: dict[str, str], limits: Limits) -> None:
+    def __init__(
+        self, app: ASGIApp, headers: dict[str, str], limits: Limits, leave_seconds: float = 1.0
+    ) -> None:
+        self._leave_seconds = leave_seconds
         config = uvicorn.Config(
             app,
             http=partial(Connection, limits=limits),  # type: ignore[arg-type]
@@ -184,7 +190,8 @@ class Server(uvicorn.Server):
             headers=list(headers.items()),
             backlog=_AT_ONCE,
             h11_max_incomplete_event_size=_LONGEST_HEAD,
-            timeout_graceful_shutdown=2 * _LEAVE_SECONDS,
+            timeout_graceful_shutdown=math.ceil(leave_seconds + 1),
+            timeout_keep_alive=math.ceil(limits.idle_seconds),
         )
         super().__init__(config)
 
@@ -200,5 +207,5 @@ class Server(uvicorn.Server):
             for connection in list(self.server_state.connections):
                 connection.transport.abort()
 
-        asyncio.get_running_loop().call_later(_LEAVE_SECONDS, abort_all)
+        asyncio.get_running_loop().call_later(self._leave_seconds, abort_all)
         await super().shutdown(sockets)

@@ -5,19 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily as Counter
 from prometheus_client.core import GaugeMetricFamily as Gauge
 from prometheus_client.core import HistogramMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.responses import Response
 
 from anchorline import __version__
 from anchorline.runtime.timing import HISTOGRAM_BOUNDS, Histogram
-from anchorline.runtime.video.figures import SourceFigures
-from anchorline.serving.live_state import LiveState
+
+if TYPE_CHECKING:
+    from anchorline.runtime.video.figures import SourceFigures
+    from anchorline.serving.live_state import LiveState
 
 _MOST_CLASSES = 100  # with a series of their own, for each source; further ones are counted together
 _OTHERS = "(others)"
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BOUNDS = (*(f"{bound:g}" for bound in HISTOGRAM_BOUNDS), "+Inf")
 _OF_SOURCES: dict[str, tuple[type[Counter | Gauge], str, Callable[[SourceFigures], float]]] = {
     "frames_read": (Counter, "Frames that the source delivered.", attrgetter("frames_in")),
@@ -66,9 +72,9 @@ class RunCollector(Collector):
         yield newest
         yield self._detections()
         stages = pipeline.figures.stages.histograms()
-        yield _histograms("stage", "Time of each stage, over all sources.", "stage", stages)
+        yield histograms("stage", "Time of each stage, over all sources.", "stage", stages)
         ages = {source: each.age.histogram() for source, each in live.sources.items()}
-        yield _histograms("result_age", "From capture to the caller.", "source", ages)
+        yield histograms("result_age", "From capture to the caller.", "source", ages)
 
     def _detections(self) -> Metric:
         labels = ["source", "class"]
@@ -82,9 +88,16 @@ class RunCollector(Collector):
         return family
 
 
-def _histograms(name: str, text: str, label: str, histograms: Mapping[str, Histogram]) -> Metric:
+def metrics_answer(collector: Collector) -> Response:
+    """What Prometheus is answered."""
+    # Not prometheus-client's own application: a header that is no UTF-8 is an error to it.
+    return Response(generate_latest(collector), headers={"Content-Type": _METRICS_TYPE})
+
+
+def histograms(name: str, text: str, label: str, found: Mapping[str, Histogram]) -> Metric:
+    """The durations of each value of ``label``."""
     family = HistogramMetricFamily(f"anchorline_{name}_seconds", text, labels=[label])
-    for value, histogram in histograms.items():
+    for value, histogram in found.items():
         buckets = list(zip(_BOUNDS, map(float, histogram.at_most), strict=True))
         family.add_metric([value], buckets, histogram.seconds)
     return family

@@ -9,7 +9,8 @@ import socket
 import pytest
 
 from anchorline.runtime.io.errors import SettingsError
-from anchorline.serving.live_view import Address, LiveView, parse_address
+from anchorline.serving.listening import Address, parse_address
+from anchorline.serving.live_view import LiveView
 
 TOKEN = "correct-horse-7"
 PATHS = ("/", "/feed", "/stream/0", "/status", "/metrics", "/nothing", "/controls")

@@ -17,7 +17,8 @@ import pytest
 from anchorline.runtime.drawing import draw
 from anchorline.runtime.io.errors import SettingsError
 from anchorline.serving import application, live_state
-from anchorline.serving.application import content_policy, read_page
+from anchorline.serving.access import content_policy
+from anchorline.serving.application import read_page
 
 
 def test_the_page_needs_nothing_from_elsewhere(common_run):
