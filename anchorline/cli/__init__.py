@@ -20,6 +20,7 @@ from anchorline.cli.detect import detect
 from anchorline.cli.evaluate import evaluate, proposals
 from anchorline.cli.examine import bench, doctor, report, verify
 from anchorline.cli.options import respelled
+from anchorline.cli.serve import serve
 from anchorline.cli.train import demo, train
 
 app = typer.Typer(
@@ -46,7 +47,7 @@ def _anchorline(
     raise typer.Exit
 
 
-_DATA = (detect, evaluate, train, proposals)
+_DATA = (detect, serve, evaluate, train, proposals)
 _FILES = (import_, export, quantize, verify, build, plugin_library, deploy)
 for _verb in (*_DATA, *_FILES, demo, bench, report, doctor):
     app.command(_verb.__name__.rstrip("_").replace("_", "-"))(_verb)

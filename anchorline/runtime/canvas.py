@@ -158,9 +158,13 @@ def by_canvas(contract: Contract, frames: Sequence[Any]) -> list[list[int]]:
     """
     runs: dict[tuple[int, int], list[int]] = {}
     for number, frame in enumerate(frames):
-        canvas = contract.canvas or canvas_of(contract, [place(frame_size(frame), None, contract.resize)])
-        runs.setdefault(canvas, []).append(number)
+        runs.setdefault(canvas_alone(contract, frame_size(frame)), []).append(number)
     return list(runs.values())
+
+
+def canvas_alone(contract: Contract, size: tuple[int, int]) -> tuple[int, int]:
+    """The canvas (height, width) of a frame of ``size`` in no batch. Raises as ``canvas_of``."""
+    return contract.canvas or canvas_of(contract, [place(size, None, contract.resize)])
 
 
 class _BatchDetector(Protocol):

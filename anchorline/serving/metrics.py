@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -71,10 +71,10 @@ class RunCollector(Collector):
             newest.add_metric([source], time.monotonic() - captured)
         yield newest
         yield self._detections()
-        stages = pipeline.figures.stages.histograms()
-        yield histograms("stage", "Time of each stage, over all sources.", "stage", stages)
-        ages = {source: each.age.histogram() for source, each in live.sources.items()}
-        yield histograms("result_age", "From capture to the caller.", "source", ages)
+        stages = [((stage,), each) for stage, each in pipeline.figures.stages.histograms().items()]
+        yield histograms("stage", "Time of each stage, over all sources.", ["stage"], stages)
+        ages = [((source,), each.age.histogram()) for source, each in live.sources.items()]
+        yield histograms("result_age", "From capture to the caller.", ["source"], ages)
 
     def _detections(self) -> Metric:
         labels = ["source", "class"]
@@ -94,10 +94,12 @@ def metrics_answer(collector: Collector) -> Response:
     return Response(generate_latest(collector), headers={"Content-Type": _METRICS_TYPE})
 
 
-def histograms(name: str, text: str, label: str, found: Mapping[str, Histogram]) -> Metric:
-    """The durations of each value of ``label``."""
-    family = HistogramMetricFamily(f"anchorline_{name}_seconds", text, labels=[label])
-    for value, histogram in found.items():
+def histograms(
+    name: str, text: str, labels: Sequence[str], found: Iterable[tuple[Sequence[str], Histogram]]
+) -> Metric:
+    """Durations by the values of ``labels``."""
+    family = HistogramMetricFamily(f"anchorline_{name}_seconds", text, labels=labels)
+    for values, histogram in found:
         buckets = list(zip(_BOUNDS, map(float, histogram.at_most), strict=True))
-        family.add_metric([value], buckets, histogram.seconds)
+        family.add_metric(values, buckets, histogram.seconds)
     return family

@@ -19,15 +19,19 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
+from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.video.frames import Result, Stream
 from anchorline.runtime.video.options import DetectOptions
 from anchorline.runtime.video.pipeline import VideoPipeline
 from anchorline.runtime.video.source import Source
 from anchorline.serving import painting
+from anchorline.serving.inference_server import InferenceServer
 from anchorline.serving.live_view import LiveView
+from anchorline.serving.serve_options import ServeOptions
 
 HEIGHT, WIDTH = 120, 160
+NAMES = ("cat", "dog")
 CAT, DOG = (20, 30, 60, 70), (90, 40, 140, 100)
 SECONDS = 60.0  # that anything may take on a busy machine
 
@@ -166,6 +170,47 @@ def records(answer: http.client.HTTPResponse) -> Iterator[tuple[int, bytes]]:
         yield place, answer.read(length)
 
 
+class Scripted:
+    """Finds a cat as large as the frame and a dog in a quarter of it; the cat's score is its first pixel.
+
+    It waits where ``free`` is not set, and keeps the sizes of the frames of each batch. A frame whose first
+    pixel is in ``poison`` raises what stands there.
+    """
+
+    provider, precision = "scripted", "none"
+
+    def __init__(self, canvas: tuple[int, int] | None = None, max_batch: int | None = None) -> None:
+        self.contract = Contract(
+            "detections",
+            NAMES,
+            canvas,
+            (0.0, 0.0, 0.0),
+            (1.0, 1.0, 1.0),
+            resize=ResizeRule(padding=32),
+            max_batch=max_batch,
+        )
+        self.timings = {"network": 0.001}
+        self.batches: list[list[tuple[int, int]]] = []
+        self.poison: dict[int, Exception] = {}
+        self.free, self.entered = threading.Event(), threading.Event()
+        self.free.set()
+
+    def batch(self, frames: Sequence[np.ndarray]) -> list[Detections]:
+        self.batches.append([frame.shape[:2] for frame in frames])
+        self.entered.set()
+        assert self.free.wait(60)
+        for frame in frames:
+            if (error := self.poison.get(int(frame[0, 0, 0]))) is not None:
+                raise error
+        return list(map(self.found, frames))
+
+    def found(self, frame: np.ndarray) -> Detections:
+        height, width = frame.shape[:2]
+        boxes = [[0, 0, width, height], [0, 0, width / 2, height / 2]]
+        scores = [int(frame[0, 0, 0]) / 255, 0.3]
+        return Detections(boxes, scores, [0, 1], class_names=NAMES, size=(height, width))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def many_cores() -> Iterator[None]:
     """The share of one core would be a few pictures a second, and a long wait for them."""
@@ -252,3 +297,49 @@ def nothing_stays() -> Iterator[None]:
 
 def _own_threads() -> set[threading.Thread]:
     return {each for each in threading.enumerate() if each.name.startswith("anchorline ")}
+
+
+@pytest.fixture(scope="session")
+def ask() -> Callable[..., tuple[int, dict[str, str], bytes]]:
+    """``ask(server, path, body, method, headers)``: status, headers (lower case) and body."""
+
+    def asked(
+        server: InferenceServer,
+        path: str,
+        body: bytes | None = None,
+        method: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", server.address.port, timeout=SECONDS)
+        with contextlib.closing(connection):
+            connection.request(method or ("GET" if body is None else "POST"), path, body, headers or {})
+            answer = connection.getresponse()
+            return answer.status, {key.lower(): value for key, value in answer.getheaders()}, answer.read()
+
+    return asked
+
+
+@pytest.fixture(scope="session")
+def scripted() -> type[Scripted]:
+    return Scripted
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., InferenceServer]:
+    """``serving(detector, token=..., **options)``: a server of one model called ``model``, or of several."""
+
+    def served(detector: Any, token: str | None = None, names: Sequence[str] = (), **options: Any) -> Any:
+        models = detector if isinstance(detector, dict) else {"model": detector}
+        return InferenceServer(models, ServeOptions(**options), token=token, names=names)
+
+    return served
+
+
+@pytest.fixture(scope="session")
+def png() -> Callable[..., bytes]:
+    """``png(level, height, width)``: a grey picture."""
+
+    def encoded(level: int, height: int = 24, width: int = 32) -> bytes:
+        return cv2.imencode(".png", np.full((height, width, 3), level, np.uint8))[1].tobytes()
+
+    return encoded

@@ -7,11 +7,12 @@ import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.errors import OutputError
 from anchorline.runtime.io.files import atomic_path, is_stream, json_text, output_errors
 from anchorline.runtime.io.images import write_image
@@ -97,15 +98,22 @@ class JsonLines:
 
 def line_of(result: Result) -> str:
     """The result as a line of the detections JSON lines."""
-    height, width = result.frame.shape[:2]
-    record = {
-        "source": result.stream.origin,
-        "frame": result.index,
-        "time_s": round(result.time_s, 6),
-        "size": [height, width],
-        "detections": result.detections.to_records(),
-    }
+    size = result.frame.shape[0], result.frame.shape[1]
+    record = record_of(result.stream.origin, result.detections, size, result.index, result.time_s)
     return json_text(record) + "\n"
+
+
+def record_of(
+    source: str, detections: Detections, size: tuple[int, int], frame: int = 0, time_s: float = 0.0
+) -> dict[str, Any]:
+    """What such a line says of a frame of ``size`` (height, width)."""
+    return {
+        "source": source,
+        "frame": frame,
+        "time_s": round(time_s, 6),
+        "size": [*size],
+        "detections": detections.to_records(),
+    }
 
 
 class AnnotatedFiles:
