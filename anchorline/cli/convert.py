@@ -250,22 +250,44 @@ def plugin_library(
 def deploy(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="An exported model.onnx, or an engine.")],
     *,
-    target: Annotated[Literal["triton"], typer.Option("--for", help="The server that is to run it.")],
+    target: Annotated[
+        Literal["triton", "deepstream"], typer.Option("--for", help="The server that is to run it.")
+    ],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     backend: Annotated[
         Literal["onnxruntime", "openvino", "tensorrt"] | None,
         typer.Option(help="Triton's for the network (default: onnxruntime, or tensorrt for an engine)."),
     ] = None,
+    frame: Annotated[
+        str | None, typer.Option(metavar="WxH", help="DeepStream's: the size of the frames it is given.")
+    ] = None,
+    nms: Annotated[
+        Literal["plugin", "fixed-point"] | None,
+        typer.Option(help="DeepStream's: our plugin (default), or a graph that needs none."),
+    ] = None,
     max_batch: Annotated[
-        int | None, typer.Option(min=1, help="Largest batch that the server forms (default: the model's, 8).")
+        int | None,
+        typer.Option(min=1, help="Largest batch that is formed (default: Triton the model's or 8, else 1)."),
     ] = None,
     compiler: Annotated[
         str | None,
-        typer.Option(help="A C++17 compiler, for an engine's plugin library (default: $CXX, c++)."),
+        typer.Option(help="A C++17 compiler, for the plugin library (default: $CXX, c++)."),
     ] = None,
 ) -> None:
-    """Write a folder with all that another server needs to run a model: a repository for Triton."""
-    from anchorline.deploy import deploy_triton
+    """Write a folder with all that Triton or DeepStream needs to run a model."""
+    from anchorline.deploy import deploy_deepstream, deploy_triton
 
-    written = deploy_triton(model, out, backend=backend, max_batch=max_batch, compiler=compiler)
+    frame_size = size(frame, "--frame", "WIDTHxHEIGHT")
+    if target == "triton":
+        if frame_size or nms:
+            raise SettingsError("--frame and --nms are for --for deepstream; leave them out")
+        written = deploy_triton(model, out, backend=backend, max_batch=max_batch, compiler=compiler)
+    else:
+        if backend:
+            raise SettingsError("--backend is for --for triton; leave it out")
+        if frame_size is None:
+            raise SettingsError("DeepStream needs the size of the frames; give it, as --frame 1920x1080")
+        written = deploy_deepstream(
+            *(model, out, frame_size[::-1]), nms=nms or "plugin", max_batch=max_batch, compiler=compiler
+        )
     say(f"{written}: ready for {target}; see {written / 'README.md'}")
