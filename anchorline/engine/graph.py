@@ -22,11 +22,13 @@ OPSET = 18
 # The first whose QuantizeLinear takes scales in half precision. Nothing of ours has another meaning in it;
 # in the next one GridSample does.
 HALF_SCALES_OPSET = 19
+# Our ops that save a processor multiplications, and what they are where shapes are fixed: a convolution in
+# Winograd's form is a plain one, and all slots of proposals are taken, used or not.
+FOR_PROCESSORS = {WINOGRAD_OP: "Conv", "Occupied": "Identity"}
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """Load and check an exported ONNX file; convolutions in Winograd's form, which is one for processors, are
-    plain ones again.
+    """Load and check an exported ONNX file, without what is in it for processors alone (``FOR_PROCESSORS``).
 
     Raises ``ArtefactError`` for a file that is missing, unreadable, no ONNX, or not an export of ours.
     """
@@ -41,9 +43,11 @@ def read_model(path: Path) -> onnx.ModelProto:
         ) from error
     check_exported(model, str(path))
     for node in model.graph.node:
-        if node.domain == DOMAIN and node.op_type == WINOGRAD_OP:
-            node.domain, node.op_type = "", "Conv"
-    refill(model.functions, (f for f in model.functions if f.name != WINOGRAD_OP))
+        if node.domain == DOMAIN and node.op_type in FOR_PROCESSORS:
+            node.domain, node.op_type = "", FOR_PROCESSORS[node.op_type]
+            if node.op_type == "Identity":
+                del node.input[1:], node.attribute[:]
+    refill(model.functions, (f for f in model.functions if f.name not in FOR_PROCESSORS))
     return model
 
 

@@ -32,11 +32,12 @@ from anchorline.runtime.io.files import atomic_path
 from anchorline.runtime.model_file import read_onnx
 from anchorline.train.checkpoint import load_checkpoint, read_header
 from anchorline.train.model.faster_rcnn import OUTPUTS, FasterRCNN, run_task
-from anchorline.train.model.ops import MARKER
+from anchorline.train.model.ops import MARKER, slots_of_trace
 from anchorline.train.predict import TorchDetector, TorchStages, check_own_proposals
 from anchorline.verify.stages import Subject, onnx_subject
 from anchorline.verify.verification import VerifyReport, settle, verify_subjects, write_not_executed
 
+_SLOTS, _SLOT_AXIS = "slots", {"start": 1, "end": 2}
 _EXAMPLE_CANVAS = (192, 256)  # in the trace of a graph for any
 
 # The quick set, for some seconds: ``anchorline verify`` tries everything. On a large canvas that is fixed,
@@ -163,19 +164,26 @@ def to_onnx(model: FasterRCNN, contract: Contract) -> onnx.ModelProto:
         sides = [torch.export.Dim(name, min=1) for name in ("height", "width")]
         unit = contract.resize.padding
         free = dict(enumerate((unit * side if unit > 1 else side for side in sides), start=1))
+    arguments, shapes = [images, sizes], [{0: batch, **free}, {0: batch}]
+    few = contract.task == "detections" and model.roi_heads.few_proposals
+    if few:  # a third input, taken out again: its size is one that the data will decide
+        arguments.append(torch.zeros(model.settings.rpn_post_nms))
+        shapes.append({0: torch.export.Dim(_SLOTS, min=2, max=model.settings.rpn_post_nms)})
     with torch.no_grad(), _quiet_exporter():
         program = torch.onnx.export(
             TaskGraph(model, contract.task),
-            (images, sizes),
+            tuple(arguments),
             dynamo=True,
             opset_version=OPSET,
-            dynamic_shapes=({0: batch, **free}, {0: batch}),
-            input_names=list(contract.inputs),
+            dynamic_shapes=tuple(shapes),
+            input_names=[*contract.inputs, _SLOTS][: len(arguments)],
             output_names=list(contract.outputs),
             verbose=False,
         )
     assert program is not None
     proto = program.model_proto
+    if few:
+        _take_slots_from_the_data(proto)
     name_stages(proto)
     attach_functions(proto)
     name_free_sides(proto, contract)
@@ -199,8 +207,39 @@ class TaskGraph(nn.Module):
         super().__init__()
         self.model, self.task = model, task
 
-    def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, ...]:
-        return tuple(run_task(self.model, self.task, images, image_sizes).values())
+    def forward(self, images: Tensor, image_sizes: Tensor, slots: Tensor | None = None) -> tuple[Tensor, ...]:
+        with contextlib.nullcontext() if slots is None else slots_of_trace(slots.shape[0]):
+            return tuple(run_task(self.model, self.task, images, image_sizes).values())
+
+
+def _take_slots_from_the_data(proto: onnx.ModelProto) -> None:
+    """Let all that reads the size of the input ``_SLOTS`` read that of ``Occupied``, and drop the input."""
+    graph = proto.graph
+    occupied = next(node for node in graph.node if node.op_type == "Occupied")
+    for node in graph.node:
+        if _SLOTS in node.input:
+            assert node.op_type == "Shape"
+            node.input[0] = occupied.output[0]
+            del node.attribute[:]
+            node.attribute.extend(onnx.helper.make_attribute(name, end) for name, end in _SLOT_AXIS.items())
+    kept = [value for value in graph.input if value.name != _SLOTS]
+    del graph.input[:]
+    graph.input.extend(kept)
+    # What was computed from the input may stand before what it is computed from now.
+    waiting, ordered = list(graph.node), []
+    missing = {name for node in waiting for name in node.output}
+    while waiting:
+        later = []
+        for node in waiting:
+            if missing.isdisjoint(node.input):
+                ordered.append(node)
+                missing.difference_update(node.output)
+            else:
+                later.append(node)
+        assert len(later) < len(waiting), "a cycle"
+        waiting = later
+    del graph.node[:]
+    graph.node.extend(ordered)
 
 
 def name_stages(proto: onnx.ModelProto) -> None:

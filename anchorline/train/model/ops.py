@@ -26,6 +26,10 @@ MARKER = "Stage"
 Visitor = Callable[[str, Tensor], Tensor]
 _visitor: Visitor | None = None
 
+# What the number of rows with a proposal is rounded up to: runtimes prepare kernels for each number.
+ROWS = 16
+_traced_slots: int | torch.SymInt | None = None
+
 
 def batched_nms(boxes: Tensor, scores: Tensor, *, iou_threshold: float, score_threshold: float) -> Tensor:
     """Greedy non-maximum suppression of G independent groups of N boxes.
@@ -99,6 +103,31 @@ def ordered(scores: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sort(scores, dim=-1, descending=True, stable=True)
 
 
+def occupied(boxes: Tensor, scores: Tensor) -> Tensor:
+    """The first slots [B, S, 4] of ``boxes`` [B, P, 4], as many as hold a proposal in any image by ``scores``
+    [B, P], those with one first: S is rounded up to a multiple of ``ROWS``, from ``ROWS`` to P.
+
+    In an ONNX export S is a size of its own (``slots_of_trace``); with a fixed shape, as in an engine, P.
+    """
+    if torch.onnx.is_in_onnx_export():
+        assert _traced_slots is not None
+        shape = (boxes.shape[0], _traced_slots, 4)
+        return _op("Occupied", (boxes, scores), {"multiple": ROWS}, boxes.dtype, shape, plugin=False)
+    most = int((scores > SUPPRESSED).sum(dim=1).max())
+    return boxes[:, : max(ROWS, -(-most // ROWS) * ROWS)]
+
+
+@contextlib.contextmanager
+def slots_of_trace(slots: int | torch.SymInt) -> Iterator[None]:
+    """While it is traced for an export: the size that ``occupied`` gives, which only the data will tell."""
+    global _traced_slots
+    before, _traced_slots = _traced_slots, slots
+    try:
+        yield
+    finally:
+        _traced_slots = before
+
+
 def mark(name: str, tensor: Tensor) -> Tensor:
     """``tensor``, known from here on as ``name`` to verification and to the exported graph.
 
@@ -129,7 +158,7 @@ def _op(
     inputs: tuple[Tensor, ...],
     attributes: Mapping[str, float | int | str],
     dtype: torch.dtype,
-    shape: Sequence[int],
+    shape: Sequence[int | torch.SymInt],
     plugin: bool = True,
 ) -> Tensor:
     """A node of the exported graph."""

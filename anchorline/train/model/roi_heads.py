@@ -99,6 +99,8 @@ class RoIHeads(nn.Module):
                     nn.init.normal_(layer.weight, std=s.box_init_std)
                     nn.init.zeros_(layer.bias)
         self.coder = box_ops.BoxCoder.of(s, s.box_weights, s.frame_scale)
+        # Of low objectness few remain, and the two large layers are most of a small model's time.
+        self.few_proposals = s.rpn_score_threshold > 0 and s.rpn_post_nms > ops.ROWS
         self.score_threshold, self.nms_iou = s.score_threshold, s.nms_iou
         self.min_side, self.max_detections = s.box_min_side, s.max_detections
 
@@ -106,7 +108,13 @@ class RoIHeads(nn.Module):
         self, features: Sequence[Tensor], proposals: Proposals, image_sizes: Tensor
     ) -> DetectionBatch:
         """The detections among ``proposals``, from the backbone's maps [B, C, H, W], finest first."""
-        logits, deltas = self.classify(features, proposals.boxes)
+        boxes, slots = proposals.boxes, proposals.boxes.shape[1]
+        if self.few_proposals:
+            boxes = ops.occupied(boxes, proposals.scores)
+        logits, deltas = self.classify(features, boxes)
+        if self.few_proposals:
+            unused = slots - boxes.shape[1]
+            logits, deltas = F.pad(logits, (0, 0, 0, unused)), F.pad(deltas, (0, 0, 0, 0, 0, unused))
         logits, deltas = mark("class_logits", logits), mark("box_regression", deltas)
         return self.detect(logits, deltas, proposals, image_sizes)
 
