@@ -8,6 +8,9 @@ on all images, side by side and in turning order; a ratio is the median over the
 reference's time by the side's. Torchvision's ONNX file contains its resizing and NMS, and gets the frame as
 its users give it: RGB, float32, 0 to 1, channels first. That conversion is inside both sides' time.
 
+``auto`` measures anew, in a cache of this run's own, before anything is timed; printed beside the rows is its
+time by that of the quicker one of the ways it chose among, in the same repetitions.
+
 With ``--folder`` the files are kept there, and ``NAME.int8.onnx`` beside them is measured as well (made by
 ``anchorline quantize NAME.onnx``; the weights are the same in every run). Rows go to ``results/peers.csv``.
 """
@@ -16,6 +19,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
+import os
 import shlex
 import sys
 import tempfile
@@ -37,7 +42,7 @@ from anchorline.export import import_checkpoint
 from anchorline.export.importers.torchvision import TorchvisionDetector
 from anchorline.export.onnx_export import export_onnx
 from anchorline.runtime import Detections, Detector
-from anchorline.runtime.backends.cpu_options import usable_cores
+from anchorline.runtime.backends.cpu_options import has_native_bf16, usable_cores
 from anchorline.runtime.backends.openvino import has_openvino
 from anchorline.runtime.canvas import frame_canvas
 
@@ -45,6 +50,7 @@ MODELS = ("fasterrcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_resnet50_fpn")
 ASPECT = "4:3"  # 800x1088 at 800/1333
 TOLERANCE = (16.0, 0.25)  # pixels, score: wide enough for int8, to see that the side finds the same objects
 EAGER, PEER = "torchvision eager", "torchvision ONNX, onnxruntime CPU"
+OURS, AUTO = "anchorline, onnxruntime CPU", "anchorline, auto"
 PAUSE = 0.05  # seconds; threads of the side before may still be spinning
 
 Frame = NDArray[np.uint8]
@@ -68,6 +74,7 @@ def main() -> None:
     group = crops(options.photos, options.videos)[ASPECT][: options.images]
     for name in options.models:
         with tempfile.TemporaryDirectory() as temporary:
+            os.environ["XDG_CACHE_HOME"] = temporary
             rows = measure_model(name, group, options.folder or Path(temporary), options)
         for row in rows:
             print(row)
@@ -118,6 +125,11 @@ def measure_model(
         "detections": sum(map(len, expected)),
     }
     places = {side.name: index for index, side in enumerate(sides)}
+    for place, (side, openvino) in enumerate(itertools.pairwise(sides)):
+        if side.name.startswith(AUTO):  # the other way it had is onnxruntime's, the first of ours
+            best = np.minimum(seconds[:, place + 1], seconds[:, places[OURS]])
+            times = f"{np.median(seconds[:, place] / best):.3f} of the time of the quicker one"
+            print(f"{name}: {side.name} took {side.provider}: {times} of {OURS} and {openvino.name}")
     return [
         {
             **facts,
@@ -147,11 +159,13 @@ def make_ours(name: str, model: torch.nn.Module, frames: Sequence[Frame], target
 
 def open_ours(path: Path, threads: int) -> list[tuple[str, Detector]]:
     """Our runtime's ways to run the model, as far as they are here."""
-    found = [("anchorline, onnxruntime CPU", Detector(path, "cpu", threads=threads))]
+    found = [(OURS, Detector(path, "cpu", threads=threads))]
     if has_openvino():
-        found.append(("anchorline, auto (OpenVINO)", Detector(path, threads=threads)))
-        fp32 = Detector(path, "openvino", threads=threads, cpu_precision="fp32")
-        found.append(("anchorline, OpenVINO fp32", fp32))
+        for precision in ("auto", "fp32") if has_native_bf16() else ("auto",):
+            auto = Detector(path, threads=threads, cpu_precision=precision, measure=True)
+            openvino = Detector(path, "openvino", threads=threads, cpu_precision=precision)
+            asked = ", fp32" * (precision == "fp32")
+            found += [(f"{AUTO}{asked}", auto), (f"anchorline, OpenVINO {openvino.precision}", openvino)]
     else:
         print("OpenVINO is not installed: left out", file=sys.stderr)
     int8 = path.with_suffix(".int8.onnx")

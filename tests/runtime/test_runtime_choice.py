@@ -6,25 +6,28 @@ The ways to run a model are played by doubles whose runs take as long as the tes
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import itertools
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
 from anchorline.runtime.backends import choice as choosing
 from anchorline.runtime.backends.choice import Way, compare, open_quickest
-from anchorline.runtime.backends.cpu_options import CpuOptions
+from anchorline.runtime.backends.cpu_options import CpuOptions, usable_cores
 from anchorline.runtime.canvas import held_to
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
 from anchorline.runtime.model_file import read_onnx
 from anchorline.runtime.video.options import DetectOptions
+
+fcntl = pytest.importorskip("fcntl")  # Windows measures without waiting for others
 
 BOTH = ("openvino", "cpu")
 FRAME = np.zeros((4, 4, 3), np.uint8)
@@ -474,6 +477,39 @@ def test_it_is_off_by_argument_and_by_the_environment(model_path, cache, two_cou
         assert cache.exists() is measured
     monkeypatch.setattr(choosing, "compare", None)
     Detector(model_path, "cpu", measure=True).close()  # one that is named is taken
+
+
+def test_it_is_an_option_of_detect_and_bench(model_path, picture, tmp_path, cache, two_counts, monkeypatch):
+    from anchorline import cli
+    from anchorline.bench import bench, work
+
+    cv2.imwrite(str(tmp_path / "a.png"), picture)
+    verbs = {
+        "detect": ["detect", str(tmp_path / "a.png"), "--model", str(model_path)],
+        "bench": ["bench", str(model_path), "--batches", "1", "--warmup", "0"],
+    }
+    monkeypatch.setattr(bench, "_measure", work.measure)  # in this process, where the counts are two
+    for verb, arguments in verbs.items():
+        for variable, option, measured in (("1", "--no-measure", False), ("0", "--measure", True)):
+            monkeypatch.setenv("ANCHORLINE_MEASURE", variable)
+            shutil.rmtree(cache, ignore_errors=True)
+            assert cli.main([*arguments, option]) == 0
+            assert cache.exists() is measured, (verb, option)
+
+
+def test_an_answer_says_how_many_threads_there_are(model_path, two_counts, monkeypatch):
+    """Also to whoever reports them."""
+    for count in (1, 2):
+        monkeypatch.setattr(choosing, "recall", lambda facts, now, count=count: answer(facts, count))
+        with Detector(model_path, measure=True) as detector:
+            assert detector.threads == count
+    with Detector(model_path, "cpu") as detector:
+        assert detector.threads == usable_cores()
+
+
+def answer(facts: dict[str, str], threads: int) -> choosing.Choice:
+    figure = choosing.Figure("cpu", threads, "fp32", 9, 0.01, 0.0)
+    return choosing.Choice(facts, "cpu", threads, (figure,), {}, False, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("value", ["yes", "2", "off"])

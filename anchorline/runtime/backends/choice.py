@@ -101,7 +101,9 @@ class Figure:
     def describe(self) -> str:
         """In words, such as ``cpu, fp32, 2 threads: 38.2 ms``."""
         threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
-        return f"{self.provider}, {self.precision}, {threads}: {1000 * self.seconds:.3g} ms"
+        milliseconds = 1000 * self.seconds
+        time = f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+        return f"{self.provider}, {self.precision}, {threads}: {time} ms"
 
 
 @dataclass(frozen=True)
