@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -16,9 +17,10 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from anchorline.train.model.assign import Targets
-from anchorline.train.model.backbones import FrozenBatchNorm
+from anchorline.train.model.backbones import FoldingConv, FrozenBatchNorm, fold_frozen_norms
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.model.roi_heads import DetectionBatch
+from anchorline.train.model.rpn import RPN, RPNHead
 from anchorline.train.model.settings import ModelSettings
 from anchorline.train.settings import TrainingSettings
 
@@ -152,6 +154,7 @@ def test_training_losses_and_gradients_equal_torchvisions(
     twin = torchvision_twin(model).train()
     for body in (model.backbone.body, twin.backbone):
         assert smooth(body) > 20
+    assert all(isinstance(m, FoldingConv) for m in model.backbone.body.modules() if isinstance(m, nn.Conv2d))
     images, sizes = canvases(2)
     boxes = [torch.tensor([[20.0, 30.0, 70.0, 80.0], [90.0, 10.0, 130.0, 100.0]]), torch.zeros(0, 4)]
     labels = [torch.tensor([2, 0]), torch.zeros(0, dtype=torch.int64)]
@@ -175,6 +178,32 @@ def test_training_losses_and_gradients_equal_torchvisions(
         gradient = others[name].grad
         error = float((parameter.grad - gradient).norm() / gradient.norm())
         assert error < 1e-3, name
+
+
+def test_scoring_sampled_anchors_again_changes_no_loss_and_no_gradient(
+    small_model: Callable[..., FasterRCNN], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With few samples the RPN's gradients come from those alone; the draws are the images' own."""
+    settings = TrainingSettings(rpn_samples=32, roi_samples=40, rpn_pre_nms=200, rpn_post_nms=60)
+    model = small_model(classes=CLASSES, **NECKS["fpn"]).train()
+    smooth(model.backbone.body)
+    images, sizes = canvases(2)
+    boxes = [torch.tensor([[20.0, 30.0, 70.0, 80.0], [90.0, 10.0, 130.0, 100.0]]), torch.zeros(0, 4)]
+    targets = Targets.pad(boxes, [torch.tensor([2, 0]), torch.zeros(0, dtype=torch.int64)], (5, 6))
+    scored, losses, gradients = [], [], []
+    at = RPNHead.at
+    monkeypatch.setattr(RPNHead, "at", lambda self, *given: scored.append(1) or at(self, *given))
+    for few in (True, False):
+        if not few:
+            monkeypatch.setattr(RPN, "_samples_few", lambda *_: False)
+        losses.append(model.losses(images, sizes, targets, settings))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients.append(torch.autograd.grad(sum(losses[-1].values()), trained))
+    assert scored == [1]
+    for name, loss in losses[1].items():
+        torch.testing.assert_close(losses[0][name], loss, rtol=1e-5, atol=1e-7)
+    for a, b in zip(*gradients, strict=True):
+        assert float((a - b).norm()) <= 1e-4 * float(b.norm())
 
 
 @pytest.mark.parametrize("neck", NECKS)
@@ -240,6 +269,31 @@ def test_training_in_bfloat16_stays_near_float32(small_model: Callable[..., Fast
     for name, loss in exact.items():
         assert coarse[name].dtype == torch.float32
         assert float(coarse[name].detach()) == pytest.approx(float(loss.detach()), rel=0.15)
+
+
+def test_a_folded_norm_leaves_no_map_for_the_gradient() -> None:
+    """In training a convolution and the frozen norm behind it are one: the same map, and none between."""
+    layers = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), FrozenBatchNorm(6), nn.ReLU())
+    with torch.no_grad():
+        for values in (layers[1].weight, layers[1].bias, layers[1].running_mean, layers[1].running_var):
+            values.uniform_(0.1, 1.0)
+    plain = copy.deepcopy(layers).train()
+    fold_frozen_norms(layers)
+    images, kept = torch.randn(2, 3, 9, 9), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        found = layers.train()(images)
+    assert [size for size in kept if size >= images.numel()] == [images.numel(), found.numel()]
+    expected = plain(images)
+    torch.testing.assert_close(found, expected)
+    pairs = ((found, layers), (expected, plain))
+    ours, theirs = (torch.autograd.grad(out.sum(), net[0].weight) for out, net in pairs)
+    torch.testing.assert_close(ours, theirs)
+    assert torch.equal(layers.eval()(images), plain(images))
+    assert layers.state_dict().keys() == plain.state_dict().keys()
+    again = copy.deepcopy(layers).train()
+    with torch.no_grad():
+        again[1].weight.mul_(2)
+        assert not torch.allclose(again(images), layers.train()(images))
 
 
 def test_frozen_batch_norm_equals_torchvisions_and_never_changes() -> None:

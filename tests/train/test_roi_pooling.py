@@ -74,16 +74,21 @@ def check_equal(
     reference: torch.Tensor,
     strides: tuple[int, ...] = STRIDES,
 ) -> None:
-    """Values within 1e-4, and the gradients of the features too."""
-    pooled = RoIPooling(strides, settings)(features, rois)
-    torch.testing.assert_close(pooled, reference, rtol=0, atol=1e-4)
-    weight = torch.randn_like(pooled)
-    ours = torch.autograd.grad((pooled * weight).sum(), features)
+    """Values within 1e-4, and the gradients of the features too: by the canvas, and by the table."""
+    weight = torch.randn_like(reference)
     theirs = torch.autograd.grad((reference * weight).sum(), features)
-    for level, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        torch.testing.assert_close(
-            a, b, rtol=1e-4, atol=2e-3, msg=lambda text, at=level: f"level {at}: {text}"
-        )
+    for table in (False, True):
+        pooling = RoIPooling(strides, settings)
+        if not table:
+            pooling.takes_table = lambda _: False
+        assert pooling.takes_table(features) == table
+        pooled = pooling(features, rois)
+        torch.testing.assert_close(pooled, reference, rtol=0, atol=1e-4)
+        ours = torch.autograd.grad((pooled * weight).sum(), features)
+        for level, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            torch.testing.assert_close(
+                a, b, rtol=1e-4, atol=2e-3, msg=lambda text, at=level: f"level {at}: {text}"
+            )
 
 
 @pytest.mark.parametrize(("size", "sampling"), [(7, 2), (14, 1), (14, 3), (1, 2)])

@@ -174,6 +174,35 @@ def test_head_equals_torchvisions_in_anchor_order(convs: int) -> None:
     torch.testing.assert_close(torch.cat(deltas, dim=1).reshape(-1, 4), expected[1])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_scores_of_some_anchors_equal_torchvisions_and_so_do_their_gradients(precision: str) -> None:
+    """Anchors of all levels and at every edge, after a pass without gradients, as in training."""
+    theirs = RPNHead(8, 3)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.3)
+    ours = rpn.RPNHead(8, 3)
+    ours.load_state_dict(theirs.state_dict())
+    mine = [torch.randn(2, 8, *grid, requires_grad=True) for grid in GRIDS]
+    others = [feature.detach().clone().requires_grad_() for feature in mine]
+    index = torch.stack([torch.randperm(sum(map(len, ANCHORS)))[:1500] for _ in range(2)])
+    index[0, :2], index[1, :2] = torch.tensor([0, sum(map(len, ANCHORS)) - 1]), index[0, 2:4]
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.no_grad():
+            ours(mine)
+        found = torch.cat((ours.at(mine, index)[0][..., None], ours.at(mine, index)[1]), dim=2)
+    objectness, deltas = concat_box_prediction_layers(*theirs(others))
+    every = torch.cat((objectness, deltas), dim=1).unflatten(0, (2, -1))
+    expected = every.gather(1, index[..., None].expand(-1, -1, 5))
+    bounds = {"rtol": 1e-4, "atol": 1e-4} if precision == "fp32" else {"rtol": 0.05, "atol": 0.5}
+    torch.testing.assert_close(found, expected, **bounds)
+    weight = torch.randn_like(found)
+    ours_by = torch.autograd.grad((found * weight).sum(), [*ours.parameters(), *mine])
+    theirs_by = torch.autograd.grad((expected * weight).sum(), [*theirs.parameters(), *others])
+    for a, b in zip(ours_by, theirs_by, strict=True):
+        assert float((a - b).norm() / b.norm()) < (1e-4 if precision == "fp32" else 0.3)
+
+
 def test_settings_reach_the_selection(small_settings: Callable[..., ModelSettings]) -> None:
     objectness, deltas = head_outputs(0.1)
     counts = []

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -297,8 +297,10 @@ class Trainer:
             for name, value in values.items():
                 means[name] = means.get(name, 0.0) + value / len(batches)
         self.scaler.unscale_(self.optimiser)
-        limit = training.clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        trained = [each for each in self.model.parameters() if each.grad is not None]
+        norm = torch.nn.utils.get_total_norm([cast(Tensor, each.grad) for each in trained])
+        if training.clip_norm and not norm <= training.clip_norm:  # else a pass over all of it for nothing
+            torch.nn.utils.clip_grads_with_norm_(trained, training.clip_norm, norm)
         # In fp16 the scaler skips such a step and lowers its factor; otherwise it is a real fault.
         if not self.scaler.is_enabled():
             check_finite({"norm of the gradient": norm.item()})
@@ -319,7 +321,8 @@ class Trainer:
             return model.losses(batch.images, batch.image_sizes, batch.targets, training)
         features = model.features(batch.images, batch.image_sizes)
         if "rpn" in parts:
-            return model.rpn.losses(model.rpn.score(features), batch.image_sizes, batch.targets, training)
+            scored = model.rpn.score_to_train(features, training)
+            return model.rpn.losses(scored, batch.image_sizes, batch.targets, training, features)
         if batch.proposals is None:
             raise ValueError("the batch holds no stored proposals; give some to CanvasDataset")
         return model.roi_heads.losses(features, batch.proposals, batch.targets, training)

@@ -11,8 +11,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
@@ -33,16 +35,56 @@ Build = Callable[[Callable[..., nn.Module]], nn.Module]
 class FrozenBatchNorm(nn.BatchNorm2d):
     """Batch norm whose statistics and affine parameters never change, under BatchNorm2d's keys.
 
-    Computes as ``torchvision.ops.FrozenBatchNorm2d`` (eps 1e-5) in one fused pass instead of two.
+    Computes as ``torchvision.ops.FrozenBatchNorm2d`` (eps 1e-5) in one fused pass instead of two. In training
+    the convolution ``before`` it, where there is one, has done its work already (``fold_frozen_norms``).
     """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__(channels, eps=eps)
         self.requires_grad_(False)
+        self.before: tuple[FoldingConv, ...] = ()  # in a tuple, where it is no child
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] as ``x``."""
+        if any(conv.training for conv in self.before):
+            return x
+        return super().forward(x)
 
     def train(self, mode: bool = True) -> FrozenBatchNorm:
         """Stay in evaluation mode whatever ``mode`` says."""
         return super().train(False)
+
+
+class FoldingConv(nn.Conv2d):
+    """A convolution that in training does the work of the frozen batch norm behind it with its own weights.
+
+    A scale and a shift of each channel are a convolution's: the pass over the map is saved, there and back,
+    and the map between the two that a gradient would need.
+    """
+
+    behind: tuple[FrozenBatchNorm]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As ``nn.Conv2d``; in training as that and the norm."""
+        if not self.training:
+            return super().forward(x)
+        (norm,) = self.behind
+        mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+        scale = norm.weight * torch.rsqrt(variance + norm.eps)
+        shift = norm.bias - mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias * scale
+        return self._conv_forward(x, self.weight * scale[:, None, None, None], shift)
+
+
+def fold_frozen_norms(network: nn.Module) -> None:
+    """Have every convolution of ``network`` with a frozen norm behind it fold that in training."""
+    for parent in network.modules():
+        for conv, norm in pairwise(parent.children()):
+            if type(conv) is nn.Conv2d and isinstance(norm, FrozenBatchNorm):
+                conv.__class__ = FoldingConv
+                folding = cast(FoldingConv, conv)
+                folding.behind, norm.before = (norm,), (folding,)
 
 
 class MeanOfRows(nn.Module):
@@ -340,4 +382,5 @@ def _network_of(settings: ModelSettings) -> tuple[BackboneSpec, nn.Module]:
         stride_in_1x1(network, settings.backbone)
     if settings.neck == "dc5":
         dilate_last_stage(network, settings.backbone)
+    fold_frozen_norms(network)
     return spec, network

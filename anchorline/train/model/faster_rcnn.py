@@ -48,11 +48,11 @@ class FasterRCNN(nn.Module):
     ) -> dict[str, Tensor]:
         """The four losses of approximate joint training; gradients do not flow through proposal boxes."""
         features = self.features(images, image_sizes)
-        scored = self.rpn.score(features)
+        scored = self.rpn.score_to_train(features, settings)
         with torch.no_grad():
             proposals = self.rpn.propose(scored, image_sizes, settings.rpn_pre_nms, settings.rpn_post_nms)
         detection = self.roi_heads.losses(features, proposals, targets, settings)
-        return {**self.rpn.losses(scored, image_sizes, targets, settings), **detection}
+        return {**self.rpn.losses(scored, image_sizes, targets, settings, features), **detection}
 
     def features(self, images: Tensor, image_sizes: Tensor) -> list[Tensor]:
         """Feature maps [B, C, H / stride, W / stride], finest first."""

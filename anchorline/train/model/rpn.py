@@ -15,6 +15,7 @@ from anchorline.train.model import boxes as box_ops
 from anchorline.train.model import ops
 from anchorline.train.model.anchors import AnchorGenerator, LevelAnchors
 from anchorline.train.model.assign import Matcher, Sampler, Targets
+from anchorline.train.model.feature_rows import windows_at
 from anchorline.train.model.losses import rpn_losses
 from anchorline.train.model.ops import mark
 from anchorline.train.model.settings import ModelSettings
@@ -57,6 +58,27 @@ class RPNHead(nn.Module):
             objectness.append(scores.permute(0, 2, 3, 1).flatten(1).float())
             deltas.append(self.bbox_pred(hidden).permute(0, 2, 3, 1).reshape(feature.shape[0], -1, 4).float())
         return objectness, deltas
+
+    def at(self, features: Sequence[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+        """Objectness [B, S] and deltas [B, S, 4] of the anchors ``index`` int64 [B, S] alone, of all levels.
+
+        For a head of one 3x3 convolution. The numbers and, but for rounding, the gradients of all anchors'
+        outputs gathered there, without a pass over the maps.
+        """
+        k = self.bbox_pred.out_channels // 4
+        windows = windows_at(features, torch.div(index, k, rounding_mode="trunc"))
+        layers = (cast(nn.Conv2d, self.conv[0][0]), self.cls_logits, self.bbox_pred)  # type: ignore[index]
+        window, score, delta = (layer.weight.permute(0, 2, 3, 1).flatten(1) for layer in layers)
+        # Biases are added apart: autocast may hold casts of them that were made without gradients.
+        biases = [cast(Tensor, layer.bias) for layer in layers]
+        hidden = F.relu(F.linear(windows, window) + biases[0])
+        scores, deltas = F.linear(hidden, score) + biases[1], F.linear(hidden, delta) + biases[2]
+        if self.pairs:
+            background, object_ = scores.float().chunk(2, dim=2)
+            scores = object_ - background
+        anchor = (index % k)[..., None]
+        deltas = deltas.unflatten(2, (k, 4)).gather(2, anchor[..., None].expand(-1, -1, 1, 4))
+        return scores.gather(2, anchor).squeeze(2).float(), deltas.squeeze(2).float()
 
 
 @dataclass(frozen=True)
@@ -114,6 +136,16 @@ class RPN(nn.Module):
             self.anchors([(feature.shape[2], feature.shape[3]) for feature in features]),
         )
 
+    def score_to_train(self, features: Sequence[Tensor], settings: TrainingSettings) -> AnchorScores:
+        """``score``, without gradients where ``losses`` scores the sampled anchors again."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._samples_few(features, settings)):
+            return self.score(features)
+
+    def _samples_few(self, features: Sequence[Tensor], settings: TrainingSettings) -> bool:
+        """Whether scoring the sampled anchors again costs less than gradients over whole maps."""
+        places = sum(feature.shape[2] * feature.shape[3] for feature in features)
+        return len(self.head.conv) == 1 and 4 * settings.rpn_samples <= places
+
     def propose(
         self,
         scored: AnchorScores,
@@ -149,23 +181,33 @@ class RPN(nn.Module):
         return Proposals(boxes, scores)
 
     def losses(
-        self, scored: AnchorScores, image_sizes: Tensor, targets: Targets, settings: TrainingSettings
+        self,
+        scored: AnchorScores,
+        image_sizes: Tensor,
+        targets: Targets,
+        settings: TrainingSettings,
+        features: Sequence[Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Objectness and box loss of one batch (equation 1); N_reg is the number of places.
 
-        With ``rpn_ignore_outside`` anchors across the edge of their image have no part.
+        With ``rpn_ignore_outside`` anchors across the edge of their image have no part. ``features`` are the
+        maps that ``score_to_train`` has scored; without them ``scored`` has the gradients.
         """
-        objectness, deltas = torch.cat([*scored.objectness], dim=1), torch.cat([*scored.deltas], dim=1)
         anchors = torch.cat([anchors[:] for anchors in scored.anchors])
         s = settings
         inside = box_ops.inside_images(anchors, image_sizes) if s.rpn_ignore_outside else None
         matcher = Matcher(s.rpn_positive_iou, s.rpn_negative_iou, keep_best_of_each_box=True)
         sampler = Sampler(matcher, s.rpn_samples, s.rpn_positive_fraction, stream=1)
         samples = sampler(anchors[None], targets, self.coder, inside)
+        if features is not None and self._samples_few(features, s):
+            objectness, deltas = self.head.at(features, samples.index)
+        else:
+            objectness = torch.cat([*scored.objectness], dim=1).gather(1, samples.index)
+            deltas = box_ops.rows_at(torch.cat([*scored.deltas], dim=1), samples.index)
         divisors = (s.rpn_samples, len(anchors) // self.anchors_per_place)
         objectness_loss, box_loss = rpn_losses(
-            objectness.gather(1, samples.index),
-            box_ops.rows_at(deltas, samples.index),
+            objectness,
+            deltas,
             samples.labels > 0,
             samples.drawn,
             samples.deltas,
