@@ -117,18 +117,13 @@ class RoIPooling(nn.Module):
         self.aligned = settings.roi_aligned
         self.canonical_size, self.level_rule = settings.canonical_size, settings.roi_level_rule
 
-    def takes_table(self, features: Sequence[Tensor]) -> bool:
-        """Whether a gradient is wanted on a processor, where ``pool_by_table`` is far cheaper."""
-        on_processor = all(each.device.type == "cpu" for each in features)
-        return bool(self.sampling) and on_processor and any(each.requires_grad for each in features)
-
     def forward(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
         """Pooled regions [B * R, C, S, S] of ``boxes`` [B, R, 4] in canvas pixels.
 
         ``features`` are the levels of ``strides``, finest first.
         """
         level = assign_levels(boxes, len(features), self.strides[0], self.canonical_size, self.level_rule)
-        if self.takes_table(features):
+        if self.training and self.sampling and boxes.device.type == "cpu":
             rule = self.size, self.sampling, self.aligned
             return pool_by_table(features, boxes, level, self.strides, *rule)
         canvas, origins = feature_canvas(features)
