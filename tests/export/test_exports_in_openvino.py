@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from anchorline.data.synthetic import CLASS_NAMES, generate_scene
+from anchorline.export import winograd
 from anchorline.runtime.backends.openvino import has_openvino
 from anchorline.runtime.contract import Contract
 from anchorline.runtime.detections import Detections
@@ -29,7 +31,7 @@ def rows(detections: Detections) -> NDArray[np.float64]:
     return np.hstack([np.asarray(column, np.float64) for column in columns])
 
 
-@pytest.mark.parametrize("name", ["fpn", "without ties"])
+@pytest.mark.parametrize("name", ["fpn", "without ties", "winograd"])
 def test_the_detections_of_the_cpu_provider(
     name: str,
     small_model: Callable[..., FasterRCNN],
@@ -40,10 +42,18 @@ def test_the_detections_of_the_cpu_provider(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    apart = name == "without ties"
+    apart = name != "fpn"
     model = model_without_ties if apart else small_model(name, len(NAMES))
     path = tmp_path / "model.onnx"
-    onnx.save(onnx_of(model, contract_of(model.settings, CLASS_NAMES if apart else NAMES)), path)
+    contract = contract_of(model.settings, CLASS_NAMES if apart else NAMES)
+    if name == "winograd":
+        contract = dataclasses.replace(contract, source={"winograd": 1})
+    proto = onnx_of(model, contract)
+    if name == "winograd":
+        monkeypatch.setattr(winograd, "FEWEST_CHANNELS", 1)
+        monkeypatch.setattr(winograd, "LEAST_WORK", 1)
+        assert winograd.use_winograd(proto, SIZES[0]) > 0
+    onnx.save(proto, path)
     frames = [generate_scene(3, size, index)[0] for index, size in enumerate(SIZES)]
     with Detector(path, "cpu") as cpu, Detector(path, "openvino", cpu_precision="fp32") as openvino:
         # A batch is padded to its largest sides, on either.

@@ -202,16 +202,18 @@ def _open(model: ModelFile, options: CpuOptions) -> Any:
     with hidden_folder(Path(tempfile.gettempdir()), 0o700) as folder:
         inlined = folder / "inlined.onnx"
         write_inlined(model.path, inlined)
-        network = _compile(model.path, inlined, settings)
+        network = _compile(model.path, inlined, settings, model.contract.winograd)
     exported = network.export_model()
     store_network(kept_at, exported if isinstance(exported, bytes) else bytes(exported.read()))
     return network
 
 
-def _compile(path: Path, inlined: Path, settings: dict[str, str]) -> Any:
+def _compile(path: Path, inlined: Path, settings: dict[str, str], winograd: bool) -> Any:
     try:
         model = core().read_model(str(inlined))
         _keep_coordinates(model)
+        if winograd:
+            _pool_channels_last(model)
         return core().compile_model(model, "CPU", settings)
     except Exception as error:
         version = str(load_openvino().__version__).partition("-")[0]
@@ -230,6 +232,22 @@ def _keep_coordinates(model: Any) -> None:
     rois = [op.input_value(1) for op in model.get_ops() if op.get_type_name() == "ROIAlign"]
     if rois:
         model.add_outputs(rois)
+
+
+def _pool_channels_last(model: Any) -> None:
+    """Let RoIs be pooled from maps whose channels lie together, which is many times faster.
+
+    OpenVINO keeps what plain convolutions write in that order, but not what Winograd's form does. A
+    convolution of each channel by itself, by 1, changes nothing else.
+    """
+    import openvino.opset13 as ops
+
+    for op in model.get_ops():
+        if op.get_type_name() == "ROIAlign":
+            maps = op.input_value(0)
+            ones = np.ones((maps.get_partial_shape()[1].get_length(), 1, 1, 1, 1), np.float32)
+            ordered = ops.group_convolution(maps, ops.constant(ones), [1, 1], [0, 0], [0, 0], [1, 1])
+            op.input(0).replace_source_output(ordered.output(0))
 
 
 def load_network(path: Path) -> bytes | None:
