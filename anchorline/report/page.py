@@ -382,7 +382,7 @@ def _recall(figures: Recall) -> Html:
     caption = (
         f"Recall of {figures.objects:,} objects by number of proposals and IoU; average recall {average}"
     )
-    return table(caption, ("", *(f"IoU {iou}" for iou in ious)), rows)
+    return table(caption, ("at most", *(f"IoU {iou}" for iou in ious)), rows)
 
 
 def _mark(passed: bool | None) -> Html:
@@ -436,7 +436,7 @@ def _verification(each: Verification) -> Html:
     rows += [(f"trap: {trap.name}", _mark(trap.passed), "", trap.detail) for trap in each.traps[:_MOST_ROWS]]
     if rows:
         on = f"Compared on {each.data}" + (f", {made}" if made else "")
-        parts.append(table(on, ("", "", "of the tolerance", "what was found"), rows))
+        parts.append(table(on, ("part", "holds", "of the tolerance", "what was found"), rows))
     elif made:
         parts.append(tag("p", made, class_="note"))
     if one and one.accuracy:

@@ -16,13 +16,18 @@ import cv2
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
 from anchorline import cli
+from anchorline.data.dataset import LabelledImage
+from anchorline.evaluation.evaluation import proposal_recall
 from anchorline.report.markup import Html, picture, tag, text, thinned
 from anchorline.report.page import render, report
 from anchorline.report.sources import gather
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
+from anchorline.runtime.detections import Detections
 from anchorline.runtime.io.files import sha256_of
+from anchorline.verify.verification import write_not_executed
 
 VOID = {"img", "meta"}
 ELEMENTS = {
@@ -290,6 +295,68 @@ def test_the_training_with_the_model_s_settings(
     ]
     ends = [path.rpartition("L")[2].split()[0] for path in drawn if path.count("L") > 100]
     assert ends == ["508.0"]  # the right edge: the last step is there
+
+
+def test_a_verdict_that_differs_and_none_at_all(
+    run: Path, measured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(run / "model.onnx")
+    (score,) = [each for each in model.graph.initializer if each.name == "score"]
+    score.CopyFrom(numpy_helper.from_array(np.array([[0.5]], np.float32), "score"))
+    onnx.save(model, run / "model.onnx")
+    spec = f"coco:{run / 'images'},{run / 'images/annotations.json'}"
+    assert (
+        cli.main(["verify", str(measured / "reference.onnx"), str(run / "model.onnx"), "--data", spec]) == 1
+    )
+    page = written(run)
+    assert "They differ, first in detections." in page.words
+    assert {"differs", "On labelled images", "with reference.onnx"} <= set(page.words)
+    kinds = [each["class"] for name, each in page.elements if str(each.get("class")).startswith("verdict")]
+    assert kinds == ["verdict bad"]
+    write_not_executed(run / "model.onnx", "no GPU </main>", measured / "reference.onnx")
+    page = written(run)
+    assert "Not verified: no GPU </main>" in page.words
+    assert "They differ" not in page.shown
+
+
+def test_proposals_and_an_engine_s_build(
+    run: Path, tmp_path: Path, one_box_model: Callable[[Contract], onnx.ModelProto]
+) -> None:
+    folder = tmp_path / "engine"
+    folder.mkdir()
+    path = folder / "model.engine"
+    path.write_bytes(b"plan")
+    contract = Contract("detections", ("thing",), (32, 64), (0.0,) * 3, (1.0,) * 3)
+    manifest = {
+        "contract": json.loads(contract.to_json()),
+        "flavour": "tensorrt",
+        "flavour_version": "10.16.1.11",
+        "compute_capabilities": [86],
+        "precision": "fp16",
+        "profiles": [{"batch": [1, 1, 4]}],
+        "engine": {"sha256": sha256_of(path)},
+        "options_hash": "abc",
+        "gpu": "<b>A GPU</b>",
+        "build_seconds": 12.5,
+        "warnings": ["</code><script>"],
+    }
+    path.with_name("model.engine.json").write_text(json.dumps(manifest), encoding="utf-8")
+    found = Detections([[0, 0, 8, 8]], [0.9], [0])
+    image = LabelledImage(
+        "one",
+        (32, 64),
+        found.boxes,
+        found.labels,
+        *np.zeros((2, 1), np.bool_),
+        load=lambda: np.zeros((1, 1, 3)),
+    )
+    recall = proposal_recall([image], [found], provider="tensorrt").to_json()
+    recall["model"] = {"name": path.name, "sha256": sha256_of(path)}
+    (folder / "recall.json").write_text(json.dumps(recall), encoding="utf-8")
+    page = written(folder)
+    assert {"<b>A GPU</b>", "12.5", "engine of TensorRT 10.16.1.11", '["</code><script>"]'} <= set(page.words)
+    assert {"1000 proposals", "IoU 0.95", "average recall"} <= set(page.words)
+    assert "sm_86" in page.shown
 
 
 def test_a_folder_with_several_models_or_none(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
