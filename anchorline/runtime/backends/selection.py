@@ -152,7 +152,7 @@ def _open_onnx(
     contract = held(model.contract)
     there = [*(name for name in names[:-1] if name in _offered()), names[-1]]
     if cpu.precision == "bf16" and OPENVINO in there:
-        there.remove("cpu")  # which does not compute in it
+        there = [name for name in there if name != "cpu"]  # which does not compute in it
 
     def open_way(way: Way) -> Backend:
         threads = dataclasses.replace(cpu, threads=way.threads)
