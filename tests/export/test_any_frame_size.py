@@ -78,6 +78,10 @@ def test_boxes_are_torchvisions(
         for detector in (TorchDetector(model, contract), exported):
             check_equal(list(map(torchvisions, frames)), list(map(detector, frames)), contract)
             check_equal(torchvisions.batch(frames), detector.batch(frames), contract)
+        together = exported.prepare(frames)[0][contract.inputs[0]].shape[1:3]
+    with Detector(tmp_path / "model.onnx", provider="cpu", canvas=together) as held:
+        for found in (held.batch(frames), list(map(held, frames))):
+            check_equal(torchvisions.batch(frames), found, contract)
 
 
 def test_a_mean_over_a_padded_map_is_exact_in_onnxruntime(tmp_path: Path) -> None:

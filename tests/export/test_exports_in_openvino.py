@@ -43,7 +43,7 @@ def test_the_detections_of_the_cpu_provider(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     apart = name != "fpn"
-    model = model_without_ties if apart else small_model(name, len(NAMES))
+    model = model_without_ties if apart else small_model(name, len(NAMES), backbone="resnet10")
     path = tmp_path / "model.onnx"
     contract = contract_of(model.settings, CLASS_NAMES if apart else NAMES)
     if name == "winograd":

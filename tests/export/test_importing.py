@@ -188,10 +188,14 @@ def test_detections_are_torchvisions(smallest: Source, frames: list[Frame], tmp_
     check_import(smallest, SMALLEST, frames, tmp_path)
 
 
+@pytest.mark.slow
 def test_detections_through_onnxruntime_are_torchvisions(
     smallest: Source, frames: list[Frame], tmp_path: Path
 ) -> None:
-    """One file for all frames, also held to the canvas that the rule gives those of a camera."""
+    """One file for all frames, also held to the canvas that the rule gives those of a camera.
+
+    tests/export/test_any_frame_size.py does the same with a small model of ours.
+    """
     imported, onnx = tmp_path / "model.safetensors", tmp_path / "model.onnx"
     import_checkpoint(smallest.path, imported, arch=SMALLEST, verify=False)
     contract = export_onnx(imported, onnx, verify=False).contract
