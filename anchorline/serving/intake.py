@@ -29,11 +29,11 @@ def busy(why: str) -> Refusal:
 
 
 class Room:
-    """The bytes of bodies and frames that all requests hold together. A single one may be larger."""
+    """The bytes of bodies and frames that all requests hold together; a single one may hold more."""
 
     def __init__(self, most: int) -> None:
         self.most, self.held = most, 0
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     @contextlib.contextmanager
     def share(self) -> Iterator[Share]:
@@ -42,28 +42,25 @@ class Room:
         try:
             yield share
         finally:
-            self.change(-share.held)
-
-    def change(self, count: int) -> bool:
-        """Take or give back; False where there is not so much."""
-        with self._lock:
-            if count > 0 and self.held > 0 and self.held + count > self.most:
-                return False
-            self.held += count
-            return True
+            with self.lock:
+                self.held -= share.held
+                share.has_ended = True
 
 
 class Share:
     """The part of a ``Room`` that one request holds; may grow in any thread."""
 
     def __init__(self, room: Room) -> None:
-        self.held, self._room = 0, room
+        self.held, self.has_ended, self._room = 0, False, room
 
     def grow(self, count: int) -> None:
-        """Hold ``count`` bytes more. Raises ``Refusal`` where others hold too much."""
-        if not self._room.change(count):
-            raise busy("the server holds as many bytes of requests as it may")
-        self.held += count
+        """Hold ``count`` bytes more. Raises ``Refusal`` where others hold too much, or at the request's end."""
+        room = self._room
+        with room.lock:
+            if self.has_ended or (room.held > self.held and room.held + count > room.most):
+                raise busy("the server holds as many bytes of requests as it may")
+            room.held += count
+            self.held += count
 
 
 async def read_body(request: Request, share: Share, most: int, seconds: float) -> bytes:
