@@ -54,7 +54,7 @@ class Share:
         self.held, self.has_ended, self._room = 0, False, room
 
     def grow(self, count: int) -> None:
-        """Hold ``count`` bytes more. Raises ``Refusal`` where others hold too much, or at the request's end."""
+        """Hold ``count`` bytes more. Raises ``Refusal`` where others hold too much, or it is over."""
         room = self._room
         with room.lock:
             if self.has_ended or (room.held > self.held and room.held + count > room.most):
