@@ -275,18 +275,20 @@ def deploy(
     ] = None,
 ) -> None:
     """Write a folder with all that Triton or DeepStream needs to run a model."""
-    from anchorline.deploy import deploy_deepstream, deploy_triton
-
     frame_size = size(frame, "--frame", "WIDTHxHEIGHT")
     if target == "triton":
         if frame_size or nms:
             raise SettingsError("--frame and --nms are for --for deepstream; leave them out")
+        from anchorline.deploy import deploy_triton
+
         written = deploy_triton(model, out, backend=backend, max_batch=max_batch, compiler=compiler)
     else:
         if backend:
             raise SettingsError("--backend is for --for triton; leave it out")
         if frame_size is None:
             raise SettingsError("DeepStream needs the size of the frames; give it, as --frame 1920x1080")
+        from anchorline.deploy import deploy_deepstream
+
         written = deploy_deepstream(
             *(model, out, frame_size[::-1]), nms=nms or "plugin", max_batch=max_batch, compiler=compiler
         )

@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 import pytest
 
-from anchorline.runtime.contract import Contract
+from anchorline.engine.graph import forget
+from anchorline.runtime.contract import CONTRACT_KEY, Contract
 
 if TYPE_CHECKING:
     from anchorline.train.model.faster_rcnn import FasterRCNN
@@ -27,19 +28,32 @@ def exported(
     onnx_of: Callable[[FasterRCNN, Contract], onnx.ModelProto],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Path]:
-    """``exported(free)``: a detector for a canvas of 128x160 or for any frame size, as a file."""
+    """``exported(free)``: a detector for a canvas of 128x160 or for any frame size, as a file.
+
+    With ``floats=True`` its pixels are float32, as models have them that want frames scaled without rounding.
+    """
+    from anchorline.export.onnx_export import OUTPUTS
     from anchorline.train.checkpoint import contract_of
 
     folder = tmp_path_factory.mktemp("exported")
 
-    def write(free: bool = False, task: str = "detections") -> Path:
-        path = folder / f"{'free' if free else 'fixed'} {task}.onnx"
+    def write(free: bool = False, task: str = "detections", floats: bool = False) -> Path:
+        path = folder / f"{'free' if free else 'fixed'} {task}{' floats' * floats}.onnx"
         if not path.exists():
             # Those of the engine's tests, so that they are exported once.
             model = small_model("fpn" if task == "detections" else "single", len(NAMES))
             contract = contract_of(model.settings, NAMES, source={})
             canvas = None if free else model.settings.canvas
-            onnx.save(onnx_of(model, dataclasses.replace(contract, task=task, canvas=canvas)), path)
+            contract = dataclasses.replace(contract, task=task, canvas=canvas)
+            made = onnx_of(model, contract)
+            if floats:  # the graph casts what it is given, so that an export of its own would be no other
+                made.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+                readers = [node for node in made.graph.node if "images" in node.input]
+                forget(made.graph, {name for node in readers for name in node.output})
+                del made.metadata_props[:]
+                contract = dataclasses.replace(contract, input_dtype="float32", outputs=OUTPUTS[task])
+                onnx.helper.set_model_props(made, {CONTRACT_KEY: contract.to_json()})
+            onnx.save(made, path)
         return path
 
     return write

@@ -99,6 +99,22 @@ def test_the_graph_gives_the_detector_s_boxes(
             check_rows(rows[0], placement, detector(frame))
 
 
+def test_a_model_with_float_pixels_is_told_of_in_the_readme(
+    exported: Exported, pictures: list[bytes], tmp_path: Path
+) -> None:
+    """A frame that is not scaled has the same boxes; what scaling does otherwise is said."""
+    model, frame = exported(floats=True), decode_image(pictures[4])
+    deploy_deepstream(model, tmp_path / "out", frame.shape[:2], nms="fixed-point")
+    graph = onnx.load(tmp_path / "out" / "fixed_detections_floats.onnx")
+    with Detector(model, "cpu") as detector:
+        check_rows(
+            run(graph, planes_of(frame, (128, 160))[None])[0],
+            Placement((128, 160), (128, 160)),
+            detector(frame),
+        )
+    assert "whole grey levels" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_batch_gives_each_frame_s_boxes(exported: Exported, pictures: list[bytes]) -> None:
     frames = [decode_image(pictures[number]) for number in (0, 2, 5)]
     graph, placement = nvinfer_graph(read_model(exported()), frames[0].shape[:2])

@@ -106,6 +106,15 @@ def test_proposals_have_the_label_0(
         check_equal(found, 0, detector(decode_image(pictures[0])))
 
 
+def test_pixels_may_be_floats(exported: Exported, pictures: list[bytes], triton: Any, tmp_path: Path) -> None:
+    """Frames are then scaled without rounding, as ``Detector`` does."""
+    model = exported(floats=True)
+    deploy_triton(model, tmp_path / "m")
+    (found,) = triton.Triton(tmp_path / "m" / "models").infer("fixed_detections_floats", [one(pictures[0])])
+    with Detector(model, "cpu") as detector:
+        check_equal(found, 0, detector(decode_image(pictures[0])))
+
+
 def test_the_client_prints_what_detect_writes(
     exported: Exported,
     pictures: list[bytes],
