@@ -11,6 +11,9 @@ its users give it: RGB, float32, 0 to 1, channels first. That conversion is insi
 ``auto`` measures anew, in a cache of this run's own, before anything is timed; printed beside the rows is its
 time by that of the quicker one of the ways it chose among, in the same repetitions.
 
+Drawn weights give every anchor a high objectness, so where a model has a threshold on it, as torchvision's
+MobileNetV3, all proposals pass; ``--proposals`` makes that as few as a trained model has.
+
 With ``--folder`` the files are kept there, and ``NAME.int8.onnx`` beside them is measured as well (made by
 ``anchorline quantize NAME.onnx``; the weights are the same in every run). Rows go to ``results/peers.csv``.
 """
@@ -45,12 +48,14 @@ from anchorline.runtime import Detections, Detector
 from anchorline.runtime.backends.cpu_options import has_native_bf16, usable_cores
 from anchorline.runtime.backends.openvino import has_openvino
 from anchorline.runtime.canvas import frame_canvas
+from anchorline.runtime.model_file import read_onnx
 
 MODELS = ("fasterrcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_resnet50_fpn")
 ASPECT = "4:3"  # 800x1088 at 800/1333
 TOLERANCE = (16.0, 0.25)  # pixels, score: wide enough for int8, to see that the side finds the same objects
 EAGER, PEER = "torchvision eager", "torchvision ONNX, onnxruntime CPU"
 OURS, AUTO = "anchorline, onnxruntime CPU", "anchorline, auto"
+WINOGRAD = ".winograd.onnx"
 PAUSE = 0.05  # seconds; threads of the side before may still be spinning
 
 Frame = NDArray[np.uint8]
@@ -92,6 +97,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="keep the files here")
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument(
+        "--proposals",
+        type=int,
+        help="lower the objectness until an image has about so many above a threshold",
+    )
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--dry-run", action="store_true", help="print the rows and write none")
@@ -106,6 +116,8 @@ def measure_model(
     builder = getattr(torchvision.models.detection, name)
     model = builder(weights=None, weights_backbone=None).eval()
     draw_weights(model, frames[:3], seed=0)
+    if options.proposals:
+        lower_objectness(model, frames[:3], options.proposals)
     ours = folder / f"{name}.onnx"
     canvas = make_ours(name, model, frames, ours)
     sides = [*peers(model, frames[0], folder / f"{name}.torchvision.onnx", ours, options)]
@@ -116,8 +128,9 @@ def measure_model(
     seconds = interleaved(sides, frames, options.repetitions)
     for _, detector in detectors:
         detector.close()
+    few = f", {options.proposals} proposals an image" if options.proposals else ""
     facts = {
-        "model": name,
+        "model": f"{name}{few}",
         "canvas": f"{canvas[0]}x{canvas[1]}",
         "threads": options.threads,
         "images": len(frames),
@@ -154,7 +167,25 @@ def make_ours(name: str, model: torch.nn.Module, frames: Sequence[Frame], target
     assert len(canvases) == 1, canvases
     (canvas,) = canvases
     export_onnx(imported, target, canvas=canvas, verify=False)
+    export_onnx(imported, target.with_suffix(WINOGRAD), canvas=canvas, winograd=True, verify=False)
     return canvas
+
+
+@torch.no_grad()
+def lower_objectness(model: torch.nn.Module, frames: Sequence[Frame], wanted: int) -> None:
+    """Bisect the bias of the objectness, which drawn weights have high everywhere."""
+    images, _ = model.transform([as_tensor(frame) for frame in frames])
+    features = model.backbone(images.tensors)
+    bias = model.rpn.head.cls_logits.bias
+    high = bias.clone()
+    low_shift, high_shift = -20.0, 0.0
+    for _ in range(16):
+        shift = (low_shift + high_shift) / 2
+        bias.copy_(high + shift)
+        proposals, _ = model.rpn(images, features)
+        count = sum(map(len, proposals)) / len(proposals)
+        low_shift, high_shift = (low_shift, shift) if count > wanted else (shift, high_shift)
+    print(f"{count:.0f} proposals an image")
 
 
 def open_ours(path: Path, threads: int) -> list[tuple[str, Detector]]:
@@ -168,6 +199,13 @@ def open_ours(path: Path, threads: int) -> list[tuple[str, Detector]]:
             found += [(f"{AUTO}{asked}", auto), (f"anchorline, OpenVINO {openvino.precision}", openvino)]
     else:
         print("OpenVINO is not installed: left out", file=sys.stderr)
+    winograd = path.with_suffix(WINOGRAD)
+    if read_onnx(winograd).contract.winograd:
+        found.append((f"{OURS}, Winograd", Detector(winograd, "cpu", threads=threads)))
+        if has_openvino():
+            found.append(
+                ("anchorline, OpenVINO fp32, Winograd", Detector(winograd, "openvino", threads=threads))
+            )
     int8 = path.with_suffix(".int8.onnx")
     if int8.is_file():
         found.append(("anchorline, onnxruntime CPU, int8", Detector(int8, "cpu", threads=threads)))
