@@ -280,27 +280,100 @@ def test_each_view_is_detected_as_a_frame_of_its_own(path):
             np.testing.assert_allclose(got.boxes, expected.boxes, rtol=1e-6)
 
 
-def test_views_are_no_copies_and_go_through_in_equal_groups(path, monkeypatch):
-    frame, batches = noise(150, 420), []
-    infer = OnnxRuntimeBackend.infer
+@pytest.fixture
+def batches(monkeypatch):
+    """The number of views in each run of the network."""
+    counted, infer = [], OnnxRuntimeBackend.infer
 
-    def counted(self, inputs):
-        batches.append(len(inputs["images"]))
+    def count(self, inputs):
+        counted.append(len(inputs["images"]))
         return infer(self, inputs)
 
-    monkeypatch.setattr(OnnxRuntimeBackend, "infer", counted)
+    monkeypatch.setattr(OnnxRuntimeBackend, "infer", count)
+    return counted
+
+
+def test_views_are_no_copies_and_go_through_in_equal_groups(path, batches):
+    frame = noise(150, 420)
     with Detector(path, slices=SliceOptions(64, overlap=0.1, full=False, at_once=7)) as detector:
         detector(frame)
-        assert sum(batches) == detector.views((150, 420)) == 24
-        assert sorted(batches) == [6, 6, 6, 6]
+        assert detector.views((150, 420)) == 24
+        assert batches == [6, 6, 6, 6]
     views = slice_views((150, 420), (64, 64), 0.1, full=True)
     assert all(np.shares_memory(view, frame) for view in slicing._cut_out(frame, views))
 
 
-def test_the_largest_batch_of_the_model_bounds_the_groups(tmp_path, write_model, contract, monkeypatch):
-    path = write_model(tmp_path / "a.onnx", dataclasses.replace(contract, max_batch=2))
-    with Detector(path, slices=SliceOptions(64)) as detector:
-        assert len(detector.batch([noise(100, 100)] * 3)) == 3
+@pytest.mark.parametrize(("most", "expected"), [(1, [1] * 11), (2, [2] * 5 + [1])])
+def test_the_largest_batch_of_the_model_bounds_the_groups(
+    most, expected, tmp_path, write_model, contract, batches
+):
+    path = write_model(tmp_path / "a.onnx", dataclasses.replace(contract, max_batch=most))
+    large, small = noise(100, 100), noise(30, 40, 1)
+    with Detector(path, threads=1, slices=SliceOptions(64)) as detector:
+        together = detector.batch([large, small, large])
+        assert batches == expected
+        assert all(map(same, together, map(detector, [large, small, large])))
+
+
+@pytest.mark.parametrize(
+    ("size", "slice_sides", "views"),
+    [
+        ((1, 1), (64, 64), 1),
+        ((1, 500), (64, 64), 11),  # ten of 1x64
+        ((3000, 70), (64, 64), 117),
+        ((300, 100), (64, 4000), 7),
+        ((100, 300), (4000, 64), 7),
+        ((100, 100), (10**30, 10**30), 1),
+    ],
+)
+def test_strips_and_slices_that_are_larger_one_way(path, size, slice_sides, views):
+    with Detector(path, threads=1, slices=SliceOptions(*slice_sides)) as detector:
+        found = detector(noise(*size))
+        assert detector.views(size) == views
+    assert found.size == size
+    assert len(found) >= 2
+    assert (found.boxes >= 0).all()
+    assert (found.boxes <= [size[1], size[0], size[1], size[0]]).all()
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda frame: frame[:, ::-1],
+        lambda frame: frame[::-1, :, ::-1],
+        lambda frame: frame[::2, ::3],
+        np.asfortranarray,
+        lambda frame: np.frombuffer(frame.tobytes(), np.uint8).reshape(frame.shape),  # not to be written
+    ],
+)
+def test_frames_in_any_layout_are_sliced_as_their_copies(path, view):
+    frame = view(noise(240, 360))
+    with Detector(path, threads=1, slices=SliceOptions(64)) as detector:
+        assert same(detector(frame), detector(np.ascontiguousarray(frame)))
+
+
+def test_nothing_in_any_view_is_nothing(path):
+    with Detector(path, score_threshold=0.5, slices=SliceOptions(64, merge="weighted")) as detector:
+        found = detector(np.zeros((150, 200, 3), np.uint8))
+    assert len(found) == 0
+    assert found.size == (150, 200)
+    assert found.class_names == ("whole", "quarter")
+
+
+@pytest.mark.parametrize(
+    ("frame", "words"),
+    [
+        (np.zeros((200, 200, 3), np.float16), r"got float16 \[200, 200, 3\]"),
+        (np.full((200, 200, 3), np.nan, np.float32), "got float32"),
+        (np.zeros((0, 200, 3), np.uint8), "the frame has no pixels"),
+        (np.zeros((64, 600_000, 3), np.uint8), "has 11539 slices of 64x64"),
+    ],
+)
+def test_a_frame_that_is_none_is_refused_and_spoils_nothing(path, frame, words):
+    with Detector(path, threads=1, slices=SliceOptions(64)) as detector:
+        with pytest.raises(FrameError, match=words):
+            detector.batch([noise(100, 100), frame])
+        assert len(detector(noise(100, 100))) >= 2
 
 
 def test_nv12_frames_are_sliced_as_the_bgr_they_hold(model_path):
@@ -387,11 +460,8 @@ def test_a_model_that_cannot_be_sliced_is_refused(model_path, contract):
 @pytest.mark.parametrize(
     ("image", "canvas", "expected"),
     [
-        (
-            [10, 20, 30],
-            [10, 20, 30],
-            (160, 160),
-        ),  # 30 px in a fifth of a slice want 150, more than the canvas
+        # 30 px in a fifth of a slice want 150, more than the canvas.
+        ([10, 20, 30], [10, 20, 30], (160, 160)),
         ([10, 40, 60], [5, 20, 30], (320, 320)),  # 60 px want 300
         ([1, 2, 3], [0.5, 1, 1.5], (128, 128)),  # the network saw images at half their size
     ],
