@@ -1,17 +1,19 @@
 """Slices against plain detection, and against SAHI over torchvision with the same weights and slices.
 
-    python benchmarks/slicing.py shapes.safetensors cells.safetensors [--scenes 4] [--picture FILE.jpg]
-    PYTHONPATH=folder python benchmarks/slicing.py shapes.safetensors --sahi 3 [--threads 1]
-    PYTHONPATH=folder python benchmarks/slicing.py shapes.safetensors cells.safetensors --wall --sahi 2
+    python benchmarks/slicing.py shapes.safetensors cells.safetensors [--scenes 3] [--only WORDS]
+    PYTHONPATH=folder python benchmarks/slicing.py shapes.safetensors --sahi 2 --only none
 
 Scenes of 3840x2160, for a checkpoint of the demo generated ones with objects of 12 to 40 pixels, for one of
 BCCD (in the folder that ``ANCHORLINE_SHARED`` names) six images of its test split at 0.4 of their size, which
 makes platelets of 10 to 40 pixels, or with ``--crowded`` as many as there is room for. Plain detection is on
 the checkpoint's own canvas, which the slices fill as well, and on larger ones. Every way has a process of its
-own, whose memory is measured. With ``--sahi N`` SAHI's own code (``pip install --target folder sahi shapely
---no-deps``) works on N scenes by turns with this project's: a box is alike where the other side has one of
-its class with an IoU of 0.9. Rows go to ``results/slicing.csv``, ``slicing_sahi.csv`` and, with ``--wall``,
-``slicing_wall.csv``: that is seconds on all cores, for a quiet machine; else it is processor time on one.
+own, whose memory is measured. The export for any frame size is looked for, or else left, beside the
+checkpoint.
+
+With ``--sahi N`` SAHI's own code (``pip install --target folder sahi shapely --no-deps``) works on N scenes
+by turns with this project's: a box is alike where the other side has one of its class with an IoU of 0.9.
+Rows go to ``results/slicing.csv`` and ``slicing_sahi.csv``; wall times want a quiet machine, and processor
+times ``--threads 1``, for threads that wait for each other count as well.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ from anchorline.data.synthetic import (
 )
 from anchorline.evaluation.evaluation import report_detections
 from anchorline.runtime import Detections, Detector, SliceOptions
+from anchorline.runtime.backends.cpu_options import usable_cores
 from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.slices import Slicer
 
@@ -95,10 +98,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoints", type=Path, nargs="+")
-    parser.add_argument("--scenes", type=int, default=4)
-    parser.add_argument("--only", help="ways whose name holds this")
+    parser.add_argument("--scenes", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=[""], metavar="WORDS", help="ways whose name holds them")
     parser.add_argument("--crowded", action="store_true", help="as many images of cells as there is room for")
-    parser.add_argument("--wall", action="store_true")
     parser.add_argument("--sahi", type=int, default=0, metavar="N")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--picture", type=Path)
@@ -109,34 +111,32 @@ def main() -> None:
 
 
 def measure(checkpoint: Path, folder: Path, options: argparse.Namespace) -> None:
-    """All that is asked for of one checkpoint, exported for any frame size."""
-    from anchorline.export import export_onnx  # not in the processes whose memory is measured
+    """All that is asked for of one checkpoint."""
+    model = checkpoint.with_suffix(".onnx")
+    if not model.is_file():
+        from anchorline.export import export_onnx  # not in the processes whose memory is measured
 
-    model = folder / "model.onnx"
-    contract = export_onnx(checkpoint, model, verify=False).contract
+        export_onnx(checkpoint, model, verify=False)
+    with Detector(model, "cpu") as detector:
+        contract = detector.contract
     shapes = contract.names == CLASS_NAMES
     if not shapes and contract.names != CELL_NAMES:
         raise SystemExit(f"{checkpoint} knows {contract.names}; expected a model of the demo or of BCCD")
-    count = 1 if options.wall else options.scenes
-    data = shapes_of(count) if shapes else cells_of(count, options.crowded)
+    data = shapes_of(options.scenes) if shapes else cells_of(options.scenes, options.crowded)
     frames = []
     for number, image in enumerate(data):
         frames.append(folder / f"{number}.npy")
         np.save(frames[-1], image.load())
     canvas = contract.resize.within
-    command = f"python benchmarks/slicing.py {checkpoint.name}"
-    if options.wall:
-        wall_times(model, ways_of(canvas), frames, data.spec, f"{command} --wall")
-    elif not options.sahi:
-        ways = [each for each in ways_of(canvas) if (options.only or "") in each.name]
-        command += f" --scenes {options.scenes}" + " --crowded" * options.crowded
-        accuracy(model, ways, frames, data, command, options.picture)
+    threads = "" if options.threads is None else f" --threads {options.threads}"
+    command = f"python benchmarks/slicing.py {checkpoint.name}{threads}"
+    ways = [each for each in ways_of(canvas) if any(words in each.name for words in options.only)]
+    wanted = f"{command} --scenes {options.scenes}" + " --crowded" * options.crowded
+    against_plain(model, ways, frames, data, options, wanted)
     if options.sahi and shapes:
-        command += f" --sahi {options.sahi}"
-        threads = options.threads or (None if options.wall else 1)
         for scale in (1, 2):
             sides = tuple(round(side / SCALE) * scale for side in canvas)
-            beside_sahi(checkpoint, model, sides, options.sahi, threads, command)
+            beside_sahi(checkpoint, model, sides, options, f"{command} --sahi {options.sahi}")
 
 
 def ways_of(canvas: tuple[int, int]) -> list[Way]:
@@ -152,9 +152,9 @@ def ways_of(canvas: tuple[int, int]) -> list[Way]:
         Way("plain, 2880x5120", scaled),
         Way("plain, 3600x6400", tuple(round(side * 5 / 3) for side in SIZE)),
         Way("small slices", None, small, ({"merge_by": "iou"}, {"merge": "weighted"})),
-        Way("small slices without overlap", None, replace(small, overlap=0.0)),
         Way("large slices", tuple(3 * side for side in canvas), large),
         Way("large slices at 0.8 of the scale", tuple(round(2.4 * side) for side in canvas), large),
+        Way("slices without overlap", None, replace(small, overlap=0.0)),
     ]
 
 
@@ -225,8 +225,8 @@ def labelled(
     return LabelledImage(id, SIZE, boxes, labels, none, none, partial(np.copy, pixels))
 
 
-def look(model: Path, way: Way, frames: list[Path], threads: int | None, again: int) -> Looked:
-    """Every frame ``again`` times; the seconds are the median's."""
+def look(model: Path, way: Way, frames: list[Path], threads: int | None) -> Looked:
+    """Every frame once; the seconds are the median's."""
     before = peak_mb()
     with way.detector(model, threads) as detector:
         looks: list[list[Detections]] = []
@@ -242,11 +242,10 @@ def look(model: Path, way: Way, frames: list[Path], threads: int | None, again: 
         spent = []
         for path in frames:
             frame = np.load(path)
-            for _ in range(again):
-                looks.clear()
-                start, wall = time.process_time(), time.perf_counter()
-                result = detector(frame) if slicer is None else slicer.batch([frame], detect)[0]
-                spent.append((time.process_time() - start, time.perf_counter() - wall))
+            looks.clear()
+            start, begun = time.process_time(), time.perf_counter()
+            result = detector(frame) if slicer is None else slicer.batch([frame], detect)[0]
+            spent.append((time.process_time() - start, time.perf_counter() - begun))
             found[way.name].append(result)
             for name, merge in zip(names[1:], way.merges, strict=True):
                 seen = iter(looks)
@@ -269,14 +268,13 @@ def alone(task: Callable[..., Looked], *arguments: Any) -> Looked:
         return pool.apply(task, arguments)
 
 
-def accuracy(
-    model: Path, ways: list[Way], frames: list[Path], data: Dataset, command: str, picture: Path | None
+def against_plain(
+    model: Path, ways: list[Way], frames: list[Path], data: Dataset, options: argparse.Namespace, command: str
 ) -> None:
-    """Accuracy, memory, and the processor time beside that of plain detection on the model's canvas."""
-    base, pictures = 0.0, []
+    """Accuracy, memory, and time."""
+    pictures = []
     for way in ways:
-        looked = alone(look, model, way, frames, 1, 1)
-        base = base or looked.processor
+        looked = alone(look, model, way, frames, options.threads)
         for name, found in looked.found.items():
             report = report_detections(found, data, "cpu")
             row = {
@@ -289,34 +287,17 @@ def accuracy(
                 "map": f"{report.map:.3f}",
                 "ap_small": f"{report.per_size['small'].map:.3f}",
                 "ap50_of_classes": "; ".join(f"{n} {each.ap50:.3f}" for n, each in report.per_class.items()),
+                "threads": options.threads or usable_cores(),
                 "processor_s": f"{looked.processor:.3f}",
-                "processor_time_over_plain": f"{looked.processor / base:.1f}",
+                "wall_s": f"{looked.wall:.3f}",
                 "memory_mb": f"{looked.memory:.0f}",
             }
             print(row, flush=True)
             append_row("slicing", command, row)
         if way.name in ("plain, 2160x3840", "small slices"):
             pictures.append(crop(np.load(frames[0]), looked.found[way.name][0]))
-    if picture is not None:
-        cv2.imwrite(str(picture), np.hstack(pictures), [cv2.IMWRITE_JPEG_QUALITY, 85])
-
-
-def wall_times(model: Path, ways: list[Way], frames: list[Path], scenes: str, command: str) -> None:
-    """Seconds on all cores, each way three times."""
-    base = 0.0
-    for way in ways:
-        looked = alone(look, model, way, frames, None, 3)
-        base = base or looked.wall
-        row = {
-            "scenes": scenes,
-            "way": way.name,
-            "views": looked.views,
-            "wall_s": f"{looked.wall:.3f}",
-            "wall_time_over_plain": f"{looked.wall / base:.1f}",
-            "processor_s": f"{looked.processor:.3f}",
-        }
-        print(row, flush=True)
-        append_row("slicing_wall", command, row)
+    if options.picture is not None and len(pictures) == 2:
+        cv2.imwrite(str(options.picture), np.hstack(pictures), [cv2.IMWRITE_JPEG_QUALITY, 85])
 
 
 def crop(frame: NDArray[np.uint8], found: Detections) -> NDArray[np.uint8]:
@@ -328,7 +309,7 @@ def crop(frame: NDArray[np.uint8], found: Detections) -> NDArray[np.uint8]:
 
 
 def beside_sahi(
-    checkpoint: Path, model: Path, sides: tuple[int, int], scenes: int, threads: int | None, command: str
+    checkpoint: Path, model: Path, sides: tuple[int, int], options: argparse.Namespace, command: str
 ) -> None:
     """The same weights in torchvision's detector under SAHI, and exported here, on the same slices."""
     import torch
@@ -338,8 +319,7 @@ def beside_sahi(
     from anchorline.export.importers.torchvision import TorchvisionDetector
     from anchorline.train.checkpoint import load_checkpoint
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(options.threads or usable_cores())
     network, contract = load_checkpoint(checkpoint)
     theirs = TorchvisionDetector.of(network, contract)
     wrapped = TorchVisionDetectionModel(
@@ -365,8 +345,8 @@ def beside_sahi(
             [each.category.id - 1 for each in found],
         )
 
-    with Detector(model, "cpu", threads=threads, slices=SliceOptions(*sides)) as ours:
-        for seed in range(scenes):
+    with Detector(model, "cpu", threads=options.threads, slices=SliceOptions(*sides)) as ours:
+        for seed in range(options.sahi):
             frame, objects = small_scene(seed)
             found, processor, wall = {}, {}, {}
             order = [("ours", ours), ("sahi", sahi)]
@@ -379,7 +359,7 @@ def beside_sahi(
                 "scene": seed,
                 "slice": f"{sides[0]}x{sides[1]}",
                 "views": ours.views(SIZE),
-                "threads": threads or torch.get_num_threads(),
+                "threads": torch.get_num_threads(),
                 "objects": len(objects),
                 "sahi_boxes": len(strong(found["sahi"])),
                 "boxes": len(strong(found["ours"])),

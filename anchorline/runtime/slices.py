@@ -34,6 +34,7 @@ _LARGEST = 1 << 20  # pixels of a side, beyond any frame
 _ROWS, _PAIRS = 2048, 1 << 21  # boxes, and pairs of them, that are looked at together
 
 Views = NDArray[np.int64]  # [N, 4] xyxy in pixels of the frame
+Detect = Callable[[list[Any]], list[Detections]]  # of frames, each in its own pixels
 
 
 def slice_views(size: tuple[int, int], sides: tuple[int, int], overlap: float, full: bool) -> Views:
@@ -171,9 +172,6 @@ class Slicer:
             category_ids=found[0].category_ids,
             size=size,
         )
-
-
-Detect = Callable[[list[Any]], list[Detections]]
 
 
 def in_slices(detect: Detect, slices: SliceOptions | None, contract: Contract) -> Detect:

@@ -136,6 +136,16 @@ def test_what_one_view_shows_apart_stays_apart():
     assert merged.boxes.tolist() == nested.boxes.tolist()
 
 
+@pytest.mark.parametrize(("merge_by", "kept"), [("ios", [0.9]), ("iou", [0.9, 0.8])])
+def test_by_iou_a_small_one_before_a_large_one_leaves_both(merge_by, kept):
+    """The slice shows the small one, the whole frame the large one that is larger than the slice."""
+    views = slice_views((100, 180), (100, 100), 0.2, full=True)
+    small, large = Detections([[30, 30, 50, 60]], [0.9], [0]), Detections([[10, 5, 170, 95]], [0.8], [0])
+    slicer = Slicer(SliceOptions(100, merge_by=merge_by), CONTRACT)
+    merged = slicer.merge([small, Detections.empty(), large], views, (100, 180))
+    np.testing.assert_allclose(merged.scores, kept, rtol=1e-6)
+
+
 def test_classes_are_merged_apart_and_weights_are_scores():
     views = np.array([[0, 0, 100, 100], [0, 0, 100, 100]])
     found = [
