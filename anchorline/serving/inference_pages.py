@@ -255,7 +255,7 @@ class InferencePages:
             return _error(504, "there was no result in time; ask for less at once, or allow more time")
         except (DataError, FrameError, SettingsError) as error:
             return _error(400, str(error))
-        except (ClientDisconnect, OSError):
+        except ClientDisconnect:
             raise
         except Exception as error:  # told in the log where it is no mistake of a user
             return _error(500, f"{model.name} could not answer: {one_line(error) or type(error).__name__}")
