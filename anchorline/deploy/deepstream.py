@@ -205,9 +205,11 @@ def _readme(source: Source, placement: Placement, batch: int, nms: str, folder: 
     height, width = placement.source
     scaled = ""
     if source.contract.input_dtype == "float32":
-        scaled = "The model expects frames that are scaled without rounding; nvinfer gives whole grey levels."
+        scaled = (
+            " The model expects frames that are scaled without rounding; nvinfer gives whole grey levels."
+        )
     if placement.interpolation == "antialiased":
-        scaled = "The model expects frames that are scaled with Pillow's filter, which nvinfer has not."
+        scaled = " The model expects frames that are scaled with Pillow's filter, which nvinfer has not."
     suppression = {
         "plugin": f"`{_PLUGINS}` holds the NMS as a plugin. The parser's library is linked to it, so nvinfer "
         "loads both, and it registers itself.",
