@@ -22,6 +22,7 @@ from anchorline.cli.examine import bench, doctor, report, verify
 from anchorline.cli.options import respelled
 from anchorline.cli.serve import serve
 from anchorline.cli.train import demo, train
+from anchorline.cli.tune import tune
 
 app = typer.Typer(
     name="anchorline",
@@ -49,7 +50,7 @@ def _anchorline(
 
 _DATA = (detect, serve, evaluate, train, proposals)
 _FILES = (import_, export, quantize, verify, build, plugin_library, deploy)
-for _verb in (*_DATA, *_FILES, demo, bench, report, doctor):
+for _verb in (*_DATA, *_FILES, demo, bench, tune, report, doctor):
     app.command(_verb.__name__.rstrip("_").replace("_", "-"))(_verb)
 
 

@@ -48,6 +48,7 @@ from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import ArtefactError, DataError, ParityError, SettingsError, check_choice
 from anchorline.runtime.io.files import atomic_path
+from anchorline.runtime.model_file import read_onnx
 from anchorline.verify.compare import TOLERANCES, compare_outputs
 from anchorline.verify.stages import onnx_subject
 from anchorline.verify.verification import VerifyReport, verify_subjects, write_not_executed, write_record
@@ -178,11 +179,35 @@ def quantize_onnx(
     """
     model, out = Path(model), Path(out)
     _check(model, out, target, max_drop, method)
+    contract = read_onnx(model).contract
+    names = contract.names if contract.task == "detections" else None
+    return quantize_dataset(
+        *(model, out, calibration_data(calibrate, names, limit)),
+        target=target,
+        max_drop=max_drop,
+        method=method,
+        verify=verify,
+        progress=progress,
+        warn=warn,
+    )
+
+
+def quantize_dataset(
+    model: Path,
+    out: Path,
+    dataset: Dataset,
+    *,
+    target: str = "cpu",
+    max_drop: float = 0.01,
+    method: str = "mse",
+    verify: bool = True,
+    progress: Progress | None = None,
+    warn: Callable[[Sequence[str]], None] = lambda lines: None,
+) -> QuantizeResult:
+    """As ``quantize_onnx``, on images that were opened already, whose names are the model's."""
     with Detector(model, "cpu") as detector:
         contract = detector.contract
         proto = read_float_model(model, contract)
-        names = contract.names if contract.task == "detections" else None
-        dataset = calibration_data(calibrate, names, limit)
         layers = find_layers(proto.graph)
         usable = [layer for layer in layers if not layer.last]
         if not usable:

@@ -461,6 +461,12 @@ def write_not_executed(artefact: Path, reason: str, reference: Path | None = Non
     return _write(artefact, {"passed": None, **keys, "not_executed": reason})
 
 
+def write_tuned(artefact: Path, reference: Path, text: str) -> Path:
+    """Record that ``artefact`` differs from ``reference`` on purpose; ``text`` says what it keeps."""
+    keys = {"artefact": _key(artefact), "reference": _key(reference)}
+    return _write(artefact, {"passed": True, **keys, "not_executed": None, "tuned": text})
+
+
 def _key(path: Path) -> dict[str, str]:
     return {"name": path.name, "sha256": sha256_of(path)}
 
