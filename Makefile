@@ -7,8 +7,9 @@ STAMP := $(VENV)/.stamp
 OPENVINO := $(VENV)/openvino
 TENSORRT := $(VENV)/tensorrt-bindings
 OPENVINO_TESTS := tests/runtime/test_runtime_openvino.py tests/export/test_exports_in_openvino.py
-# Tests compute on one thread each, so there is a worker a core; a worker takes neighbouring tests.
-WORKERS ?= $(shell nproc)
+# Tests compute on one thread each, and some wait for processes or for what another worker makes: a worker a core
+# and one more, of 2 to 4 GB. A worker takes neighbouring tests.
+WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 PYTEST := $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 PYTEST_FLAGS ?=
 

@@ -312,6 +312,52 @@ def small_resnet(monkeypatch: pytest.MonkeyPatch) -> str:
     return "small_resnet"
 
 
+@pytest.fixture
+def small_detectron2(
+    small_model: Callable[..., FasterRCNN], small_resnet: str
+) -> Callable[[str], FasterRCNN]:
+    """``small_detectron2(kind)``: a narrow model of Detectron2's kind ``c4``, ``dc5`` or ``fpn``.
+
+    Its deltas are small, so that proposals differ and no box is wild; no overlap is too large, since rounding
+    would decide ties. 20 x 22 places of 15 anchors make 6600 candidates, of which 6000 are chosen.
+    """
+    import torch
+
+    one_map = {"bottleneck_stride": "1x1", "anchor_sizes": ((16.0, 32.0, 64.0, 128.0, 256.0),)}
+    common: dict[str, object] = {
+        "canvas": (320, 352),
+        "anchor_style": "unrounded",
+        "roi_sampling": 0,
+        "roi_aligned": True,
+        "rpn_min_side": 0.0,
+        "box_min_side": 0.0,
+        "rpn_pre_nms": 6000,
+        "rpn_post_nms": 40,
+        "rpn_nms_iou": 1.0,
+        "nms_iou": 1.0,
+    }
+    kinds: dict[str, dict[str, object]] = {
+        "c4": {"neck": "single", "box_head": "res5", "roi_size": 14, **one_map},
+        "dc5": {"neck": "dc5", **one_map},
+        "fpn": {
+            "neck": "fpn",
+            "roi_level_rule": "mmdetection",
+            "clamp_deltas_below": True,
+            "rpn_pre_nms": 200,
+            "canvas": SMALL_CANVAS,
+        },
+    }
+
+    def model(kind: str) -> FasterRCNN:
+        built = small_model(**{"classes": 3, "backbone": small_resnet, **common, **kinds[kind]})
+        with torch.no_grad():
+            built.rpn.head.bbox_pred.weight.mul_(0.2)
+            built.roi_heads.box_predictor.bbox_pred.weight.mul_(0.2)
+        return built
+
+    return model
+
+
 @pytest.fixture(scope="session")
 def check_same_rows() -> Callable[..., None]:
     """``check_same_rows(found, expected)`` for detections as rows (x1, y1, x2, y2, score[, label]).

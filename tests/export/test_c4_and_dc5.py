@@ -24,56 +24,14 @@ from anchorline.train.checkpoint import contract_of, save_checkpoint
 from anchorline.train.model.faster_rcnn import FasterRCNN
 
 NAMES = ("cat", "dog", "bird")
-CANVAS = (320, 352)  # 20 x 22 places of 15 anchors are 6600 candidates
 INSIDE = ("pixels", "backbone", "objectness", "proposals", "roi_features")
-ONE_MAP = ((16.0, 32.0, 64.0, 128.0, 256.0),)
-COMMON: dict[str, Any] = {
-    "canvas": CANVAS,
-    "anchor_style": "unrounded",
-    "roi_sampling": 0,
-    "roi_aligned": True,
-    "rpn_min_side": 0.0,
-    "box_min_side": 0.0,
-    "rpn_pre_nms": 6000,
-    "rpn_post_nms": 40,
-    # No ties between overlapping boxes, which rounding would decide.
-    "rpn_nms_iou": 1.0,
-    "nms_iou": 1.0,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "c4": {
-        "neck": "single",
-        "box_head": "res5",
-        "roi_size": 14,
-        "bottleneck_stride": "1x1",
-        "anchor_sizes": ONE_MAP,
-    },
-    "dc5": {"neck": "dc5", "bottleneck_stride": "1x1", "anchor_sizes": ONE_MAP},
-    "fpn": {
-        "neck": "fpn",
-        "roi_level_rule": "mmdetection",
-        "clamp_deltas_below": True,
-        "rpn_pre_nms": 200,
-        "canvas": (128, 160),
-    },
-}
-
-
-def small(kind: str, small_model: Callable[..., FasterRCNN], backbone: str) -> FasterRCNN:
-    """A narrow model whose deltas are small, so that proposals differ and no box is wild."""
-    model = small_model(**{"classes": len(NAMES), "backbone": backbone, **COMMON, **MODELS[kind]})
-    with torch.no_grad():
-        model.rpn.head.bbox_pred.weight.mul_(0.2)
-        model.roi_heads.box_predictor.bbox_pred.weight.mul_(0.2)
-    return model
 
 
 def exported(
-    model: FasterRCNN, folder: Path, task: str = "detections", inside: Sequence[str] = INSIDE
+    model: FasterRCNN, kind: str, folder: Path, task: str = "detections", inside: Sequence[str] = INSIDE
 ) -> onnx.ModelProto:
     """The model's file, which onnxruntime runs as PyTorch does, stage by stage."""
     checkpoint = folder / "model.safetensors"
-    kind = next(kind for kind, own in MODELS.items() if own.items() <= vars(model.settings).items())
     contract = contract_of(model.settings, NAMES, source={"arch": f"detectron2_r50_{kind}"})
     save_checkpoint(checkpoint, model.state_dict(), model.settings, contract)
     result = export_onnx(checkpoint, folder / "model.onnx", task=task)
@@ -118,13 +76,15 @@ def largest_topk(proto: onnx.ModelProto) -> int:
 @pytest.mark.parametrize("kind", ["c4", *(pytest.param(k, marks=pytest.mark.slow) for k in ("dc5", "fpn"))])
 def test_it_is_the_same_in_onnxruntime_and_after_lowering(
     kind: str,
-    small_model: Callable[..., FasterRCNN],
-    small_resnet: str,
+    small_detectron2: Callable[[str], FasterRCNN],
+    onnx_of: Callable[..., onnx.ModelProto],
     check_same_rows: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    model = small(kind, small_model, small_resnet)
-    proto = exported(model, tmp_path)
+    monkeypatch.setattr("anchorline.export.onnx_export.to_onnx", onnx_of)  # an engine is built of the same
+    model = small_detectron2(kind)
+    proto = exported(model, kind, tmp_path)
     assert largest_topk(proto) == model.settings.rpn_pre_nms
     rows, columns = (side // 16 for side in model.settings.canvas)
     patches = np.random.default_rng(3).integers(0, 256, (1, rows, columns, 3), dtype=np.uint8)
@@ -149,11 +109,11 @@ def test_it_is_the_same_in_onnxruntime_and_after_lowering(
 
 @pytest.mark.slow
 def test_dc5_proposes_the_same_in_onnxruntime(
-    small_model: Callable[..., FasterRCNN], small_resnet: str, tmp_path: Path
+    small_detectron2: Callable[[str], FasterRCNN], tmp_path: Path
 ) -> None:
     """The dilated stage and what is chosen on its map; half the nodes of a whole detector."""
-    model = small("dc5", small_model, small_resnet)
-    proto = exported(model, tmp_path, "proposals", INSIDE[:3])
+    model = small_detectron2("dc5")
+    proto = exported(model, "dc5", tmp_path, "proposals", INSIDE[:3])
     assert largest_topk(proto) == model.settings.rpn_pre_nms
     dilations = [
         tuple(attribute.ints)

@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from anchorline.runtime.contract import Contract
     from anchorline.train.model.faster_rcnn import FasterRCNN
 
-SIZES = ((32.0, 64.0, 128.0, 256.0, 512.0),)
-COMMON: dict[str, Any] = {
+C4: dict[str, Any] = {
+    "neck": "single",
+    "box_head": "res5",
+    "roi_size": 14,
     "bottleneck_stride": "1x1",
     "anchor_style": "unrounded",
-    "anchor_sizes": SIZES,
+    "anchor_sizes": ((32.0, 64.0, 128.0, 256.0, 512.0),),
     "roi_sampling": 0,
     "roi_aligned": True,
     "rpn_pre_nms": 6000,
     "rpn_min_side": 0.0,
     "box_min_side": 0.0,
 }
-C4: dict[str, Any] = {**COMMON, "neck": "single", "box_head": "res5", "roi_size": 14}
-DC5: dict[str, Any] = {**COMMON, "neck": "dc5", "roi_size": 7}
 
 
 def plugin_layers(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -70,24 +70,18 @@ def check_build(result: BuildResult) -> None:
     assert "fp16" in precisions
 
 
-# Lowered for TensorRT, both are run by tests/export/test_c4_and_dc5.py.
-@pytest.mark.parametrize("kind", [C4, pytest.param(DC5, marks=pytest.mark.slow)], ids=["c4", "dc5"])
+# Exported and lowered, the same models are run by tests/export/test_c4_and_dc5.py.
+@pytest.mark.parametrize("kind", ["c4", pytest.param("dc5", marks=pytest.mark.slow)])
 def test_a_small_one_builds_with_more_candidates_than_one_topk_takes(
-    kind: dict[str, Any],
+    kind: str,
     rtx: Any,
-    small_model: Callable[..., FasterRCNN],
-    small_resnet: str,
+    small_detectron2: Callable[[str], FasterRCNN],
     saved: Callable[[FasterRCNN], Path],
     tmp_path: Path,
 ) -> None:
-    model = small_model(classes=3, backbone=small_resnet, canvas=(320, 352), rpn_post_nms=50, **kind)
-    check_build(
-        build_engine(
-            saved(model),
-            tmp_path / "m.engine",
-            BuildOptions(target="tensorrt-rtx", compute_capabilities=(86,)),
-        )
-    )
+    source = saved(small_detectron2(kind))
+    options = BuildOptions(target="tensorrt-rtx", compute_capabilities=(86,))
+    check_build(build_engine(source, tmp_path / "m.engine", options))
 
 
 @pytest.mark.slow
