@@ -50,13 +50,16 @@ _MOST_BINARY = 1 << 40
 
 _Level = Annotated[int, Meta(ge=0, le=255)]
 _LEVELS = {1: list[_Level], 3: list[list[list[_Level]]]}  # by the depth of the JSON arrays
+_MOST_TENSORS = 16  # of a request that is answered with what is wrong; one that is right has fewer
+_MOST_SIDES = 8  # the product of a million of them would take minutes, in which nobody else is answered
+_LONGEST_PARAMETER = 10_000  # characters; regions with hundreds of corners have fewer
 _Side = Annotated[int, Meta(ge=0, le=1 << 31)]
 _Parameters = dict[str, Any]
 
 
 class _Input(msgspec.Struct):
     name: str
-    shape: list[_Side]
+    shape: Annotated[list[_Side], Meta(max_length=_MOST_SIDES)]
     datatype: str
     parameters: _Parameters = {}
     data: msgspec.Raw = msgspec.Raw()
@@ -68,10 +71,10 @@ class _Output(msgspec.Struct):
 
 
 class _Request(msgspec.Struct):
-    inputs: list[_Input]
+    inputs: Annotated[list[_Input], Meta(max_length=_MOST_TENSORS)]
     id: str | None = None
     parameters: _Parameters = {}
-    outputs: list[_Output] = []
+    outputs: Annotated[list[_Output], Meta(max_length=_MOST_TENSORS)] = []
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,7 +258,12 @@ def _ignored(name: str) -> bool:
 def _text(name: str, value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise SettingsError(f"the parameter {shown(name)} is {shown(value)}; expected a number or a text")
-    return str(value)
+    text = str(value)
+    if len(text) > _LONGEST_PARAMETER:
+        raise SettingsError(
+            f"the parameter {shown(name)} has {len(text)} characters; expected {_LONGEST_PARAMETER} at most"
+        )
+    return text
 
 
 def _timeout(value: object) -> float | None:
