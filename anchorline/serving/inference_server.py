@@ -137,19 +137,29 @@ class InferenceServer:
 
 @contextlib.contextmanager
 def _on_signal(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM is the usual end: uvicorn raises it again when it is done, which would be death."""
+    """SIGTERM is the usual end: uvicorn raises it again when it is done, which would be death.
+
+    Ctrl-C ends it as well, also before uvicorn listens to signals, and is ``KeyboardInterrupt`` behind all.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    interrupted = False
 
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted |= number == signal.SIGINT
         stop()
 
-    before = signal.signal(signal.SIGTERM, handle)
+    heeded = [each for each in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(each) != signal.SIG_IGN]
+    before = {each: signal.signal(each, handle) for each in heeded}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def parse_models(texts: Sequence[str]) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import http.client
 import json
 import os
@@ -18,6 +20,9 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
+uvicorn = pytest.importorskip("uvicorn")
+
+from anchorline.serving.inference_server import InferenceServer  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +130,24 @@ def test_ctrl_c_ends_it(start):
     shown, complaints = process.communicate(timeout=60)
     assert process.returncode == 130
     assert (shown, complaints) == ("", "anchorline: interrupted\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_before_uvicorn_listens_to_signals_ends_it_too(model, monkeypatch, recwarn):
+    serve = uvicorn.Server.serve
+
+    def interrupted(self, sockets=None):
+        serving = serve(self, sockets)
+        signal.raise_signal(signal.SIGINT)
+        return serving
+
+    monkeypatch.setattr(uvicorn.Server, "serve", interrupted)
+    with contextlib.suppress(KeyboardInterrupt):
+        InferenceServer({"street": model}).run()
+        pytest.fail("the interruption is lost")
+    gc.collect()  # what was never awaited complains when it goes
+    assert [str(each.message) for each in recwarn] == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_token_comes_from_the_environment_and_is_not_shown(start, png):
