@@ -162,8 +162,10 @@ def to_onnx(model: FasterRCNN, contract: Contract) -> onnx.ModelProto:
     sizes = torch.tensor([canvas] * 2, dtype=torch.float32)
     batch, free = torch.export.Dim("batch"), {}
     if contract.canvas is None:
-        sides = [torch.export.Dim(name, min=1) for name in ("height", "width")]
         unit = contract.resize.padding
+        # Graphs need more than one place on the finest map: unless it is said, a trace in vain finds that.
+        smallest = 1 if unit > 1 else model.backbone.strides[0] + 1
+        sides = [torch.export.Dim(name, min=smallest) for name in ("height", "width")]
         free = dict(enumerate((unit * side if unit > 1 else side for side in sides), start=1))
     arguments, shapes = [images, sizes], [{0: batch, **free}, {0: batch}]
     few = contract.task == "detections" and model.roi_heads.few_proposals
