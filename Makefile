@@ -12,6 +12,8 @@ OPENVINO_TESTS := tests/runtime/test_runtime_openvino.py tests/export/test_expor
 WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 PYTEST := $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 PYTEST_FLAGS ?=
+# Images of containers set it. Without compiled files each worker compiles and rewrites all test modules in every run.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Tests that want real data find it through this variable and skip with a reason without it.
 ifndef ANCHORLINE_SHARED
