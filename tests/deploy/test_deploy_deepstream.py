@@ -55,7 +55,11 @@ def planes_of(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def run(graph: onnx.ModelProto, planes: np.ndarray) -> np.ndarray:
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # as the detector here: sums have one order, and nothing spins
+    session = onnxruntime.InferenceSession(
+        graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     assert [value.name for value in session.get_inputs()] == ["input"]
     assert [value.name for value in session.get_outputs()] == ["detections"]
     (rows,) = session.run(None, {"input": planes})

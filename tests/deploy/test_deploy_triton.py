@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import tritonclient.http
 from google.protobuf import json_format
@@ -200,10 +199,6 @@ def write_engine(path: Path, contract: Contract, **changes: Any) -> Path:
     return path
 
 
-def session_of(model: Path) -> Any:
-    return onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
-
-
 def test_an_engine_goes_with_its_plugins_and_all_of_its_profiles(
     exported: Exported, pictures: list[bytes], triton: Any, tmp_path: Path
 ) -> None:
@@ -217,7 +212,7 @@ def test_an_engine_goes_with_its_plugins_and_all_of_its_profiles(
     readme = (out / "README.md").read_text(encoding="utf-8")
     assert "--backend-config=tensorrt,plugins=/deploy/plugins/libanchorline_plugins.so" in readme
     assert "TensorRT is 10.14.1.48" in readme
-    server = triton.Triton(out / "models", session_of(model))
+    server = triton.Triton(out / "models", triton.session_of(model))
     network = server.models["m_network"]
     assert list(network.config.instance_group[0].profile) == ["0", "1"]
     assert network.config.max_batch_size == 8
@@ -246,7 +241,7 @@ def test_an_engine_that_tells_whether_its_nms_converged_runs_each_request_by_its
     assert not (tmp_path / "out" / "plugins").exists()
 
     class Session:
-        own = session_of(model)
+        own = triton.session_of(model)
 
         def run(self, names: list[str], inputs: Any) -> list[np.ndarray]:
             assert names[-1] == "nms_converged"
