@@ -324,21 +324,23 @@ class _Changes:
         new = np.asarray(values, old.dtype).reshape(old.shape)
         if (new == old).all():
             return
-        name = f"{node.output[0]}.{node.op_type.lower()}"
-        self._add(name, new)
-        node.input[place] = name
+        node.input[place] = self._add(f"{node.output[0]}.{node.op_type.lower()}", new)
 
-    def _add(self, name: str, values: NDArray[Any]) -> None:
+    def _add(self, wanted: str, values: NDArray[Any]) -> str:
+        """A new constant; its name is ``wanted``, or longer where an earlier change has made one."""
+        name = wanted
+        while name in self._types:
+            name += "_"
         tensor = numpy_helper.from_array(values, name)
         self._graph.initializer.append(tensor)
         self._constants[name] = values
         self._types[name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
+        return name
 
     def _keep_columns(self, node: onnx.NodeProto) -> None:
         """Turn the Slice that leaves out the background into a Gather of the columns to keep."""
         axis = int(self._constants[node.input[3]].item())
-        columns = f"{node.output[0]}.columns"
-        self._add(columns, np.array(self.columns, np.int64))
+        columns = self._add(f"{node.output[0]}.columns", np.array(self.columns, np.int64))
         source, result, name = node.input[0], node.output[0], node.name
         node.CopyFrom(helper.make_node("Gather", [source, columns], [result], name, axis=axis))
 

@@ -196,6 +196,14 @@ def test_the_resize_rule_stands_in_the_contract_alone(export: Export) -> None:
     assert scaled(ResizeRule(within=(192, 256)), 0.75) == ResizeRule(within=(144, 192))
 
 
+def test_a_changed_file_is_changed_again(export: Export) -> None:
+    proto = export("fpn")[1]
+    once = with_settings(proto, FEWER)
+    twice = with_settings(with_settings(proto, GraphSettings(40, 120)), FEWER)
+    for name, values in run(once).items():
+        assert np.array_equal(run(twice)[name], values), name
+
+
 def test_the_model_that_is_given_stays_as_it_is(export: Export) -> None:
     proto = export("fpn")[1]
     before = proto.SerializeToString(deterministic=True)
