@@ -83,7 +83,7 @@ def contract_in(proto: onnx.ModelProto) -> Contract:
 
 
 @pytest.mark.parametrize(("neck", "task"), [("fpn", "detections"), ("single", "proposals")])
-@pytest.mark.parametrize("settings", [FEWER, GraphSettings(proposals=7), GraphSettings(pre_nms=40)])
+@pytest.mark.parametrize("settings", [FEWER, GraphSettings(proposals=7), GraphSettings(pre_nms=70)])
 def test_fewer_proposals_are_those_of_the_model_with_fewer(
     export: Export,
     check_same_rows: Callable[..., None],
