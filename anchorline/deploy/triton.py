@@ -93,6 +93,12 @@ def _backend_of(source: Source, asked: str | None) -> str:
     if source.manifest is None:
         if asked not in (None, "onnxruntime", "openvino"):
             raise SettingsError(f"backend is {asked!r}; an ONNX file runs on 'onnxruntime' or 'openvino'")
+        if asked == "openvino" and source.contract.winograd:
+            raise SettingsError(
+                "backend is 'openvino', which takes bf16 where the processor has it, and the convolutions of "
+                f"{source.path} are in Winograd's form, for fp32; take 'onnxruntime', or export it without "
+                "--winograd"
+            )
         return asked or "onnxruntime"
     if asked not in (None, "tensorrt"):
         raise SettingsError(f"backend is {asked!r}; an engine runs on 'tensorrt'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import tritonclient.http
 from google.protobuf import json_format
@@ -281,6 +283,14 @@ def test_what_cannot_be_handed_over_is_refused_and_leaves_nothing(exported: Expo
     for given, options, error, expected in cases:
         with pytest.raises(error, match=expected):
             deploy_triton(given, out, **options)
+    fast, contract = tmp_path / "fast.onnx", read_onnx(model).contract
+    proto = onnx.load(model)
+    onnx.helper.set_model_props(
+        proto, {CONTRACT_KEY: dataclasses.replace(contract, source={"winograd": 1}).to_json()}
+    )
+    onnx.save(proto, fast)
+    with pytest.raises(SettingsError, match=r"bf16.*Winograd's form.*without --winograd"):
+        deploy_triton(fast, out, backend="openvino")
     changed = tmp_path / "changed.onnx"
     changed.write_bytes(model.read_bytes()[:-1])
     with pytest.raises(ArtefactError):
