@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import io
 import logging
+import os
 import re
 import threading
 from dataclasses import dataclass
@@ -51,6 +52,11 @@ _LINKED = re.compile(rb"(?:libnvinfer\.so\.|nvinfer_)(\d+)")
 _registering = threading.Lock()
 _registered: set[str] = set()
 log = logging.getLogger("anchorline.runtime")
+
+# onnxruntime's packages for Linux and macOS report to their makers over the network (1.32 does), under an
+# identifier that they keep in the user's cache. Running a model must tell nobody; who wants that sets the
+# variable to 0. Here, since whatever of ours imports onnxruntime imports this module first.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def packaged_providers() -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import threading
 import time
@@ -58,10 +57,6 @@ _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(
 _UNWANTED_OPTIMIZERS = ["WeightBiasQuantization"]
 
 log = logging.getLogger("anchorline.runtime")
-
-# Its packages for Linux and macOS report to their makers over the network (1.32 does), under an identifier
-# that they keep in the user's cache. Running a model must tell nobody; who wants that sets the variable to 0.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def available_providers() -> list[str]:
