@@ -147,8 +147,11 @@ def test_openvino_s_package_is_there_where_it_offers_a_device(
     with Detector(model_path, provider="openvino") as detector:
         assert detector.provider == "openvino"
         assert len(detector(FRAME)) == 2
+    fp32 = CpuOptions(precision="fp32")
     with pytest.raises(SettingsError, match="cpu_precision is 'fp32', and OpenVINO as onnx"):
-        open_backend(model_path, "openvino", CpuOptions(precision="fp32"), GpuOptions())
+        open_backend(model_path, "openvino", fp32, GpuOptions())
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
+    assert open_backend(model_path, "auto", fp32, GpuOptions()).provider == "cpu"
 
 
 def test_cuda_and_cudnn_are_loaded_before_their_providers_start(

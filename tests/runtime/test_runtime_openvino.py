@@ -364,6 +364,20 @@ def test_by_name_and_not_installed(model_path, monkeypatch):
         assert detector.provider == "cpu"
 
 
+def test_a_package_that_cannot_be_loaded_is_passed_over(model_path, monkeypatch, caplog):
+    def load():
+        raise ImportError("libopenvino.so: cannot open shared object file")
+
+    monkeypatch.setattr("anchorline.runtime.backends.openvino.load_openvino", load)
+    monkeypatch.setattr(opening, "has_openvino", lambda: True)
+    with pytest.raises(ArtefactError, match=r"cannot be loaded here \(libopenvino\.so: cannot open"):
+        Detector(model_path, "openvino")
+    for measure in (False, True):
+        with Detector(model_path, "auto", measure=measure) as detector:
+            assert detector.provider == "cpu"
+    assert "openvino cannot run it here" in caplog.text
+
+
 def test_bf16_takes_openvino(model_path, monkeypatch):
     monkeypatch.setattr(opening, "has_openvino", lambda: False)
     for provider in ("auto", "cpu"):

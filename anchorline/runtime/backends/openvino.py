@@ -78,8 +78,8 @@ class OpenVINOBackend:
 
     Compiled networks are kept on disk (``store_network``). ``model`` is the file where it was read already.
     Raises ``ArtefactError`` for a file that is missing, damaged, no ONNX, without contract or at odds with
-    it, or that OpenVINO cannot compile, and ``SettingsError`` where OpenVINO is not installed or the
-    processor has no bf16 and it is asked for.
+    it, that OpenVINO cannot compile, or where OpenVINO cannot be loaded, and ``SettingsError`` where bf16 is
+    asked for and the processor or the model is none for it.
     """
 
     provider = "openvino"
@@ -94,9 +94,9 @@ class OpenVINOBackend:
         try:
             load_openvino()
         except Exception as error:  # a damaged package may raise anything
-            raise SettingsError(
-                f"provider is 'openvino', which cannot be loaded here ({error}); "
-                "pip install 'anchorline[openvino]', or use the provider cpu"
+            raise ArtefactError(
+                f"{self.path}: OpenVINO cannot be loaded here ({one_line(error)[:300]}); pip install "
+                "'anchorline[openvino]' again, or use the provider cpu"
             ) from error
         self.contract = model.contract
         self._network: Any = _open(model, options)

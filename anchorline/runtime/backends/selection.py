@@ -153,6 +153,8 @@ def _open_onnx(
     there = [*(name for name in names[:-1] if name in _offered()), names[-1]]
     if cpu.precision == "bf16" and OPENVINO in there:
         there = [name for name in there if name != "cpu"]  # which does not compute in it
+    elif cpu.precision == "fp32" and there[-1] == "cpu" and not has_openvino():
+        there = [name for name in there if name != OPENVINO]  # onnxruntime's provider chooses by itself
 
     def open_way(way: Way) -> Backend:
         threads = dataclasses.replace(cpu, threads=way.threads)
