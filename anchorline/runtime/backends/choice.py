@@ -247,6 +247,7 @@ def _alone(clock: Clock) -> Iterator[bool]:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"{folder} cannot be written to")
+        descriptor = os.open(folder, os.O_RDONLY) if sys.platform != "win32" else -1
     except OSError as error:
         log.info("provider auto measures nothing, for the answer cannot be kept: %s", error)
         yield False
@@ -256,7 +257,6 @@ def _alone(clock: Clock) -> Iterator[bool]:
         return
     import fcntl
 
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
         until, free = clock.perf_counter() + _PATIENCE, False
         while not free and clock.perf_counter() < until:
