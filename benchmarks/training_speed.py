@@ -7,9 +7,9 @@ of its ``references/detection`` (PIL images, ``DataLoader``, SGD with warm-up, a
 Both start from the same weights (``drawn_weights.py``), see the same images in the same order without
 augmentation, freeze the same layers, and resize to the same canvas as their users do: ours in the loader, on
 bytes, torchvision's in the model, on floats. One process works at a time, for some steps; a ratio is the
-median over the turns of torchvision's time by ours. The losses differ by which anchors and proposals chance
-has drawn; with all drawn they are equal (``tests/train/test_faster_rcnn.py``). Rows go to
-``results/training_speed.csv``.
+median over the turns of torchvision's time by ours. The losses differ by which anchors chance has drawn, and
+by the grey levels that resizing bytes rounds; on the same pixels with all drawn they are equal
+(``tests/train/test_faster_rcnn.py``). Rows go to ``results/training_speed.csv``.
 """
 
 from __future__ import annotations

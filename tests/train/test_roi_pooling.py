@@ -109,11 +109,13 @@ def test_a_sliver_at_the_far_edge_reads_zeros_behind_the_map(
     small_settings: Callable[..., ModelSettings],
 ) -> None:
     """By hand: 1 pixel wide at stride 4 is widened to a cell, of which a quarter lies on the map."""
-    features = [torch.ones_like(level) for level in pyramid(images=1)]
+    features = [torch.ones_like(level, requires_grad=True) for level in pyramid(images=1)]
     settings = small_settings(roi_size=1, roi_sampling=4, canonical_size=CANONICAL)
     rois = torch.tensor([[[WIDTH - 1.0, 8.0, WIDTH, 16.0]]])
     # Samples at 1/8, 3/8, 5/8, 7/8 of the cell; the map ends at 1/4 of it.
-    assert RoIPooling(STRIDES, settings)(features, rois)[0, 0].item() == pytest.approx(0.25)
+    reference = multi_scale_roi_align(1, 4, features, rois)
+    assert reference[0, 0].item() == pytest.approx(0.25)
+    check_equal(settings, features, rois, reference)
 
 
 @pytest.mark.parametrize("sampling", [1, 2])
@@ -121,14 +123,13 @@ def test_aligned_rois_pool_as_in_roi_align(
     small_settings: Callable[..., ModelSettings], sampling: int
 ) -> None:
     """Detectron2's convention; torchvision offers it for single maps only."""
-    features, rois = pyramid(images=1), torch.cat((random_rois(1, 100), awkward_rois()), dim=1)
+    features, rois = pyramid(), torch.cat((random_rois(2, 100), awkward_rois().expand(2, -1, -1)), dim=1)
     settings = small_settings(roi_aligned=True, roi_sampling=sampling, canonical_size=CANONICAL)
-    levels = LevelMapper(2, 5, CANONICAL, 4)([rois[0]])
-    reference = torch.zeros(rois.shape[1], features[0].shape[1], 7, 7)
+    levels = LevelMapper(2, 5, CANONICAL, 4)(list(rois))
+    reference = torch.zeros(len(levels), features[0].shape[1], 7, 7)
     for level, (feature, stride) in enumerate(zip(features, STRIDES, strict=True)):
-        chosen = torch.nonzero(levels == level).flatten()
-        values = roi_align(feature, [rois[0, chosen]], 7, 1 / stride, sampling, aligned=True)
-        reference = reference.index_copy(0, chosen, values)
+        values = roi_align(feature, list(rois), 7, 1 / stride, sampling, aligned=True)
+        reference = torch.where((levels == level)[:, None, None, None], values, reference)
     assert set(levels.tolist()) == {0, 1, 2, 3}
     check_equal(settings, features, rois, reference)
 
@@ -143,11 +144,23 @@ def test_a_pyramid_from_stride_8_pools_as_in_torchvision(
 
 
 def test_one_map_is_pooled_alone(small_settings: Callable[..., ModelSettings]) -> None:
-    feature = torch.randn(2, 3, HEIGHT // 16, WIDTH // 16)
+    feature = torch.randn(2, 3, HEIGHT // 16, WIDTH // 16, requires_grad=True)
     rois = random_rois(2, 60)
-    found = RoIPooling((16,), small_settings("single"))([feature], rois)
+    reference = roi_align(feature, list(rois), 7, 1 / 16, 2, aligned=False)
+    check_equal(small_settings("single"), [feature], rois, reference, strides=(16,))
+
+
+def test_training_pools_rois_that_leave_the_map_as_roi_align(
+    small_settings: Callable[..., ModelSettings],
+) -> None:
+    """Ours are clipped to their image; a caller's own need not be."""
+    feature = torch.randn(2, 3, HEIGHT // 16, WIDTH // 16, requires_grad=True)
+    rois = random_rois(2, 60) + torch.randn(2, 60, 2).repeat(1, 1, 2) * 100
+    pooled = RoIPooling((16,), small_settings("single")).train()([feature], rois)
     expected = roi_align(feature, list(rois), 7, 1 / 16, 2, aligned=False)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-4)
+    by_ours, by_theirs = (torch.autograd.grad((each**2).sum(), feature)[0] for each in (pooled, expected))
+    torch.testing.assert_close(by_ours, by_theirs, rtol=1e-4, atol=2e-3)
 
 
 @pytest.mark.parametrize("canonical_size", [56.0, 224.0])

@@ -203,6 +203,17 @@ def test_scores_of_some_anchors_equal_torchvisions_and_so_do_their_gradients(pre
         assert float((a - b).norm() / b.norm()) < (1e-4 if precision == "fp32" else 0.3)
 
 
+def test_scores_in_pairs_of_some_anchors_are_those_of_all() -> None:
+    head = rpn.RPNHead(8, 3, width=5, pairs=True)
+    features = [torch.randn(2, 8, *grid) for grid in GRIDS]
+    index = torch.randint(sum(map(len, ANCHORS)), (2, 50))
+    objectness, deltas = head(features)
+    found = head.at(features, index)
+    torch.testing.assert_close(found[0], torch.cat(objectness, dim=1).gather(1, index))
+    expected = torch.cat(deltas, dim=1).gather(1, index[..., None].expand(-1, -1, 4))
+    torch.testing.assert_close(found[1], expected)
+
+
 def test_settings_reach_the_selection(small_settings: Callable[..., ModelSettings]) -> None:
     objectness, deltas = head_outputs(0.1)
     counts = []

@@ -71,17 +71,14 @@ class FoldingConv(nn.Conv2d):
         (norm,) = self.behind
         mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
         scale = norm.weight * torch.rsqrt(variance + norm.eps)
-        shift = norm.bias - mean * scale
-        if self.bias is not None:
-            shift = shift + self.bias * scale
-        return self._conv_forward(x, self.weight * scale[:, None, None, None], shift)
+        return self._conv_forward(x, self.weight * scale[:, None, None, None], norm.bias - mean * scale)
 
 
 def fold_frozen_norms(network: nn.Module) -> None:
-    """Have every convolution of ``network`` with a frozen norm behind it fold that in training."""
+    """Have each convolution of ``network`` without a bias fold a frozen norm behind it in training."""
     for parent in network.modules():
         for conv, norm in pairwise(parent.children()):
-            if type(conv) is nn.Conv2d and isinstance(norm, FrozenBatchNorm):
+            if type(conv) is nn.Conv2d and conv.bias is None and isinstance(norm, FrozenBatchNorm):
                 conv.__class__ = FoldingConv
                 folding = cast(FoldingConv, conv)
                 folding.behind, norm.before = (norm,), (folding,)

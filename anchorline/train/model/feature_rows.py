@@ -44,9 +44,8 @@ def windows_at(features: Sequence[Tensor], place: Tensor) -> Tensor:
     row, column = torch.div(place, width, rounding_mode="trunc") + step[:, None], place % width + step
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     image = torch.arange(len(place), device=place.device)[:, None, None, None]
-    pixel = torch.where(inside, start + (image * height + row) * width + column, len(rows))
-    zeros = rows.new_zeros(1, rows.shape[1])  # behind all others
-    return F.embedding(pixel, torch.cat((rows, zeros))).flatten(2)
+    pixel = torch.where(inside, start + (image * height + row) * width + column, 0)
+    return torch.where(inside[..., None], F.embedding(pixel, rows), 0).flatten(2)
 
 
 def pool_by_table(
@@ -99,8 +98,8 @@ def _along_axis(
     place = torch.where(inside, place, 0.0).clamp(min=0)  # NaN becomes 0 too
     last = limit[..., None] - 1
     low = torch.minimum(place.long(), last)
-    share = torch.where(low < last, place - low, 0.0)
-    pixels = torch.stack((low, torch.minimum(low + 1, last)), dim=-1)
+    share = place - low
+    pixels = torch.stack((low, torch.minimum(low + 1, last)), dim=-1)  # behind the last one it again
     weights = torch.stack((1.0 - share, share), dim=-1) * (inside / sampling)[..., None]
     shape = (size, 2 * sampling)
     return pixels.flatten(-2).unflatten(-1, shape), weights.flatten(-2).unflatten(-1, shape)

@@ -138,13 +138,14 @@ def check_same_weights(one: Path, other: Path) -> None:
                 "batch": 4,
                 "accumulate": 3,
                 "rpn_normalisation": "paper",
+                "rpn_samples": 6,
                 "mosaic": 0.5,
                 "ema": 0.9,
             },
         ),
         (5, {"epochs": 3, "batch": 5, "photometric": 0.5, "optimiser": "adamw", "learning_rate": 1e-4}),
     ],
-    ids=["6 steps", "20 steps", "accumulated, paper's normalisation, mosaics", "3 images and 2"],
+    ids=["6 steps", "20 steps", "accumulated, paper's normalisation, few anchors, mosaics", "3 images and 2"],
 )
 def test_two_processes_have_the_losses_of_one_with_the_whole_batch(
     start: Start, frozen: MakeSettings, tmp_path: Path, images: int, changes: dict[str, Any]
