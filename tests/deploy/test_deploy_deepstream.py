@@ -242,6 +242,8 @@ def test_the_parser_keeps_to_the_thresholds_and_classes_and_leaves_out_what_is_n
             [*box, 0.8, 2],
             [*box, 0.8, -1],
             [*box, np.nan, 0],
+            [1.0, np.nan, 11.0, 22.0, 0.9, 0],
+            [1.0, 2.0, np.inf, 22.0, 0.9, 0],
             [0] * 6,
         ]
     )
