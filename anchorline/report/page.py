@@ -44,7 +44,7 @@ from anchorline.report.sources import (
     Verification,
     gather,
 )
-from anchorline.runtime.io.errors import AnchorlineError
+from anchorline.runtime.io.errors import AnchorlineError, SettingsError
 from anchorline.runtime.io.files import atomic_write_text
 from anchorline.runtime.io.images import read_image
 
@@ -82,6 +82,8 @@ def report(
     By default ``report.html`` beside the model. The other arguments as in ``sources.gather``. Nothing is
     measured. Raises ``AnchorlineError``.
     """
+    if out is not None and Path(out).suffix.lower() not in (".html", ".htm"):  # the model's own name, say
+        raise SettingsError(f"{out}: is no name of a page; expected one that ends in .html")
     found = gather(
         Path(target),
         [Path(path) for path in evaluations],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,7 +243,7 @@ class Sources:
 
     def missing(self) -> list[tuple[str, str]]:
         """What no file tells of, and the command that would."""
-        model, found = self.artefact.path, []
+        model, found = shlex.quote(str(self.artefact.path)), []
         evaluate = f"anchorline evaluate {model} --data SPEC --pictures evaluation"
         if not self.evaluations:
             found.append(("accuracy", evaluate))

@@ -155,6 +155,14 @@ def test_by_default_it_lies_beside_the_model(run: Path) -> None:
     assert (run / "report.html").is_file()
 
 
+def test_it_never_takes_the_place_of_the_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = run / "model.onnx"
+    before = model.read_bytes()
+    assert cli.main(["report", str(model), "--out", str(model)]) == 2
+    assert "expected one that ends in .html" in capsys.readouterr().err
+    assert model.read_bytes() == before
+
+
 def test_what_is_missing_is_named_with_its_command(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
