@@ -27,7 +27,7 @@ Visitor = Callable[[str, Tensor], Tensor]
 _visitor: Visitor | None = None
 
 # What the number of rows with a proposal is rounded up to: runtimes prepare kernels for each number.
-ROWS = 16
+ROWS = 8
 _traced_slots: int | torch.SymInt | None = None
 
 
