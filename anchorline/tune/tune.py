@@ -169,6 +169,10 @@ class TuneReport:
             title=escape(f"{self.model.name} on {self.data}: {self.goal.describe()}"),
             caption=escape("\n".join(notes)),
             caption_justify="left",
+            # Nine columns in a terminal of 80 characters.
+            box=None,
+            collapse_padding=True,
+            pad_edge=False,
         )
         for column in ("", "scale", "proposals", "run by"):
             table.add_column(column, no_wrap=True)
