@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anchorline.cli.options import JsonOption, picture_file, spelled_out
+from anchorline.cli.options import JsonOption, NameOption, TokenOption, picture_file, spelled_out
 from anchorline.console import progress_bar, say, show_report, warn
 from anchorline.runtime.io.errors import DataError, SettingsError
 from anchorline.runtime.video.options import DetectOptions
@@ -53,21 +53,8 @@ def detect(
             help="Show the run in a browser at this address; a port alone is for this machine only.",
         ),
     ] = None,
-    serve_token: Annotated[
-        str | None,
-        typer.Option(
-            envvar="ANCHORLINE_SERVE_TOKEN",
-            help="What viewers have to show; better set in the environment, which other users cannot see.",
-        ),
-    ] = None,
-    serve_name: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="A name by which browsers may reach it, beside IP addresses and this machine's own name; "
-            "may be repeated.",
-        ),
-    ] = None,
+    serve_token: TokenOption = None,
+    serve_name: NameOption = None,
     pictures: Annotated[
         Path | None,
         typer.Option(

@@ -40,6 +40,22 @@ ProviderOption = Annotated[Provider, typer.Option(help=_help["provider"])]
 CpuPrecisionOption = Annotated[CpuPrecision, typer.Option(help=_help["cpu_precision"])]
 MeasureOption = Annotated[bool | None, typer.Option("--measure/--no-measure", help=_help["measure"])]
 
+TokenOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="ANCHORLINE_SERVE_TOKEN",
+        help="What viewers and callers have to show; better set in the environment, which others cannot see.",
+    ),
+]
+NameOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="A name by which browsers may reach it, beside IP addresses and this machine's own name; "
+        "may be repeated.",
+    ),
+]
+
 
 def spelled_out(command: Callable[..., None]) -> Callable[..., None]:
     """The command with an option for each field of its parameter ``options``, a dataclass.

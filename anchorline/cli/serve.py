@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from anchorline.cli.options import spelled_out
+from anchorline.cli.options import NameOption, TokenOption, spelled_out
 from anchorline.console import say, warn
 from anchorline.serving.serve_options import ServeOptions
 
@@ -26,21 +26,8 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Its port; 0 is any free one.")] = 8000,
     options: ServeOptions,
-    token: Annotated[
-        str | None,
-        typer.Option(
-            envvar="ANCHORLINE_SERVE_TOKEN",
-            help="What callers have to show; better set in the environment, which other users cannot see.",
-        ),
-    ] = None,
-    name: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="A name by which browsers may reach it, beside IP addresses and this machine's own name; "
-            "may be repeated.",
-        ),
-    ] = None,
+    token: TokenOption = None,
+    name: NameOption = None,
 ) -> None:
     """Answer detection requests over HTTP: the Open Inference Protocol, and pictures in, JSON out."""
     from anchorline.serving.inference_server import InferenceServer, parse_models
