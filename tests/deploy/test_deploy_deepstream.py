@@ -308,7 +308,7 @@ def toolkit(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield load_toolkit(BuildOptions(target="tensorrt-rtx", compute_capabilities=(89,)))
 
 
-@pytest.mark.parametrize("nms", ["plugin", "fixed-point"])
+@pytest.mark.parametrize("nms", ["plugin", pytest.param("fixed-point", marks=pytest.mark.slow)])
 def test_tensorrt_builds_the_graph(toolkit: Any, exported: Exported, nms: str) -> None:
     """In the form of TensorRT for RTX, whose RoIAlign alone is another than full TensorRT's."""
     graph, _ = nvinfer_graph(read_model(exported(free=True)), (90, 120), "tensorrt-rtx", nms)

@@ -114,9 +114,9 @@ def test_fewer_before_the_nms_are_other_proposals(export: Export) -> None:
 @pytest.mark.parametrize(
     ("neck", "changes"),
     [
-        ("fpn", {"rpn_score_threshold": 0.05}),  # whose head computes the slots with a proposal only
+        ("single", {"rpn_score_threshold": 0.05}),  # whose head computes the slots with a proposal only
+        pytest.param("fpn", {"rpn_score_threshold": 0.05}, marks=pytest.mark.slow),
         pytest.param("fpn", {}, marks=pytest.mark.slow),
-        pytest.param("single", {}, marks=pytest.mark.slow),
     ],
 )
 def test_the_file_is_that_of_a_fresh_export_bit_for_bit(
