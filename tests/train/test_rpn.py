@@ -12,7 +12,9 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, con
 
 from anchorline.train.model import rpn
 from anchorline.train.model.anchors import AnchorGenerator as OurGenerator
+from anchorline.train.model.assign import Targets
 from anchorline.train.model.settings import ModelSettings
+from anchorline.train.settings import TrainingSettings
 
 CANVAS = (96, 160)
 GRIDS = [(24, 40), (12, 20), (6, 10), (3, 5), (2, 3)]
@@ -212,6 +214,30 @@ def test_scores_in_pairs_of_some_anchors_are_those_of_all() -> None:
     torch.testing.assert_close(found[0], torch.cat(objectness, dim=1).gather(1, index))
     expected = torch.cat(deltas, dim=1).gather(1, index[..., None].expand(-1, -1, 4))
     torch.testing.assert_close(found[1], expected)
+
+
+@pytest.mark.parametrize("convs", [0, 1, 2])
+def test_sampled_anchors_are_scored_again_by_a_head_of_one_convolution_only(
+    small_settings: Callable[..., ModelSettings], convs: int
+) -> None:
+    """Other heads keep the gradients of the pass over the maps, however few anchors are sampled."""
+    settings = TrainingSettings(rpn_samples=32)
+    ours = rpn.RPN(8, (4, 8, 16, 32, 64), small_settings(rpn_convs=convs))
+    features = [torch.randn(3, 8, *grid) for grid in GRIDS]
+    boxes = [
+        torch.tensor([[8.0, 4.0, 30.0, 40.0]]),
+        torch.zeros(0, 4),
+        torch.tensor([[0.0, 9.0, 33.0, 70.0]]),
+    ]
+    labels = [torch.zeros(len(each), dtype=torch.int64) for each in boxes]
+    targets = Targets.pad(boxes, labels, (1, 2, 3))  # with draws of their own, the same each time
+    scored = ours.score_to_train(features, settings)
+    assert scored.objectness[0].requires_grad == (convs != 1)
+    found = ours.losses(scored, IMAGE_SIZES, targets, settings, features)
+    expected = ours.losses(ours.score(features), IMAGE_SIZES, targets, settings)
+    torch.testing.assert_close(found, expected)
+    by = [torch.autograd.grad(sum(losses.values()), [*ours.parameters()]) for losses in (found, expected)]
+    torch.testing.assert_close(*by)
 
 
 def test_settings_reach_the_selection(small_settings: Callable[..., ModelSettings]) -> None:
