@@ -5,21 +5,16 @@
 >>> report = evaluate(detector.batch, data, provider=detector.provider)
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from anchorline.runtime.on_demand import on_demand
 
 if TYPE_CHECKING:
-    from anchorline.evaluation.evaluation import (
-        EvaluationReport,
-        ProposalReport,
-        evaluate,
-        evaluate_proposals,
-    )
+    from anchorline.evaluation.evaluation import EvaluationReport as EvaluationReport
+    from anchorline.evaluation.evaluation import ProposalReport as ProposalReport
+    from anchorline.evaluation.evaluation import evaluate as evaluate
+    from anchorline.evaluation.evaluation import evaluate_proposals as evaluate_proposals
 
-__all__ = ["EvaluationReport", "ProposalReport", "evaluate", "evaluate_proposals"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.evaluation"), name)
+__all__, __getattr__, __dir__ = on_demand(
+    __name__, {"evaluation": "EvaluationReport ProposalReport evaluate evaluate_proposals"}
+)

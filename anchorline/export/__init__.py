@@ -6,39 +6,24 @@
 into 8-bit integers, without PyTorch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from anchorline.runtime.on_demand import on_demand
 
 if TYPE_CHECKING:
-    from anchorline.export.importers.conversion import ImportResult, import_checkpoint
-    from anchorline.export.onnx_export import ExportResult, export_onnx
-    from anchorline.export.quantization import QuantizeResult, quantize_onnx
+    from anchorline.export.importers.conversion import ImportResult as ImportResult
+    from anchorline.export.importers.conversion import import_checkpoint as import_checkpoint
+    from anchorline.export.onnx_export import ExportResult as ExportResult
+    from anchorline.export.onnx_export import export_onnx as export_onnx
+    from anchorline.export.quantization import QuantizeResult as QuantizeResult
+    from anchorline.export.quantization import quantize_onnx as quantize_onnx
 
-# Loaded when first used: PyTorch takes seconds, and not every function needs it.
-_ON_DEMAND = {
-    "ExportResult": "onnx_export",
-    "ImportResult": "importers.conversion",
-    "QuantizeResult": "quantization",
-    "export_onnx": "onnx_export",
-    "import_checkpoint": "importers.conversion",
-    "quantize_onnx": "quantization",
-}
-
-__all__ = [
-    "ExportResult",
-    "ImportResult",
-    "QuantizeResult",
-    "export_onnx",
-    "import_checkpoint",
-    "quantize_onnx",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _ON_DEMAND:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_ON_DEMAND[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+# PyTorch takes seconds, and not every function needs it.
+__all__, __getattr__, __dir__ = on_demand(
+    __name__,
+    {
+        "importers.conversion": "ImportResult import_checkpoint",
+        "onnx_export": "ExportResult export_onnx",
+        "quantization": "QuantizeResult quantize_onnx",
+    },
+)

@@ -4,8 +4,9 @@
 >>> detections = detector(frame)  # BGR uint8 [H, W, 3]
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from anchorline.runtime.on_demand import on_demand
 
 if TYPE_CHECKING:
     from anchorline.runtime.contract import Contract as Contract
@@ -40,39 +41,27 @@ if TYPE_CHECKING:
     from anchorline.runtime.video.tracks import ObjectTracker as ObjectTracker
     from anchorline.runtime.video.writer import VideoWriter as VideoWriter
 
-# Where each name lives. It is loaded when it is first used: the command needs the options and errors at once,
-# and NumPy and OpenCV only where a verb works with frames.
-_NAMES = {
-    "nv12": "Nv12",
-    "contract": "Contract",
-    "detections": "Detections",
-    "detector": "Detector",
-    "drawing": "draw",
-    "io.errors": "AnchorlineError ArtefactError DataError FrameError GpuError OutputError ParityError "
-    "SettingsError TrainingError",
-    "io.images": "find_images read_image write_image",
-    "tensorrt.cuda": "GpuOptions",
-    "video.figures": "DetectSummary",
-    "video.frames": "Result",
-    "video.options": "DetectOptions Filters SliceOptions TrackOptions",
-    "video.pipeline": "VideoPipeline detect",
-    "video.reader": "VideoReader",
-    "video.sinks": "LatestFrame",
-    "video.source": "Source",
-    "video.tracks": "ObjectTracker",
-    "video.writer": "VideoWriter",
-}
-_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
-__all__ = list(_MODULES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+# The command needs the options and errors at once, and NumPy and OpenCV only where a verb works with frames.
+__all__, __getattr__, __dir__ = on_demand(
+    __name__,
+    {
+        "nv12": "Nv12",
+        "contract": "Contract",
+        "detections": "Detections",
+        "detector": "Detector",
+        "drawing": "draw",
+        "io.errors": "AnchorlineError ArtefactError DataError FrameError GpuError OutputError ParityError "
+        "SettingsError TrainingError",
+        "io.images": "find_images read_image write_image",
+        "tensorrt.cuda": "GpuOptions",
+        "video.figures": "DetectSummary",
+        "video.frames": "Result",
+        "video.options": "DetectOptions Filters SliceOptions TrackOptions",
+        "video.pipeline": "VideoPipeline detect",
+        "video.reader": "VideoReader",
+        "video.sinks": "LatestFrame",
+        "video.source": "Source",
+        "video.tracks": "ObjectTracker",
+        "video.writer": "VideoWriter",
+    },
+)

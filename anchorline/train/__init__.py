@@ -7,47 +7,29 @@
 Each name is loaded when it is first used: importing this needs no PyTorch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from anchorline.runtime.on_demand import on_demand
 
 if TYPE_CHECKING:
-    from anchorline.train.checkpoint import load_checkpoint
-    from anchorline.train.loop.metrics import StepReport, training_progress
-    from anchorline.train.loop.train import train
-    from anchorline.train.loop.trainer import TrainResult
-    from anchorline.train.predict import TorchDetector
-    from anchorline.train.settings import Settings, load_preset, preset_names
+    from anchorline.train.checkpoint import load_checkpoint as load_checkpoint
+    from anchorline.train.loop.metrics import StepReport as StepReport
+    from anchorline.train.loop.metrics import training_progress as training_progress
+    from anchorline.train.loop.train import train as train
+    from anchorline.train.loop.trainer import TrainResult as TrainResult
+    from anchorline.train.predict import TorchDetector as TorchDetector
+    from anchorline.train.settings import Settings as Settings
+    from anchorline.train.settings import load_preset as load_preset
+    from anchorline.train.settings import preset_names as preset_names
 
-_ON_DEMAND = {
-    "Settings": "settings",
-    "StepReport": "loop.metrics",
-    "TorchDetector": "predict",
-    "TrainResult": "loop.trainer",
-    "load_checkpoint": "checkpoint",
-    "load_preset": "settings",
-    "preset_names": "settings",
-    "train": "loop.train",
-    "training_progress": "loop.metrics",
-}
-
-__all__ = [
-    "Settings",
-    "StepReport",
-    "TorchDetector",
-    "TrainResult",
-    "load_checkpoint",
-    "load_preset",
-    "preset_names",
-    "train",
-    "training_progress",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _ON_DEMAND:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_ON_DEMAND[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__all__, __getattr__, __dir__ = on_demand(
+    __name__,
+    {
+        "checkpoint": "load_checkpoint",
+        "loop.metrics": "StepReport training_progress",
+        "loop.train": "train",
+        "loop.trainer": "TrainResult",
+        "predict": "TorchDetector",
+        "settings": "Settings load_preset preset_names",
+    },
+)

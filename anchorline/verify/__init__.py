@@ -6,19 +6,18 @@
 ``verify`` itself opens files, checkpoints with PyTorch included, so it is loaded when it is first used.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from anchorline.verify.compare import Comparison, ComparisonSummary, compare_all, compare_detections
+from anchorline.runtime.on_demand import on_demand
 
 if TYPE_CHECKING:
-    from anchorline.artefacts import verify
+    from anchorline.artefacts import verify as verify
+    from anchorline.verify.compare import Comparison as Comparison
+    from anchorline.verify.compare import ComparisonSummary as ComparisonSummary
+    from anchorline.verify.compare import compare_all as compare_all
+    from anchorline.verify.compare import compare_detections as compare_detections
 
-__all__ = ["Comparison", "ComparisonSummary", "compare_all", "compare_detections", "verify"]
-
-
-def __getattr__(name: str) -> Any:
-    if name != "verify":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from anchorline.artefacts import verify
-
-    return verify
+__all__, __getattr__, __dir__ = on_demand(
+    __name__,
+    {".artefacts": "verify", "compare": "Comparison ComparisonSummary compare_all compare_detections"},
+)

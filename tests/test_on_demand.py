@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import subprocess
 import sys
 
@@ -51,3 +54,17 @@ def test_no_module_takes_the_place_of_a_function(program: str) -> None:
 def test_a_name_that_is_not_there(package: str) -> None:
     with pytest.raises(subprocess.CalledProcessError):
         loaded_by(f"import anchorline.{package}; anchorline.{package}.nonsense")
+
+
+@pytest.mark.parametrize(
+    "package", ["deploy", "engine", "evaluation", "export", "runtime", "train", "verify"]
+)
+def test_type_checkers_are_told_what_is_there(package: str) -> None:
+    """Each name stands twice, as an import that only they read and by its module: both give the same."""
+    loaded = importlib.import_module(f"anchorline.{package}")
+    (guard,) = (node for node in ast.parse(inspect.getsource(loaded)).body if isinstance(node, ast.If))
+    told = {alias.asname: node.module for node in guard.body for alias in node.names}
+    assert sorted(told) == sorted(loaded.__all__)
+    assert set(told) <= set(dir(loaded))
+    for name, module in told.items():
+        assert getattr(loaded, name) is getattr(importlib.import_module(module), name)
