@@ -8,11 +8,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,7 @@ from anchorline.data.dataset import from_frames
 from anchorline.data.synthetic import scenes
 from anchorline.export.functions import OPSET, attach_functions, save_model
 from anchorline.export.winograd import use_winograd
-from anchorline.runtime.canvas import frame_canvas, held_to, usual_canvas
+from anchorline.runtime.canvas import frame_canvas, held_to, is_large, usual_canvas
 from anchorline.runtime.contract import CONTRACT_KEY, TASKS, Contract
 from anchorline.runtime.io.errors import SettingsError, check_choice
 from anchorline.runtime.io.files import atomic_path
@@ -46,7 +44,6 @@ _EXAMPLE_CANVAS = (192, 256)  # in the trace of a graph for any
 QUICK_SCENES = 3
 QUICK_TRAPS = ("empty image", "all 255", "mixed sizes in a batch")
 QUICK_ROOM = (384, 512)  # pixels
-LARGE_CANVAS = 500_000  # pixels
 LARGE_SCENES = 1
 LARGE_TRAPS = ("mixed sizes in a batch",)
 
@@ -130,7 +127,7 @@ def verify_with_pytorch(
     smaller ones, and the report says so.
     """
     contract = read_onnx(path).contract
-    large = math.prod(usual_canvas(contract)) > LARGE_CANVAS
+    large = is_large(contract)
     smaller = large and contract.canvas is None and not images
     rule = dataclasses.replace(contract.resize, within=QUICK_ROOM) if smaller else None
     some = large and not smaller
@@ -172,7 +169,7 @@ def to_onnx(model: FasterRCNN, contract: Contract) -> onnx.ModelProto:
     if few:  # a third input, taken out again: its size is one that the data will decide
         arguments.append(torch.zeros(model.settings.rpn_post_nms))
         shapes.append({0: torch.export.Dim(_SLOTS, min=2, max=model.settings.rpn_post_nms)})
-    with torch.no_grad(), _quiet_exporter(), _quick_rewriting():
+    with torch.no_grad(), _quiet_exporter():
         program = torch.onnx.export(
             TaskGraph(model, contract.task),
             tuple(arguments),
@@ -305,26 +302,3 @@ def _quiet_exporter() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _quick_rewriting() -> Iterator[None]:
-    """The exporter's optimiser without the rules of several outputs.
-
-    Those look through the whole graph at each node. As of onnxscript 0.7 that is one of 46, for two slices
-    that make a Split: a sixth of an export's time, and it finds nothing in our graphs. Where onnxscript keeps
-    its rules in another way, all are applied.
-    """
-    from onnxscript import rewriter
-
-    rules = getattr(rewriter, "_DEFAULT_REWRITE_RULES", None)
-    if not isinstance(rules, tuple):
-        yield
-        return
-    patterns = [getattr(rule, "_target_pattern", None) for rule in rules]
-    single = [getattr(pattern, "has_single_output_node", True) for pattern in patterns]
-    rewriter._DEFAULT_REWRITE_RULES = tuple(compress(rules, single))
-    try:
-        yield
-    finally:
-        rewriter._DEFAULT_REWRITE_RULES = rules

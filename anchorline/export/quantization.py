@@ -8,7 +8,6 @@ float until the result holds.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +41,7 @@ from anchorline.export.integer_graph import (
     observed_tensors,
     quantized,
 )
-from anchorline.runtime.canvas import usual_canvas
+from anchorline.runtime.canvas import is_large
 from anchorline.runtime.contract import CONTRACT_KEY, Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
@@ -61,7 +60,6 @@ T = TypeVar("T")
 # More images hardly move a range: they are for the accuracy, which is measured on all.
 RANGE_IMAGES = 128
 SENSITIVITY_IMAGES = 2
-LARGE_CANVAS = 500_000  # pixels; one image is enough there
 # With more than this share of the layers in float, the file is not worth having.
 MOST_FLOAT = 0.5
 # ``anchorline verify`` tries everything; here it is done for several models in a row.
@@ -230,7 +228,7 @@ def quantize_dataset(
         meter = LossMeter(dataset, detector.batch, contract, steps)
         warnings = _warnings(sums, contract, meter.reference)
         warn(warnings)
-        some = 1 if math.prod(usual_canvas(contract)) > LARGE_CANVAS else SENSITIVITY_IMAGES
+        some = 1 if is_large(contract) else SENSITIVITY_IMAGES
         few = list(_inputs(detector, evenly(dataset.images, some), np.zeros_like(sums)))
         forms = _Forms(proto, usable, ranges, contract, record)
         costs = measure_sensitivity(proto, forms.form(0), usable, few, steps)

@@ -28,6 +28,7 @@ from anchorline.runtime.resize import resize_antialiased, resize_float
 
 PROPOSAL_NAMES = ("object",)
 USUAL_FRAME = (600, 800)  # height and width of a frame in the most common shape, 4:3
+_LARGE_CANVAS = 500_000  # pixels
 
 _BGR = "Expected a frame as uint8 BGR array of shape [H, W, 3]"
 
@@ -225,6 +226,11 @@ def _checked_canvas(canvas: object, unit: int) -> tuple[int, int] | None:
 def usual_canvas(contract: Contract) -> tuple[int, int]:
     """The contract's canvas or, where that is free, that of a ``USUAL_FRAME``."""
     return contract.canvas or frame_canvas(USUAL_FRAME, contract)
+
+
+def is_large(contract: Contract) -> bool:
+    """Whether an image takes a processor so long that whoever tries a new file does it with few."""
+    return math.prod(usual_canvas(contract)) > _LARGE_CANVAS
 
 
 def to_canvas(

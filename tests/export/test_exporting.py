@@ -425,16 +425,3 @@ def test_an_export_silences_the_exporters_loggers_alone(caplog: pytest.LogCaptur
         logging.getLogger("user").warning("heard")
     logging.getLogger("torch.onnx").warning("heard again")
     assert caplog.messages == ["heard", "heard again"]
-
-
-def test_an_export_leaves_the_optimisers_rules_as_they_were() -> None:
-    """Without one that looks through the whole graph at each node while it runs, but for that with all."""
-    from onnxscript import rewriter
-
-    rules = rewriter._DEFAULT_REWRITE_RULES
-    with contextlib.suppress(KeyError), exporting._quick_rewriting():
-        fewer = rewriter._DEFAULT_REWRITE_RULES
-        raise KeyError
-    assert "SlicesSplit" in [rule.name for rule in rules if rule not in fewer]
-    assert len(rules) - 3 < len(fewer)
-    assert rewriter._DEFAULT_REWRITE_RULES is rules
