@@ -66,7 +66,7 @@ def with_settings(model: onnx.ModelProto, settings: GraphSettings) -> onnx.Model
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    contract = _contract(result)
+    contract = contract_in(result)
     names, ids = contract.names, contract.category_ids
     changes = _Changes(result)
     before, after = _proposal_nodes(result.graph)
@@ -122,7 +122,8 @@ def set_contract(model: onnx.ModelProto, contract: Contract) -> None:
             entry.value = contract.to_json()
 
 
-def _contract(model: onnx.ModelProto) -> Contract:
+def contract_in(model: onnx.ModelProto) -> Contract:
+    """The model's own; raises ``ArtefactError`` where it has none."""
     texts = [entry.value for entry in model.metadata_props if entry.key == CONTRACT_KEY]
     if not texts:
         raise ArtefactError("the model has no anchorline contract; give an ONNX file that export wrote")

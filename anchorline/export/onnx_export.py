@@ -23,8 +23,9 @@ from anchorline import __version__
 from anchorline.data.dataset import from_frames
 from anchorline.data.synthetic import scenes
 from anchorline.export.functions import OPSET, attach_functions, save_model
-from anchorline.export.winograd import use_winograd
-from anchorline.runtime.canvas import frame_canvas, held_to, is_large, usual_canvas
+from anchorline.export.graph_settings import contract_in
+from anchorline.export.winograd import make_winograd
+from anchorline.runtime.canvas import frame_canvas, held_to, is_large
 from anchorline.runtime.contract import CONTRACT_KEY, TASKS, Contract
 from anchorline.runtime.io.errors import SettingsError, check_choice
 from anchorline.runtime.io.files import atomic_path
@@ -104,9 +105,8 @@ def export_onnx(
     )
     proto = to_onnx(model, contract)
     if winograd:
-        count = use_winograd(proto, usual_canvas(contract))
-        contract = dataclasses.replace(contract, source={**contract.source, "winograd": count})
-        onnx.helper.set_model_props(proto, {CONTRACT_KEY: contract.to_json()})
+        make_winograd(proto)
+        contract = contract_in(proto)
     report = None
     with atomic_path(out) as draft:
         save_model(proto, draft)

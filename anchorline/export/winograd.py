@@ -9,6 +9,7 @@ numbers: about five times a direct convolution's. The engine builder turns the n
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from fractions import Fraction
@@ -19,6 +20,8 @@ import onnx.parser
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from anchorline.export.graph_settings import contract_in, set_contract
+from anchorline.runtime.canvas import usual_canvas
 from anchorline.runtime.contract import DOMAIN, OP_VERSION, WINOGRAD_OP
 
 TILE, KERNEL = 4, 3
@@ -114,6 +117,14 @@ def winograd_function() -> onnx.FunctionProto:
     }}
     """
     return onnx.parser.parse_function(text)
+
+
+def make_winograd(model: onnx.ModelProto) -> int:
+    """``use_winograd`` in an exported file, on its usual canvas; the contract's ``source`` says how many."""
+    contract = contract_in(model)
+    count = use_winograd(model, usual_canvas(contract))
+    set_contract(model, dataclasses.replace(contract, source={**contract.source, "winograd": count}))
+    return count
 
 
 def use_winograd(model: onnx.ModelProto, canvas: tuple[int, int]) -> int:

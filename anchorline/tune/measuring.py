@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from anchorline.data.dataset import Dataset
 from anchorline.evaluation.evaluation import report_detections
 from anchorline.export.functions import save_model
-from anchorline.export.graph_settings import GraphSettings, scaled, with_settings
-from anchorline.runtime.contract import CONTRACT_KEY, Contract, ResizeRule
+from anchorline.export.graph_settings import GraphSettings, contract_in, scaled, with_settings
+from anchorline.export.winograd import make_winograd
+from anchorline.runtime.contract import ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import ArtefactError
@@ -148,7 +149,7 @@ class Workshop:
     def __init__(self, model: Path, classes: tuple[str, ...] | None = None) -> None:
         self.model = model
         self.proto = onnx.load(model)
-        self.contract = contract_of(self.proto)
+        self.contract = contract_in(self.proto)
         self.quantised: dict[tuple[int, int], onnx.ModelProto] = {}
         self._classes = classes
         self._temporary = tempfile.TemporaryDirectory(prefix="anchorline-tune-")
@@ -158,20 +159,31 @@ class Workshop:
         """The candidate as a file, its scale in the contract."""
         made = self._counted(candidate)
         rule = self.resize(candidate)
-        return made if rule is None else with_settings(made, GraphSettings(resize=rule))
+        if rule is not None:
+            made = with_settings(made, GraphSettings(resize=rule))
+        if self._rewrites(candidate):
+            make_winograd(made)
+        return made
 
     def open(self, candidate: Candidate) -> Detecting:
         """The candidate, run its way."""
-        way = candidate.way
-        precision = "int8" if way.precision == "int8" else "float"
-        path = self.folder / f"{candidate.proposals}-{candidate.pre_nms}-{precision}.onnx"
+        make, rule, kind = self._counted, self.resize(candidate), "float"
+        if candidate.way.precision == "int8":
+            kind = "int8"
+        elif self._rewrites(candidate):  # a file of its scale, on which it depends what gains
+            make, rule, kind = self.make, None, f"winograd-{candidate.scale:g}"
+        path = self.folder / f"{candidate.proposals}-{candidate.pre_nms}-{kind}.onnx"
         if not path.exists():
-            save_model(self._counted(candidate), path)
-        return open_way(path, way, self.resize(candidate))
+            save_model(make(candidate), path)
+        return open_way(path, candidate.way, rule)
 
     def resize(self, candidate: Candidate) -> ResizeRule | None:
         """The candidate's resize rule, where it is not the parent's."""
         return None if candidate.scale == 1.0 else scaled(self.contract.resize, candidate.scale)
+
+    def _rewrites(self, candidate: Candidate) -> bool:
+        """Whether convolutions are to be brought into Winograd's form; the parent's may be so already."""
+        return candidate.winograd and not self.contract.winograd
 
     def _counted(self, candidate: Candidate) -> onnx.ModelProto:
         counts = candidate.proposals, candidate.pre_nms
@@ -184,10 +196,6 @@ class Workshop:
 
     def __exit__(self, *failure: object) -> None:
         self._temporary.cleanup()
-
-
-def contract_of(proto: onnx.ModelProto) -> Contract:
-    return Contract.from_json(next(each.value for each in proto.metadata_props if each.key == CONTRACT_KEY))
 
 
 def open_way(path: Path, way: Way, resize: ResizeRule | None = None) -> Detecting:

@@ -34,18 +34,27 @@ class Way:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings and a way to run them. ``scale`` multiplies the sides of the file's resize rule."""
+    """Settings and a way to run them. ``scale`` multiplies the sides of the file's resize rule; with
+    ``winograd`` the convolutions that gain by it are in that form (``export/winograd.py``)."""
 
     scale: float
     proposals: int
     pre_nms: int
     way: Way
+    winograd: bool = False
 
     @property
     def key(self) -> str:
         """It in one word, for files."""
-        way = self.way
-        return f"{self.scale:g}/{self.proposals}/{self.pre_nms}/{way.provider}/{way.precision}/{way.threads}"
+        way, form = self.way, "/winograd" * self.winograd
+        counts = f"{self.scale:g}/{self.proposals}/{self.pre_nms}"
+        return f"{counts}/{way.provider}/{way.precision}/{way.threads}{form}"
+
+    def describe(self) -> str:
+        """It in words."""
+        form = ", in Winograd's form" * self.winograd
+        counts = f"{self.proposals} proposals of {self.pre_nms} a level"
+        return f"scale {self.scale:g}, {counts}, {self.way}{form}"
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ def candidates(parent: Candidate, way: Way, free: bool) -> list[Candidate]:
     counts = [parent.proposals, *(count for count in PROPOSALS if count < parent.proposals)]
     return list(
         dict.fromkeys(
-            Candidate(scale, count, pre_nms, way)
+            Candidate(scale, count, pre_nms, way, parent.winograd)
             for scale in (SCALES if free else SCALES[:1])
             for count in counts
             for pre_nms in (parent.pre_nms, min(parent.pre_nms, count))

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 
@@ -16,13 +14,13 @@ from anchorline import __version__
 from anchorline.bench.bench import machine
 from anchorline.data.dataset import Dataset, load_datasets
 from anchorline.evaluation.evaluation import evaluate
-from anchorline.evaluation.pictures import new_figure, save_figure
 from anchorline.export.functions import save_model
-from anchorline.export.graph_settings import proposal_counts, set_contract
+from anchorline.export.graph_settings import contract_in, proposal_counts, set_contract
 from anchorline.export.quantization import quantize_dataset
 from anchorline.runtime.backends.cpu_options import MOST_THREADS, has_native_bf16, usable_cores
 from anchorline.runtime.backends.onnxruntime import available_providers
 from anchorline.runtime.backends.openvino import has_openvino
+from anchorline.runtime.contract import Contract
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import (
     ArtefactError,
@@ -39,13 +37,13 @@ from anchorline.tune.measuring import (
     Meter,
     Record,
     Workshop,
-    contract_of,
     evaluated_first,
     fingerprint,
     only_classes,
     open_way,
     stopping,
 )
+from anchorline.tune.report import Row, TuneReport, plot_tuning
 from anchorline.tune.search import (
     SCALES,
     Candidate,
@@ -59,149 +57,14 @@ from anchorline.tune.search import (
 )
 from anchorline.verify.verification import write_tuned
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 PRECISIONS = ("fp32", "bf16", "int8")
 PROVIDERS = ("cpu", "openvino", "cuda")
 FEWEST_IMAGES = 8
 CALIBRATION_SHARE = 0.25  # of the images, where int8 is tried; they are not evaluated
 CALIBRATION_MOST = 64
 LARGER_FOR_INT8 = 2  # scales above the chosen one that are tried in int8 as well
-_SHOWN = 24  # candidates in the table
 
 Progress = Callable[..., None]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A candidate, and its figures on the most images that it was measured on."""
-
-    candidate: Candidate
-    figures: Figures
-
-    def to_json(self) -> dict[str, Any]:
-        settings = dataclasses.asdict(self.candidate)
-        return {**settings.pop("way"), **settings, **dataclasses.asdict(self.figures)}
-
-
-@dataclass(frozen=True)
-class TuneReport:
-    """What was measured: the ``parent`` and all candidates, the ``frontier`` of those on all images, the
-    ``best`` for the ``goal`` (None where nothing reaches it or the search was ``interrupted``).
-
-    ``written`` are the figures of the file ``out``, read again from the disk and run.
-    """
-
-    model: Path
-    data: str
-    images: int
-    calibration_images: int
-    goal: Goal
-    machine: dict[str, str]
-    parent: Row
-    rows: tuple[Row, ...]
-    frontier: tuple[Row, ...]
-    best: Row | None
-    interrupted: bool
-    notes: tuple[str, ...]
-    out: Path | None = None
-    written: Figures | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for ``files.write_json``."""
-        return {
-            "model": str(self.model),
-            "data": self.data,
-            "images": self.images,
-            "calibration_images": self.calibration_images,
-            "goal": self.goal,
-            "machine": self.machine,
-            "parent": self.parent,
-            "candidates": self.rows,
-            "frontier": self.frontier,
-            "best": self.best,
-            "command": self.command(),
-            "interrupted": self.interrupted,
-            "notes": self.notes,
-            "out": self.out,
-            "written": self.written,
-        }
-
-    def command(self) -> str | None:
-        """How ``detect`` runs the best one in the way that was measured."""
-        if self.best is None:
-            return None
-        way = self.best.candidate.way
-        words = ["anchorline", "detect", "SOURCE", "--model", str(self.out or "best.onnx")]
-        words += ["--provider", way.provider, "--threads", str(way.threads)]
-        if way.provider == "openvino" and way.precision != "int8":
-            words += ["--cpu-precision", way.precision]
-        return shlex.join(words)
-
-    def describe(self) -> str:
-        """One line: what is the best, and what it gains and costs."""
-        if self.interrupted:
-            return "interrupted; the same command goes on from here"
-        if self.best is None:
-            return f"nothing that was tried is {self.goal.describe()}"
-        figures, own = self.best.figures, self.parent.figures
-        return (
-            f"{_name(self.best.candidate)}: {1 / figures.share:.2f} times as fast as the parent "
-            f"({figures.ms:.1f} of {own.ms:.1f} ms a frame), mAP50 {figures.map50:.4f} of {own.map50:.4f} on "
-            f"{figures.images} images"
-        )
-
-    def render(self) -> Table:
-        """A rich table: the candidates on most images first, the fastest of them first."""
-        from rich.markup import escape
-        from rich.table import Table
-
-        objects = self.parent.figures.objects
-        notes = [
-            *self.notes,
-            "proposals: kept, and the best of each level before NMS; run by: provider, precision, threads",
-            "speed: frame to boxes, as a multiple of the parent's, measured beside it frame by frame",
-            f"on {self.parent.figures.images} images with {objects} objects mAP50 is known to about "
-            f"{100 * self.parent.figures.uncertainty:.1f} points; candidates see the same images",
-        ]
-        table = Table(
-            title=escape(f"{self.model.name} on {self.data}: {self.goal.describe()}"),
-            caption=escape("\n".join(notes)),
-            caption_justify="left",
-            # Nine columns in a terminal of 80 characters.
-            box=None,
-            collapse_padding=True,
-            pad_edge=False,
-        )
-        for column in ("", "scale", "proposals", "run by"):
-            table.add_column(column, no_wrap=True)
-        for column in ("images", "mAP50", "drop", "ms", "speed"):
-            table.add_column(column, justify="right", no_wrap=True)
-        ranked = sorted(self.rows, key=lambda row: (-row.figures.images, row.figures.share))
-        for row in [self.parent, *ranked[:_SHOWN]]:
-            each, figures = row.candidate, row.figures
-            drop = self._parent_on(figures.images)
-            mark = "parent" if row is self.parent else "best" if row == self.best else ""
-            table.add_row(
-                mark or ("*" if row in self.frontier else ""),
-                f"{each.scale:g}",
-                f"{each.proposals} of {each.pre_nms}",
-                f"{each.way.provider} {each.way.precision} {each.way.threads}",
-                str(figures.images),
-                f"{figures.map50:.4f}",
-                "-" if drop is None else f"{100 * (drop - figures.map50):+.2f}",
-                f"{figures.ms:.1f}",
-                f"{1 / figures.share:.2f}",
-                style="bold" if mark == "best" else None,
-            )
-        if len(ranked) > _SHOWN:
-            table.caption = f"{len(ranked) - _SHOWN} more are in the JSON\n{table.caption}"
-        return table
-
-    def _parent_on(self, images: int) -> float | None:
-        """The parent's mAP50 on so many images, where that is its last figure."""
-        return self.parent.figures.map50 if images == self.parent.figures.images else None
 
 
 def tune(
@@ -223,11 +86,12 @@ def tune(
     """Search the settings of the exported ``model`` for ``goal`` on the labelled images of ``data`` (specs).
 
     Tried are the scale of the frames (of a file for any frame size), how many proposals the RPN hands on and
-    takes into its NMS, ``providers`` (default: those that are here), ``precisions`` and threads (``threads``,
-    or one for each core and half as many). ``classes`` are names to keep. ``limit`` takes so many of the
-    images. With ``out`` the best is written there, run from the disk and published only if it keeps the goal;
-    ``pictures`` is a plot, ``json_file`` the figures. What an earlier call of the same model, data and
-    machine measured is taken over, unless ``fresh``. Ctrl-C ends it early: the report has what there is.
+    takes into its NMS, ``providers`` (default: those that are here), ``precisions``, threads (``threads``,
+    or one for each core and half as many), and Winograd's form of the convolutions where some gain by it.
+    ``classes`` are names to keep. ``limit`` takes so many of the images. With ``out`` the best is written
+    there, run from the disk and published only if it keeps the goal; ``pictures`` is a plot, ``json_file``
+    the figures. What an earlier call of the same model, data and machine measured is taken over, unless
+    ``fresh``. Ctrl-C ends it early: the report has what there is.
 
     Raises ``SettingsError``, ``DataError`` and ``ArtefactError`` for what cannot be used, ``ParityError``
     where the written file does not keep the goal.
@@ -243,16 +107,18 @@ def tune(
     names = tuple(classes) if classes is not None else None
     if names is not None:
         _check_names(names, contract.names)
-    ordered, calibration = _images(data, contract.names, names, limit, "int8" in precisions)
-    found: dict[Candidate, Figures] = {}
     notes: list[str] = []
+    precisions = _precisions(model, contract, precisions, notes)
+    calibrate = "int8" in precisions and contract.precision != "int8"
+    ordered, calibration = _images(data, contract.names, names, limit, calibrate)
+    found: dict[Candidate, Figures] = {}
     with Workshop(model, names) as workshop:
         parent = _parent(workshop, threads)
         record = Record.open(cache_folder() / "tuning", _facts(model, ordered, calibration, names), fresh)
 
         def tell(candidate: Candidate, images: int) -> None:
             if progress is not None:
-                progress(len(found), None, f"{_name(candidate)} on {images} images")
+                progress(len(found), None, f"{candidate.describe()} on {images} images")
 
         meter = Meter(ordered, parent, workshop.open, record, tell=tell)
         with stopping(meter) as interrupted:
@@ -328,6 +194,20 @@ def _check_names(names: tuple[str, ...], known: tuple[str, ...]) -> None:
         )
 
 
+def _precisions(model: Path, contract: Contract, wanted: Sequence[str], notes: list[str]) -> tuple[str, ...]:
+    """Those of ``wanted`` that the file can be run in: it is what it is in 8 bits, or in Winograd's form."""
+    if contract.precision == "int8":
+        return ("int8",)
+    if not contract.winograd:
+        return tuple(wanted)
+    form = "its convolutions are in Winograd's form, for fp32"
+    if "fp32" not in wanted:
+        raise SettingsError(f"{model}: precision is {shown(wanted)}, but {form}; tune the plain file")
+    if len(wanted) > 1:
+        notes.append(f"bf16 and int8: not tried, {form}; tune the plain file for these")
+    return ("fp32",)
+
+
 def _images(
     data: Sequence[str],
     known: tuple[str, ...],
@@ -370,7 +250,7 @@ def _parent(workshop: Workshop, threads: int | None) -> Candidate:
         raise ArtefactError(f"{workshop.model}: its precision is {precision}; expected fp32 or int8")
     way = Way("cpu", precision, threads or usable_cores())
     proposals, pre_nms = proposal_counts(workshop.proto)
-    return Candidate(1.0, proposals, pre_nms, way)
+    return Candidate(1.0, proposals, pre_nms, way, workshop.contract.winograd)
 
 
 def _ways(
@@ -385,7 +265,7 @@ def _ways(
     counts = [most] if threads or most == 1 else [most, most // 2]
     found = []
     for provider in wanted:
-        kinds = [own] if own in precisions or own == "int8" else []
+        kinds = [own] if own in precisions else []
         if own == "fp32" and provider == "openvino" and has_native_bf16() and "bf16" in precisions:
             kinds.append("bf16")
         found += [Way(provider, kind, count) for kind in kinds for count in counts]
@@ -405,10 +285,12 @@ def _search(
     notes: list[str],
 ) -> None:
     """Fill ``found``: the ways to run the parent, then its settings by halving, then other precisions of the
-    finalists."""
+    best and Winograd's form."""
     total = len(meter.dataset)
     ways = _ways(parent.way.precision, precisions, providers, threads)
-    fastest = _fastest_ways(meter, parent, ways, notes)
+    fastest = _fastest_ways(meter, parent, ways, "the parent", notes)
+    if not fastest:
+        raise SettingsError(f"no way to run the model is left; {'; '.join(notes)}")
     free = workshop.contract.canvas is None
     if not free:
         notes.append(
@@ -428,29 +310,48 @@ def _search(
     best = choose(complete, parent, goal) or parent
     for way in fastest[1:]:  # of other precisions
         measure(dataclasses.replace(best, way=way), total)
+    for each in _in_winograd(workshop, meter, best, ways, notes):
+        measure(each, total)
     if "int8" in precisions and parent.way.precision == "fp32":
         for each in _in_int8(workshop, meter, best, providers, threads, calibration, notes):
             measure(each, total)
 
 
-def _fastest_ways(meter: Meter, parent: Candidate, ways: Sequence[Way], notes: list[str]) -> list[Way]:
-    """The fastest way of each precision, the fastest of all first; those that do not run here are told of."""
+def _fastest_ways(
+    meter: Meter, candidate: Candidate, ways: Sequence[Way], name: str, notes: list[str]
+) -> list[Way]:
+    """The fastest way of each precision to run the candidate, which the notes call ``name``, the fastest of
+    all first; those that do not run here are told of."""
     shares: dict[Way, float] = {}
     for way in ways:
         try:
-            shares[way] = meter.share(dataclasses.replace(parent, way=way))
+            shares[way] = meter.share(dataclasses.replace(candidate, way=way))
         except (ArtefactError, GpuError, SettingsError) as error:
-            notes.append(f"{way} does not run here ({error})")
-    if not shares:
-        raise SettingsError(f"no way to run the model is left; {'; '.join(notes)}")
+            notes.append(f"{name}: {way} does not run here ({error})")
     ranked = sorted(shares, key=shares.__getitem__)
-    notes.append(
-        "time of the parent by ways to run it: " + "; ".join(f"{way} {shares[way]:.2f}" for way in ranked)
-    )
+    if ranked:
+        times = "; ".join(f"{way} {shares[way]:.2f}" for way in ranked)
+        notes.append(f"time of {name} by ways to run it: {times}")
     best: dict[str, Way] = {}
     for way in ranked:
         best.setdefault(way.precision, way)
     return [*best.values()]
+
+
+def _in_winograd(
+    workshop: Workshop, meter: Meter, best: Candidate, ways: Sequence[Way], notes: list[str]
+) -> list[Candidate]:
+    """The best one with the convolutions that gain by it in Winograd's form, run the fastest way in fp32."""
+    ways = [way for way in ways if way.precision == "fp32" and way.provider != "cuda"]
+    if not ways or best.winograd:
+        return []
+    rewritten = dataclasses.replace(best, winograd=True)
+    count = contract_in(workshop.make(rewritten)).source["winograd"]
+    notes.append(f"Winograd's form (W): {count} convolutions gain by it")
+    if not count:
+        return []
+    fastest = _fastest_ways(meter, rewritten, ways, "Winograd's form", notes)
+    return [dataclasses.replace(rewritten, way=way) for way in fastest]
 
 
 def _in_int8(
@@ -469,11 +370,11 @@ def _in_int8(
     if proto is None:
         return []
     workshop.quantised[best.proposals, best.pre_nms] = proto
-    ways = _ways("int8", ("int8",), providers, threads)
-    way = min(ways, key=lambda way: meter.share(dataclasses.replace(best, way=way)))
+    ways = _fastest_ways(meter, best, _ways("int8", ("int8",), providers, threads), "int8", notes)
     free = workshop.contract.canvas is None
     larger = [scale for scale in reversed(SCALES) if scale > best.scale][:LARGER_FOR_INT8] if free else []
-    return [dataclasses.replace(best, way=way, scale=scale) for scale in (best.scale, *larger)]
+    scales = best.scale, *larger
+    return [dataclasses.replace(best, way=way, scale=scale) for way in ways for scale in scales]
 
 
 def _quantised(
@@ -489,7 +390,7 @@ def _quantised(
         return None
     notes.append(f"int8: {result.loss.describe()} on the {len(calibration)} images it was calibrated on")
     made = onnx.load(integers)
-    contract = dataclasses.replace(contract_of(made), resize=workshop.contract.resize)
+    contract = dataclasses.replace(contract_in(made), resize=workshop.contract.resize)
     set_contract(made, contract)
     return made
 
@@ -515,7 +416,7 @@ def _publish(workshop: Workshop, row: Row, report: TuneReport, dataset: Dataset,
         "machine": report.machine,
         "by": f"anchorline {__version__}",
     }
-    contract = contract_of(made)
+    contract = contract_in(made)
     source = {**contract.source, "tuned": tuned}
     set_contract(made, dataclasses.replace(contract, source=source))
     with atomic_path(out) as draft:
@@ -541,44 +442,3 @@ def _publish(workshop: Workshop, row: Row, report: TuneReport, dataset: Dataset,
             f"{workshop.model.name}, on {len(dataset)} images of {report.data}",
         )
     return written
-
-
-def _name(candidate: Candidate) -> str:
-    return (
-        f"scale {candidate.scale:g}, {candidate.proposals} proposals of {candidate.pre_nms} a level, "
-        f"{candidate.way}"
-    )
-
-
-def plot_tuning(report: TuneReport, path: str | Path) -> None:
-    """mAP50 over the time of a frame: all candidates, larger where they saw more images, and the frontier."""
-    figure, (axes,) = new_figure(7.6, 5.0)
-    rows = [row for row in report.rows if row.figures.images]
-    precisions = sorted({row.candidate.way.precision for row in rows})
-    for precision, colour in zip(precisions, ("#0072b2", "#e69f00", "#009e73"), strict=False):
-        some = [row.figures for row in rows if row.candidate.way.precision == precision]
-        sizes = [10 + 50 * each.images / report.images for each in some]
-        axes.scatter(
-            [each.ms for each in some],
-            [each.map50 for each in some],
-            s=sizes,
-            color=colour,
-            alpha=0.6,
-            label=precision,
-        )
-    line = [row.figures for row in report.frontier]
-    axes.plot([each.ms for each in line], [each.map50 for each in line], "k-", linewidth=1, label="frontier")
-    marks = [("parent", report.parent, "D"), *([("best", report.best, "*")] if report.best else [])]
-    for name, row, marker in marks:
-        size = 60 if marker == "D" else 160
-        axes.scatter(
-            [row.figures.ms], [row.figures.map50], s=size, marker=marker, color="black", label=name, zorder=3
-        )
-    if report.goal.budget_ms is None:
-        axes.axhline(report.parent.figures.map50 - report.goal.max_drop, color="0.5", linestyle=":")
-    else:
-        axes.axvline(report.goal.budget_ms, color="0.5", linestyle=":")
-    axes.set(xlabel="ms a frame, frame to boxes", ylabel="mAP50")
-    axes.set_title(f"{report.images} images; smaller points saw fewer", fontsize="medium")
-    axes.legend(frameon=False, loc="lower right")
-    save_figure(figure, path)

@@ -13,8 +13,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from anchorline.export.graph_settings import GraphSettings, proposal_counts, scaled, with_settings
-from anchorline.runtime.contract import CONTRACT_KEY, Contract, ResizeRule
+from anchorline.export.graph_settings import (
+    GraphSettings,
+    contract_in,
+    proposal_counts,
+    scaled,
+    with_settings,
+)
+from anchorline.runtime.contract import Contract, ResizeRule
 from anchorline.runtime.io.errors import ArtefactError, SettingsError
 from anchorline.train.checkpoint import contract_of
 from anchorline.train.model.faster_rcnn import FasterRCNN, run_task
@@ -76,10 +82,6 @@ def rows(outputs: Outputs, image: int) -> NDArray[np.float64]:
     columns = [outputs["boxes"][image], outputs["scores"][image][:, None]]
     columns += [outputs["labels"][image][:, None]] if "labels" in outputs else []
     return np.concatenate([column.astype(np.float64) for column in columns], axis=1)[:count]
-
-
-def contract_in(proto: onnx.ModelProto) -> Contract:
-    return Contract.from_json(next(e.value for e in proto.metadata_props if e.key == CONTRACT_KEY))
 
 
 @pytest.mark.parametrize(("neck", "task"), [("fpn", "detections"), ("single", "proposals")])

@@ -18,18 +18,20 @@ from anchorline.data.dataset import Dataset, LabelledImage, load_dataset
 from anchorline.data.synthetic import CLASS_NAMES
 from anchorline.doctor.artefact import read_verification
 from anchorline.evaluation.evaluation import evaluate
+from anchorline.export import winograd
 from anchorline.export.functions import save_model
-from anchorline.export.graph_settings import proposal_counts, set_contract
-from anchorline.runtime.contract import Contract
+from anchorline.export.graph_settings import contract_in, proposal_counts, set_contract
+from anchorline.runtime.contract import WINOGRAD_OP, Contract
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.detector import Detector
 from anchorline.runtime.io.errors import ArtefactError, DataError, ParityError, SettingsError
 from anchorline.runtime.model_file import read_onnx
 from anchorline.train.checkpoint import contract_of
 from anchorline.train.model.faster_rcnn import FasterRCNN
-from anchorline.tune import measuring
+from anchorline.tune import measuring, search
 from anchorline.tune import tune as tuning
 from anchorline.tune.measuring import Workshop, evaluated_first, fingerprint, only_classes
+from anchorline.tune.report import TuneReport
 from anchorline.tune.search import SCALES, Candidate, Goal
 from anchorline.tune.tune import tune
 
@@ -86,7 +88,7 @@ class Ticking:
         clock.calls[each] = clock.calls.get(each, 0) + 1
         if clock.most is not None and sum(clock.calls.values()) > clock.most:
             raise KeyboardInterrupt
-        slower = 1.0 if each.way.threads == 2 else 1.5
+        slower = (1.0 if each.way.threads == 2 else 1.5) * (0.8 if each.winograd else 1.0)
         clock.now += 0.03 * slower * (0.67 * each.scale**2 + 0.33 * (each.proposals + each.pre_nms) / 144)
         return clock.detect(each, frame) if self._inner is None else self._inner(frame)
 
@@ -109,7 +111,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Cl
     return clock
 
 
-def run(model: Path, **options: Any) -> tuning.TuneReport:
+def run(model: Path, **options: Any) -> TuneReport:
     given = {"precisions": ("fp32",), "providers": ("cpu",), **options}
     return tune(model, [DATA], **given)
 
@@ -155,6 +157,48 @@ def test_the_best_is_written_and_keeps_what_it_promises(model: Path, clock: Cloc
     assert [each.map50 for each in rows] == sorted(each.map50 for each in rows)
 
 
+@pytest.mark.parametrize("clock", ["real"], indirect=True)
+def test_winograd_s_form_is_taken_where_it_is_faster(
+    model: Path, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "SCALES", (1.0, 0.7))
+    plain = run(model, limit=8)
+    assert "Winograd's form (W): 0 convolutions gain by it" in plain.notes
+    assert not any(row.candidate.winograd for row in plain.rows)
+    monkeypatch.setattr(winograd, "FEWEST_CHANNELS", 1)
+    monkeypatch.setattr(winograd, "LEAST_WORK", 1)
+    out = tmp_path / "best.onnx"
+    report = run(model, limit=8, out=out)
+    assert plain.best is not None
+    assert report.best is not None
+    best = report.best.candidate
+    assert best == dataclasses.replace(plain.best.candidate, winograd=True)
+    assert report.best.figures.share == pytest.approx(0.8 * plain.best.figures.share)
+    contract = read_onnx(out).contract
+    assert contract.source["winograd"] == sum(
+        node.op_type == WINOGRAD_OP for node in onnx.load(out).graph.node
+    )
+    assert contract.winograd
+    assert read_verification(out).state == "verified"
+    # The same settings in the plain form have the same detections.
+    with Workshop(model) as shop:
+        save_model(shop.make(plain.best.candidate), tmp_path / "plain.onnx")
+    assert not read_onnx(tmp_path / "plain.onnx").contract.winograd
+    with Detector(out, "cpu") as ours, Detector(tmp_path / "plain.onnx", "cpu") as theirs:
+        for image in load_dataset(DATA, names=CLASS_NAMES).images[:4]:
+            found, expected = ours(image.load()), theirs(image.load())
+            assert len(found) == len(expected) > 0
+            np.testing.assert_allclose(found.boxes, expected.boxes, atol=0.01)
+            np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+    # Such a file stays so, and in fp32.
+    again = run(out, limit=8, precisions=("fp32", "bf16", "int8"))
+    assert again.calibration_images == 0
+    assert {(row.candidate.winograd, row.candidate.way.precision) for row in again.rows} == {(True, "fp32")}
+    assert any(note.startswith("bf16 and int8: not tried, its convolutions are in") for note in again.notes)
+    with pytest.raises(SettingsError, match=r"precision is .*int8.*tune the plain file"):
+        run(out, precisions=("int8",))
+
+
 def test_after_ctrl_c_it_goes_on_where_it_was(model: Path, clock: Clock, tmp_path: Path) -> None:
     clock.most = 250
     out = tmp_path / "best.onnx"
@@ -177,7 +221,7 @@ def test_after_ctrl_c_it_goes_on_where_it_was(model: Path, clock: Clock, tmp_pat
     assert clock.calls == {}
 
 
-def outline(report: tuning.TuneReport) -> list[tuple[Candidate, int, float, float]]:
+def outline(report: TuneReport) -> list[tuple[Candidate, int, float, float]]:
     """The best and all rows, times without the last digits of the clock."""
     assert report.best is not None
     return [
@@ -212,7 +256,7 @@ def test_a_file_that_does_not_keep_the_goal_is_not_published(
 def test_classes_that_are_kept(model: Path, clock: Clock, tmp_path: Path) -> None:
     report = run(model, classes=("ring", "arrow"))
     with Workshop(model, ("ring", "arrow")) as shop:
-        assert measuring.contract_of(shop.make(report.parent.candidate)).names == ("ring", "arrow")
+        assert contract_in(shop.make(report.parent.candidate)).names == ("ring", "arrow")
     dataset = only_classes(load_dataset(DATA, names=CLASS_NAMES), ("ring", "arrow"))
     assert set(dataset.names) == {"ring", "arrow"}
     assert report.parent.figures.objects == sum(len(image.boxes) for image in dataset)
