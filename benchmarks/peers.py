@@ -48,6 +48,7 @@ from anchorline.runtime import Detections, Detector
 from anchorline.runtime.backends.cpu_options import has_native_bf16, usable_cores
 from anchorline.runtime.backends.openvino import has_openvino
 from anchorline.runtime.canvas import frame_canvas
+from anchorline.runtime.contract import Contract
 from anchorline.runtime.model_file import read_onnx
 
 MODELS = ("fasterrcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_resnet50_fpn")
@@ -120,8 +121,11 @@ def measure_model(
         lower_objectness(model, frames[:3], options.proposals)
     ours = folder / f"{name}.onnx"
     canvas = make_ours(name, model, frames, ours)
-    sides = [*peers(model, frames[0], folder / f"{name}.torchvision.onnx", ours, options)]
     detectors = open_ours(ours, options.threads)
+    contract = detectors[0][1].contract
+    sides = peers(model, frames[0], folder / f"{name}.torchvision.onnx", contract, options.threads)
+    if not options.no_compile:
+        sides += compiled(model, frames[0], contract)
     sides += [Side(label, d.provider, d.precision, d) for label, d in detectors]
     expected = [sides[0].detect(frame) for frame in frames]
     shares = [matched_share(expected, [side.detect(frame) for frame in frames]) for side in sides]
@@ -214,26 +218,21 @@ def open_ours(path: Path, threads: int) -> list[tuple[str, Detector]]:
     return found
 
 
-def peers(
-    model: torch.nn.Module, frame: Frame, path: Path, ours: Path, options: argparse.Namespace
-) -> list[Side]:
-    """Torchvision's own ways: eager, its ONNX file, and compiled, as far as they work."""
-    with Detector(ours, "cpu", threads=1) as detector:
-        contract = detector.contract
-    reference = TorchvisionDetector(model, contract)
-    found = [Side(EAGER, "torch", "fp32", lambda frame: reference.batch([frame])[0])]
+def peers(model: torch.nn.Module, frame: Frame, path: Path, contract: Contract, threads: int) -> list[Side]:
+    """Torchvision's own ways: eager, and its ONNX file if that works, which resizes as torchvision does.
+
+    The eager one may come to resize by ``contract``'s rule, in Python and so in no trace.
+    """
+    own = copy.deepcopy(model)
+    found = [Side(EAGER, "torch", "fp32", TorchvisionDetector(model, contract))]
     try:
-        found.append(
-            Side(PEER, "cpu", "fp32", exported_by_torchvision(model, frame, path, contract, options))
-        )
+        found.append(Side(PEER, "cpu", "fp32", exported_by_torchvision(own, frame, path, contract, threads)))
     except Exception as error:
         tell_missing(PEER, error)
-    if not options.no_compile:
-        found += compiled(model, frame, contract)
     return found
 
 
-def compiled(model: torch.nn.Module, frame: Frame, contract: object) -> list[Side]:
+def compiled(model: torch.nn.Module, frame: Frame, contract: Contract) -> list[Side]:
     """The model compiled as a whole or, where that does not work, its backbone, which is most of it."""
     partly = copy.deepcopy(model)
     partly.backbone = torch.compile(partly.backbone)
@@ -252,7 +251,7 @@ def compiled(model: torch.nn.Module, frame: Frame, contract: object) -> list[Sid
 
 
 def exported_by_torchvision(
-    model: torch.nn.Module, frame: Frame, path: Path, contract: object, options: argparse.Namespace
+    model: torch.nn.Module, frame: Frame, path: Path, contract: Contract, threads: int
 ) -> Detect:
     """The TorchScript exporter's file on onnxruntime's CPU provider, fed as its users do."""
     sizes = {1: "height", 2: "width"}
@@ -267,7 +266,7 @@ def exported_by_torchvision(
         dynamic_axes={"image": sizes, "boxes": {0: "n"}, "labels": {0: "n"}, "scores": {0: "n"}},
     )
     settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = options.threads
+    settings.intra_op_num_threads = threads
     settings.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
 
@@ -282,7 +281,7 @@ def exported_by_torchvision(
 
 
 def to_detections(
-    boxes: NDArray, labels: NDArray, scores: NDArray, frame: Frame, contract: object
+    boxes: NDArray, labels: NDArray, scores: NDArray, frame: Frame, contract: Contract
 ) -> Detections:
     """Torchvision's outputs, whose classes start with the background."""
     limits = np.array([frame.shape[1], frame.shape[0]] * 2, np.float32)

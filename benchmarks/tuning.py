@@ -17,15 +17,16 @@ import tempfile
 from pathlib import Path
 
 import torch
-from peers import EAGER, PEER, Side, exported_by_torchvision, interleaved, ratio, tell_missing
+from peers import EAGER, PEER, Side, interleaved, matched_share, peers, ratio
 from record import append_row
 
 from anchorline.console import progress_bar, show
 from anchorline.data.dataset import load_datasets
-from anchorline.evaluation.evaluation import evaluate
-from anchorline.export.importers.torchvision import TorchvisionDetector, torchvision_model
+from anchorline.evaluation.evaluation import report_detections
+from anchorline.export.importers.torchvision import torchvision_model
 from anchorline.export.onnx_export import export_onnx
 from anchorline.runtime.backends.cpu_options import usable_cores
+from anchorline.runtime.canvas import usual_canvas
 from anchorline.runtime.detector import Detector
 from anchorline.train.checkpoint import load_checkpoint
 from anchorline.tune.measuring import open_way
@@ -86,17 +87,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     dataset = load_datasets(options.data, names=contract.names)
     frames = [image.load() for image in dataset.images[: options.frames]]
     peer = torchvision_model(model, contract)
-    reference = TorchvisionDetector(peer, contract)
-    accuracy = evaluate(reference.batch, dataset, provider="torch").map50
-    sides = [Side(EAGER, "torch", "fp32", lambda frame: reference.batch([frame])[0])]
-    try:
-        graph = folder / "torchvision.onnx"
-        sides.append(
-            Side(PEER, "cpu", "fp32", exported_by_torchvision(peer, frames[0], graph, contract, options))
-        )
-    except Exception as error:
-        tell_missing(PEER, error)
+    sides = peers(peer, frames[0], folder / "torchvision.onnx", contract, options.threads)
     own, tuned = Detector(parent, "cpu", threads=options.threads), open_way(best, chosen.way)
+    references = [[side.detect(image.load()) for image in dataset] for side in sides]
+    shares = [matched_share(references[0], each) for each in references[1:]]
+    print(f"on all images {PEER} has of the eager model's detections: {shares}")
     sides += [Side("parent", "cpu", "fp32", own), Side("tuned", chosen.way.provider, "", tuned)]
     seconds = interleaved(sides, frames, options.repetitions)
     places = {side.name: index for index, side in enumerate(sides)}
@@ -107,15 +102,17 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         "images": report.images,
         "calibration_images": report.calibration_images,
         "max_drop": options.max_drop,
+        "canvas": "{}x{}".format(*usual_canvas(own.contract)),
         "scale": chosen.scale,
         "proposals": chosen.proposals,
         "pre_nms": chosen.pre_nms,
         "provider": chosen.way.provider,
         "precision": chosen.way.precision,
         "threads": chosen.way.threads,
+        "winograd": chosen.winograd,
         "map50_parent": f"{report.parent.figures.map50:.4f}",
         "map50_tuned": f"{report.best.figures.map50:.4f}",
-        "map50_torchvision_all_images": f"{accuracy:.4f}",
+        "map50_torchvision_all_images": f"{report_detections(references[0], dataset, EAGER).map50:.4f}",
         "ms_tuned": f"{1000 * float(sorted(seconds[:, last])[len(seconds) // 2]) / len(frames):.2f}",
         "faster_than_parent": ratio(seconds, places["parent"], last),
         "faster_than_torchvision_onnx": ratio(seconds, places.get(PEER), last),
