@@ -42,6 +42,8 @@ ORDER = (
     "detections",
 )
 _IN_GRAPH = {*ORDER, "proposal_scores"} - {"preprocess", "detections"}
+# A row for each proposal. Nothing follows from the rows of slots without one, which some files leave out.
+_OF_PROPOSALS = ("roi_features", "class_logits", "box_regression")
 _WEIGHTED = ("Conv", "Gemm", "MatMul", WINOGRAD_OP)
 _FED = "fed/"
 # A canvas may round to the next grey level, on another processor or in another number format.
@@ -340,12 +342,15 @@ def _check_batch(
     own_inputs, other_inputs = _same_inputs(inputs, ours, theirs)
     expected = reference.inside.run(own_inputs, {})
     fed = {name: value for name, value in expected.items() if is_stage(name)}
-    found = _run_fed(candidate.inside, other_inputs, fed)
+    found, _ = _run_fed(candidate.inside, other_inputs, fed)
     rows = {"preprocess": preprocess}
     for name in fed:
         stage = stage_of(name)
         if name in found and stage != "proposals":  # those are a choice of boxes, not a tensor
-            rms, peak, detail = tensor_error(name, expected[name], found[name], len(frames))
+            pair = (expected[name], found[name])
+            if name in _OF_PROPOSALS:
+                pair = _in_filled_slots(pair, expected, joined=name == "roi_features")
+            rms, peak, detail = tensor_error(name, *pair, len(frames))
             used = _share_used(rms, peak, tolerance)
             if stage not in rows or used > rows[stage].tolerance_used:
                 rows[stage] = StageResult(stage, used <= 1.0, used, detail)
@@ -386,16 +391,54 @@ def _same_inputs(
     return own, other
 
 
-def _run_fed(stages: StageRunner, inputs: Arrays, feed: Arrays) -> dict[str, NDArray[Any]]:
-    """The stages given ``feed``, or as much of it as fits: a stage of another shape takes nothing in."""
+def _run_fed(
+    stages: StageRunner, inputs: Arrays, feed: Arrays
+) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    """The stages given ``feed``, or as much of it as fits, and what that was.
+
+    A stage of another shape takes nothing in. Where something does not fit, RoI features are not fed: the
+    proposals decide how many rows they have.
+    """
+    failure = None
     try:
-        return stages.run(inputs, feed)
-    except ArtefactError:
-        shapes = {name: value.shape for name, value in stages.run(inputs, {}).items()}
-        fitting = {name: value for name, value in feed.items() if value.shape == shapes.get(name)}
-        if len(fitting) == len(feed):
-            raise
-        return stages.run(inputs, fitting)
+        found = stages.run(inputs, feed)
+    except ArtefactError as error:
+        failure, found = error, stages.run(inputs, {})
+    unfit = {name for name, value in feed.items() if name in found and found[name].shape != value.shape}
+    if failure is not None:
+        unfit |= feed.keys() & {"roi_features"}
+        if not unfit:
+            raise failure
+    elif not unfit:
+        return found, dict(feed)
+    fitting = {name: value for name, value in feed.items() if name not in unfit}
+    return stages.run(inputs, fitting), fitting
+
+
+def _in_filled_slots(
+    pair: tuple[NDArray[Any], NDArray[Any]], stages: Arrays, *, joined: bool
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Both sides' rows of proposals, up to the last slot that one fills in some image; those of others are 0.
+
+    Rows are [B, R, ...] or, ``joined``, [B * R, ...], on either side of any R that is large enough; what has
+    another shape stays as it is.
+    """
+    if "proposal_scores" not in stages:
+        return pair
+    filled = stages["proposal_scores"] > -1.0
+    filled = filled[:, : np.flatnonzero(filled.any(axis=0)).max(initial=-1) + 1]
+
+    def taken(values: NDArray[Any]) -> NDArray[Any]:
+        rows = values
+        if joined and len(values) % len(filled) == 0:
+            rows = values.reshape(len(filled), -1, *values.shape[1:])
+        rows = rows[:, : filled.shape[1]]
+        if rows.shape[:2] != filled.shape:
+            return values
+        return np.where(filled.reshape(*filled.shape, *[1] * (rows.ndim - 2)), rows, 0)
+
+    ours, theirs = map(taken, pair)
+    return ours, theirs
 
 
 def _check_canvas(ours: Contract, theirs: Contract, inputs: Arrays, other: Arrays) -> StageResult:
@@ -506,18 +549,24 @@ def first_differing_layer(
     inputs, other_inputs = _same_inputs(
         _canvases(reference, frames)[0], reference.detector.contract, candidate.detector.contract
     )
-    feed = {name: value for name, value in ours.run(inputs, {}).items() if is_stage(name)}
+    own = ours.run(inputs, {})
+    feed = {name: value for name, value in own.items() if is_stage(name)}
     shared = [layer for layer in ours.layers if layer in theirs.layers]
     for start in range(0, len(shared), _LAYERS_AT_ONCE):
         chunk = shared[start : start + _LAYERS_AT_ONCE]
         expected = ours.run_layers(inputs, {}, chunk)
         try:
+            if not start:
+                _, feed = _run_fed(theirs, other_inputs, feed)
             found = theirs.run_layers(other_inputs, feed, chunk)
         except ArtefactError as failure:
             reason = f"its layers cannot be run with the reference's stages: {failure}"
             return LayerResult(None, reason, start)
         for number, layer in enumerate(chunk, start=start + 1):
-            rms, peak, detail = tensor_error(layer, expected[layer], found[layer], len(frames))
+            pair = (expected[layer], found[layer])
+            if len(pair[0]) > len(frames):  # a layer of the head
+                pair = _in_filled_slots(pair, own, joined=True)
+            rms, peak, detail = tensor_error(layer, *pair, len(frames))
             if _share_used(rms, peak, tolerance) > 1.0:
                 return LayerResult(layer, detail, number)
     return LayerResult(None, f"{len(shared)} layers agree; the fault lies between layers", len(shared))

@@ -17,13 +17,15 @@ from anchorline.data.synthetic import CLASS_NAMES, scenes
 from anchorline.engine.graph import read_model
 from anchorline.engine.lowering import fix_canvas, lower
 from anchorline.export.functions import save_model
-from anchorline.export.onnx_export import verify_with_pytorch
+from anchorline.export.onnx_export import to_onnx, verify_with_pytorch
 from anchorline.runtime.backends.onnxruntime import open_for_checks
 from anchorline.runtime.contract import Contract
 from anchorline.train.checkpoint import contract_of
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.model.ops import ROWS, SUPPRESSED
 from anchorline.train.predict import TorchDetector
+from anchorline.verify.compare import TOLERANCES
+from anchorline.verify.stages import check_stages, first_differing_layer, onnx_subject
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -137,3 +139,49 @@ def test_an_engine_takes_all_rows(exported: Exported, check_same_rows: Callable[
             check_same_rows(_rows(found, image), _rows(expected, image))
     proto = _with_output(plain, "roi_features")
     assert len(_run(proto, inputs)["roi_features"]) == 3 * exported.model.settings.rpn_post_nms
+
+
+@pytest.fixture(scope="module", params=["in other ops", pytest.param("exported", marks=pytest.mark.slow)])
+def with_all_rows(
+    exported: Exported, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same model in a file without the cut, as exports were before there was one."""
+    path = tmp_path_factory.mktemp("all") / "model.onnx"
+    if request.param == "exported":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exported.model.roi_heads, "few_proposals", False)
+            save_model(to_onnx(exported.model, contract_of(exported.model.settings, CLASS_NAMES)), path)
+    else:
+        save_model(read_model(exported.path), path)
+    return path
+
+
+def _compared(
+    exported: Exported, reference: Path, candidate: Path
+) -> tuple[list[str], str | None, dict[str, str]]:
+    """The stages and the first layer that differ, and what each stage said, on batches of one and two."""
+    with onnx_subject(reference) as ours, onnx_subject(candidate) as theirs:
+        batches = [exported.frames[:1], exported.frames[1:]]
+        stages = check_stages(ours, theirs, batches, TOLERANCES["fp32"])
+        layer = first_differing_layer(ours, theirs, batches[-1], TOLERANCES["fp32"]).layer
+    return (
+        [each.name for each in stages if not each.passed],
+        layer,
+        {each.name: each.detail for each in stages},
+    )
+
+
+@pytest.mark.parametrize("newer_first", [False, True])
+def test_a_verification_looks_at_the_slots_of_proposals_alone(
+    exported: Exported, with_all_rows: Path, tmp_path: Path, newer_first: bool
+) -> None:
+    """So files with and without the cut agree, and a fault in the head is found as ever."""
+    spoiled = onnx.load(exported.path if newer_first else with_all_rows)
+    (weight,) = (each for each in spoiled.graph.initializer if each.name.endswith("cls_score.weight"))
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * 1.01, weight.name))
+    save_model(spoiled, tmp_path / "spoiled.onnx")
+    sides = (exported.path, with_all_rows) if newer_first else (with_all_rows, exported.path)
+    differing, layer, details = _compared(exported, *sides)
+    assert (differing, layer) == ([], None), details
+    differing, layer, details = _compared(exported, tmp_path / "spoiled.onnx", sides[1])
+    assert (differing, layer) == (["class_logits"], "roi_heads.box_predictor.cls_score"), details
