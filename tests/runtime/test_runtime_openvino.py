@@ -282,6 +282,38 @@ def test_roi_coordinates_stay_out_of_bf16(tmp_path):
 
 
 @needs_openvino
+@pytest.mark.parametrize(("slope", "fused"), [(1 / 6, True), (0.2, False)])
+def test_hardswish_is_computed_in_its_convolution(tmp_path, slope, fused):
+    """onnxruntime writes its function out: x * HardSigmoid(x). Another slope is another function."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    random = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("HardSigmoid", ["c"], ["gate"], alpha=slope, beta=0.5),
+        helper.make_node("Mul", ["gate", "c"], ["y"]),  # either order
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 16, 8, 8])],
+        [numpy_helper.from_array(random.normal(size=(16, 3, 1, 1)).astype(np.float32), "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, tmp_path / "a.onnx")
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    network = openvino_backend._compile(tmp_path / "a.onnx", tmp_path / "a.onnx", settings, False)
+    ops = {op.get_rt_info()["layerType"].astype(str) for op in network.get_runtime_model().get_ops()}
+    assert ("Math" not in ops and "Eltwise" not in ops) == fused, ops
+    x = random.normal(scale=4, size=(1, 3, 8, 8)).astype(np.float32)
+    (expected,) = onnxruntime_backend.open_for_checks(model.SerializeToString()).run(None, {"x": x})
+    found = network.create_infer_request().infer({"x": x})["y"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_openvino
 def test_an_int8_model_stays_what_it_is(tmp_path, write_model, contract):
     path = write_model(tmp_path / "a.onnx", dataclasses.replace(contract, precision="int8"))
     for _ in range(2):  # compiled, and from the cache

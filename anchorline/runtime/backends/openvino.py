@@ -32,7 +32,7 @@ from anchorline.runtime.model_file import ModelFile, read_onnx
 LIMIT_BYTES = 2 << 30  # of the compiled networks on disk
 _TELEMETRY = "openvino_telemetry"
 _SUFFIX = ".network"
-_CACHE_FORMAT = "4"
+_CACHE_FORMAT = "5"
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 _said: set[Path] = set()  # damaged entries that were logged already
@@ -212,6 +212,7 @@ def _compile(path: Path, inlined: Path, settings: dict[str, str], winograd: bool
     try:
         model = core().read_model(str(inlined))
         _keep_coordinates(model)
+        _fuse_hardswish(model)
         if winograd:
             _pool_channels_last(model)
         return core().compile_model(model, "CPU", settings)
@@ -232,6 +233,31 @@ def _keep_coordinates(model: Any) -> None:
     rois = [op.input_value(1) for op in model.get_ops() if op.get_type_name() == "ROIAlign"]
     if rois:
         model.add_outputs(rois)
+
+
+def _fuse_hardswish(model: Any) -> None:
+    """Let x * HardSigmoid(x), what HardSwish became when its function was written out, be one op again.
+
+    That one is computed in the convolution before it. For the two, OpenVINO reorders the convolution's map
+    and goes through it twice, a tenth of MobileNetV3-320's time.
+    """
+    import openvino.opset13 as ops
+
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "HardSigmoid" or not _is_hardswish_gate(op):
+            continue
+        x = op.input_value(0)
+        for user in op.output(0).get_target_inputs():
+            product = user.get_node()
+            if product.get_type_name() == "Multiply" and product.input_value(1 - user.get_index()) == x:
+                product.output(0).replace(ops.hswish(x).output(0))
+
+
+def _is_hardswish_gate(op: Any) -> bool:
+    """Whether a ``HardSigmoid`` has HardSwish's slope and offset, 1/6 and 1/2."""
+    slope, offset = (op.input_value(index).get_node() for index in (1, 2))
+    constants = all(each.get_type_name() == "Constant" for each in (slope, offset))
+    return constants and np.allclose([slope.data, offset.data], [1 / 6, 0.5], rtol=1e-6)
 
 
 def _pool_channels_last(model: Any) -> None:
