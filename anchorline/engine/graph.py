@@ -42,11 +42,17 @@ def read_model(path: Path) -> onnx.ModelProto:
             f"{path}: not an ONNX file, or one that was cut off; export or copy it again"
         ) from error
     check_exported(model, str(path))
+    all_slots: dict[str, int] = {}
     for node in model.graph.node:
         if node.domain == DOMAIN and node.op_type in FOR_PROCESSORS:
             node.domain, node.op_type = "", FOR_PROCESSORS[node.op_type]
             if node.op_type == "Identity":
                 del node.input[1:], node.attribute[:]
+                sides = next(v.type.tensor_type for v in model.graph.value_info if v.name == node.input[0])
+                all_slots[node.output[0]] = sides.shape.dim[1].dim_value
+        elif node.op_type == "Shape" and node.input[0] in all_slots:  # a TopK's K among what reads it
+            slots = all_slots[node.input[0]]
+            node.CopyFrom(helper.make_node("Constant", [], [*node.output], node.name, value_ints=[slots]))
     refill(model.functions, (f for f in model.functions if f.name not in FOR_PROCESSORS))
     return model
 

@@ -13,18 +13,22 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TypeProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from anchorline.runtime.contract import CONTRACT_KEY, DOMAIN, Contract, ResizeRule
 from anchorline.runtime.io.errors import ArtefactError, SettingsError, check_count, shown
 
-# Stands for the batch while shapes are inferred: a prime that divides no count of a graph.
-_BATCH = 1_000_003
+# Stand for the batch, and for the slots that hold a proposal (``Occupied``), while shapes are inferred:
+# primes that divide no count of a graph.
+_BATCH, _SLOTS = 1_000_003, 1_000_033
+# What shapes are computed by from others.
+_OF_SHAPES = frozenset(("Cast", "Concat", "Mul", "Reshape", "Shape", "Squeeze", "Unsqueeze"))
 _SMALL = 64  # elements; constants with more are no shapes and no counts
 
 Dims = tuple[int, ...]
@@ -185,7 +189,13 @@ def _find_slices(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """The Slice nodes that leave out the background: of the class scores, and of the box deltas."""
     softmax = [node.output[0] for node in graph.node if node.op_type == "Softmax"]
     read = {softmax[-1] if softmax else "", "box_regression"}
-    slices = [node for node in graph.node if node.op_type == "Slice" and node.input[0] in read]
+    values, slices = _small_constants(graph), []
+    for node in graph.node:
+        if node.op_type == "Slice" and node.input[0] in read:
+            if node.input[2] in values:
+                slices.append(node)
+            else:  # the rows that hold a proposal
+                read.add(node.output[0])
     if len(slices) != 2:
         raise _unclear("the background is not left out by one Slice each of scores and boxes")
     return slices
@@ -210,11 +220,7 @@ class _Changes:
         self._shapes: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}  # values of Shape nodes
         # Of flat scores the number within a group, and so of the places that a TopK finds among them.
         self._inner: dict[str, tuple[int, int]] = {}
-        # Where the head computes the slots with a proposal only (``Occupied``): all proposals before and
-        # after, the tensors that tell how many slots these are, and how many are missing.
-        self._proposals = (0, 0)
-        self._slots: set[str] = set()
-        self._missing: set[str] = set()
+        self._proposals = (0, 0)  # before and after, once ``Occupied`` has left out the slots without one
 
     def carry_out(self) -> None:
         """Change the graph in place; raises ``ArtefactError`` where it is not clear how."""
@@ -230,8 +236,13 @@ class _Changes:
         self._graph.initializer.extend(kept)
 
     def _follow(self, node: onnx.NodeProto, is_sliced: bool) -> None:
-        if self._follow_slots(node):
+        if node.op_type == "Occupied":
+            sides = [self._of(node.input[0], side) for side in (0, 1)]
+            self._proposals = _dims(sides[0])[1], _dims(sides[1])[1]
+            self._types[node.output[0]] = _with_side(sides[0], 1, _SLOTS)
             return
+        if self._proposals[0]:
+            self._count_slots(node)
         moves = any(name in each for each in (self._moved, self._shapes, self._inner) for name in node.input)
         if not moves and not is_sliced and node.output[0] not in self.counts:
             return
@@ -257,39 +268,40 @@ class _Changes:
         elif node.op_type in ("Cast", "Identity") and node.input[0] in self._inner:
             self._inner[node.output[0]] = self._inner[node.input[0]]
 
-    def _follow_slots(self, node: onnx.NodeProto) -> bool:
-        """Whether ``node`` belongs to the way from ``Occupied``, whose size the data decides, back to all
-        proposals: the others are counted and padded with zeros."""
-        if node.op_type == "Occupied":
-            if node.input[0] in self._moved:
-                before, after = self._moved[node.input[0]]
-                self._proposals = _dims(before)[1], _dims(after)[1]
-                self._slots.update(node.output)
-            return True
-        passes = node.op_type in ("Cast", "Concat", "Gather", "Reshape", "Squeeze", "Unsqueeze")
-        if node.op_type == "Shape" and node.input[0] in self._slots:
-            self._slots.update(node.output)
-        elif node.op_type == "Sub" and node.input[1] in self._slots:
-            stated = self._constants.get(node.input[0])
-            if stated is None or stated.item() != self._proposals[0]:
+    def _count_slots(self, node: onnx.NodeProto) -> None:
+        """Find the types of what ``node`` gives, which no file can state behind ``Occupied``, and what it
+        reads of shapes; let it count the slots without a proposal right."""
+        for name in node.input:
+            self._value(name, 0)
+        if not all(_is_known(self._types[name]) for name in node.output if name in self._types):
+            self._types.update(self._infer(node, 0))
+        if node.op_type == "Sub" and self._value(node.input[1], 0) == _SLOTS:
+            everything = self._constants.get(node.input[0])
+            if everything is None or everything.item() != self._proposals[0]:
                 raise _unclear(f"{node.name} does not count the slots without a proposal")
-            self._put(node, 0, stated, self._proposals[1])
-            self._missing.update(node.output)
-        elif passes and node.input[0] in self._slots and self._makers[node.input[0]].op_type != "Occupied":
-            self._slots.update(node.output)
-        elif passes and not self._missing.isdisjoint(node.input):
-            self._missing.update(node.output)
-        elif node.op_type == "Pad" and node.input[1] in self._missing:
-            name, (was, now) = node.output[0], self._proposals
-            after = TypeProto()
-            after.CopyFrom(self._types[name])
-            if after.tensor_type.shape.dim[1].dim_value != was:
-                raise _unclear(f"{node.name} pads to another number of proposals")
-            after.tensor_type.shape.dim[1].dim_value = now
-            self._moved[name] = self._types[name], after
-        else:
-            return False
-        return True
+            sides = [np.asarray(count - _SLOTS, everything.dtype) for count in self._proposals]
+            self._shapes[node.output[0]] = sides[0], sides[1]
+            self._put(node, 0, everything, self._proposals[1])
+
+    def _value(self, name: str, side: int) -> NDArray[Any] | None:
+        """What a tensor holds before (0) or after (1) the changes, where it is a constant or computed from
+        known shapes."""
+        maker = self._makers.get(name)
+        if name not in self._shapes and maker is not None and maker.op_type in _OF_SHAPES:
+            sides = [self._evaluate(maker, each) for each in (0, 1)]
+            if sides[0] is not None and sides[1] is not None:
+                self._shapes[name] = sides[0], sides[1]
+        return self._shapes[name][side] if name in self._shapes else self._constants.get(name)
+
+    def _evaluate(self, node: onnx.NodeProto, side: int) -> NDArray[Any] | None:
+        if node.op_type == "Shape":
+            sides = _shape_value(node, self._of(node.input[0], side))
+            return sides if sides.all() else None
+        given = {name: self._value(name, side) for name in node.input}
+        if any(value is None for value in given.values()):
+            return None
+        (result,) = cast("list[Any]", ReferenceEvaluator(node).run(None, given))
+        return np.asarray(result)
 
     def _of(self, name: str, side: int) -> TypeProto:
         """Type and shape of a tensor before (0) or after (1) the changes."""
@@ -302,12 +314,16 @@ class _Changes:
             constant = self._constants.get(node.input[1])
         if node.op_type == "TopK":
             if constant is None:
-                raise _unclear(f"{node.name} takes no constant count")
+                return  # as many as there are, for which ``_infer`` has to know how many
             there = _dims(moved[1])[_axis(node)] if moved else self.counts[node.output[0]]
             wanted = self.counts.get(node.output[0], int(constant.item()))
             self._put(node, 1, constant, [min(wanted, there)])
         elif node.op_type == "Reshape" and moved and constant is not None:
             self._put(node, 1, constant, self._new_shape(node, _dims(moved[0]), _dims(moved[1]), constant))
+        elif node.op_type == "Reshape" and moved and node.input[1] in self._shapes:
+            stated = self._shapes[node.input[1]][0]
+            renewed = np.array(self._new_shape(node, _dims(moved[0]), _dims(moved[1]), stated))
+            node.input[1] = self._computed(node.input[1], renewed)
         elif node.op_type == "Expand" and moved and constant is not None:
             pairs = zip(reversed(constant.tolist()), *map(reversed, map(_dims, moved)), strict=False)
             aligned = [now if stated == was else stated for stated, was, now in pairs]
@@ -326,6 +342,28 @@ class _Changes:
         if (new == old).all():
             return
         node.input[place] = self._add(f"{node.output[0]}.{node.op_type.lower()}", new)
+
+    def _computed(self, name: str, wanted: NDArray[np.int64]) -> str:
+        """In the place of ``name`` a tensor that is ``wanted`` after the changes, computed in the same way
+        from other constants."""
+        now, maker = self._value(name, 1), self._makers.get(name)
+        if now is None or (now == wanted).all():
+            return name
+        wanted = np.asarray(wanted, now.dtype).reshape(now.shape)
+        if maker is None:
+            return self._add(f"{name}.count", wanted)
+        if maker.op_type == "Concat":
+            sizes = [math.prod(_dims(self._of(each, 1))) for each in maker.input]
+            parts = np.split(wanted, np.cumsum(sizes)[:-1])
+            maker.input[:] = [self._computed(*each) for each in zip(maker.input, parts, strict=True)]
+        elif maker.op_type in ("Reshape", "Squeeze", "Unsqueeze", "Cast"):
+            maker.input[0] = self._computed(maker.input[0], wanted)
+        elif maker.op_type == "Mul" and maker.input[1] in self._constants:
+            maker.input[1] = self._computed(maker.input[1], wanted // self._shapes[maker.input[0]][1])
+        else:
+            raise _unclear(f"{maker.name} computes {now.tolist()}, where {wanted.tolist()} is to stand")
+        self._shapes[name] = self._shapes[name][0], wanted
+        return name
 
     def _add(self, wanted: str, values: NDArray[Any]) -> str:
         """A new constant; its name is ``wanted``, or longer where an earlier change has made one."""
@@ -393,19 +431,21 @@ class _Changes:
         if node.domain == DOMAIN:
             return _custom_types(node, [self._of(name, side) for name in node.input])
         if node.op_type == "TopK":  # onnx says nothing where the number to choose from is free
-            axis, count = _axis(node), int(self._constants[node.input[1]].item())
+            counted = self._value(node.input[1], side)
+            axis, count = _axis(node), 0 if counted is None else int(counted.item())
             best = TypeProto()
             best.CopyFrom(self._of(node.input[0], side))
             best.tensor_type.shape.dim[axis].dim_value = count
             places = helper.make_tensor_type_proto(onnx.TensorProto.INT64, _dims(best))
             return dict(zip(node.output, (best, places), strict=True))
         types = {name: self._of(name, side) for name in node.input if name}
+        values = {name: self._value(name, side) for name in types}
+        end = values[node.input[2]] if node.op_type == "Slice" else None
+        if end is not None and end.max() == _SLOTS:  # more than there seem to be
+            axis = int(self._constants[node.input[3]].item())
+            return {node.output[0]: _with_side(types[node.input[0]], axis, _SLOTS)}
         data = {
-            name: numpy_helper.from_array(self._shapes[name][side], name)
-            if name in self._shapes
-            else numpy_helper.from_array(self._constants[name], name)
-            for name in types
-            if name in self._shapes or name in self._constants
+            name: numpy_helper.from_array(value, name) for name, value in values.items() if value is not None
         }
         opset = max(each.version for each in self._model.opset_import if not each.domain)
         schema = onnx.defs.get_schema(node.op_type, opset)
@@ -430,7 +470,7 @@ class _Changes:
         for side, number in zip(kind.shape.dim, dims, strict=True):
             if number == _BATCH:
                 side.dim_param = self._batch
-            elif number % _BATCH == 0:
+            elif number % _BATCH == 0 or number % _SLOTS == 0:
                 side.Clear()
             else:
                 side.dim_value = number
@@ -451,6 +491,13 @@ def _custom_types(node: onnx.NodeProto, given: Sequence[TypeProto]) -> Types:
     channels = given[0].tensor_type.shape.dim[1].dim_value
     dims = [math.prod(_dims(given[1])[:2]), channels, size, size]
     return {node.output[0]: helper.make_tensor_type_proto(given[0].tensor_type.elem_type, dims)}
+
+
+def _with_side(kind: TypeProto, axis: int, size: int) -> TypeProto:
+    result = TypeProto()
+    result.CopyFrom(kind)
+    result.tensor_type.shape.dim[axis].dim_value = size
+    return result
 
 
 def _axis(node: onnx.NodeProto) -> int:

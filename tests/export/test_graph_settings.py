@@ -165,10 +165,11 @@ def test_every_noted_shape_is_what_shape_inference_finds(export: Export, setting
     assert compared > 500
 
 
+@pytest.mark.parametrize(("neck", "changes"), [("fpn", {}), ("single", {"rpn_score_threshold": 0.05})])
 def test_a_class_left_out_changes_no_score_of_the_others(
-    export: Export, check_same_rows: Callable[..., None]
+    export: Export, check_same_rows: Callable[..., None], neck: str, changes: dict[str, Any]
 ) -> None:
-    model, proto = export("fpn")
+    model, proto = export(neck, **changes)
     kept = ("bird", "cat")
     changed = with_settings(proto, GraphSettings(classes=kept))
     contract = contract_in(changed)

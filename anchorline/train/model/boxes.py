@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anchorline.train.model import ops
@@ -88,22 +89,31 @@ def rows_at(values: Tensor, index: Tensor) -> Tensor:
 
 
 def best_after_nms(
-    boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: float, count: int
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    score_threshold: float,
+    count: int,
+    slots: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The K best, at most ``count``, of ``boxes`` [B, G, N, 4] after NMS within each of G groups.
 
     ``scores`` [B, G, N] fall within a group. Returns boxes [B, K, 4], scores [B, K] and places int64 [B, K]
-    among the G * N; unused slots are zero with the score ``SUPPRESSED``.
+    among the G * N; unused slots are zero with the score ``SUPPRESSED``. N is filled up to ``slots`` after
+    the NMS, where K shall not depend on it.
     """
-    batch, groups, slots = scores.shape
+    batch, groups, size = scores.shape
     kept = ops.batched_nms(
-        boxes.reshape(batch * groups, slots, 4),
-        scores.reshape(batch * groups, slots),
+        boxes.reshape(batch * groups, size, 4),
+        scores.reshape(batch * groups, size),
         iou_threshold=iou_threshold,
         score_threshold=score_threshold,
-    )
-    best, index = kept.reshape(batch, groups * slots).topk(min(count, groups * slots), dim=1)
-    boxes = rows_at(boxes.reshape(batch, groups * slots, 4), index)
+    ).reshape(batch, groups, size)
+    if slots is not None:
+        kept = F.pad(kept, (0, slots - size), value=ops.SUPPRESSED)
+        boxes, size = F.pad(boxes, (0, 0, 0, slots - size)), slots
+    best, index = kept.reshape(batch, groups * size).topk(min(count, groups * size), dim=1)
+    boxes = rows_at(boxes.reshape(batch, groups * size, 4), index)
     return torch.where((best > ops.SUPPRESSED)[..., None], boxes, torch.zeros_like(boxes)), best, index
 
 

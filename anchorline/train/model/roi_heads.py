@@ -108,15 +108,20 @@ class RoIHeads(nn.Module):
         self, features: Sequence[Tensor], proposals: Proposals, image_sizes: Tensor
     ) -> DetectionBatch:
         """The detections among ``proposals``, from the backbone's maps [B, C, H, W], finest first."""
-        boxes, slots = proposals.boxes, proposals.boxes.shape[1]
+        slots = None
         if self.few_proposals:
-            boxes = ops.occupied(boxes, proposals.scores)
-        logits, deltas = self.classify(features, boxes)
-        if self.few_proposals:
-            unused = slots - boxes.shape[1]
-            logits, deltas = F.pad(logits, (0, 0, 0, unused)), F.pad(deltas, (0, 0, 0, 0, 0, unused))
+            slots = proposals.boxes.shape[1]
+            boxes = ops.occupied(proposals.boxes, proposals.scores)
+            proposals = Proposals(boxes, proposals.scores[:, : boxes.shape[1]])
+        logits, deltas = self.classify(features, proposals.boxes)
+        if slots is not None:  # stages have a row for each slot, as in files without the cut
+            used = proposals.boxes.shape[1]
+            logits = F.pad(logits, (0, 0, 0, slots - used))
+            deltas = F.pad(deltas, (0, 0, 0, 0, 0, slots - used))
         logits, deltas = mark("class_logits", logits), mark("box_regression", deltas)
-        return self.detect(logits, deltas, proposals, image_sizes)
+        if slots is not None:
+            logits, deltas = logits[:, :used], deltas[:, :used]
+        return self.detect(logits, deltas, proposals, image_sizes, slots)
 
     def classify(self, features: Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits [B, R, 1 + classes] and deltas [B, R, 1 + classes, 4] of ``boxes`` [B, R, 4]."""
@@ -126,12 +131,18 @@ class RoIHeads(nn.Module):
         return logits.float().unflatten(0, boxes.shape[:2]), deltas.unflatten(0, boxes.shape[:2])
 
     def detect(
-        self, class_logits: Tensor, deltas: Tensor, proposals: Proposals, image_sizes: Tensor
+        self,
+        class_logits: Tensor,
+        deltas: Tensor,
+        proposals: Proposals,
+        image_sizes: Tensor,
+        slots: int | None = None,
     ) -> DetectionBatch:
         """Class scores and refined boxes to final detections, as torchvision's ``postprocess_detections``.
 
         ``class_logits`` [B, P, 1 + classes], ``deltas`` [B, P, 1 + classes, 4]. Per class: decode, clip,
-        drop low scores and tiny boxes, NMS; then the best ``max_detections`` of all classes.
+        drop low scores and tiny boxes, NMS; then the best ``max_detections`` of all classes. Where P is what
+        the data decides, ``slots`` is the most that it can be.
         """
         scores = class_logits.softmax(dim=-1)[..., 1:].transpose(1, 2)  # [B, classes, P]
         scores = torch.where(proposals.present[:, None, :], scores, torch.full_like(scores, ops.SUPPRESSED))
@@ -144,9 +155,9 @@ class RoIHeads(nn.Module):
         counts = box_ops.at_least(boxes, self.min_side)
         scores = torch.where(counts, scores, torch.full_like(scores, ops.SUPPRESSED))
         thresholds = self.nms_iou, self.score_threshold
-        boxes, best, index = box_ops.best_after_nms(boxes, scores, *thresholds, self.max_detections)
+        boxes, best, index = box_ops.best_after_nms(boxes, scores, *thresholds, self.max_detections, slots)
         found = best > ops.SUPPRESSED
-        labels = torch.div(index, scores.shape[2], rounding_mode="floor").to(torch.int32)
+        labels = torch.div(index, slots or scores.shape[2], rounding_mode="floor").to(torch.int32)
         return DetectionBatch(
             boxes=boxes,
             scores=torch.where(found, best, torch.zeros_like(best)),
