@@ -328,8 +328,6 @@ class _Changes:
             pairs = zip(reversed(constant.tolist()), *map(reversed, map(_dims, moved)), strict=False)
             aligned = [now if stated == was else stated for stated, was, now in pairs]
             self._put(node, 1, constant, [*constant.tolist()[: -len(aligned)], *reversed(aligned)])
-        elif node.op_type == "GatherElements":
-            self._spread(node)
         elif node.op_type in ("Div", "Mod") and node.input[0] in self._inner and constant is not None:
             was, now = self._inner[node.input[0]]
             if constant.size != 1 or constant.item() != was:
@@ -407,24 +405,6 @@ class _Changes:
             if len(outside) == 1 or len(merged) > 1:
                 self._inner[node.output[0]] = old[merged[-1]], new[merged[-1]]
         return renewed
-
-    def _spread(self, node: onnx.NodeProto) -> None:
-        """Let the Expand that repeats the proposals for each class do so as often as there are classes."""
-        data, index = node.input
-        axis = _axis(node)
-        maker = self._makers.get(data)
-        if index not in self._moved or maker is None or maker.op_type != "Expand":
-            return
-        stated, data_dims = self._constants.get(maker.input[1]), _dims(self._of(data, 0))
-        was, now = map(_dims, self._moved[index])
-        wrong = [place for place in range(len(was)) if place != axis % len(was) and was[place] != now[place]]
-        if stated is None or not all(data_dims[place] == was[place] == stated[place] for place in wrong):
-            return
-        before = self._of(data, 0)
-        shape = stated.copy()
-        shape[wrong] = [now[place] for place in wrong]
-        self._put(maker, 1, stated, shape)
-        self._moved[data] = before, self._infer(maker, 1)[data]
 
     def _infer(self, node: onnx.NodeProto, side: int) -> Types:
         """Types and shapes of what ``node`` gives, before (0) or after (1) the changes."""

@@ -57,18 +57,21 @@ def clip_to_images(boxes: Tensor, image_sizes: Tensor, last_pixel: float = 0.0) 
     as py-faster-rcnn's ``clip_boxes``, which leaves one pixel: x1 to [0, width - last_pixel] and x2 to
     [last_pixel, width].
     """
-    shape = [image_sizes.shape[0]] + [1] * (boxes.dim() - 2)
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack(_clipped(x1, y1, x2, y2, image_sizes, last_pixel), dim=-1)
+
+
+def _clipped(
+    x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor, image_sizes: Tensor, last_pixel: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = [image_sizes.shape[0]] + [1] * (x1.dim() - 1)
     height, width = image_sizes[:, 0].reshape(shape), image_sizes[:, 1].reshape(shape)
     zero = torch.zeros_like(height)
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    return torch.stack(
-        (
-            torch.minimum(torch.maximum(x1, zero), width - last_pixel),
-            torch.minimum(torch.maximum(y1, zero), height - last_pixel),
-            torch.minimum(torch.maximum(x2, zero + last_pixel), width),
-            torch.minimum(torch.maximum(y2, zero + last_pixel), height),
-        ),
-        dim=-1,
+    return (
+        torch.minimum(torch.maximum(x1, zero), width - last_pixel),
+        torch.minimum(torch.maximum(y1, zero), height - last_pixel),
+        torch.minimum(torch.maximum(x2, zero + last_pixel), width),
+        torch.minimum(torch.maximum(y2, zero + last_pixel), height),
     )
 
 
@@ -164,8 +167,9 @@ class BoxCoder:
             dim=-1,
         )
 
-    def decode(self, deltas: Tensor, references: Tensor) -> Tensor:
-        """Boxes [..., 4] that ``deltas`` [..., 4] make of ``references``, broadcast together."""
+    def decode(self, deltas: Tensor, references: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+        """Boxes [..., 4] that ``deltas`` [..., 4] make of ``references``, broadcast together; with
+        ``image_sizes`` [B, 2] clipped as by ``clip_to_images``."""
         wx, wy, ww, wh = self.weights
         if self.last_pixel not in (0.0, 1.0):  # the references end one canvas pixel behind caffe's x2 and y2
             shift = self.last_pixel - 1.0
@@ -184,7 +188,10 @@ class BoxCoder:
         x2, y2 = centre_x + half_width, centre_y + half_height
         if self.last_pixel:
             x2, y2 = x2 + self.last_pixel, y2 + self.last_pixel
-        return torch.stack((centre_x - half_width, centre_y - half_height, x2, y2), dim=-1)
+        edges = centre_x - half_width, centre_y - half_height, x2, y2
+        if image_sizes is not None:
+            edges = _clipped(*edges, image_sizes, self.last_pixel)
+        return torch.stack(edges, dim=-1)
 
 
 def _centre_form(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -145,15 +145,12 @@ class RoIHeads(nn.Module):
         the data decides, ``slots`` is the most that it can be.
         """
         scores = class_logits.softmax(dim=-1)[..., 1:].transpose(1, 2)  # [B, classes, P]
-        scores = torch.where(proposals.present[:, None, :], scores, torch.full_like(scores, ops.SUPPRESSED))
-        # NMS wants falling scores; ordering the proposals of each class first moves the least data.
-        scores, order = ops.ordered(scores)
-        by_class = box_ops.rows_at(deltas[:, :, 1:].transpose(1, 2), order)
-        references = box_ops.rows_at(proposals.boxes[:, None].expand(-1, scores.shape[1], -1, -1), order)
-        boxes = self.coder.decode(by_class, references)
-        boxes = box_ops.clip_to_images(boxes, image_sizes, self.coder.last_pixel)
-        counts = box_ops.at_least(boxes, self.min_side)
+        by_class, references = deltas[:, :, 1:].transpose(1, 2), proposals.boxes[:, None]
+        boxes = self.coder.decode(by_class, references, image_sizes)
+        counts = proposals.present[:, None] & box_ops.at_least(boxes, self.min_side)
         scores = torch.where(counts, scores, torch.full_like(scores, ops.SUPPRESSED))
+        scores, order = ops.ordered(scores)
+        boxes = box_ops.rows_at(boxes, order)
         thresholds = self.nms_iou, self.score_threshold
         boxes, best, index = box_ops.best_after_nms(boxes, scores, *thresholds, self.max_detections, slots)
         found = best > ops.SUPPRESSED

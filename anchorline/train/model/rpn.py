@@ -166,11 +166,11 @@ class RPN(nn.Module):
             there = objectness.shape[1]
             logits, index = F.pad(objectness, (0, pre_nms), value=-torch.inf).topk(pre_nms, dim=1)
             is_anchor, index = index < there, index.clamp(max=there - 1)
-            boxes_of_level.append(self.coder.decode(box_ops.rows_at(deltas, index), anchors[index]))
+            deltas = box_ops.rows_at(deltas, index)
+            boxes_of_level.append(self.coder.decode(deltas, anchors[index], image_sizes))
             scores = torch.where(is_anchor, logits.sigmoid(), torch.full_like(logits, ops.SUPPRESSED))
             scores_of_level.append(scores)
         boxes = torch.stack(boxes_of_level, dim=1)  # [B, L, pre_nms, 4]
-        boxes = box_ops.clip_to_images(boxes, image_sizes, self.coder.last_pixel)
         scores = torch.stack(scores_of_level, dim=1)
         counts = box_ops.at_least(boxes, self.min_side)
         if self.score_threshold > 0:
