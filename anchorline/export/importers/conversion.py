@@ -106,19 +106,8 @@ def import_checkpoint(
     rule = _resize_rule(described.resize, resize, fast_resize)
     rule = dataclasses.replace(rule, within=canvas, padding=settings.padding)
     settings = dataclasses.replace(settings, canvas=canvas or _landscape_canvas(rule))
-    outputs, most = output_count(library, state, settings), most_names()
-    if outputs - 1 > most:
-        raise ArtefactError(
-            f"{source.name}: has {outputs - 1} classes; expected at most {most} (the environment variable "
-            f"{NAMES_VARIABLE} sets another bound)"
-        )
-    try:
-        fitted = fit_state(library, state, settings, outputs - 1)
-    except Misfit as error:
-        cause = _likely_cause(library, arch, state, settings)
-        raise ArtefactError(f"{source.name}: does not fit {arch}: {error}{cause}") from None
-    except ArtefactError as error:
-        raise ArtefactError(f"{source.name}: {error}") from None
+    outputs = output_count(library, state, settings)
+    fitted = _fitted(library, arch, state, settings, outputs - 1, source.name)
     chosen = choose_class_names(classes, described.names, library.coco_classes(), outputs, source.name)
     changed = {"resize"} if resize is not None else set()
     changed |= {text.partition("=")[0].strip().removeprefix("model.") for text in overrides}
@@ -289,6 +278,24 @@ def _changed(settings: ModelSettings, eps: float | None, overrides: Sequence[str
         expect(table == "model", "override", text, "a setting of the model")
         values[name] = value
     return settings_from(ModelSettings, values, "model")
+
+
+def _fitted(
+    library: Library, arch: str, state: State, settings: ModelSettings, classes: int, name: str
+) -> State:
+    """``state`` in our shapes, or an ``ArtefactError`` of what the file ``name`` is likely to be instead."""
+    if classes > (most := most_names()):
+        raise ArtefactError(
+            f"{name}: has {classes} classes; expected at most {most} (the environment variable "
+            f"{NAMES_VARIABLE} sets another bound)"
+        )
+    try:
+        return fit_state(library, state, settings, classes)
+    except Misfit as error:
+        cause = _likely_cause(library, arch, state, settings)
+        raise ArtefactError(f"{name}: does not fit {arch}: {error}{cause}") from None
+    except ArtefactError as error:
+        raise ArtefactError(f"{name}: {error}") from None
 
 
 def _likely_cause(library: Library, arch: str, state: State, settings: ModelSettings) -> str:
