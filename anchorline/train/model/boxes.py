@@ -30,7 +30,7 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     """
     intersection = _intersections(a, b)
     union = box_area(a)[..., :, None] + box_area(b)[..., None, :] - intersection
-    return torch.where(union > 0, intersection / union, torch.zeros_like(union))
+    return torch.where(union > 0, intersection / union, 0.0)
 
 
 def pairwise_ioa(a: Tensor, b: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def pairwise_ioa(a: Tensor, b: Tensor) -> Tensor:
     """
     intersection = _intersections(a, b)
     area = box_area(a)[..., :, None].expand_as(intersection)
-    return torch.where(area > 0, intersection / area, torch.zeros_like(intersection))
+    return torch.where(area > 0, intersection / area, 0.0)
 
 
 def _intersections(a: Tensor, b: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def best_after_nms(
         boxes, size = F.pad(boxes, (0, 0, 0, slots - size)), slots
     best, index = kept.reshape(batch, groups * size).topk(min(count, groups * size), dim=1)
     boxes = rows_at(boxes.reshape(batch, groups * size, 4), index)
-    return torch.where((best > ops.SUPPRESSED)[..., None], boxes, torch.zeros_like(boxes)), best, index
+    return torch.where((best > ops.SUPPRESSED)[..., None], boxes, 0.0), best, index
 
 
 # A box may grow at most to 1000/16 of its anchor; exp() of more would overflow long before it helps.

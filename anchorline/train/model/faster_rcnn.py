@@ -70,7 +70,7 @@ class FasterRCNN(nn.Module):
         inside = (rows[None, :, None] < image_sizes[:, 0, None, None]) & (
             columns[None, None, :] < image_sizes[:, 1, None, None]
         )
-        return torch.where(inside[:, None], pixels, torch.zeros_like(pixels))
+        return torch.where(inside[:, None], pixels, 0.0)
 
 
 # What a model delivers for each task, by the output names of the contract.

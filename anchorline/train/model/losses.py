@@ -69,4 +69,4 @@ def _only(mask: Tensor, values: Tensor) -> Tensor:
     loss alone would still leave NaN in its gradient (0 * NaN).
     """
     mask = mask.reshape(mask.shape + (1,) * (values.dim() - mask.dim()))
-    return torch.where(mask, values, torch.zeros_like(values))
+    return torch.where(mask, values, 0.0)

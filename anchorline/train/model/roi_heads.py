@@ -148,7 +148,7 @@ class RoIHeads(nn.Module):
         by_class, references = deltas[:, :, 1:].transpose(1, 2), proposals.boxes[:, None]
         boxes = self.coder.decode(by_class, references, image_sizes)
         counts = proposals.present[:, None] & box_ops.at_least(boxes, self.min_side)
-        scores = torch.where(counts, scores, torch.full_like(scores, ops.SUPPRESSED))
+        scores = torch.where(counts, scores, ops.SUPPRESSED)
         scores, order = ops.ordered(scores)
         boxes = box_ops.rows_at(boxes, order)
         thresholds = self.nms_iou, self.score_threshold
@@ -157,8 +157,8 @@ class RoIHeads(nn.Module):
         labels = torch.div(index, slots or scores.shape[2], rounding_mode="floor").to(torch.int32)
         return DetectionBatch(
             boxes=boxes,
-            scores=torch.where(found, best, torch.zeros_like(best)),
-            labels=torch.where(found, labels, torch.zeros_like(labels)),
+            scores=torch.where(found, best, 0.0),
+            labels=torch.where(found, labels, 0),
             num_detections=found.sum(dim=1).to(torch.int32),
         )
 

@@ -168,14 +168,14 @@ class RPN(nn.Module):
             is_anchor, index = index < there, index.clamp(max=there - 1)
             deltas = box_ops.rows_at(deltas, index)
             boxes_of_level.append(self.coder.decode(deltas, anchors[index], image_sizes))
-            scores = torch.where(is_anchor, logits.sigmoid(), torch.full_like(logits, ops.SUPPRESSED))
+            scores = torch.where(is_anchor, logits.sigmoid(), ops.SUPPRESSED)
             scores_of_level.append(scores)
         boxes = torch.stack(boxes_of_level, dim=1)  # [B, L, pre_nms, 4]
         scores = torch.stack(scores_of_level, dim=1)
         counts = box_ops.at_least(boxes, self.min_side)
         if self.score_threshold > 0:
             counts = counts & (scores >= self.score_threshold)
-        scores = torch.where(counts, scores, torch.full_like(scores, ops.SUPPRESSED))
+        scores = torch.where(counts, scores, ops.SUPPRESSED)
         # No threshold: a sigmoid that underflows to 0 is still a score.
         boxes, scores, _ = box_ops.best_after_nms(boxes, scores, self.nms_iou, ops.SUPPRESSED, post_nms)
         return Proposals(boxes, scores)
