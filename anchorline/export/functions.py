@@ -104,23 +104,16 @@ RoIPool <output_size, spatial_scale, plugin_namespace, plugin_version> (features
 
 _OCCUPIED = """
 <domain: "anchorline", opset_import: ["" : 18]>
-Occupied <multiple> (boxes, scores) => (used)
+Occupied (boxes, scores) => (used)
 {
     suppressed = Constant <value_float = -1.0> ()
     one = Constant <value_ints = [1]> ()
     zero = Constant <value_ints = [0]> ()
-    multiple = Constant <value_int: int = @multiple> ()
-    slots = Shape <start = 1, end = 2> (scores)
     holds = Greater (scores, suppressed)
     counted = Cast <to = 7> (holds)
     counts = ReduceSum <keepdims = 0> (counted, one)
     most = ReduceMax <keepdims = 1> (counts)
-    at_least_one = Max (most, one)
-    up_to = Add (at_least_one, multiple)
-    next = Sub (up_to, one)
-    multiples = Div (next, multiple)
-    rounded = Mul (multiples, multiple)
-    end = Min (rounded, slots)
+    end = Max (most, one)
     used = Slice (boxes, zero, end, one)
 }
 """

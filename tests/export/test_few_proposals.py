@@ -22,7 +22,7 @@ from anchorline.runtime.backends.onnxruntime import open_for_checks
 from anchorline.runtime.contract import Contract
 from anchorline.train.checkpoint import contract_of
 from anchorline.train.model.faster_rcnn import FasterRCNN
-from anchorline.train.model.ops import ROWS, SUPPRESSED
+from anchorline.train.model.ops import SUPPRESSED
 from anchorline.train.predict import TorchDetector
 from anchorline.verify.compare import TOLERANCES
 from anchorline.verify.stages import check_stages, first_differing_layer, onnx_subject
@@ -96,9 +96,8 @@ def test_no_more_rows_than_the_fullest_image_fills(exported: Exported) -> None:
     for frames, most in (*(([frame], n) for frame, n in zip(exported.frames, counts, strict=True)),
                          (exported.frames, max(counts))):  # fmt: skip
         rows = len(_run(proto, _inputs(exported.model, contract, frames))["roi_features"])
-        expected = min(max(-(-most // ROWS), 1) * ROWS, slots)
-        assert rows == len(frames) * expected
-        assert expected < slots
+        assert rows == len(frames) * max(1, most)
+        assert most < slots
 
 
 def test_the_same_detections_as_with_all_rows(

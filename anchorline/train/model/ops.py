@@ -26,8 +26,6 @@ MARKER = "Stage"
 Visitor = Callable[[str, Tensor], Tensor]
 _visitor: Visitor | None = None
 
-# What the number of rows with a proposal is rounded up to: runtimes prepare kernels for each number.
-ROWS = 8
 _traced_slots: int | torch.SymInt | None = None
 
 
@@ -105,16 +103,15 @@ def ordered(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 def occupied(boxes: Tensor, scores: Tensor) -> Tensor:
     """The first slots [B, S, 4] of ``boxes`` [B, P, 4], as many as hold a proposal in any image by ``scores``
-    [B, P], those with one first: S is rounded up to a multiple of ``ROWS``, from ``ROWS`` to P.
+    [B, P], those with one first; at least one.
 
     In an ONNX export S is a size of its own (``slots_of_trace``); with a fixed shape, as in an engine, P.
     """
     if torch.onnx.is_in_onnx_export():
         assert _traced_slots is not None
         shape = (boxes.shape[0], _traced_slots, 4)
-        return _op("Occupied", (boxes, scores), {"multiple": ROWS}, boxes.dtype, shape, plugin=False)
-    most = int((scores > SUPPRESSED).sum(dim=1).max())
-    return boxes[:, : max(ROWS, -(-most // ROWS) * ROWS)]
+        return _op("Occupied", (boxes, scores), {}, boxes.dtype, shape, plugin=False)
+    return boxes[:, : max(1, int((scores > SUPPRESSED).sum(dim=1).max()))]
 
 
 @contextlib.contextmanager

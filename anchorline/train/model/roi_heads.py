@@ -100,7 +100,7 @@ class RoIHeads(nn.Module):
                     nn.init.zeros_(layer.bias)
         self.coder = box_ops.BoxCoder.of(s, s.box_weights, s.frame_scale)
         # Of low objectness few remain, and the two large layers are most of a small model's time.
-        self.few_proposals = s.rpn_score_threshold > 0 and s.rpn_post_nms > ops.ROWS
+        self.few_proposals = s.rpn_score_threshold > 0 and s.rpn_post_nms > 2
         self.score_threshold, self.nms_iou = s.score_threshold, s.nms_iou
         self.min_side, self.max_detections = s.box_min_side, s.max_detections
 
