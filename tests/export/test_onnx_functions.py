@@ -34,7 +34,8 @@ def model_of(
     output: tuple[int, list[str]],
 ) -> onnx.ModelProto:
     """A model of one custom node with every dimension left open."""
-    node = helper.make_node(op, list(inputs), ["out"], domain=DOMAIN, **attributes, **PLUGIN)
+    plugin = PLUGIN if attributes else {}
+    node = helper.make_node(op, list(inputs), ["out"], domain=DOMAIN, **attributes, **plugin)
     graph = helper.make_graph(
         [node],
         "one_op",
@@ -208,6 +209,17 @@ def test_half_precision_features_are_pooled_in_float32() -> None:
     expected = ops.roi_align(features.float(), rois, output_size=7, sampling_ratio=2)
     assert found.dtype == np.float16
     np.testing.assert_allclose(found, expected.numpy(), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (0, 1), (3, 1), (4, 5), (5, 0)])
+def test_the_slots_of_the_fullest_image_are_occupied(counts: tuple[int, int]) -> None:
+    boxes = np.random.default_rng(0).random((2, 5, 4), dtype=np.float32)
+    scores = np.where(np.arange(5) < np.array(counts)[:, None], 0.5, ops.SUPPRESSED).astype(np.float32)
+    inputs = {"boxes": (FLOAT, ["B", "P", 4]), "scores": (FLOAT, ["B", "P"])}
+    session = session_of(model_of("Occupied", inputs, {}, (FLOAT, ["B", "S", 4])))
+    (used,) = session.run(None, {"boxes": boxes, "scores": scores})
+    assert np.array_equal(used, boxes[:, : max(1, *counts)])
+    assert np.array_equal(used, ops.occupied(torch.from_numpy(boxes), torch.from_numpy(scores)).numpy())
 
 
 def test_functions_declare_the_attributes_that_name_a_plugin() -> None:
