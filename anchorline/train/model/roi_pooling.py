@@ -57,19 +57,22 @@ def feature_canvas(features: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, 
     The finest map lies on top, the others, of which each has half the sides of the one before, side by side
     below it, each within its border.
     """
-    sides = (BORDER_BEFORE, BORDER_AFTER, BORDER_BEFORE, BORDER_AFTER)
-    first, *rest = (F.pad(feature, sides, mode="replicate") for feature in features)
+    # The row is at most as wide as the finest map, its borders apart: no case to tell for any size. So the
+    # finest map is widened by what they take, in the same pass as its border: it is the one that costs.
+    wider = max(len(features) - 2, 0) * (BORDER_BEFORE + BORDER_AFTER)
+    first, *rest = (
+        F.pad(feature, (BORDER_BEFORE, BORDER_AFTER + more, BORDER_BEFORE, BORDER_AFTER), mode="replicate")
+        for feature, more in zip(features, [wider] + [0] * (len(features) - 1), strict=True)
+    )
     origins, left = [(BORDER_BEFORE, BORDER_BEFORE)], 0
     for feature in rest:
         origins.append((first.shape[2] + BORDER_BEFORE, left + BORDER_BEFORE))
         left += feature.shape[3]
     if not rest:
         return first, origins
-    # The row is at most as wide as the finest map, its borders apart: no case to tell for any size.
-    width = first.shape[3] + (len(rest) - 1) * (BORDER_BEFORE + BORDER_AFTER)
     tallest = rest[0].shape[2]
     row = torch.cat([F.pad(feature, (0, 0, 0, tallest - feature.shape[2])) for feature in rest], dim=3)
-    first, row = (F.pad(part, (0, width - part.shape[3])) for part in (first, row))
+    row = F.pad(row, (0, first.shape[3] - row.shape[3]))
     return torch.cat((first, row), dim=2), origins
 
 
