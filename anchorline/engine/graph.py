@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from anchorline.runtime.contract import CONTRACT_KEY, DOMAIN, WINOGRAD_OP, Contract
+from anchorline.runtime.contract import BANDS_OP, CONTRACT_KEY, DOMAIN, WINOGRAD_OP, Contract
 from anchorline.runtime.io.errors import ArtefactError
 from anchorline.runtime.io.files import input_errors
 from anchorline.runtime.model_file import read_onnx
@@ -22,9 +22,9 @@ OPSET = 18
 # The first whose QuantizeLinear takes scales in half precision. Nothing of ours has another meaning in it;
 # in the next one GridSample does.
 HALF_SCALES_OPSET = 19
-# Our ops that save a processor multiplications, and what they are where shapes are fixed: a convolution in
-# Winograd's form is a plain one, and all slots of proposals are taken, used or not.
-FOR_PROCESSORS = {WINOGRAD_OP: "Conv", "Occupied": "Identity"}
+# Our ops that save a processor time, and what they are elsewhere: a convolution in Winograd's form is a plain
+# one, RoIs are pooled by RoIAlign, and all slots of proposals are taken, used or not.
+FOR_PROCESSORS = {WINOGRAD_OP: "Conv", BANDS_OP: "RoIAlign", "Occupied": "Identity"}
 
 
 def read_model(path: Path) -> onnx.ModelProto:
@@ -42,10 +42,17 @@ def read_model(path: Path) -> onnx.ModelProto:
             f"{path}: not an ONNX file, or one that was cut off; export or copy it again"
         ) from error
     check_exported(model, str(path))
+    take_for_engines(model)
+    return model
+
+
+def take_for_engines(model: onnx.ModelProto) -> None:
+    """Undo in an exported ``model``, in place, what is in it for processors alone (``FOR_PROCESSORS``)."""
     all_slots: dict[str, int] = {}
     for node in model.graph.node:
         if node.domain == DOMAIN and node.op_type in FOR_PROCESSORS:
-            node.domain, node.op_type = "", FOR_PROCESSORS[node.op_type]
+            node.op_type = FOR_PROCESSORS[node.op_type]
+            node.domain = DOMAIN if node.op_type == "RoIAlign" else ""
             if node.op_type == "Identity":
                 del node.input[1:], node.attribute[:]
                 sides = next(v.type.tensor_type for v in model.graph.value_info if v.name == node.input[0])
@@ -54,7 +61,6 @@ def read_model(path: Path) -> onnx.ModelProto:
             slots = all_slots[node.input[0]]
             node.CopyFrom(helper.make_node("Constant", [], [*node.output], node.name, value_ints=[slots]))
     refill(model.functions, (f for f in model.functions if f.name not in FOR_PROCESSORS))
-    return model
 
 
 def check_exported(model: onnx.ModelProto, where: str = "model") -> Contract:

@@ -30,7 +30,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from anchorline.runtime.contract import DOMAIN
+from anchorline.runtime.contract import BANDS_OP, DOMAIN
 
 TARGETS = ("cpu", "tensorrt")
 WEIGHT_BITS = {"cpu": 7, "tensorrt": 8}
@@ -42,6 +42,7 @@ _PASSES = {
     "Add", "AveragePool", "BatchNormalization", "Clip", "Concat", "Flatten", "GlobalAveragePool",
     "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "MaxPool", "Mul", "Pad", "ReduceMean", "Relu",
     "Reshape", "Resize", "RoIAlign", "RoIPool", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
+    BANDS_OP,
 }  # fmt: skip
 # What onnxruntime's CPU provider computes on 8-bit integers, or drops into the layer before it.
 _INTEGER_GLUE = ("Add", "Clip", "MaxPool", "Relu", "Resize")

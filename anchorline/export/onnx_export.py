@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from anchorline import __version__
 from anchorline.data.dataset import from_frames
 from anchorline.data.synthetic import scenes
-from anchorline.export.functions import OPSET, attach_functions, save_model
+from anchorline.export.functions import OPSET, attach_functions, pool_in_bands, save_model
 from anchorline.export.graph_settings import contract_in
 from anchorline.export.winograd import make_winograd
-from anchorline.runtime.canvas import frame_canvas, held_to, is_large
+from anchorline.runtime.canvas import frame_canvas, held_to, is_large, usual_canvas
 from anchorline.runtime.contract import CONTRACT_KEY, TASKS, Contract
 from anchorline.runtime.io.errors import SettingsError, check_choice
 from anchorline.runtime.io.files import atomic_path
@@ -185,6 +185,7 @@ def to_onnx(model: FasterRCNN, contract: Contract) -> onnx.ModelProto:
     if few:
         _take_slots_from_the_data(proto)
     name_stages(proto)
+    pool_in_bands(proto, usual_canvas(contract), model.settings.rpn_post_nms)
     attach_functions(proto)
     name_free_sides(proto, contract)
     del proto.metadata_props[:]

@@ -20,6 +20,7 @@ import onnx.parser
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from anchorline.export.functions import map_sides
 from anchorline.export.graph_settings import contract_in, set_contract
 from anchorline.runtime.canvas import usual_canvas
 from anchorline.runtime.contract import DOMAIN, OP_VERSION, WINOGRAD_OP
@@ -132,7 +133,7 @@ def use_winograd(model: onnx.ModelProto, canvas: tuple[int, int]) -> int:
     They gain or not by the size that their maps have on ``canvas`` (height, width), and are right on any.
     """
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    sides = _map_sides(model, canvas)
+    sides = map_sides(model, canvas)
     count = 0
     for node in model.graph.node:
         if not _is_plain(node) or node.input[1] not in weights or node.input[0] not in sides:
@@ -166,22 +167,6 @@ def _is_plain(node: onnx.NodeProto) -> bool:
     if any(options.get(name, value) != value for name, value in plain.items()):
         return False
     return options.get("pads") == [1, 1, 1, 1]
-
-
-def _map_sides(model: onnx.ModelProto, canvas: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    """Height and width of the four-dimensional values that are known on ``canvas``."""
-    sized = onnx.ModelProto()
-    sized.CopyFrom(model)
-    images = sized.graph.input[0].type.tensor_type.shape.dim
-    for dim, side in zip(images[1:3], canvas, strict=True):
-        dim.dim_value = side
-    inferred = onnx.shape_inference.infer_shapes(sized, data_prop=True)
-    found = {}
-    for value in inferred.graph.value_info:
-        dims = value.type.tensor_type.shape.dim
-        if len(dims) == 4 and dims[2].dim_value and dims[3].dim_value:
-            found[value.name] = (dims[2].dim_value, dims[3].dim_value)
-    return found
 
 
 def _polynomial(roots: Iterable[Fraction]) -> list[Fraction]:

@@ -30,6 +30,7 @@ CONTRACT_VERSION = 2
 DOMAIN = "anchorline"
 OP_VERSION = 1
 WINOGRAD_OP = "WinogradConv"  # 3x3 convolutions in a file for processors
+BANDS_OP = "RoIBands"  # RoIAlign by matrix products, for onnxruntime's CPU provider
 
 # The output that an engine with the fixed-point NMS has besides the contract's: bool [1], false when
 # suppression needed more rounds than the engine has, so that duplicates may be left.

@@ -54,10 +54,12 @@ def rtx(cache: Path) -> Any:
 def exported(
     small_model: Callable[..., FasterRCNN], onnx_of: Callable[[FasterRCNN, Contract], onnx.ModelProto]
 ) -> Callable[..., onnx.ModelProto]:
-    """``exported(neck, task)``: the ONNX form of a small model on a canvas of 128x160, each made once.
+    """``exported(neck, task)``: the ONNX form of a small model on a canvas of 128x160, each made once and as
+    the builder reads it.
 
     With ``free=True`` for any frame size. A copy each time, so that a test may change it.
     """
+    from anchorline.engine.graph import take_for_engines
     from anchorline.train.checkpoint import contract_of
 
     done: dict[tuple[str, str, bool], bytes] = {}
@@ -68,7 +70,9 @@ def exported(
             contract = contract_of(model.settings, NAMES, source={})
             canvas = None if free else model.settings.canvas
             contract = dataclasses.replace(contract, task=task, canvas=canvas)
-            done[neck, task, free] = onnx_of(model, contract).SerializeToString()
+            proto = onnx_of(model, contract)
+            take_for_engines(proto)
+            done[neck, task, free] = proto.SerializeToString()
         return onnx.load_model_from_string(done[neck, task, free])
 
     return get

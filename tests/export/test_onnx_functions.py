@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from anchorline.export.functions import OPSET, attach_functions, default_functions
-from anchorline.runtime.contract import DOMAIN
+from anchorline.runtime.contract import BANDS_OP, DOMAIN
 from anchorline.train.model import ops
 
 Floats = NDArray[np.float32]
 PLUGIN = {"plugin_namespace": "anchorline", "plugin_version": "1"}
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
+ALIGN = ("RoIAlign", BANDS_OP)
 
 
 def model_of(
@@ -64,10 +65,10 @@ def nms_session(iou_threshold: float, score_threshold: float) -> onnxruntime.Inf
 
 
 @functools.lru_cache
-def align_session(size: int, sampling: int, kind: int = FLOAT) -> onnxruntime.InferenceSession:
+def align_session(op: str, size: int, sampling: int, kind: int = FLOAT) -> onnxruntime.InferenceSession:
     inputs = {"features": (kind, ["B", "C", "H", "W"]), "rois": (FLOAT, ["B", "R", 4])}
     attributes = {"output_size": size, "sampling_ratio": sampling}
-    return session_of(model_of("RoIAlign", inputs, attributes, (kind, ["K", "C", "S", "S"])))
+    return session_of(model_of(op, inputs, attributes, (kind, ["K", "C", "S", "S"])))
 
 
 def check_nms(
@@ -163,9 +164,11 @@ def test_nms_decides_exact_ties_as_pytorch_does(
 
 def check_align(features: torch.Tensor, rois: torch.Tensor, size: int, sampling: int) -> None:
     expected = ops.roi_align(features, rois, output_size=size, sampling_ratio=sampling)
-    (found,) = align_session(size, sampling).run(None, {"features": features.numpy(), "rois": rois.numpy()})
-    assert found.shape == (rois.shape[0] * rois.shape[1], features.shape[1], size, size)
-    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-5)
+    inputs = {"features": features.numpy(), "rois": rois.numpy()}
+    for op in ALIGN:
+        (found,) = align_session(op, size, sampling).run(None, inputs)
+        assert found.shape == (rois.shape[0] * rois.shape[1], features.shape[1], size, size)
+        np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-5, err_msg=op)
 
 
 def rois_on(height: int, width: int, images: int, count: int) -> torch.Tensor:
@@ -186,8 +189,9 @@ def test_roi_align_body_equals_pytorch(size: int, sampling: int, images: int, co
 def test_each_roi_reads_its_own_image() -> None:
     features = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 2, 8, 8).contiguous()
     rois = torch.tensor([1.0, 1.0, 6.0, 6.0]).expand(4, 3, 4).contiguous()
-    (found,) = align_session(2, 2).run(None, {"features": features.numpy(), "rois": rois.numpy()})
-    assert found[:, 0, 0, 0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    for op in ALIGN:
+        (found,) = align_session(op, 2, 2).run(None, {"features": features.numpy(), "rois": rois.numpy()})
+        assert found[:, 0, 0, 0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     check_align(features, rois, 2, 2)
 
 
@@ -202,10 +206,11 @@ def test_roi_align_body_at_any_place(roi: tuple[float, float, float, float], see
     check_align(features, torch.tensor([[[x, y, x + width, y + height]]]), 7, 2)
 
 
-def test_half_precision_features_are_pooled_in_float32() -> None:
+@pytest.mark.parametrize("op", ALIGN)
+def test_half_precision_features_are_pooled_in_float32(op: str) -> None:
     torch.manual_seed(0)
     features, rois = torch.randn(2, 3, 150, 200).half(), rois_on(150, 200, 2, 20)
-    (found,) = align_session(7, 2, HALF).run(None, {"features": features.numpy(), "rois": rois.numpy()})
+    (found,) = align_session(op, 7, 2, HALF).run(None, {"features": features.numpy(), "rois": rois.numpy()})
     expected = ops.roi_align(features.float(), rois, output_size=7, sampling_ratio=2)
     assert found.dtype == np.float16
     np.testing.assert_allclose(found, expected.numpy(), rtol=2e-3, atol=2e-3)
@@ -228,6 +233,7 @@ def test_functions_declare_the_attributes_that_name_a_plugin() -> None:
     assert {name: set(function.attribute) for name, function in functions.items()} == {
         "BatchedNMS": {"iou_threshold", "score_threshold", "plugin_namespace", "plugin_version"},
         "RoIAlign": {"output_size", "sampling_ratio", "plugin_namespace", "plugin_version"},
+        BANDS_OP: {"output_size", "sampling_ratio", "plugin_namespace", "plugin_version"},
         "Occupied": set(),  # taken out for TensorRT
     }
     for function in functions.values():
