@@ -74,7 +74,7 @@ def _one_convolution(w: torch.Tensor, b: torch.Tensor | None, **attributes: obje
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd, "FEWEST_CHANNELS", 1)
         patch.setattr(winograd, "LEAST_WORK", 1)
-        patch.setattr(winograd, "_map_sides", lambda model, canvas: {"read": canvas})
+        patch.setattr(winograd, "map_sides", lambda model, canvas: {"read": canvas})
         winograd.use_winograd(model, (64, 64))
     return model
 
@@ -108,7 +108,7 @@ def test_only_where_it_gains() -> None:
         weight = numpy_helper.from_array(np.zeros((channels, channels, 3, 3), np.float32), "w")
         graph = helper.make_graph([node], "one", [], [], [weight])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(winograd, "_map_sides", lambda model, canvas: {"x": canvas})
+            patch.setattr(winograd, "map_sides", lambda model, canvas: {"x": canvas})
             return winograd.use_winograd(helper.make_model(graph), sides)
 
     assert counted(256, (200, 272)) == 1
