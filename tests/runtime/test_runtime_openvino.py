@@ -65,7 +65,8 @@ def test_the_detections_are_onnxruntime_s(tmp_path, write_model, contract, dtype
 
 @needs_openvino
 def test_one_network_runs_every_frame_size(tmp_path, write_model, contract, cache):
-    """A folder of mixed pictures compiles once; padding moves no result of its neighbours."""
+    """A folder of mixed pictures compiles once, and once more for batches; padding moves no result of its
+    neighbours."""
     path = write_model(tmp_path / "a.onnx", dataclasses.replace(contract, canvas=None))
     rng = np.random.default_rng(0)
     mixed = 2 * [rng.integers(0, 256, (*rng.integers(20, 200, 2), 3), dtype=np.uint8) for _ in range(12)]
@@ -78,7 +79,7 @@ def test_one_network_runs_every_frame_size(tmp_path, write_model, contract, cach
             np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
         for found, expected in zip(openvino.batch(mixed[:5]), cpu.batch(mixed[:5]), strict=True):
             np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
-    assert len(list(cache.iterdir())) == 1
+    assert len(list(cache.iterdir())) == 2
 
 
 @needs_openvino
@@ -88,6 +89,21 @@ def test_results_are_no_views_of_what_the_next_call_fills(model_path):
         kept = first.scores.copy()
         detector(np.full((48, 64, 3), 51, np.uint8))
         np.testing.assert_array_equal(first.scores, kept)
+
+
+@needs_openvino
+def test_batches_of_one_have_a_network_of_their_own(model_path, cache):
+    """The other is compiled when a larger batch comes, and both find the same."""
+    with Detector(model_path, "openvino") as detector:
+        alone = [detector(frame) for frame in frames()]
+        assert len([*cache.iterdir()]) == 1
+        together = detector.batch(frames())
+        again = detector(frames()[0])
+        assert len([*cache.iterdir()]) == 2
+        for one, other in zip([*together, again], [*alone, alone[0]], strict=True):
+            np.testing.assert_allclose(one.boxes, other.boxes, atol=1e-3)
+            np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
+            assert len(other) > 0
 
 
 @needs_openvino
@@ -283,7 +299,7 @@ def test_roi_coordinates_stay_out_of_bf16(tmp_path):
 
 @needs_openvino
 @pytest.mark.parametrize(("slope", "fused"), [(1 / 6, True), (0.2, False)])
-def test_hardswish_is_computed_in_its_convolution(tmp_path, slope, fused):
+def test_hardswish_is_computed_in_its_convolution(tmp_path, contract, slope, fused):
     """onnxruntime writes its function out: x * HardSigmoid(x). Another slope is another function."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -304,7 +320,8 @@ def test_hardswish_is_computed_in_its_convolution(tmp_path, slope, fused):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.save(model, tmp_path / "a.onnx")
     settings = {"INFERENCE_PRECISION_HINT": "f32"}
-    network = openvino_backend._compile(tmp_path / "a.onnx", tmp_path / "a.onnx", settings, False)
+    path = tmp_path / "a.onnx"
+    network = openvino_backend._compile(path, path, settings, contract, alone=False)
     ops = {op.get_rt_info()["layerType"].astype(str) for op in network.get_runtime_model().get_ops()}
     assert ("Math" not in ops and "Eltwise" not in ops) == fused, ops
     x = random.normal(scale=4, size=(1, 3, 8, 8)).astype(np.float32)

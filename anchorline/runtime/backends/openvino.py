@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,9 @@ def core() -> Any:
 class OpenVINOBackend:
     """A network in an ONNX file that carries its contract; for any number of threads.
 
-    Compiled networks are kept on disk (``store_network``). ``model`` is the file where it was read already.
+    For batches of one there is a network of its own, since OpenVINO computes known shapes faster; that for
+    others is compiled when one comes. Both are kept on disk (``store_network``). ``model`` is the file where
+    it was read already.
     Raises ``ArtefactError`` for a file that is missing, damaged, no ONNX, without contract or at odds with
     it, that OpenVINO cannot compile, or where OpenVINO cannot be loaded, and ``SettingsError`` where bf16 is
     asked for and the processor or the model is none for it.
@@ -99,33 +102,44 @@ class OpenVINOBackend:
                 "'anchorline[openvino]' again, or use the provider cpu"
             ) from error
         self.contract = model.contract
-        self._network: Any = _open(model, options)
+        self._options = options
+        self._model: ModelFile | None = model
+        self._networks: dict[bool, Any] = {}  # by whether it is for batches of one
+        self._opening = threading.Lock()
+        network = self.network(alone=True)
         if self.contract.needs_vnni and adds_in_16_bits():
             raise ArtefactError(
                 f"{self.path}: its 8-bit weights need VNNI, which this processor has not; quantise the float "
                 "model again, or use the provider cpu"
             )
         self.precision = self.contract.precision
-        if self.precision == "fp32" and "bfloat16" in str(
-            self._network.get_property("INFERENCE_PRECISION_HINT")
-        ):
+        if self.precision == "fp32" and "bfloat16" in str(network.get_property("INFERENCE_PRECISION_HINT")):
             self.precision = "bf16"
 
+    def network(self, alone: bool) -> Any:
+        """The compiled network for batches of one, or for any other."""
+        with self._opening:
+            if self._model is None:
+                raise SettingsError(f"{self.path}: the model is closed; open it again")
+            if alone not in self._networks:
+                self._networks[alone] = _open(self._model, self._options, alone)
+            return self._networks[alone]
+
     def create_lane(self) -> OpenVINOLane:
-        if self._network is None:
-            raise SettingsError(f"{self.path}: the model is closed; open it again")
-        return OpenVINOLane(self.path, self.contract, self._network.create_infer_request())
+        return OpenVINOLane(self)
 
     def close(self) -> None:
-        self._network = None
+        self._model, self._networks = None, {}
 
 
 class OpenVINOLane(HostLane):
     """Preprocesses and starts the network when a batch is submitted; it runs while the caller goes on."""
 
-    def __init__(self, path: Path, contract: Contract, request: Any) -> None:
-        super().__init__(contract, "openvino")
-        self._path, self._request = path, request
+    def __init__(self, backend: OpenVINOBackend) -> None:
+        super().__init__(backend.contract, "openvino")
+        self._path, self._network = backend.path, backend.network
+        self._requests = {True: self._network(True).create_infer_request()}
+        self._request = self._requests[True]  # the one that runs or ran last
         self._arrays: list[Any] = []  # what the network reads while it runs
         self._running = False
         self._started = 0.0
@@ -134,6 +148,10 @@ class OpenVINOLane(HostLane):
         tensor = load_openvino().Tensor
         try:
             self._arrays = [np.ascontiguousarray(inputs[name]) for name in self._contract.inputs]
+            alone = len(self._arrays[0]) == 1
+            if alone not in self._requests:
+                self._requests[alone] = self._network(alone).create_infer_request()
+            self._request = self._requests[alone]
             for name, array in zip(self._contract.inputs, self._arrays, strict=True):
                 self._request.set_tensor(name, tensor(array, shared_memory=True))
             self._started = time.perf_counter()
@@ -163,15 +181,16 @@ class OpenVINOLane(HostLane):
 
     def close(self) -> None:
         self.drain()
-        self._request, self._arrays = None, []
+        self._request, self._requests, self._arrays = None, {}, []
 
     def _failure(self, error: Exception) -> ArtefactError:
         reason = one_line(error)[-300:]
         return ArtefactError(f"{self._path}: OpenVINO cannot run it ({reason}); use the provider cpu")
 
 
-def _open(model: ModelFile, options: CpuOptions) -> Any:
-    """The compiled network, kept on disk so that a model opens at once the second time.
+def _open(model: ModelFile, options: CpuOptions, alone: bool) -> Any:
+    """The compiled network, for batches of one or any, kept on disk so that a model opens at once the second
+    time.
 
     The file's name is the hash of everything that decides the network, so it never goes stale.
     """
@@ -184,6 +203,7 @@ def _open(model: ModelFile, options: CpuOptions) -> Any:
     facts = {
         "format": _CACHE_FORMAT,
         "model": model.check(),
+        "batch": "1" if alone else "any",
         "openvino": str(load_openvino().__version__),
         "device": str(core().get_property("CPU", "FULL_DEVICE_NAME")),
         "capabilities": str(core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
@@ -202,18 +222,21 @@ def _open(model: ModelFile, options: CpuOptions) -> Any:
     with hidden_folder(Path(tempfile.gettempdir()), 0o700) as folder:
         inlined = folder / "inlined.onnx"
         write_inlined(model.path, inlined)
-        network = _compile(model.path, inlined, settings, model.contract.winograd)
+        network = _compile(model.path, inlined, settings, model.contract, alone)
     exported = network.export_model()
     store_network(kept_at, exported if isinstance(exported, bytes) else bytes(exported.read()))
     return network
 
 
-def _compile(path: Path, inlined: Path, settings: dict[str, str], winograd: bool) -> Any:
+def _compile(path: Path, inlined: Path, settings: dict[str, str], contract: Contract, alone: bool) -> Any:
     try:
         model = core().read_model(str(inlined))
+        if alone:
+            sides = contract.canvas or (-1, -1)
+            model.reshape(dict(zip(contract.inputs, ([1, *sides, 3], [1, 2]), strict=True)))
         _keep_coordinates(model)
         _fuse_hardswish(model)
-        if winograd:
+        if contract.winograd:
             _pool_channels_last(model)
         return core().compile_model(model, "CPU", settings)
     except Exception as error:
