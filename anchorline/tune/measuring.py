@@ -221,7 +221,9 @@ class Meter:
         self.dataset, self.parent, self.record = dataset, parent, record
         self._open, self._tell = open_candidate, tell
         self._found: dict[Candidate, list[Detections]] = {}
-        self._objects = np.cumsum([int((~image.ignored).sum()) for image in dataset])
+        classes = len(dataset.names)
+        counts = [np.bincount(image.labels[~image.ignored], minlength=classes) for image in dataset]
+        self._objects = np.cumsum(counts, axis=0)  # [images, classes]
         self._reference: Detecting | None = None
         self._frames: dict[int, NDArray[np.uint8]] = {}
         self._room = HELD_BYTES
@@ -252,7 +254,7 @@ class Meter:
         frames = [each for one in self.record.measured.values() for each in one.parent]
         return Figures(
             images=images,
-            objects=int(self._objects[images - 1]),
+            objects=tuple(self._objects[images - 1].tolist()),
             map50=known.map50[str(images)] or 0.0,
             share=1.0 if candidate == self.parent else share,
             ms=1000.0 * float(np.median(frames)) * (1.0 if candidate == self.parent else share),

@@ -101,7 +101,7 @@ class TuneReport:
         from rich.markup import escape
         from rich.table import Table
 
-        objects = self.parent.figures.objects
+        objects = sum(self.parent.figures.objects)
         notes = [
             *self.notes,
             "proposals: kept, and the best of each level before NMS; run by: provider, precision, threads",

@@ -59,19 +59,22 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of a candidate on the first ``images``: ``map50``, ``objects`` there, and its time a frame (frame to
-    boxes) as a ``share`` of the parent's, measured frame by frame beside it, and in ``ms``."""
+    """Of a candidate on the first ``images``, with so many ``objects`` of each class: ``map50``, and its time
+    a frame (frame to boxes) as a ``share`` of the parent's, measured frame by frame beside it, and in ``ms``.
+    """
 
     images: int
-    objects: int
+    objects: tuple[int, ...]
     map50: float
     share: float
     ms: float
 
     @property
     def uncertainty(self) -> float:
-        """Of ``map50``: the standard error of a share of so many objects, at its widest."""
-        return 0.5 / math.sqrt(max(1, self.objects))
+        """Of ``map50``: the standard error of the mean over the classes of a share of so many objects, at its
+        widest. Rare classes make most of it."""
+        there = [count for count in self.objects if count]
+        return 0.5 * math.sqrt(sum(1 / count for count in there)) / len(there) if there else 0.5
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from anchorline.runtime.io.errors import SettingsError
@@ -30,7 +31,7 @@ PARENT = Candidate(1.0, 1000, 1000, WAY)
 
 
 def figures(share: float, map50: float, images: int = 100, objects: int = 100) -> Figures:
-    return Figures(images, objects, map50, share, 100.0 * share)
+    return Figures(images, (objects,), map50, share, 100.0 * share)
 
 
 def by_formula(candidate: Candidate, images: int) -> Figures:
@@ -106,8 +107,16 @@ def test_on_few_objects_a_small_loss_is_no_reason_to_go() -> None:
     parent = figures(1.0, 0.8, objects=25)  # known to 10 points
     found = {each: figures(0.1 * each.proposals, 0.72, objects=25) for each in pool}
     assert [each.proposals for each in better_half(pool, found, parent, Goal(0.005))] == [1, 2, 3, 4, 5]
-    sure = dataclasses.replace(parent, objects=1_000_000)
+    sure = dataclasses.replace(parent, objects=(1_000_000,))
     assert len(better_half(pool, found, sure, Goal(0.005))) == FINALISTS
+
+
+def test_rare_classes_make_the_mean_over_classes_uncertain() -> None:
+    objects = (9, 8, 95, 0)  # of a class without objects no precision is known
+    shares = [np.random.default_rng(count).binomial(count, 0.5, 20_000) / count for count in objects if count]
+    spread = np.std(np.mean(shares, axis=0))
+    assert Figures(8, objects, 0.9, 1.0, 30.0).uncertainty == pytest.approx(spread, rel=0.03)
+    assert Figures(8, (112,), 0.9, 1.0, 30.0).uncertainty < 0.6 * spread
 
 
 def test_the_frontier_has_what_nothing_beats_in_both() -> None:
