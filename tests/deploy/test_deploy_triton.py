@@ -100,9 +100,9 @@ def test_several_images_of_a_request_are_one_batch_of_the_detector(
 def test_proposals_have_the_label_0(
     exported: Exported, pictures: list[bytes], triton: Any, tmp_path: Path
 ) -> None:
-    model = exported(task="proposals")
+    model = exported(free=True, task="proposals")
     deploy_triton(model, tmp_path / "m")
-    (found,) = triton.Triton(tmp_path / "m" / "models").infer("fixed_proposals", [one(pictures[0])])
+    (found,) = triton.Triton(tmp_path / "m" / "models").infer("free_proposals", [one(pictures[0])])
     with Detector(model, "cpu") as detector:
         check_equal(found, 0, detector(decode_image(pictures[0])))
 

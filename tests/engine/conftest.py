@@ -57,9 +57,11 @@ def exported(
     """``exported(neck, task)``: the ONNX form of a small model on a canvas of 128x160, each made once and as
     the builder reads it.
 
-    With ``free=True`` for any frame size. A copy each time, so that a test may change it.
+    With ``free=True`` for any frame size. A copy each time, so that a test may change it. The proposals' is
+    such a file, held to the canvas as a build does: other tests need that export as well.
     """
     from anchorline.engine.graph import take_for_engines
+    from anchorline.engine.lowering import fix_canvas
     from anchorline.train.checkpoint import contract_of
 
     done: dict[tuple[str, str, bool], bytes] = {}
@@ -68,11 +70,13 @@ def exported(
         if (neck, task, free) not in done:
             model = small_model(neck, len(NAMES))
             contract = contract_of(model.settings, NAMES, source={})
-            canvas = None if free else model.settings.canvas
-            contract = dataclasses.replace(contract, task=task, canvas=canvas)
-            proto = onnx_of(model, contract)
-            take_for_engines(proto)
-            done[neck, task, free] = proto.SerializeToString()
+            held = task == "proposals" and not free
+            canvas = None if free or held else model.settings.canvas
+            made = onnx_of(model, dataclasses.replace(contract, task=task, canvas=canvas))
+            take_for_engines(made)
+            if held:
+                fix_canvas(made, model.settings.canvas)
+            done[neck, task, free] = made.SerializeToString()
         return onnx.load_model_from_string(done[neck, task, free])
 
     return get
