@@ -4,9 +4,9 @@
 // Frames are uint8, BGR [H, W, 3] or NV12 (a plane of luma [H, W], then one of chroma pairs [H/2, W]),
 // with any number of bytes from row to row. The frame is resized bilinearly into the top left
 // valid_height x valid_width of the canvas [CH, CW, 3]; the rest becomes zero. The canvas is uint8, rounded
-// (within one grey level of OpenCV, which weighs with 11 bits), or float32 (the arithmetic of PyTorch and
-// float_resize.py, operation by operation: hence the double precision, rounded once). image_size, the
-// network's other input, receives the valid height and width.
+// (within one grey level of OpenCV, which weighs with 11 bits), or float32 (PyTorch's arithmetic, operation by
+// operation: hence the double precision, rounded once). image_size, the network's other input, receives the
+// valid height and width.
 
 struct Pixel {
   float b, g, r;
