@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Annotated, Any, Protocol
 
 import msgspec
@@ -39,6 +39,7 @@ PAIRS = 4  # frames that are timed in each round, on the candidate and on the pa
 LAST_PAIRS = 16  # in the round on all images
 HELD_BYTES = 1 << 29  # of frames that stay in memory; others are read again for each candidate
 WARMUP = 2
+REST = 0.02  # seconds before a turn: the threads of the one before may still be spinning
 Times = Annotated[list[Annotated[float, Meta(gt=0)]], Meta(max_length=100_000)]
 
 
@@ -300,6 +301,7 @@ class Meter:
         for number in range(-WARMUP, frames):
             frame = self._frame((first + max(0, number)) % len(self.dataset))
             for place, detector in enumerate(detectors):
+                sleep(REST)
                 start = perf_counter()
                 detector(frame)
                 if number >= 0:

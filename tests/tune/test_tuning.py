@@ -102,6 +102,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Cl
     clock, own = Clock(getattr(request, "param", "") == "real"), Workshop.open
     clock.learn(load_dataset(DATA, names=CLASS_NAMES))
     monkeypatch.setattr(measuring, "perf_counter", clock)
+    monkeypatch.setattr(measuring, "REST", 0.0)
     monkeypatch.setattr(tuning, "usable_cores", lambda: 2)
 
     def opened(shop: Workshop, candidate: Candidate) -> Ticking:
