@@ -240,6 +240,7 @@ def _facts(model: Path, ordered: Dataset, calibration: Dataset, names: object) -
         "classes": names,
         "machine": machine(),
         "anchorline": __version__,
+        "timing": 2,  # how ``Meter`` takes times
     }
 
 
