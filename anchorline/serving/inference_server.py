@@ -96,12 +96,17 @@ class InferenceServer:
         self._error: BaseException | None = None
 
     def _open(self, name: str, model: str | Path | BatchDetector, stack: contextlib.ExitStack) -> Model:
-        options, detector = self.options, model
-        if isinstance(detector, str | Path):
-            opened = stack.enter_context(options.open_detector(detector))
-            opened(np.zeros((*usual_canvas(opened.contract), 3), np.uint8))  # ready means that it runs
-            detector = opened
+        options = self.options
+        detector: BatchDetector
+        if isinstance(model, str | Path):
+            detector = stack.enter_context(options.open_detector(model))
+        else:
+            detector = model
         most = min(options.batch, detector.contract.max_batch or options.batch)
+        if detector is not model:  # ready means that it runs, a single frame and a batch
+            black = np.zeros((*usual_canvas(detector.contract), 3), np.uint8)
+            for count in sorted({1, min(2, most)}):
+                detector.batch([black] * count)
         workers = getattr(detector, "concurrent_calls", 1)
         batcher = Batcher(detector, most=most, max_wait=options.max_wait, room=options.queue, workers=workers)
         stack.callback(batcher.close)
