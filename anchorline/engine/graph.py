@@ -47,7 +47,11 @@ def read_model(path: Path) -> onnx.ModelProto:
 
 
 def take_for_engines(model: onnx.ModelProto) -> None:
-    """Undo in an exported ``model``, in place, what is in it for processors alone (``FOR_PROCESSORS``)."""
+    """Undo in an exported ``model``, in place, what is in it for processors alone (``FOR_PROCESSORS``).
+
+    Raises ``ArtefactError`` where the file does not state how many slots of proposals there are.
+    """
+    stated = {value.name: value.type.tensor_type.shape.dim for value in model.graph.value_info}
     all_slots: dict[str, int] = {}
     for node in model.graph.node:
         if node.domain == DOMAIN and node.op_type in FOR_PROCESSORS:
@@ -55,8 +59,13 @@ def take_for_engines(model: onnx.ModelProto) -> None:
             node.domain = DOMAIN if node.op_type == "RoIAlign" else ""
             if node.op_type == "Identity":
                 del node.input[1:], node.attribute[:]
-                sides = next(v.type.tensor_type for v in model.graph.value_info if v.name == node.input[0])
-                all_slots[node.output[0]] = sides.shape.dim[1].dim_value
+                sides = stated.get(node.input[0], ())
+                if len(sides) != 3 or sides[1].dim_value < 1:
+                    raise ArtefactError(
+                        f"{node.input[0]}: the file does not state its shape; expected [batch, slots, 4], "
+                        "export the model again"
+                    )
+                all_slots[node.output[0]] = sides[1].dim_value
         elif node.op_type == "Shape" and node.input[0] in all_slots:  # a TopK's K among what reads it
             slots = all_slots[node.input[0]]
             node.CopyFrom(helper.make_node("Constant", [], [*node.output], node.name, value_ints=[slots]))

@@ -244,7 +244,10 @@ def attach_functions(model: onnx.ModelProto) -> None:
 
 
 def pool_in_bands(model: onnx.ModelProto, canvas: tuple[int, int], proposals: int) -> None:
-    """Let RoIs be pooled by ``BANDS_OP`` where that is faster: from a map that is small on ``canvas``."""
+    """Let RoIs, at most ``proposals`` an image, be pooled by ``BANDS_OP`` where that is faster, in place.
+
+    That is from a map that is small on ``canvas`` (height, width). ``attach_functions`` comes after it.
+    """
     sides = map_sides(model, canvas)
     for node in model.graph.node:
         if node.domain != DOMAIN or node.op_type != "RoIAlign" or node.input[0] not in sides:

@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from anchorline.data.synthetic import CLASS_NAMES, scenes
-from anchorline.engine.graph import read_model
+from anchorline.engine.graph import read_model, take_for_engines
 from anchorline.engine.lowering import fix_canvas, lower
 from anchorline.export.functions import save_model
 from anchorline.export.onnx_export import to_onnx, verify_with_pytorch
 from anchorline.runtime.backends.onnxruntime import open_for_checks
 from anchorline.runtime.contract import Contract
+from anchorline.runtime.io.errors import ArtefactError
 from anchorline.train.checkpoint import contract_of
 from anchorline.train.model.faster_rcnn import FasterRCNN
 from anchorline.train.model.ops import SUPPRESSED
@@ -119,6 +120,16 @@ def test_the_same_detections_as_with_all_rows(
 def test_export_s_own_check_passes(exported: Exported, tmp_path: Path) -> None:
     report = verify_with_pytorch(tmp_path / "model.safetensors", exported.model, exported.path, ())
     assert report.passed, report.describe()
+
+
+def test_an_engine_wants_to_know_how_many_rows_there_are(exported: Exported) -> None:
+    proto = onnx.load(exported.path)
+    (cut,) = (node for node in proto.graph.node if node.op_type == "Occupied")
+    kept = [value for value in proto.graph.value_info if value.name != cut.input[0]]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(kept)
+    with pytest.raises(ArtefactError, match=r"proposals: the file does not state its shape"):
+        take_for_engines(proto)
 
 
 def test_an_engine_takes_all_rows(exported: Exported, check_same_rows: Callable[..., None]) -> None:

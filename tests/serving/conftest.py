@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -19,7 +20,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
-from anchorline.runtime.contract import Contract, ResizeRule
+from anchorline.runtime.contract import CONTRACT_KEY, Contract, ResizeRule
 from anchorline.runtime.detections import Detections
 from anchorline.runtime.video.frames import Result, Stream
 from anchorline.runtime.video.options import DetectOptions
@@ -217,6 +218,39 @@ def many_cores() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(painting, "_SHARE", 1.0)
         yield
+
+
+@pytest.fixture(scope="session")
+def one_box_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that finds one box in every frame, a frame at a time."""
+    onnx = pytest.importorskip("onnx")
+    from onnx import TensorProto, helper
+
+    contract = Contract("detections", ("thing",), (48, 64), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), max_batch=1)
+    values = {
+        "boxes": np.array([[[4, 4, 40, 30]]], np.float32),
+        "scores": np.array([[0.9]], np.float32),
+        "labels": np.array([[0]], np.int32),
+        "num_detections": np.array([1], np.int32),
+    }
+    nodes = [
+        helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(value))
+        for name, value in values.items()
+    ]
+    inputs = [
+        helper.make_tensor_value_info("images", TensorProto.UINT8, [1, 48, 64, 3]),
+        helper.make_tensor_value_info("image_sizes", TensorProto.FLOAT, [1, 2]),
+    ]
+    outputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for name, value in values.items()
+    ]
+    graph = helper.make_graph(nodes, "one", inputs, outputs)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    helper.set_model_props(made, {CONTRACT_KEY: contract.to_json()})
+    path = tmp_path_factory.mktemp("serve") / "one.onnx"
+    onnx.save(made, path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -15,57 +15,23 @@ import sys
 import threading
 import time
 
-import numpy as np
 import pytest
 
 pytest.importorskip("onnxruntime")
-onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnx")
 uvicorn = pytest.importorskip("uvicorn")
 
 from anchorline.serving.inference_server import InferenceServer  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A model that finds one box in every frame, of any batch."""
-    from onnx import TensorProto, helper
-
-    from anchorline.runtime.contract import CONTRACT_KEY, Contract
-
-    contract = Contract("detections", ("thing",), (48, 64), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), max_batch=1)
-    values = {
-        "boxes": np.array([[[4, 4, 40, 30]]], np.float32),
-        "scores": np.array([[0.9]], np.float32),
-        "labels": np.array([[0]], np.int32),
-        "num_detections": np.array([1], np.int32),
-    }
-    nodes = [
-        helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(value))
-        for name, value in values.items()
-    ]
-    inputs = [
-        helper.make_tensor_value_info("images", TensorProto.UINT8, [1, 48, 64, 3]),
-        helper.make_tensor_value_info("image_sizes", TensorProto.FLOAT, [1, 2]),
-    ]
-    outputs = [
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
-        for name, value in values.items()
-    ]
-    graph = helper.make_graph(nodes, "one", inputs, outputs)
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    helper.set_model_props(made, {CONTRACT_KEY: contract.to_json()})
-    path = tmp_path_factory.mktemp("serve") / "one.onnx"
-    onnx.save(made, path)
-    return path
-
-
 @pytest.fixture
-def start(model):
+def start(one_box_model):
     """``start(*options)``: the process, once it serves, and its port."""
     begun = []
 
     def started(*options, **environment):
-        command = [sys.executable, "-m", "anchorline", "serve", f"street={model}", "--port", "0", *options]
+        serve = ["serve", f"street={one_box_model}", "--port", "0", *options]
+        command = [sys.executable, "-m", "anchorline", *serve]
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -133,7 +99,7 @@ def test_ctrl_c_ends_it(start):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_ctrl_c_before_uvicorn_listens_to_signals_ends_it_too(model, monkeypatch, recwarn):
+def test_ctrl_c_before_uvicorn_listens_to_signals_ends_it_too(one_box_model, monkeypatch, recwarn):
     serve = uvicorn.Server.serve
 
     def interrupted(self, sockets=None):
@@ -143,7 +109,7 @@ def test_ctrl_c_before_uvicorn_listens_to_signals_ends_it_too(model, monkeypatch
 
     monkeypatch.setattr(uvicorn.Server, "serve", interrupted)
     with contextlib.suppress(KeyboardInterrupt):
-        InferenceServer({"street": model}).run()
+        InferenceServer({"street": one_box_model}).run()
         pytest.fail("the interruption is lost")
     gc.collect()  # what was never awaited complains when it goes
     assert [str(each.message) for each in recwarn] == []

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,43 +18,14 @@ import numpy as np
 import pytest
 
 pytest.importorskip("onnxruntime")
-onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnx")
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory):
+def material(tmp_path_factory, one_box_model):
     """A folder with a model that finds one box, and sixty frames of video to be played at their own rate."""
-    from onnx import TensorProto, helper
-
-    from anchorline.runtime.contract import CONTRACT_KEY, Contract
-
     folder = tmp_path_factory.mktemp("serve")
-    contract = Contract("detections", ("thing",), (48, 64), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), max_batch=1)
-    values = {
-        "boxes": np.array([[[4, 4, 40, 30]]], np.float32),
-        "scores": np.array([[0.9]], np.float32),
-        "labels": np.array([[0]], np.int32),
-        "num_detections": np.array([1], np.int32),
-    }
-    nodes = [
-        helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(value))
-        for name, value in values.items()
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "one",
-        [
-            helper.make_tensor_value_info("images", TensorProto.UINT8, [1, 48, 64, 3]),
-            helper.make_tensor_value_info("image_sizes", TensorProto.FLOAT, [1, 2]),
-        ],
-        [
-            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
-            for name, value in values.items()
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    helper.set_model_props(model, {CONTRACT_KEY: contract.to_json()})
-    onnx.save(model, folder / "model.onnx")
+    shutil.copy(one_box_model, folder / "model.onnx")
     writer = cv2.VideoWriter(str(folder / "clip.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 3.0, (64, 48))
     for level in range(0, 240, 4):
         writer.write(np.full((48, 64, 3), level, np.uint8))

@@ -83,7 +83,7 @@ __device__ __forceinline__ float mix(float a, float b, float weight) {
   return __fadd_rn(a, __fmul_rn(__fsub_rn(b, a), weight));
 }
 
-// Columns of two rows first, then along the row, as float_resize.py does.
+// Columns of two rows first, then along the row.
 __device__ __forceinline__ float mix(float above_left, float above_right, float below_left, float below_right,
                                      float across, float down) {
   return mix(mix(above_left, below_left, down), mix(above_right, below_right, down), across);
